@@ -4,13 +4,16 @@ FASTSMC_MARCH overrides the CPU that code is made for (default: native, the mach
 """
 
 import os
+import platform
 from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import setup
 
 HERE = Path(__file__).parent
-HEADERS = sorted(str(p.relative_to(HERE)) for pattern in ("*.hpp", "include/fastsmc/*.cuh") for p in (HERE / "csrc").glob(pattern))
+HEADERS = sorted(
+    str(p.relative_to(HERE)) for pattern in ("*.hpp", "include/fastsmc/*.cuh") for p in (HERE / "csrc").glob(pattern)
+)
 
 setup(
     ext_modules=[
@@ -24,7 +27,7 @@ setup(
                 "-O3",
                 "-fopenmp",
                 f"-march={os.environ.get('FASTSMC_MARCH', 'native')}",
-                "-mprefer-vector-width=512",
+                *(["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else []),
                 "-Wno-unknown-pragmas",
             ],
             extra_link_args=["-fopenmp"],

@@ -1,5 +1,5 @@
-// fastsmc._C: pybind11 bindings. Addresses travel as integers, a matrix as (address, row stride in elements, dtype code,
-// address of its row index or 0). The GIL is released while the work runs. Only fastsmc/ops calls this module.
+// fastsmc._C: pybind11 bindings. Addresses travel as integers, a matrix as (address, row stride in elements, dtype
+// code, address of its row index or 0). The GIL is released while the work runs. Only fastsmc/ops calls this module.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -47,10 +47,11 @@ PYBIND11_MODULE(_C, m) {
                    Address log_psi) {
     py::gil_scoped_release release;
     cpu::draw(matrix(logits), matrix(psi), vocab, temperature, at<double>(lse), at<double>(tile_mass),
-              at<int64_t>(rows), at<double>(u), n_draws, at<int64_t>(tokens), at<double>(log_prob), at<double>(log_psi));
+              at<int64_t>(rows), at<double>(u), n_draws, at<int64_t>(tokens), at<double>(log_prob),
+              at<double>(log_psi));
   });
 
-  m.def("bad_log_weight", [](Address log_weights, int64_t n) { return cpu::bad_log_weight(at<double>(log_weights), n); });
+  m.def("bad_log_weight", [](Address lw, int64_t n) { return cpu::bad_log_weight(at<double>(lw), n); });
   m.def("bad_uniform", [](Address u, int64_t n) { return cpu::bad_uniform(at<double>(u), n); });
 
   m.def("offspring", [](const std::string& scheme, Address q, Address u, int64_t n, Address counts) {
@@ -61,8 +62,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("resample", [](Address log_weights, Address u, int64_t n, const std::string& scheme, bool sorted,
                        Address ancestors, Address counts, Address rank) {
     py::gil_scoped_release release;
-    cpu::resample(at<double>(log_weights), at<double>(u), n, scheme, sorted, at<int64_t>(ancestors), at<int64_t>(counts),
-                  at<int64_t>(rank));
+    cpu::resample(at<double>(log_weights), at<double>(u), n, scheme, sorted, at<int64_t>(ancestors),
+                  at<int64_t>(counts), at<int64_t>(rank));
   });
 
   m.def("ess_log_mean", [](Address log_weights, int64_t n) {
@@ -79,7 +80,7 @@ PYBIND11_MODULE(_C, m) {
                       const std::vector<std::vector<std::pair<int64_t, int64_t>>>& spans) {
     py::gil_scoped_release release;
     std::vector<BlockCache> blocks;
-    for (const auto& [base, block_stride, n_blocks] : caches) blocks.push_back({at<char>(base), block_stride, n_blocks});
+    for (const auto& [base, step, n_blocks] : caches) blocks.push_back({at<char>(base), step, n_blocks});
     std::vector<std::vector<Span>> pieces(spans.size());
     for (size_t c = 0; c < spans.size(); ++c)
       for (const auto& [offset, size] : spans[c]) pieces[c].push_back({offset, size});

@@ -17,6 +17,9 @@
 
 namespace fastsmc::cpu {
 
+// Elements below which one thread is faster than waking the others.
+constexpr int64_t kSerial = 1 << 16;
+
 template <typename T>
 const T* row_of(const Matrix& m, int64_t r) {
   return static_cast<const T*>(m.data) + (m.rows ? m.rows[r] : r) * m.stride;
@@ -50,11 +53,11 @@ void weigh(const Matrix& logits, const Matrix& psi, int64_t n_rows, int64_t voca
   dispatch(logits.dtype, psi.dtype, [&](auto* logit, auto* twist) {
     using Logit = std::remove_pointer_t<decltype(logit)>;
     using Psi = std::remove_pointer_t<decltype(twist)>;
-#pragma omp parallel
+#pragma omp parallel if (n_rows * vocab > kSerial)
     {
       std::vector<float> base_max(n_tiles), psi_max(n_tiles);
       std::vector<double> base_mass(n_tiles);
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic, 4)  // cores may be shared with others
       for (int64_t r = 0; r < n_rows; ++r)
         weigh_row(row_of<Logit>(logits, r), row_of<Psi>(psi, r), vocab, scale, base_max.data(), base_mass.data(),
                   psi_max.data(), lse + r, lse_psi + r, tile_mass + r * n_tiles, max_psi + r);
@@ -71,7 +74,7 @@ void draw(const Matrix& logits, const Matrix& psi, int64_t vocab, double tempera
   dispatch(logits.dtype, psi.dtype, [&](auto* logit, auto* twist) {
     using Logit = std::remove_pointer_t<decltype(logit)>;
     using Psi = std::remove_pointer_t<decltype(twist)>;
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (n_draws * kTile > kSerial)
     for (int64_t j = 0; j < n_draws; ++j) {
       const int64_t r = rows[j];
       const Logit* row = row_of<Logit>(logits, r);
@@ -155,7 +158,8 @@ int64_t not_in_place(const int64_t* ancestors, int64_t n) {
 // Checks all tail blocks, then writes. Returns the number of rows whose tail block was copied, or −1 − i for the first
 // row i whose copy would leave a cache or copy a block onto itself; then nothing was written. tail < 0: no copies.
 int64_t reindex(int32_t* table, int64_t stride, const int64_t* ancestors, int64_t n, int64_t n_shared, int64_t tail,
-                const bool* active, const std::vector<BlockCache>& caches, const std::vector<std::vector<Span>>& spans) {
+                const bool* active, const std::vector<BlockCache>& caches,
+                const std::vector<std::vector<Span>>& spans) {
   int64_t n_blocks = std::numeric_limits<int64_t>::max();
   for (const BlockCache& cache : caches) n_blocks = std::min(n_blocks, cache.n_blocks);
   std::vector<int64_t> moved, from, to;

@@ -42,6 +42,7 @@ void ess_log_mean(const double* log_weights, int64_t n, double* ess, double* log
 int64_t not_in_place(const int64_t* ancestors, int64_t n);
 
 int64_t reindex(int32_t* table, int64_t stride, const int64_t* ancestors, int64_t n, int64_t n_shared, int64_t tail,
-                const bool* active, const std::vector<BlockCache>& caches, const std::vector<std::vector<Span>>& spans);
+                const bool* active, const std::vector<BlockCache>& caches,
+                const std::vector<std::vector<Span>>& spans);
 
 }  // namespace fastsmc::cpu

@@ -4,8 +4,9 @@
 
 `Group.step` is driven by anything that gives logits for rows (`RowModel`): the vLLM runner, a Hugging Face model, a
 table of probabilities. The order within a step is that of smc-math §1: with the twisted proposal the weight of a step
-does not depend on the token, so the group resamples before it draws and children of one parent draw from the parent's
-row with stratified uniforms; with the base proposal it draws, weighs and then resamples.
+does not depend on the token, so the group resamples before it draws; with the base proposal it draws, weighs and then
+resamples. Either way children of one parent draw from the parent's row of logits, with stratified uniforms: the base
+proposal puts the reindex off until the parents alone have been through the model.
 
 Nothing of length t is ever moved: tokens and ancestors are kept step by step and traced back once, at the end (or when
 a potential looks at `state.tokens`).
@@ -138,6 +139,7 @@ class Group:
         self._active = self._all_rows  # rows that are not finished
         self._row_of = torch.zeros_like(self._all_rows)  # index of a row's logits in the last batch
         self._last_tokens = torch.zeros_like(self._all_rows)
+        self._moved: Tensor | None = None  # ancestors that the model has not followed yet
         self._strata: tuple[Tensor, Tensor] | None = None  # (rank, count) among the siblings, after a resampling
         self._hidden: Tensor | None = None
         self._events: list[tuple[str, Tensor]] = []  # draws and moves since _history was last brought up to date
@@ -168,6 +170,12 @@ class Group:
                 self._end_without_weight()
 
     # ------------------------------------------------------------------------------------------------- the step
+    @property
+    def readers(self) -> Tensor:
+        """(N,) bool: rows of the model whose history goes on, in themselves or in their children."""
+        going = ~self.finished
+        return going if self._moved is None else going & (self._moved == self._all_rows)
+
     @torch.inference_mode()
     def step(self) -> None:
         """One step of all unfinished particles. Sets `done` when none is left or no weight is left.
@@ -180,9 +188,14 @@ class Group:
             logits, self._hidden = self.model.first()
             self._row_of = torch.zeros_like(self._all_rows)
         else:
-            logits, self._hidden = self.model.next(self._last_tokens[self._active], self._active)
+            rows = torch.nonzero(self.readers).squeeze(1)
+            logits, self._hidden = self.model.next(self._last_tokens[rows], rows)
             self._row_of = torch.full_like(self._all_rows, -1)
-            self._row_of[self._active] = torch.arange(len(self._active), device=self.device)
+            self._row_of[rows] = torch.arange(len(rows), device=self.device)
+            if self._moved is not None:
+                self.model.reindex(self._moved, ~self.finished)
+                self._row_of = self._row_of[self._moved]
+                self._moved = None
         if len(self._ancestors) == t:  # not resampled after the last step
             self._ancestors.append(self._all_rows)
             self._resampled.append(False)
@@ -333,7 +346,10 @@ class Group:
         self._row_of = self._row_of[ancestors]
         self._find_active()
         self._events.append(("move", ancestors))
-        self.model.reindex(ancestors, ~self.finished)
+        if self.twisted:
+            self.model.reindex(ancestors, ~self.finished)
+        else:
+            self._moved = ancestors
         if self.potential is not None:
             self._ask("reindex", ancestors)
         # base: these are the ancestors of the next step; twisted: of this one, which already has the identity

@@ -71,7 +71,7 @@ class Paging:
         """Sorted ids of the blocks in use: full blocks that active rows read, and every row's private ones.
 
         Args:
-            active: (N,) bool, rows that will attend again.
+            active: (N,) bool, rows whose history will be attended to again (`Group.readers`).
         """
         full = self.table[active, self.n_prompt_columns : min(self.tail, self.n_open)]
         private = self.table[:, self.tail : self.n_open]

@@ -50,6 +50,8 @@ class _Texts:
         return obj._texts
 
     def __set__(self, obj: Any, value: list[str] | None) -> None:
+        if value is not None and len(value) != len(obj.token_ids):
+            raise ValueError(f"texts: {len(value)} of them for {len(obj.token_ids)} particles")
         obj._texts = None if value is None else list(value)
 
 
@@ -107,8 +109,6 @@ class Population:
                 raise ValueError(f"{name}: NaN or +inf among the log weights")
         if self.ancestors.size and not 0 <= self.ancestors.min() <= self.ancestors.max() < sizes["N"]:
             raise ValueError(f"ancestors: rows must lie in [0, {sizes['N']})")
-        if self._texts is not None and len(self._texts) != sizes["N"]:
-            raise ValueError(f"texts: {len(self._texts)} of them for {sizes['N']} particles")
         self.log_z = float(self.log_z)
         self.prompt_token_ids = [int(v) for v in self.prompt_token_ids]
 
@@ -198,37 +198,29 @@ class Population:
 
     def summary(self, k: int = 5) -> dict[str, Any]:
         """Plain JSON values; a number that JSON lacks (-inf) is None. `best` is None without a tokenizer."""
+        best = None if self._texts is None else self.best(k)
         return {
             "n_particles": self.n_particles,
             "steps": self.T,
-            "log_z": _json_float(self.log_z),
-            "ess": self.final_ess,
+            "log_z": _jsonable(self.log_z),
+            "final_ess": self.final_ess,
             "degenerate": self.degenerate,
             "resamplings": int(self.resampled.sum()),
-            "tokens": sum(map(len, self.token_ids)),
+            "total_tokens": sum(map(len, self.token_ids)),
             "distinct_first_ancestors": int(self.distinct_ancestors()[0]) if self.T else self.n_particles,
-            "best": None
-            if self._texts is None
-            else [{"text": t, "weight": w, "log_prob": _json_float(p)} for t, w, p in self.best(k)],
+            "best": best and [{"text": text, "weight": w, "log_prob": _jsonable(lp)} for text, w, lp in best],
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """`summary()` with params, prompt, ESS over steps and every particle, in plain JSON values."""
-        names = ("token_ids", "text", "weight", "log_weight", "log_prob")
-        columns = (
-            [list(map(int, ids)) for ids in self.token_ids],
-            self._texts or [None] * self.n_particles,
-            self.weights.tolist(),
-            map(_json_float, self.log_weights.tolist()),
-            map(_json_float, self.log_probs.tolist()),
-        )
+        """`summary()` and what each particle is, in plain JSON values under the names of the attributes."""
+        names = ("log_weights", "weights", "log_probs", "ess", "resampled")
         return {
             **self.summary(),
             "params": dataclasses.asdict(self.params),
             "prompt_token_ids": self.prompt_token_ids,
-            "ess_per_step": self.ess.tolist(),
-            "resampled": self.resampled.tolist(),
-            "particles": [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)],
+            "token_ids": [list(map(int, ids)) for ids in self.token_ids],
+            "texts": self._texts,
+            **{name: _jsonable(getattr(self, name).tolist()) for name in names},
         }
 
     def __len__(self) -> int:
@@ -401,7 +393,7 @@ class Population:
             )  # fmt: skip
         for t in np.flatnonzero(self.resampled):
             axes.axvline(t - 0.5, color="0.85", lw=0.8, ls=":", zorder=0)
-        margin = max(0.5, 0.02 * n)
+        margin = 0.5 + 0.005 * n
         axes.set(xlim=(-0.3, max(steps - 1, 0) + 0.3), ylim=(n - 1 + margin, -margin), xlabel="step", ylabel="row")
         axes.set_title(f"{n} particles, {len(roots)} of the rows of step 0 have final descendants")
         for axis in (axes.xaxis, axes.yaxis):
@@ -412,5 +404,8 @@ class Population:
         return figure
 
 
-def _json_float(value: float) -> float | None:
+def _jsonable(value: Any) -> Any:
+    """A number, or a list of them, with None for what JSON has no number for."""
+    if isinstance(value, list):
+        return [_jsonable(v) for v in value]
     return value if math.isfinite(value) else None

@@ -285,17 +285,18 @@ def _token_automaton(pattern: str, tokens: list[bytes | None]) -> _Automaton:
     """The automaton of `pattern` over the tokens' bytes; None is a token that leads nowhere."""
     step, accept, start = _byte_automaton(pattern)
     sink = len(step) - 1
+    flat_step = step.astype(np.int32).reshape(-1)
     flat = np.frombuffer(b"".join(t or b"" for t in tokens), dtype=np.uint8)
     lengths = np.array([len(t or b"") for t in tokens], dtype=np.int64)
     offsets = np.cumsum(lengths) - lengths
 
     def walk(states: np.ndarray, ids: np.ndarray) -> np.ndarray:
-        """(A,) states, (B,) token ids -> (A, B) state after each token."""
-        at = np.repeat(states[:, None], len(ids), axis=1)
-        at[:, lengths[ids] == 0] = sink
+        """(A,) states, (B,) token ids -> (B, A) int32 state after each token."""
+        at = np.repeat(states[None].astype(np.int32), len(ids), axis=0)
+        at[lengths[ids] == 0] = sink
         for position in range(int(lengths[ids].max(initial=0))):
             longer = np.flatnonzero(lengths[ids] > position)
-            at[:, longer] = step[at[:, longer], flat[offsets[ids[longer]] + position]]
+            at[longer] = flat_step.take(at[longer] * 256 + flat[offsets[ids[longer]] + position, None])
         return at
 
     # States that tokens reach, and one 64-bit sum a token of random numbers keyed by (state, next state): tokens with
@@ -309,7 +310,7 @@ def _token_automaton(pattern: str, tokens: list[bytes | None]) -> _Automaton:
     while frontier:
         chunk = frontier[: max(1, 2**22 // max(len(tokens), 1))]
         frontier = frontier[len(chunk) :]
-        for state, after in zip(chunk, walk(np.array(chunk), everything), strict=True):
+        for state, after in zip(chunk, walk(np.array(chunk), everything).T, strict=True):
             keys = _splitmix(_splitmix(np.uint64(state * len(step)) + numbers + salt[0]) ^ salt[1])
             keys[sink] = 0
             sums += keys[after]
@@ -324,7 +325,7 @@ def _token_automaton(pattern: str, tokens: list[bytes | None]) -> _Automaton:
     rename = np.full(len(step), len(order), dtype=np.int64)
     rename[order] = np.arange(len(order))
     table = np.full((len(order) + 1, len(first)), len(order), dtype=np.int64)
-    table[:-1, 1:] = rename[after]
+    table[:-1, 1:] = rename[after].T
     return _Automaton(table, classes.reshape(-1)[1:], np.append(accept[order], False), int(rename[start]))
 
 

@@ -1,7 +1,7 @@
 """Every op in NumPy, float64 and as plain as it can be: the oracle that tests compare the backends with.
 
-Names and arguments are those of fastsmc.ops, on arrays instead of tensors. `resample` does the same integer arithmetic as
-the backends (Python integers, so without overflow), and its counts are equal to theirs; the others agree up to the
+Names and arguments are those of fastsmc.ops, on arrays instead of tensors. `resample` does the same integer arithmetic
+as the backends (Python integers, so without overflow), and its counts are equal to theirs; the others agree up to the
 rounding of float32.
 """
 
@@ -21,7 +21,7 @@ Array = NDArray
 TILE = 1024
 
 
-# -- uniforms ------------------------------------------------------------------------------------------------------------
+# -- uniforms ----------------------------------------------------------------------------------------------------------
 def philox4x32_10(counter: Sequence[int], key: Sequence[int]) -> list[int]:
     """Four 32-bit words from four of counter and two of key. Source: Salmon et al. 2011."""
     c, (k0, k1) = list(counter), key
@@ -39,7 +39,7 @@ def uniforms(n: int, *, seed: int, group: int, step: int, stream: int) -> Array:
     return np.array([((w[0] << 21) | (w[1] >> 11)) * 2.0**-53 for w in words])
 
 
-# -- weigh, draw ---------------------------------------------------------------------------------------------------------
+# -- weigh, draw -------------------------------------------------------------------------------------------------------
 class Weighed(NamedTuple):
     lse: Array
     lse_psi: Array
@@ -100,7 +100,7 @@ def stratify(uniforms: Array, rank: Array, count: Array) -> Array:
     return np.minimum((rank + uniforms) / count, 1.0 - 2.0**-53)
 
 
-# -- resample ------------------------------------------------------------------------------------------------------------
+# -- resample ----------------------------------------------------------------------------------------------------------
 class Resampled(NamedTuple):
     ancestors: Array
     counts: Array
@@ -204,7 +204,7 @@ def ess_log_mean(log_weights) -> tuple[float, float]:
     return float(w.sum() ** 2 / (w**2).sum()), float(top + math.log(w.mean()))
 
 
-# -- reindex -------------------------------------------------------------------------------------------------------------
+# -- reindex -----------------------------------------------------------------------------------------------------------
 def reindex(table, ancestors, *, n_shared, tail, caches, spans=None, active=None) -> int:
     """In place, on arrays; blocks of `caches` are copied byte by byte within `spans`."""
     copied = 0

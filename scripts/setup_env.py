@@ -4,7 +4,7 @@
 
 Needs a Python 3.11 to 3.14 and a C++ compiler; no active environment. What was done is kept as two hashes in
 .venv/fastsmc-stamp.json: a run with nothing changed ends at once, one with a changed csrc/ only rebuilds the extension,
-one with changed requirements runs pip again. An installation that was cut short starts over.
+one with changed requirements runs pip again. A first installation that was cut short starts over.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ EXTRAS = ("model", "test")
 
 def main() -> None:
     if not (3, 11) <= sys.version_info[:2] <= (3, 14):
-        sys.exit(f"setup: Python {sys.version.split()[0]}: vLLM {VLLM} needs 3.11 to 3.14; try make PYTHON=python3.12 …")
+        sys.exit(f"setup: Python {sys.version.split()[0]}: vLLM {VLLM} needs 3.11 to 3.14; see PYTHON in Makefile")
     if importlib.util.find_spec("ensurepip") is None:
         sys.exit("setup: this Python has no ensurepip; on Debian and Ubuntu: apt-get install python3-venv python3-dev")
     begin = time.monotonic()
@@ -47,12 +47,13 @@ def main() -> None:
     build = digest([ROOT / "setup.py", *sorted(p for p in (ROOT / "csrc").rglob("*") if p.is_file())], env)
 
     if stamp.get("env") != env:
-        if stamp.get("root") != str(ROOT):
+        venv = f"{vllm} in {ROOT}"  # the two builds of vLLM cannot share an environment, nor can one be moved
+        if stamp.get("venv") != venv:
             say(f"making {VENV.name} with Python {sys.version.split()[0]}")
             STAMP.unlink(missing_ok=True)
             run(sys.executable, "-m", "venv", "--clear", VENV)
         install(vllm)
-        stamp = {"root": str(ROOT), "env": env}
+        stamp = {"venv": venv, "env": env}
         write_stamp(stamp)
     if stamp.get("build") != build or not any((ROOT / "fastsmc").glob("_C.*.so")):
         say("building fastsmc")

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _LOW32 = 0xFFFFFFFF
 
 
-# -- uniforms ------------------------------------------------------------------------------------------------------------
+# -- uniforms ----------------------------------------------------------------------------------------------------------
 def uniforms(n: int, seed: int, group: int, step: int, stream: int, device: torch.device) -> Tensor:
     """Philox on int64 tensors that hold 32-bit words; products wrap modulo 2^64, which is what is wanted."""
     c0 = torch.arange(n, dtype=torch.int64, device=device)
@@ -35,19 +35,21 @@ def uniforms(n: int, seed: int, group: int, step: int, stream: int, device: torc
     return ((c0 << 21) | (c1 >> 11)).double() * 2.0**-53
 
 
-# -- weigh, draw ---------------------------------------------------------------------------------------------------------
+# -- weigh, draw -------------------------------------------------------------------------------------------------------
 def _gather(matrix: Tensor, rows: Tensor | None) -> Tensor:
     return (matrix if rows is None else matrix[rows]).float()
 
 
 def _tile_sums(x: Tensor, tile: int) -> tuple[Tensor, Tensor]:
-    """(R, K) float64 sums of exp(x − max) and (R,) float32 max; NaN rows have sums and max NaN."""
-    n_rows, vocab = x.shape
-    top = x.amax(1)  # NaN wins, and +inf makes NaN below
-    shifted = x - torch.where(top == -math.inf, 0.0, top)[:, None]
-    n_tiles = -(-vocab // tile)
-    exps = torch.nn.functional.pad(shifted.exp_(), (0, n_tiles * tile - vocab))
-    mass = exps.view(n_rows, n_tiles, tile).sum(2, dtype=torch.float64)
+    """(R, K) float64 sums of exp(x − max) and (R,) float32 max; rows with NaN or +inf have sums and max NaN.
+
+    Tiles are summed relative to their own maximum, so that those far below the row's keep their mass.
+    """
+    x = torch.nn.functional.pad(x, (0, -x.shape[1] % tile), value=-math.inf).unflatten(1, (-1, tile))
+    tops = x.amax(2)  # NaN wins; +inf makes NaN below
+    top = tops.amax(1)
+    sums = (x - torch.where(tops == -math.inf, 0.0, tops)[:, :, None]).exp_().sum(2, dtype=torch.float64)
+    mass = sums * (tops.double() - torch.where(top == -math.inf, 0.0, top)[:, None]).exp()
     bad = mass.isnan().any(1)
     return torch.where(bad[:, None], math.nan, mass), torch.where(bad, math.nan, top)
 
@@ -101,7 +103,7 @@ def _invert_cdf(mass: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     return k.squeeze(1), fraction.squeeze(1).clamp_(0.0, 1.0)
 
 
-# -- resample ------------------------------------------------------------------------------------------------------------
+# -- resample ----------------------------------------------------------------------------------------------------------
 def _scale_uniform(u: Tensor, total: Tensor) -> Tensor:
     """floor(u · total), exactly, total <= 2^62: a 53 by 62 bit product in limbs that fit int64."""
     u = (u * 2.0**53).long()
@@ -199,7 +201,7 @@ def ess_log_mean(log_weights: Tensor) -> tuple[float, float]:
     return ess, log_mean
 
 
-# -- reindex -------------------------------------------------------------------------------------------------------------
+# -- reindex -----------------------------------------------------------------------------------------------------------
 def reindex(
     table: Tensor,
     ancestors: Tensor,

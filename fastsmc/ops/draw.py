@@ -16,9 +16,9 @@ from fastsmc.ops import _torch
 from fastsmc.ops._tensors import (
     check_index,
     check_matrices,
+    check_temperature,
     check_uniforms,
     check_vector,
-    check_temperature,
     pick_backend,
 )
 from fastsmc.ops.weigh import TILE, Weighed
@@ -80,8 +80,8 @@ def draw(
     tokens = torch.empty(n, dtype=torch.int64)
     log_prob, log_psi_drawn = torch.empty(n, dtype=torch.float64), torch.empty(n, dtype=torch.float64)
     _C.draw(
-        *m.arguments(), vocab, temperature, lse.data_ptr(), tile_mass.data_ptr(), rows.data_ptr(), uniforms.data_ptr(), n,
-        tokens.data_ptr(), log_prob.data_ptr(), log_psi_drawn.data_ptr(),
+        *m.arguments(), vocab, temperature, lse.data_ptr(), tile_mass.data_ptr(), rows.data_ptr(), uniforms.data_ptr(),
+        n, tokens.data_ptr(), log_prob.data_ptr(), log_psi_drawn.data_ptr(),
     )  # fmt: skip
     return Drawn(tokens, log_prob, log_psi_drawn)
 

@@ -26,8 +26,9 @@ def reindex(
 ) -> int:
     """Makes each moved row i (ancestors[i] != i) a copy of its parent a = ancestors[i], in place.
 
-    table[i, :n_shared] = table[a, :n_shared]; and where active[a], block table[a, tail] of every cache is copied to block
-    table[i, tail]: its used bytes only, when `spans` says which. Survivors are never written, moved rows never read.
+    table[i, :n_shared] = table[a, :n_shared]; and where active[a], block table[a, tail] of every cache is copied to
+    block table[i, tail]: its used bytes only, when `spans` says which. Survivors are never written, moved rows never
+    read.
 
     Args:
         table: (N, C) int32, rows of block ids, unit column stride.

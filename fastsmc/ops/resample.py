@@ -1,7 +1,7 @@
 """resample: offspring counts and ancestors from log weights; arithmetic in csrc/include/fastsmc/resample.cuh.
 
-Every scheme has E[counts_i] = N W_i, computed on weights in 64-bit fixed point, so that counts are the same whatever the
-order of the sums: W_i is exact up to 2^-41 of the largest weight.
+Every scheme has E[counts_i] = N W_i, computed on weights in 64-bit fixed point, so that counts are the same whatever
+the order of the sums: W_i is exact up to 2^-41 of the largest weight.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ def resample(
         return Resampled(*_torch.resample(log_weights, uniforms, scheme, order))
     ancestors, counts, rank = (torch.empty(n, dtype=torch.int64) for _ in range(3))
     _C.resample(
-        log_weights.data_ptr(), uniforms.data_ptr(), n, scheme, order == "sorted", ancestors.data_ptr(), counts.data_ptr(),
-        rank.data_ptr(),
+        log_weights.data_ptr(), uniforms.data_ptr(), n, scheme, order == "sorted", ancestors.data_ptr(), 
+        counts.data_ptr(), rank.data_ptr(),
     )  # fmt: skip
     return Resampled(ancestors, counts, rank)
 

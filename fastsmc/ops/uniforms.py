@@ -28,7 +28,8 @@ def uniforms(
     Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
     """
     for name, value, high in (
-        ("n", n, 2**32 + 1), ("seed", seed, 2**64), ("group", group, 2**32), ("step", step, 2**32), ("stream", stream, 2**32)
+        ("n", n, 2**32 + 1), ("seed", seed, 2**64), ("group", group, 2**32), ("step", step, 2**32),
+        ("stream", stream, 2**32),
     ):  # fmt: skip
         if not 0 <= value < high:
             raise ValueError(f"{name}={value!r}: must be an integer in [0, {high})")

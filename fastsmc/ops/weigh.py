@@ -70,6 +70,7 @@ def weigh(
     tile_mass = torch.empty(m.n_rows, -(-vocab // TILE), dtype=torch.float64)
     max_psi = torch.empty(m.n_rows, dtype=torch.float32)
     _C.weigh(
-        *m.arguments(), m.n_rows, vocab, temperature, lse.data_ptr(), lse_psi.data_ptr(), tile_mass.data_ptr(), max_psi.data_ptr()
+        *m.arguments(), m.n_rows, vocab, temperature, lse.data_ptr(), lse_psi.data_ptr(), tile_mass.data_ptr(),
+        max_psi.data_ptr(),
     )  # fmt: skip
     return Weighed(lse, lse_psi, tile_mass, max_psi)

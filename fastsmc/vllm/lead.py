@@ -11,6 +11,7 @@ import dataclasses
 import json
 from typing import Any
 
+from fastsmc import potentials
 from fastsmc.params import LEAD_KEY, PREFIX, SMCParams
 
 #: fields of SamplingParams that would change p0 or the output in ways a group does not know: name → accepted values
@@ -33,7 +34,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "repetition_detection": (None,),
 }
 
-#: prefix of the names under which potential objects of an offline engine are kept in its workers
+#: prefix of the names under which potential objects of an offline engine are kept in its workers: object:ID:LOOKAHEAD
 OBJECT = "object:"
 
 
@@ -108,6 +109,18 @@ class Lead:
         except (TypeError, ValueError):
             raise ValueError(f"smc_potential_args={args!r}: must be a JSON object") from None
         return cls(params, potential, args, bool(extra.get(PREFIX + "return_population", False)))
+
+    def lookahead(self) -> int:
+        """Tokens beyond a particle's end that its potential scores, known from name and arguments alone.
+
+        Raises:
+            ValueError: no potential is registered under that name, or it refuses the arguments.
+        """
+        if self.potential is None:
+            return 0
+        if self.potential.startswith(OBJECT):
+            return int(self.potential.rpartition(":")[2])
+        return potentials.resolve(self.potential, json.loads(self.potential_args)).lookahead
 
 
 def check_fits(params: SMCParams, prompt_len: int, lookahead: int, limits: Limits) -> None:

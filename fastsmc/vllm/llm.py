@@ -230,13 +230,11 @@ class LLM(vllm.LLM):
             prompt = self.get_tokenizer().encode(prompt)
         if not _is_token_ids(prompt) or not len(prompt):
             raise ValueError(f"prompt={prompt!r}: must be a text or a list of at least one token id")
-        return {"prompt_token_ids": [int(token) for token in prompt]}
+        return self.renderer.render_cmpl([{"prompt_token_ids": [int(token) for token in prompt]}])[0]
 
     def _check_lead(self, sampling_params: SamplingParams, prompt_len: int = 1) -> None:
         lead = Lead.parse(sampling_params)
-        name = lead.potential or ""
-        lookahead = int(name.rsplit(":", 1)[1]) if name.startswith(OBJECT) else 0
-        check_fits(lead.params, prompt_len, lookahead, Limits.of(self.llm_engine.vllm_config))
+        check_fits(lead.params, prompt_len, lead.lookahead(), Limits.of(self.llm_engine.vllm_config))
 
     def _run_leads(
         self, inputs: list[dict[str, Any]], leads: list[SamplingParams], params: SMCParams, use_tqdm: bool

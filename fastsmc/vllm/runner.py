@@ -265,7 +265,7 @@ class ParticleRunner:
         for _ in range(part.steps):
             if group.done:
                 break
-            result.need = paging.need(~group.finished)
+            result.need = paging.need(group.readers)
             if result.need:
                 break
             paging.open_columns()

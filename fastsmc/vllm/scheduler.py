@@ -26,10 +26,8 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.request import Request, RequestStatus
 
-from fastsmc import potentials
 from fastsmc.vllm import compat
 from fastsmc.vllm.lead import (
-    OBJECT,
     GroupResult,
     GroupStart,
     GroupTick,
@@ -88,11 +86,12 @@ class _SMCMixin:
             group.lead = Lead.parse(request.sampling_params)
             if not request.prompt_token_ids:
                 raise ValueError("prompt: a group of particles needs at least one prompt token")
-            name = group.lead.potential
-            group.lookahead = _lookahead(group.lead)
-            if name is not None and name.startswith(OBJECT):
-                group.lookahead = int(name.rsplit(":", 1)[1])
+            group.lookahead = group.lead.lookahead()
             check_fits(group.lead.params, request.num_prompt_tokens, group.lookahead, self._limits)
+            # The seed is the group's. For the token that stock sampling draws at prefill, and that is dropped, it would
+            # make a generator, which vLLM's CPU runner cannot rewind in a chunked prefill.
+            request.sampling_params = request.sampling_params.clone()
+            request.sampling_params.seed = None
         except ValueError as error:
             group.phase, group.error = "failed", str(error)
 
@@ -309,15 +308,6 @@ class _SMCMixin:
             group.epoch += 1
             group.phase = "queued"
         super()._preempt_request(request, *args, **kwargs)
-
-
-def _lookahead(lead: Lead) -> int:
-    """Lookahead of a registered potential, known from its name and arguments alone."""
-    if lead.potential is None or lead.potential.startswith(OBJECT):
-        return 0
-    import json
-
-    return potentials.resolve(lead.potential, json.loads(lead.potential_args)).lookahead
 
 
 class SMCScheduler(_SMCMixin, Scheduler):

@@ -39,7 +39,8 @@ FASTSMC_HD inline void share_row(int32_t* table, int64_t stride, int64_t parent,
   memcpy(table + row * stride, table + parent * stride, sizeof(int32_t) * n_shared);
 }
 
-FASTSMC_HD inline void copy_block(const BlockCache& cache, int64_t from, int64_t to, const Span* spans, int64_t n_spans) {
+FASTSMC_HD inline void copy_block(const BlockCache& cache, int64_t from, int64_t to, const Span* spans,
+                                 int64_t n_spans) {
   for (int64_t s = 0; s < n_spans; ++s)
     memcpy(cache.base + to * cache.stride + spans[s].offset, cache.base + from * cache.stride + spans[s].offset,
            spans[s].size);

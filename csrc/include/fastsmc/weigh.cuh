@@ -4,12 +4,17 @@
 //   lse = log Σ_v exp(z_v)       lse_psi = log Σ_v exp(x_v)    (float64)
 //   tile_mass[k] = Σ_{v in tile k} exp(x_v − max_v x_v)        (float64)
 //
-// A row is read in tiles of kTile tokens. A tile stays in the first-level cache: its maximum is found first, then its
-// exponentials are summed relative to that maximum, in float32 lanes; tiles are joined in float64. `draw` later reads
-// one tile again. Elements are held in units of log 2: powers of two need no range reduction by multiples of log 2, and
-// the conversion is part of the scaling by 1/T.
+// A row is read in tiles of kTile tokens. The scores of a tile are rounded to float32 into a buffer in the first-level
+// cache and their maximum is found; then their exponentials are summed relative to it, in float32 lanes; tiles are
+// joined in float64. `draw` later reads one tile again. Scores are held in units of log 2: powers of two need no range
+// reduction by multiples of log 2, and the conversion is part of the scaling by 1/T. A score beyond ±2.3e38 counts as
+// infinite.
+//
 // −inf is zero mass. NaN or +inf anywhere in a tile makes its sum NaN, without a test per element: exp2_nonpositive
 // passes NaN on, and +inf is its own maximum (inf − inf).
+//
+// Dead end: no buffer, scores computed twice with the subtraction of the maximum fused into the product (fma). It is no
+// faster, and in a tile of −1e9 (masked tokens) scores exceed the rounded maximum by more than exponents hold.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -60,10 +65,10 @@ FASTSMC_HD inline float load(const fp16* p, int64_t i) {
 FASTSMC_HD inline float load(const NoTwist*, int64_t) { return 0.0f; }
 
 // 2^t for t <= 0, below 2 ulp and exactly 1 at 0: 2^round(t) · polynomial(t − round(t)), minimax of degree 5 on ±1/2.
-// Branch-free, so that loops over it vectorise. Below 2^-126.5 the result is 0; NaN gives NaN (hence the product, where an
-// addition to the exponent would do: it could turn NaN into a number).
+// Branch-free, so that loops over it vectorise. Below 2^-126.5 the result is 0; NaN gives NaN (hence the product, where
+// an addition to the exponent would do: it could turn NaN into a number).
 FASTSMC_HD inline float exp2_nonpositive(float t) {
-  const float magic = 12582912.0f + 127.0f;  // 1.5·2^23 rounds to an integer in the low bits, 127 is the exponent's bias
+  const float magic = 12582912.0f + 127.0f;  // 1.5·2^23 rounds to an integer in the low bits; 127: the exponent's bias
   const float c = t < -127.0f ? -127.0f : t;
   const float shifted = c + magic;
   const float f = c - (shifted - magic);
@@ -79,8 +84,8 @@ FASTSMC_HD inline float exp2_nonpositive(float t) {
 // What logits are multiplied by: 1/T, in units of log 2, in which all elements are held.
 FASTSMC_HD inline float logit_scale(double temperature) { return static_cast<float>(1.4426950408889634 / temperature); }
 
-// Scaled scores of n tokens, padded with −inf to kTile: z = logit·scale and x = z + log_psi/log 2; returns their maxima.
-// NaN is left out of a maximum.
+// Scaled scores of n tokens, padded with −inf to kTile: z = logit·scale and x = z + log_psi/log 2 (only with a twist);
+// returns their maxima, without NaN.
 struct TileMax {
   float z, x;
 };
@@ -115,7 +120,7 @@ FASTSMC_HD inline float sum_tile(const float* x, float max) {
 }
 
 // log Σ over tiles. Turns sums[k] (relative to maxima[k], in units of log 2) into masses relative to the row's maximum.
-// No mass: −inf, masses 0, *max −inf. NaN among the sums: NaN, masses 0, *max NaN.
+// No mass: −inf, masses 0, *max −inf. NaN or +inf in the row: NaN, masses 0, *max NaN.
 FASTSMC_HD inline double join_tiles(const float* maxima, double* sums, int64_t n_tiles, float* max) {
   float top = kNegInf;
   bool bad = false;
@@ -132,6 +137,16 @@ FASTSMC_HD inline double join_tiles(const float* maxima, double* sums, int64_t n
   return bad ? __builtin_nan("") : total > 0.0 ? kLog2 * top + log(total) : -__builtin_huge_val();
 }
 
+// Asks for the next tile while this one is summed: hardware prefetchers stop at the end of a page, which a tile of
+// float32 just fills. A prefetch past the end of a row is harmless.
+template <typename T>
+FASTSMC_HD inline void prefetch_tile(const T* p) {
+#ifndef __CUDA_ARCH__
+  const char* bytes = reinterpret_cast<const char*>(p);
+  for (size_t i = 0; i < kTile * sizeof(T); i += 64) __builtin_prefetch(bytes + i);
+#endif
+}
+
 // One row. Scratch, n_tiles each: maxima, and with a twist base_maxima and base_mass. lse_psi = lse without twist.
 template <typename Logit, typename Psi>
 FASTSMC_HD inline void weigh_row(const Logit* logits, const Psi* psi, int64_t vocab, float scale, float* base_maxima,
@@ -144,9 +159,11 @@ FASTSMC_HD inline void weigh_row(const Logit* logits, const Psi* psi, int64_t vo
     const int64_t first = k * kTile;
     const int n = static_cast<int>(vocab - first < kTile ? vocab - first : kTile);
     const TileMax max = load_tile(logits + first, twisted ? psi + first : psi, n, scale, z, x);
+    prefetch_tile(logits + first + kTile);
     maxima[k] = max.x;
     tile_mass[k] = sum_tile(twisted ? x : z, max.x);
     if (twisted) {
+      prefetch_tile(psi + first + kTile);
       base_maxima[k] = max.z;
       base_mass[k] = sum_tile(z, max.z);
     }

@@ -1,0 +1,279 @@
+"""The command line: `fastsmc run`, `fastsmc bench`, `fastsmc info`.
+
+Everything that can be refused is refused before an engine starts, in one line on stderr and with exit status 2; a
+group that fails gives status 1. Nothing heavy is imported before it is needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from fastsmc.params import PROPOSALS, RESAMPLING_SCHEMES, SMCParams
+
+BENCHES = ("ops", "smc")
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with errors of one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    default = SMCParams()
+    parser = _Parser(prog="fastsmc", description="Sequential Monte Carlo with language models, inside vLLM.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{run,bench,info}")
+
+    run = commands.add_parser("run", help="run one group of particles and show its best texts")
+    run.add_argument("--model", default="smollm2", help="name or path, as for vLLM (default: %(default)s)")
+    run.add_argument("--prompt", required=True)
+    run.add_argument("--particles", type=int, default=default.n_particles, metavar="N", help="default: %(default)s")
+    run.add_argument("--max-tokens", type=int, default=default.max_tokens, metavar="T", help="default: %(default)s")
+    run.add_argument("--potential", metavar="NAME", help="a registered potential; `fastsmc info` lists them")
+    run.add_argument("--potential-args", metavar="JSON", default="{}", help='for instance \'{"pattern": "yes|no"}\'')
+    run.add_argument("--temperature", type=float, default=default.temperature, help="default: %(default)s")
+    run.add_argument("--ess-threshold", type=float, default=default.ess_threshold, help="default: %(default)s")
+    run.add_argument("--resampling", choices=RESAMPLING_SCHEMES, default=default.resampling)
+    run.add_argument("--proposal", choices=PROPOSALS, default=default.proposal)
+    run.add_argument("--ignore-eos", action="store_true", help="particles go on past the end-of-sequence token")
+    run.add_argument("--seed", type=int, default=default.seed, help="default: %(default)s")
+    run.add_argument("--best", type=int, default=10, metavar="K", help="texts in the table (default: %(default)s)")
+    run.add_argument("--json", metavar="FILE", help="write everything about the result there")
+    run.add_argument("--save", metavar="FILE", help="write the population there, for Population.load")
+    run.add_argument("--plot", metavar="FILE", help="draw weights there and the genealogy beside it")
+    run.add_argument("--engine-args", metavar="JSON", default="{}", help="further arguments of vllm.LLM")
+    run.set_defaults(call=command_run)
+
+    bench = commands.add_parser("bench", help="run a benchmark of the source tree")
+    bench.add_argument("which", choices=BENCHES)
+    bench.add_argument("--json", metavar="FILE", help="write the result there")
+    bench.set_defaults(call=command_bench)
+
+    info = commands.add_parser("info", help="versions, what is built, devices, registered potentials")
+    info.add_argument("--json", action="store_true", help="as JSON")
+    info.set_defaults(call=command_info)
+    return parser
+
+
+# -- run ---------------------------------------------------------------------------------------------------------------
+def command_run(args: argparse.Namespace) -> int:
+    params = SMCParams(
+        n_particles=args.particles,
+        max_tokens=args.max_tokens,
+        temperature=args.temperature,
+        ess_threshold=args.ess_threshold,
+        resampling=args.resampling,
+        proposal=args.proposal,
+        ignore_eos=args.ignore_eos,
+        seed=args.seed,
+    )
+    if not args.prompt:
+        raise ValueError("--prompt: is empty")
+    if args.best < 0:
+        raise ValueError(f"--best {args.best}: must be at least 0")
+    potential_args = _json_object("--potential-args", args.potential_args)
+    engine_args = _json_object("--engine-args", args.engine_args)
+    for option in ("json", "save", "plot"):
+        _check_writable(f"--{option}", getattr(args, option))
+    plots = _plot_paths(args.plot) if args.plot else None
+    potential = None
+    if args.potential is not None:
+        from fastsmc.potentials import resolve
+
+        potential = resolve(args.potential, potential_args)
+    elif potential_args:
+        raise ValueError("--potential-args: given without --potential")
+
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # read when vLLM is imported
+    from fastsmc import LLM, models
+
+    if params.n_particles > 1024:  # what the engine takes by itself
+        engine_args.setdefault("max_num_seqs", params.n_particles)
+    llm = LLM(models.resolve(args.model), **engine_args)
+    start = time.perf_counter()
+    population = llm.smc(args.prompt, params, potential=potential, use_tqdm=sys.stderr.isatty())
+    seconds = time.perf_counter() - start
+    speed = sum(map(len, population.token_ids)) / seconds
+
+    if args.save:
+        population.save(args.save)
+    if args.json:
+        result = {
+            "model": args.model,
+            "prompt": args.prompt,
+            "potential": args.potential,
+            "potential_args": potential_args,
+            "seconds": seconds,
+            "tokens_per_s": speed,
+            **population.to_dict(),
+        }
+        Path(args.json).write_text(json.dumps(result, allow_nan=False) + "\n")
+    if plots:
+        population.plot_weights(plots[0])
+        population.plot_genealogy(plots[1])
+    print(format_result(population, args.best, seconds, shutil.get_terminal_size().columns))
+    return 0
+
+
+def format_result(population: Any, k: int, seconds: float, width: int) -> str:
+    """The table of the k heaviest texts, and below it log Ẑ, final ESS and tokens/s; lines of at most `width`."""
+    lines = [f"{'weight':>8}  {'log p0':>9}  text"]
+    for text, weight, log_prob in population.best(k):
+        shown = json.dumps(text, ensure_ascii=False)
+        room = max(width - 21, 20)
+        lines.append(f"{weight:8.4f}  {log_prob:9.3f}  {shown if len(shown) <= room else shown[: room - 1] + '…'}")
+    n, tokens = population.n_particles, sum(map(len, population.token_ids))
+    lines.append("")
+    if population.degenerate:
+        lines.append("every particle has weight zero: the potential allows none of them")
+    lines.append(f"log Ẑ {population.log_z:.4f}   ESS {population.final_ess:.1f} of {n}")
+    resamplings = int(population.resampled.sum())
+    lines.append(f"{tokens} tokens in {seconds:.2f} s: {tokens / seconds:.0f} tokens/s, {resamplings} resamplings")
+    return "\n".join(lines)
+
+
+def _json_object(option: str, text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{option}: {text!r} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f'{option}: {text!r} must be a JSON object such as {{"name": 1}}')
+    return value
+
+
+def _check_writable(option: str, path: str | None) -> None:
+    if path is None:
+        return
+    parent = Path(path).resolve().parent
+    if not parent.is_dir():
+        raise ValueError(f"{option} {path}: there is no directory {parent}")
+    if Path(path).is_dir() or not os.access(path if os.path.exists(path) else parent, os.W_OK):
+        raise ValueError(f"{option} {path}: cannot be written")
+
+
+def _plot_paths(path: str) -> tuple[Path, Path]:
+    """`path` (.png unless it has a suffix) for the weights, and the same with '-genealogy' before the suffix."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    weights = Path(path) if Path(path).suffix else Path(path + ".png")
+    if weights.suffix[1:].lower() not in FigureCanvasBase.filetypes:
+        raise ValueError(f"--plot {path}: unknown suffix; known are {', '.join(sorted(FigureCanvasBase.filetypes))}")
+    return weights, weights.with_stem(weights.stem + "-genealogy")
+
+
+# -- bench -------------------------------------------------------------------------------------------------------------
+def command_bench(args: argparse.Namespace) -> int:
+    _check_writable("--json", args.json)
+    import fastsmc
+
+    script = Path(fastsmc.__file__).resolve().parents[1] / "bench" / f"bench_{args.which}.py"
+    if not script.is_file():
+        raise ValueError(
+            f"bench {args.which}: needs the source tree with bench/{script.name}; this fastsmc is installed without it"
+        )
+    spec = importlib.util.spec_from_file_location(f"fastsmc_{script.stem}", script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.run(args.json)
+    return 0
+
+
+# -- info --------------------------------------------------------------------------------------------------------------
+def gather_info() -> dict[str, Any]:
+    """What `fastsmc info` shows, in plain JSON values. Nothing of it needs vLLM or the extension to be there."""
+    import torch
+
+    import fastsmc
+    from fastsmc.potentials import registered
+
+    try:
+        from fastsmc.ops._tensors import BACKENDS
+
+        extension, backends = True, list(BACKENDS)
+    except ImportError:
+        extension, backends = False, []
+    try:
+        from fastsmc.vllm.compat import SUPPORTED, vllm_version
+
+        vllm, supported = vllm_version(), SUPPORTED
+    except ImportError as error:
+        vllm, supported = None, f"unknown: {error}"
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "fastsmc": fastsmc.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "vllm": vllm,
+        "vllm_supported": supported,
+        "extension_built": extension,
+        "backends": backends,
+        "threads": torch.get_num_threads(),  # of the one OpenMP runtime that torch and the extension share
+        "gpus": gpus,
+        "cuda": torch.version.cuda,
+        "potentials": {name: entry.value for name, entry in registered().items()},
+    }
+
+
+def command_info(args: argparse.Namespace) -> int:
+    info = gather_info()
+    if args.json:
+        print(json.dumps(info, indent=1))
+        return 0
+    rows = {
+        "fastsmc": info["fastsmc"],
+        "python": info["python"],
+        "torch": info["torch"] + (f" (CUDA {info['cuda']})" if info["cuda"] else ""),
+        "vllm": f"{info['vllm'] or 'not installed'} (supported: {info['vllm_supported']})",
+        "extension": "built" if info["extension_built"] else "not built: pip install -e . builds it",
+        "backends": ", ".join(info["backends"]) or "none",
+        "threads": f"{info['threads']} (OpenMP)",
+        "gpu": ", ".join(info["gpus"]) or "none",
+        "potentials": ", ".join(info["potentials"]) or "none registered",
+    }
+    for name, value in rows.items():
+        print(f"{name:<11} {value}")
+    return 0
+
+
+# -- errors ------------------------------------------------------------------------------------------------------------
+def _one_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:3]) or type(error).__name__
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; the exit status: 0, 1 (a group failed), 2 (bad input or surroundings)."""
+    args = make_parser().parse_args(argv)
+    call: Callable[[argparse.Namespace], int] = args.call
+    try:
+        return call(args)
+    except BrokenPipeError:  # the reader of our output has left, as in `fastsmc info | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, OSError, ImportError) as error:
+        status, message = 2, _one_line(error)
+    except RuntimeError as error:
+        kinds = {"SMCError": 1, "UnsupportedError": 2}  # by name: their modules may not be importable here
+        if type(error).__name__ not in kinds:
+            raise
+        status, message = kinds[type(error).__name__], _one_line(error)
+    except KeyboardInterrupt:
+        status, message = 130, "interrupted"
+    print(f"fastsmc {args.command}: error: {message}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

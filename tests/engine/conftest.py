@@ -1,0 +1,95 @@
+"""Real vLLM engines over the tiny random Llama, float32. One lives in this process, so that tests can look inside."""
+
+from __future__ import annotations
+
+import os
+from contextlib import contextmanager
+
+import pytest
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+
+from tiny import make_llama  # noqa: E402
+
+VOCAB = 8
+TINY_ARGS = dict(
+    dtype="float32",
+    skip_tokenizer_init=True,
+    enforce_eager=True,
+    max_model_len=512,
+    max_num_seqs=1024,
+    max_num_batched_tokens=1024,
+    kv_cache_memory_bytes=1 << 27,
+    disable_log_stats=True,
+)
+
+
+@contextmanager
+def environment(**values: str):
+    """Environment variables that hold while an engine starts."""
+    old = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in old.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+#: engines live to the end: when one is shut down, vLLM takes the process-wide state of the others with it
+_ENGINES = []
+
+
+def make_engine(path, in_process: bool = True, env: dict[str, str] | None = None, **args):
+    from fastsmc import LLM
+
+    with environment(VLLM_ENABLE_V1_MULTIPROCESSING="0" if in_process else "1", **(env or {})):
+        _ENGINES.append(LLM(str(path), **{**TINY_ARGS, **args}))
+    return _ENGINES[-1]
+
+
+@pytest.fixture(scope="session")
+def tiny_path(tmp_path_factory):
+    return make_llama(tmp_path_factory.mktemp("tiny"), VOCAB)
+
+
+@pytest.fixture(scope="session")
+def engine(tiny_path):
+    """`fastsmc.LLM` with the engine core in this process."""
+    return make_engine(tiny_path)
+
+
+@pytest.fixture(scope="session")
+def small_engine(tiny_path):
+    """40 KV blocks and 64 rows."""
+    return make_engine(tiny_path, num_gpu_blocks_override=41, max_num_seqs=64)
+
+
+@pytest.fixture(scope="session")
+def process_engine(tiny_path):
+    """The engine core in its own process, vLLM's default; prompts longer than 64 tokens are prefilled in chunks."""
+    return make_engine(
+        tiny_path, in_process=False, max_num_batched_tokens=64, max_num_seqs=32, enable_chunked_prefill=True
+    )
+
+
+@pytest.fixture(scope="session")
+def scheduler(engine):
+    return engine.llm_engine.engine_core.engine_core.scheduler
+
+
+@pytest.fixture(scope="session")
+def runner(engine):
+    return engine.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.smc_runner
+
+
+@pytest.fixture
+def all_blocks_back(scheduler):
+    """After the test every KV block is free again, and nothing of a group is left."""
+    free = scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+    yield
+    assert scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == free
+    assert not scheduler._groups and not scheduler.running and not scheduler.waiting

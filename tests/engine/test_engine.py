@@ -1,0 +1,376 @@
+"""The particle runner inside vLLM: exact log-probs, paging, neighbours, ends of every kind."""
+
+import numpy as np
+import pytest
+import torch
+from tiny import PROMPT, TableTwist, hf_log_probs, value_table
+from vllm import SamplingParams
+
+from fastsmc import Potential, SMCError, SMCParams
+from fastsmc.potentials import Infill
+
+from .conftest import VOCAB
+
+POTENTIAL = TableTwist(3 * value_table(100, VOCAB))
+#: multinomial moves rows even when the weights are nearly equal
+EVERY_STEP = SMCParams(n_particles=16, max_tokens=72, ess_threshold=1.0, resampling="multinomial", seed=3)
+def same(a, b):
+    """Two populations are the same, up to float32 rounding of the weights."""
+    assert a.token_ids == b.token_ids
+    assert np.array_equal(a.ancestors, b.ancestors) and np.array_equal(a.resampled, b.resampled)
+    assert np.allclose(a.log_weights, b.log_weights, atol=1e-4)
+    assert np.allclose(a.log_probs, b.log_probs, atol=1e-4)
+
+
+def check_log_probs(path, prompt, population, temperature=1.0):
+    for i, want in enumerate(hf_log_probs(path, prompt, population.token_ids, temperature)):
+        got = population.token_log_probs[i][: len(want)]
+        assert np.abs(got - want).max() <= 5e-4
+
+
+def prompt_of(length, shift=0):
+    return [(3 * i + i // 7 + shift) % VOCAB for i in range(length)]
+
+
+# ------------------------------------------------------------------------------------------------ exact log-probs
+@pytest.mark.parametrize("length", [1, 25, 31, 32, 33, 64])
+def test_log_probs_equal_a_full_recompute(engine, tiny_path, all_blocks_back, length):
+    """72 steps over several block boundaries, resampling at every step, whatever the prompt's place in its block."""
+    prompt = prompt_of(length)
+    population = engine.smc(prompt, EVERY_STEP, POTENTIAL)
+    assert population.resampled[1:].all() and len(np.unique(population.ancestors[-1])) < 14
+    check_log_probs(tiny_path, prompt, population)
+
+
+def test_base_proposal_and_temperature(engine, tiny_path, all_blocks_back):
+    params = SMCParams(n_particles=16, max_tokens=40, ess_threshold=1.0, proposal="base", temperature=0.7)
+    population = engine.smc(PROMPT, params, POTENTIAL)
+    check_log_probs(tiny_path, PROMPT, population, 0.7)
+
+
+def test_beside_other_groups_and_ordinary_requests(engine, tiny_path, all_blocks_back):
+    """A mixed batch: every group right, the ordinary requests' tokens those that they have alone."""
+    ordinary = [
+        SamplingParams(max_tokens=50, temperature=1.0, seed=5, ignore_eos=True),
+        SamplingParams(max_tokens=60, temperature=0.0),
+        SamplingParams(max_tokens=20, temperature=1.0, seed=6, n=3),
+    ]
+    prompts = [{"prompt_token_ids": prompt_of(40)}, {"prompt_token_ids": PROMPT}, {"prompt_token_ids": prompt_of(70)}]
+    alone = engine.generate(prompts, ordinary, use_tqdm=False)
+    single = [engine.smc(prompt_of(40), EVERY_STEP, POTENTIAL), engine.smc(PROMPT, EVERY_STEP, POTENTIAL)]
+    name = engine.register_potential(POTENTIAL)
+    leads = [engine.lead_params(EVERY_STEP, name, return_population=True) for _ in range(2)]
+    outputs = engine.generate(
+        [prompts[0], prompts[0], prompts[1], prompts[1], prompts[2]],
+        [leads[0], ordinary[0], leads[1], ordinary[1], ordinary[2]],
+        use_tqdm=False,
+    )
+    engine.drop_potential(name)
+    for a, b in zip([outputs[1], outputs[3], outputs[4]], alone, strict=True):
+        assert [o.token_ids for o in a.outputs] == [o.token_ids for o in b.outputs]
+    for output, want, prompt in zip([outputs[0], outputs[2]], single, [prompt_of(40), PROMPT], strict=True):
+        population = engine.population(output)
+        same(population, want)
+        check_log_probs(tiny_path, prompt, population)
+        assert list(output.outputs[0].token_ids) in population.token_ids
+
+
+def test_early_ends(engine, tiny_path, all_blocks_back):
+    """Particles that stop keep their weight, draw no more and leave the forward pass."""
+    params = SMCParams(n_particles=32, max_tokens=60, ess_threshold=0.9, stop_token_ids=[5], seed=1)
+    population = engine.smc(PROMPT, params, POTENTIAL)
+    lengths = [len(t) for t in population.token_ids]
+    assert min(lengths) < 30
+    for tokens in population.token_ids:
+        assert 5 not in tokens[:-1] and (tokens[-1] == 5 or len(tokens) == 60)
+    check_log_probs(tiny_path, PROMPT, population)
+    rows = population.tokens
+    assert (rows[-1] < 0).any() or len(rows) < 60
+
+
+# --------------------------------------------------------------------------------------------------------- paging
+@pytest.mark.parametrize("stop", [None, [5]])
+def test_live_blocks_equal_those_of_the_ancestry(engine, runner, all_blocks_back, monkeypatch, stop):
+    """At every step: blocks in use = distinct (ancestor, full block) pairs of active rows + one tail a row."""
+    from fastsmc.group import Group
+
+    seen = []
+    original = Group.step
+
+    def step(group):
+        original(group)
+        paging, size = group.model.paging, group.model.paging.block_size
+        rows, writers = np.arange(group.n), []
+        known = [a.numpy() for a in group._ancestors]
+        if len(known) > len(group._tokens):  # base: resampled for the step to come
+            rows = known[-1]
+        for t in reversed(range(len(group._tokens))):
+            writers.append(rows)  # row that drew token t of each row's history
+            rows = known[t][rows]
+        writers = np.array(writers[::-1]).T  # (N, t)
+        prompt_len, active = len(group.prompt), (~group.finished).numpy()
+        pairs = set()
+        for column in range(prompt_len // size, min(paging.position // size, paging.n_open)):
+            written = writers[:, : (column + 1) * size - prompt_len]
+            pairs |= {(column, tuple(w)) for w in written[active]}
+        private = max(0, paging.n_open - paging.position // size)
+        assert len(paging.live(group.readers)) == len(pairs) + private * group.n
+        assert set(paging.live(group.readers).tolist()) <= paging.owned
+        seen.append(len(pairs))
+
+    monkeypatch.setattr(Group, "step", step)
+    for proposal in ("twisted", "base"):
+        for threshold in (0.5, 1.0):
+            params = SMCParams(
+                n_particles=24, max_tokens=100, ess_threshold=threshold, proposal=proposal, stop_token_ids=stop, seed=9
+            )
+            engine.smc(prompt_of(40), params, POTENTIAL)
+    assert max(seen) > (0 if stop else 3)
+
+
+def test_capacity_is_refused_or_ended_clearly(small_engine):
+    """A group that cannot fit is refused before it runs; one that outgrows the cache ends with an error, alone."""
+    small = small_engine
+    pool = small.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
+    free = pool.get_num_free_blocks()
+    with pytest.raises(ValueError, match="n_particles=60.*KV blocks"):
+        small.smc(PROMPT, SMCParams(n_particles=60, max_tokens=8))
+    with pytest.raises(ValueError, match="never resampling"):
+        small.smc(PROMPT, SMCParams(n_particles=16, max_tokens=100, ess_threshold=0.0), POTENTIAL)
+    with pytest.raises(SMCError, match="KV cache is full"):
+        small.smc(PROMPT, SMCParams(n_particles=16, max_tokens=100, ess_threshold=0.01), POTENTIAL)
+    assert pool.get_num_free_blocks() == free
+    # one of two waits until the other is done
+    params = SMCParams(n_particles=12, max_tokens=60, ess_threshold=0.01)
+    assert len(small.smc([PROMPT, PROMPT], params, POTENTIAL)) == 2
+    # two that both wait for more than there is: the younger ends, the other finishes
+    params = SMCParams(n_particles=9, max_tokens=100, ess_threshold=0.01)
+    with pytest.raises(SMCError, match="prompt 1: .*KV cache is full") as caught:
+        small.smc([PROMPT, PROMPT], params, POTENTIAL)
+    assert caught.value.populations[0] is not None and caught.value.populations[1] is None
+    assert pool.get_num_free_blocks() == free
+    # more groups than rows: they queue
+    populations = small.smc([PROMPT] * 9, SMCParams(n_particles=16, max_tokens=8), POTENTIAL)
+    assert len(populations) == 9 and pool.get_num_free_blocks() == free
+
+
+# ----------------------------------------------------------------------------------------------- ends of every kind
+def test_abort(engine, scheduler, all_blocks_back):
+    """Aborted in the queue, in its prefill and while it runs; others finish."""
+    ordinary = engine.enqueue(
+        {"prompt_token_ids": PROMPT}, SamplingParams(max_tokens=40, temperature=0.0), use_tqdm=False
+    )
+    core = engine.llm_engine
+    for n_steps in (0, 1, 3, 6):
+        request_id = str(next(engine.request_counter))
+        core.add_request(request_id, engine._prompt(prompt_of(50)), engine.lead_params(EVERY_STEP))
+        for _ in range(n_steps):
+            core.step()
+        core.abort_request([request_id])
+    outputs = engine.wait_for_completion(use_tqdm=False)
+    assert len(ordinary) == 1 and len(outputs) == 1 and len(outputs[0].outputs[0].token_ids) == 40
+
+
+def test_reset_restarts_running_groups(engine, scheduler, all_blocks_back):
+    """A reset of the prefix cache preempts a running group; it starts again and gives the same population."""
+    want = engine.smc(prompt_of(50), EVERY_STEP, POTENTIAL)
+    name = engine.register_potential(POTENTIAL)
+    request_id = str(next(engine.request_counter))
+    lead = engine.lead_params(EVERY_STEP, name, return_population=True)
+    engine.llm_engine.add_request(request_id, engine._prompt(prompt_of(50)), lead)
+    for _ in range(5):
+        engine.llm_engine.step()
+    assert any(group.started for group in scheduler._groups.values())
+    assert scheduler.reset_prefix_cache(reset_running_requests=True)
+    outputs = []
+    while engine.llm_engine.has_unfinished_requests():
+        outputs += engine.llm_engine.step()
+    engine.drop_potential(name)
+    same(engine.population(outputs[-1]), want)
+
+
+class Broken(Potential):
+    """Fails at step 3 in a way of its own."""
+
+    def __init__(self, how):
+        self.how = how
+
+    def prefix(self, state):
+        n = len(state.finished)
+        scores = torch.zeros(n, dtype=torch.float64)
+        if state.step == 3:
+            if self.how == "raises":
+                raise KeyError("no such key")
+            if self.how == "exits":
+                raise SystemExit(3)
+            if self.how == "nan":
+                scores[2] = float("nan")
+            if self.how == "+inf":
+                scores[1] = float("inf")
+            if self.how == "shape":
+                return torch.zeros(n + 1)
+            if self.how == "list":
+                return [0.0] * n
+            if self.how == "in place":  # scribbles over what it was given: must not reach the engine
+                state.lengths += 100
+                state.finished[:] = True
+        return scores
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("raises", "Broken.prefix at step 2.*KeyError.*no such key"),
+        ("exits", "SystemExit"),
+        ("nan", "particle 2 got nan"),
+        ("+inf", "particle 1 got inf"),
+        ("shape", r"returned \(17,\)"),
+        ("list", "returned list"),
+    ],
+)
+def test_a_broken_potential_ends_its_own_group_alone(engine, all_blocks_back, how, message):
+    good, bad = POTENTIAL, Broken(how)
+    with pytest.raises(SMCError, match=message) as caught:
+        engine.smc([PROMPT, PROMPT, prompt_of(9)], EVERY_STEP, [good, bad, good])
+    first, second, third = caught.value.populations
+    assert second is None
+    same(first, engine.smc(PROMPT, EVERY_STEP, good))
+    assert third.n_particles == 16
+
+
+def test_scribbling_on_the_state_is_harmless(engine, all_blocks_back):
+    params = SMCParams(n_particles=16, max_tokens=10)
+    same(engine.smc(PROMPT, params, Broken("in place")), engine.smc(PROMPT, params, Broken("nothing")))
+
+
+class BrokenTwist(TableTwist):
+    def __init__(self, how):
+        super().__init__(value_table(100, VOCAB))
+        self.how = how
+
+    def setup(self, engine):
+        if self.how == "setup":
+            raise OSError("no such file")
+
+    def logw_next(self, state):
+        n = len(state.finished)
+        if state.step < 2:
+            return super().logw_next(state)
+        bad = torch.zeros((n, VOCAB))
+        if self.how == "nan":
+            bad[4, 1] = float("nan")
+        if self.how == "shape":
+            bad = bad[:, 1:]
+        if self.how == "int":
+            bad = bad.long()
+        if self.how == "none":
+            return None
+        return bad
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("setup", "BrokenTwist.setup.*no such file"),
+        ("nan", "logw_next at step 2: particle 4"),
+        ("shape", r"returned \(16, 7\)"),
+        ("int", "int64"),
+        ("none", "returned None after"),
+    ],
+)
+def test_a_broken_twist(engine, all_blocks_back, how, message):
+    with pytest.raises(SMCError, match=message):
+        engine.smc(PROMPT, EVERY_STEP, BrokenTwist(how))
+
+
+class Impossible(Potential):
+    """Every sequence has weight zero from step 4 on."""
+
+    def prefix(self, state):
+        worth = 0.0 if state.step < 4 else -float("inf")
+        return torch.full((len(state.finished),), worth, dtype=torch.float64)
+
+
+def test_no_weight_left(engine, all_blocks_back):
+    """log Z = −inf, ESS 0, no NaN, no crash; a client that wanted a sample gets an error."""
+    population = engine.smc(PROMPT, EVERY_STEP, Impossible())
+    assert population.log_z == -np.inf and population.degenerate and population.ess[-1] == 0.0
+    assert not np.isnan(population.log_weights).any() and not np.isnan(population.weights).any()
+    with pytest.raises(ValueError):
+        population.sample(1)
+    name = engine.register_potential(Impossible())
+    output = engine.generate({"prompt_token_ids": PROMPT}, engine.lead_params(EVERY_STEP, name), use_tqdm=False)[0]
+    engine.drop_potential(name)
+    assert output.outputs[0].finish_reason == "error"
+    assert "weight zero" in output.kv_transfer_params["smc"]["error"]
+
+
+# ------------------------------------------------------------------------------------------------------ bad input
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(n=2), "n=2"),
+        (dict(top_p=0.9), "top_p=0.9"),
+        (dict(top_k=5), "top_k=5"),
+        (dict(temperature=0.0), "temperature=0.0"),
+        (dict(logprobs=1), "logprobs=1"),
+        (dict(min_tokens=3), "min_tokens=3"),
+        (dict(extra_args={"smc_n_particles": 0}), "n_particles=0"),
+        (dict(extra_args={"smc_n_particles": 5000}), "n_particles=5000.*max_num_seqs"),
+        (dict(extra_args={"smc_n_particles": 4, "smc_sampler": "x"}), "smc_sampler"),
+        (dict(extra_args={"smc_resampling": "systematic"}), "smc_n_particles is missing"),
+        (dict(extra_args={"smc_n_particles": 4, "smc_resampling": "best"}), "resampling='best'"),
+        (dict(extra_args={"smc_n_particles": 4, "smc_potential": "nobody"}), "nobody"),
+        (dict(extra_args={"smc_n_particles": 4, "smc_potential_args": "["}), "smc_potential_args"),
+        (dict(max_tokens=5000), "max_model_len"),
+    ],
+)
+def test_bad_leads_are_refused(engine, all_blocks_back, change, message):
+    """By the user face with a ValueError; by the scheduler, as HTTP clients meet it, with an error and no harm."""
+    import re
+
+    params = SamplingParams(**{**dict(max_tokens=8, extra_args={"smc_n_particles": 4}), **change})
+    core = engine.llm_engine
+    request_id = str(next(engine.request_counter))
+    if "n" not in change:  # vLLM itself splits n > 1 into several requests
+        core.add_request(request_id, engine._prompt(PROMPT), params)
+        outputs = []
+        while core.has_unfinished_requests():
+            outputs += core.step()
+        final = outputs[-1]
+        assert final.outputs[0].finish_reason == "error"
+        assert re.search(message, final.kv_transfer_params["smc"]["error"])
+    with pytest.raises(ValueError, match=message):
+        engine.generate({"prompt_token_ids": PROMPT}, params, use_tqdm=False)
+
+
+def test_bad_arguments_of_smc(engine, all_blocks_back):
+    with pytest.raises(ValueError, match="prompt=''|no tokenizer"):
+        engine.smc("")
+    with pytest.raises(ValueError, match="token id"):
+        engine.smc([[]])
+    with pytest.raises(ValueError, match="params="):
+        engine.smc(PROMPT, {"n_particles": 3})
+    with pytest.raises(ValueError, match="an instance"):
+        engine.smc(PROMPT, SMCParams(), TableTwist)
+    with pytest.raises(ValueError, match="1 potentials for 2 prompts"):
+        engine.smc([PROMPT, PROMPT], SMCParams(), [POTENTIAL])
+    with pytest.raises(ValueError, match="max_num_seqs"):
+        engine.smc(PROMPT, SMCParams(n_particles=2000))
+
+
+# ------------------------------------------------------------------------------------------------- the engine scores
+@pytest.mark.parametrize("every_step", [False, True])
+@pytest.mark.parametrize("continuation", [[2], [1, 4, 6], list(range(8)) * 5])
+def test_infilling_scores_equal_a_full_recompute(engine, tiny_path, all_blocks_back, continuation, every_step):
+    """φ = p0(continuation | s) by the engine's own KV cache; the final weights are φ itself when nothing resamples."""
+    params = SMCParams(n_particles=8, max_tokens=30, ess_threshold=0.0, stop_token_ids=[5], seed=4, temperature=0.8)
+    prompt = prompt_of(20)
+    population = engine.smc(prompt, params, Infill(continuation, every_step=every_step))
+    check_log_probs(tiny_path, prompt, population, 0.8)
+    whole = [tokens + continuation for tokens in population.token_ids]
+    for i, scores in enumerate(hf_log_probs(tiny_path, prompt, whole, 0.8)):
+        assert abs(scores[-len(continuation) :].sum() - population.log_weights[i]) <= 5e-4 * len(continuation)
+    resampled = SMCParams(n_particles=8, max_tokens=30, ess_threshold=1.0, stop_token_ids=[5], seed=4, temperature=0.8)
+    population = engine.smc(prompt, resampled, Infill(continuation, every_step=every_step))
+    check_log_probs(tiny_path, prompt, population, 0.8)

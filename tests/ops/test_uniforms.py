@@ -1,0 +1,79 @@
+"""uniforms against the published Philox vectors and the reference; counters, range and distribution."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from fastsmc import ops, reference
+
+BACKENDS = ("cpu", "torch")
+KEYS = [
+    {"seed": 0, "group": 0, "step": 0, "stream": 0},
+    {"seed": 1, "group": 0, "step": 0, "stream": 0},
+    {"seed": 2**64 - 1, "group": 2**32 - 1, "step": 2**32 - 1, "stream": 2**32 - 1},
+    {"seed": 2**63 + 12345, "group": 7, "step": 123456, "stream": 3},
+]
+
+
+def test_philox_known_answers():
+    """Vectors of the Random123 distribution (kat_vectors)."""
+    ones = 2**32 - 1
+    assert reference.philox4x32_10((0,) * 4, (0, 0)) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    assert reference.philox4x32_10((ones,) * 4, (ones,) * 2) == [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
+    assert reference.philox4x32_10((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0)) == [
+        0xD16CFE09,
+        0x94FDCCEB,
+        0x5001E420,
+        0x24126EA1,
+    ]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_first_number_of_the_zero_key(backend):
+    u = ops.uniforms(1, **KEYS[0], device="cpu", backend=backend)
+    assert u.item() == ((0x6627E8D5 << 21) | (0xE169C58D >> 11)) / 2**53
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("key", KEYS)
+def test_equals_reference(key, backend):
+    u = ops.uniforms(100, **key, device="cpu", backend=backend).numpy()
+    assert u.dtype == np.float64
+    np.testing.assert_array_equal(u, reference.uniforms(100, **key))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_number_depends_on_its_particle_only(backend):
+    long = ops.uniforms(1000, **KEYS[3], device="cpu", backend=backend)
+    assert (long[:10] == ops.uniforms(10, **KEYS[3], device="cpu", backend=backend)).all()
+    assert ops.uniforms(0, **KEYS[3], device="cpu", backend=backend).shape == (0,)
+
+
+def test_every_part_of_the_key_matters():
+    base = ops.uniforms(64, **KEYS[3], device="cpu")
+    for name in KEYS[3]:
+        other = ops.uniforms(64, **{**KEYS[3], name: KEYS[3][name] + 1}, device="cpu")
+        assert not (base == other).any(), name
+    high = ops.uniforms(64, **{**KEYS[3], "seed": KEYS[3]["seed"] ^ 1 << 40}, device="cpu")
+    assert not (base == high).any()
+
+
+def test_uniform_in_the_unit_interval():
+    u = ops.uniforms(1_000_000, seed=5, group=1, step=2, stream=0, device="cpu").numpy()
+    assert u.min() >= 0 and u.max() < 1
+    assert stats.kstest(u, "uniform").pvalue > 1e-4
+    assert abs(np.corrcoef(u[:-1], u[1:])[0, 1]) < 4e-3
+    assert (u * 2**53 % 2).mean() == pytest.approx(0.5, abs=2e-3)  # the last of the 53 bits is alive
+
+
+@pytest.mark.parametrize(
+    "name, value", [("seed", -1), ("seed", 2**64), ("group", 2**32), ("step", -1), ("stream", 2**32)]
+)
+def test_refuses_out_of_range(name, value):
+    with pytest.raises(ValueError, match=rf"{name}={value}"):
+        ops.uniforms(4, **{**KEYS[0], name: value}, device="cpu")
+
+
+def test_refuses_unknown_backend():
+    with pytest.raises(ValueError, match="backend='gpu'"):
+        ops.uniforms(4, **KEYS[0], device="cpu", backend="gpu")

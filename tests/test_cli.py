@@ -1,0 +1,182 @@
+"""The command line, as far as it needs no engine: a stand-in for `fastsmc.LLM` gives the populations."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import fastsmc
+from fastsmc import Population, SMCParams, cli
+from fastsmc.group import SMCError
+
+
+def some_population(params):
+    n = params.n_particles
+    log_weights = np.log(np.arange(1.0, n + 1))
+    return Population(
+        token_ids=[[i, 7] for i in range(n)],
+        log_weights=log_weights,
+        log_z=-0.5,
+        log_probs=np.full(n, -2.0),
+        token_log_probs=np.full((n, 2), -1.0),
+        ess=[n, n / 2],
+        resampled=[False, False],
+        ancestors=np.tile(np.arange(n), (2, 1)),
+        tokens=np.stack([np.arange(n), np.full(n, 7)]),
+        step_log_weights=np.tile(log_weights, (2, 1)),
+        prompt_token_ids=[1],
+        params=params,
+        texts=[f"text {i}\n" + "long " * 50 for i in range(n)],
+    )
+
+
+class FakeLLM:
+    """Notes what it was called with."""
+
+    calls: list
+    error: Exception | None = None
+
+    def __init__(self, model, **kwargs):
+        self.calls.append(("init", model, kwargs))
+
+    def smc(self, prompt, params, potential=None, use_tqdm=False):
+        self.calls.append(("smc", prompt, params, potential, use_tqdm))
+        if self.error is not None:
+            raise self.error
+        return some_population(params)
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    fresh = type("FreshLLM", (FakeLLM,), {"calls": []})
+    monkeypatch.setitem(vars(fastsmc), "LLM", fresh)  # setattr would look at the real one first, and import vLLM
+    return fresh
+
+
+def test_run(fake, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    files = {option: str(tmp_path / f"out.{option}") for option in ("json", "save")}
+    arguments = ["run", "--model", "m", "--prompt", "Hello", "--particles", "4", "--max-tokens", "2", "--seed", "9"]
+    arguments += ["--json", files["json"], "--save", files["save"], "--plot", str(tmp_path / "p.svg"), "--best", "3"]
+    assert cli.main(arguments) == 0
+    expected = SMCParams(n_particles=4, max_tokens=2, seed=9)
+    assert fake.calls == [("init", "m", {}), ("smc", "Hello", expected, None, False)]
+    out = capsys.readouterr().out
+    lines = out.splitlines()
+    assert "0.4000" in lines[1] and "text 3\\n" in lines[1] and "…" in lines[1]
+    assert all(len(line) <= 60 for line in lines) and len([x for x in lines if "text " in x]) == 3
+    assert "log Ẑ -0.5000" in out and "ESS 3.3 of 4" in out and "tokens/s" in out
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert result["token_ids"] == [[i, 7] for i in range(4)]
+    assert result["weights"] == pytest.approx([0.1, 0.2, 0.3, 0.4])
+    assert (result["log_z"], result["ess"], result["prompt"]) == (-0.5, [4, 2], "Hello")
+    assert Population.load(files["save"]).params == expected
+    assert (tmp_path / "p.svg").exists() and (tmp_path / "p-genealogy.svg").exists()
+
+
+def test_run_passes_everything_on(fake):
+    options = [
+        "--temperature",
+        "0.5",
+        "--ess-threshold",
+        "1",
+        "--resampling",
+        "ssp",
+        "--proposal",
+        "base",
+        "--ignore-eos",
+        "--particles",
+        "2000",
+    ]
+    assert cli.main(["run", "--model", "m", "--prompt", "x", *options, "--engine-args", '{"dtype": "float32"}']) == 0
+    assert fake.calls[0][2] == {"dtype": "float32", "max_num_seqs": 2000}
+    assert fake.calls[1][2] == SMCParams(
+        n_particles=2000, temperature=0.5, ess_threshold=1.0, resampling="ssp", proposal="base", ignore_eos=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "required"),
+        (["walk"], "invalid choice"),
+        (["run"], "--prompt"),
+        (["run", "--prompt", ""], "--prompt"),
+        (["run", "--prompt", "x", "--particles", "many"], "--particles"),
+        (["run", "--prompt", "x", "--particles", "0"], "n_particles=0"),
+        (["run", "--prompt", "x", "--temperature", "0"], "temperature"),
+        (["run", "--prompt", "x", "--ess-threshold", "nan"], "ess_threshold"),
+        (["run", "--prompt", "x", "--resampling", "coin"], "coin"),
+        (["run", "--prompt", "x", "--seed", "-1"], "seed"),
+        (["run", "--prompt", "x", "--best", "-1"], "--best"),
+        (["run", "--prompt", "x", "--potential", "absent"], "'absent'"),
+        (["run", "--prompt", "x", "--potential", "regex", "--potential-args", "{"], "not JSON"),
+        (["run", "--prompt", "x", "--potential", "regex", "--potential-args", "[1]"], "JSON object"),
+        (["run", "--prompt", "x", "--potential-args", '{"a": 1}'], "without --potential"),
+        (["run", "--prompt", "x", "--engine-args", "3"], "JSON object"),
+        (["run", "--prompt", "x", "--json", "no/such/directory/x.json"], "no directory"),
+        (["run", "--prompt", "x", "--save", "."], "cannot be written"),
+        (["run", "--prompt", "x", "--plot", "x.docx"], "unknown suffix"),
+        (["bench"], "which"),
+        (["bench", "everything"], "everything"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(fake, capsys, arguments, message):
+    try:
+        status = cli.main(arguments)
+    except SystemExit as error:  # argparse
+        status = error.code
+    out, err = capsys.readouterr()
+    assert status == 2 and not out and not fake.calls
+    assert message in err and err.count("\n") == 1 and err.startswith("fastsmc")
+
+
+def test_errors_of_the_engine(fake, capsys):
+    for error, status in ((SMCError("potential X\n at step 3"), 1), (ValueError("n_particles: too many"), 2)):
+        fake.error = error
+        assert cli.main(["run", "--model", "m", "--prompt", "x"]) == status
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and err.startswith("fastsmc run: error: ")
+    fake.error = RuntimeError("a defect")
+    with pytest.raises(RuntimeError, match="a defect"):
+        cli.main(["run", "--model", "m", "--prompt", "x"])
+
+
+def test_bench(tmp_path, monkeypatch, capsys):
+    package, scripts = tmp_path / "fastsmc", tmp_path / "bench"
+    package.mkdir()
+    monkeypatch.setattr(fastsmc, "__file__", str(package / "__init__.py"))
+    assert cli.main(["bench", "ops"]) == 2
+    assert "source tree" in capsys.readouterr().err
+    scripts.mkdir()
+    (scripts / "bench_ops.py").write_text("def run(json_path=None):\n    print('ran', json_path)\n")
+    assert cli.main(["bench", "ops", "--json", str(tmp_path / "x.json")]) == 0
+    assert capsys.readouterr().out == f"ran {tmp_path / 'x.json'}\n"
+
+
+def test_info(capsys):
+    assert cli.main(["info"]) == 0
+    text = capsys.readouterr().out
+    for word in ("fastsmc", "torch", "vllm", "extension", "threads", "potentials"):
+        assert word in text
+    assert cli.main(["info", "--json"]) == 0
+    info = json.loads(capsys.readouterr().out)
+    assert info["fastsmc"] == fastsmc.__version__ and isinstance(info["extension_built"], bool)
+
+
+def test_info_without_vllm_and_without_the_extension():
+    code = (
+        "import sys\n"
+        "class Hide:\n"
+        "    def find_spec(self, name, *rest):\n"
+        "        if name.split('.')[0] == 'vllm' or name == 'fastsmc._C':\n"
+        "            raise ModuleNotFoundError(name)\n"
+        "sys.meta_path.insert(0, Hide())\n"
+        "from fastsmc.cli import main\n"
+        "sys.exit(main(['info', '--json']))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["extension_built"] is False

@@ -1,0 +1,440 @@
+"""The built-in potentials, on a vocabulary small enough to enumerate."""
+
+import copy
+import itertools
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from fastsmc import SMCParams
+from fastsmc import potentials as built_in
+from fastsmc.group import Group, GroupEngine
+from fastsmc.potentials import (
+    Engine,
+    Infill,
+    Lexicon,
+    Potential,
+    Product,
+    Regex,
+    Rows,
+    State,
+    TextPotential,
+    registered,
+    resolve,
+)
+
+# "é" is C3 A9 in UTF-8: Ã is the first byte's character in byte-level BPE, © the second's; Ġ is a space.
+TOKENS = ["<eos>", "a", "b", "c", "ab", "Ġ", "Ã", "©", "Ġa", "A", "ĠA", "abc"]
+TEXTS = [None, b"a", b"b", b"c", b"ab", b" ", b"\xc3", b"\xa9", b" a", b"A", b" A", b"abc"]
+EOS, V = 0, 14  # two more columns than the tokenizer has, as models pad them
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    merges = [("a", "b"), ("Ġ", "a"), ("Ġ", "A"), ("ab", "c")]
+    inner = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(TOKENS)}, merges=merges))
+    inner.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>")
+
+
+@pytest.fixture
+def engine(tokenizer):
+    return GroupEngine(tokenizer=tokenizer, vocab_size=V)
+
+
+def make_state(sequences, max_tokens, step=None, stops=(EOS,)) -> State:
+    """The state after `step` tokens (default: of the longest sequence), each row cut off or ended there."""
+    step = max(map(len, sequences)) if step is None else step
+    rows = [list(s[:step]) for s in sequences]
+    state = State()
+    state.tokens = torch.tensor([r + [-1] * (step - len(r)) for r in rows], dtype=torch.int64).reshape(len(rows), step)
+    state.lengths = torch.tensor([len(r) for r in rows])
+    ended = [len(r) == max_tokens or len(r) < step or bool(r and r[-1] in stops) for r in rows]
+    state.finished = torch.tensor(ended)
+    state.hidden, state.prompt, state.step = None, [1], step
+    state.max_tokens, state.stop_token_ids = max_tokens, frozenset(stops)
+    return state
+
+
+def sequences_up_to(max_tokens, vocab, stops=(EOS,)):
+    """Every sequence that ends: by a stop token, or by its length."""
+    for n in range(1, max_tokens + 1):
+        for body in itertools.product([v for v in vocab if v not in stops], repeat=n - 1):
+            lasts = vocab if n == max_tokens else [v for v in vocab if v in stops]
+            yield from ([*body, last] for last in lasts)
+
+
+def text_of(sequence, stops=(EOS,)):
+    """The text without the stop token; None if it is not UTF-8 or holds what stands for no text."""
+    body = sequence[:-1] if sequence[-1] in stops else sequence
+    parts = [TEXTS[v] if v < len(TEXTS) else None for v in body]
+    try:
+        return None if None in parts else b"".join(parts).decode()
+    except UnicodeDecodeError:
+        return None
+
+
+def dense(answer):
+    return answer.values[answer.index].double() if isinstance(answer, Rows) else answer.double()
+
+
+def check_telescope(potential, sequences, max_tokens, stops=(EOS,)):
+    """Σ logw_next along a path + prefix(empty) = prefix, and at the end = complete."""
+    potential.reset(len(sequences), [1])
+    total = potential.prefix(make_state(sequences, max_tokens, 0, stops))
+    for t in range(max_tokens):
+        state = make_state(sequences, max_tokens, t, stops)
+        change = dense(potential.logw_next(state))
+        for i, sequence in enumerate(sequences):
+            if t < len(sequence):
+                assert not state.finished[i]
+                total[i] += change[i, sequence[t]]
+        after = make_state(sequences, max_tokens, t + 1, stops)
+        going, prefix, complete = ~after.finished, potential.prefix(after), potential.complete(after)
+        torch.testing.assert_close(total[going], prefix[going])
+        just = after.finished & (after.lengths == t + 1)
+        torch.testing.assert_close(total[just], complete[just])
+
+
+# -- Lexicon -----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("weight", [1.5, -2.0, 0.0, -math.inf])
+def test_lexicon_counts_and_telescopes(engine, weight):
+    lexicon = Lexicon(token_ids=[2, EOS, 4], weight=weight)
+    lexicon.setup(engine)
+    paths = list(sequences_up_to(3, [0, 1, 2, 4]))
+    check_telescope(lexicon, paths, 3)
+    counts = [sum(v in (2, EOS, 4) for v in path) for path in paths]
+    expected = [n * weight if n else 0.0 for n in counts]
+    assert lexicon.complete(make_state(paths, 3)).tolist() == expected
+
+
+def test_lexicon_spellings(engine):
+    lexicon = Lexicon(words=["a"], weight="-inf")
+    lexicon.setup(engine)
+    assert torch.isneginf(lexicon._change[0]).nonzero().flatten().tolist() == [1, 8, 9, 10]
+    with pytest.raises(ValueError, match="'cab'"):
+        Lexicon(words=["a", "cab"]).setup(engine)
+    with pytest.raises(ValueError, match="outside the vocabulary"):
+        Lexicon(token_ids=[V]).setup(engine)
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {},
+        {"words": "a"},
+        {"words": [" "]},
+        {"token_ids": [-1]},
+        {"token_ids": [1.5]},
+        {"token_ids": [1], "weight": math.nan},
+    ],
+)
+def test_lexicon_refuses(kwargs):
+    with pytest.raises(ValueError):
+        Lexicon(**kwargs)
+
+
+# -- Regex -------------------------------------------------------------------------------------------------------------
+PATTERNS = [
+    "a|ab",
+    "(a|ab)(c|bc)?",
+    "a*?",
+    "(a|b)*?c?",
+    "(ab)+|c",
+    "[^b]*",
+    ".*",
+    "é+",
+    "",
+    "(?i)A( a)*",
+    "^a+$",
+    "a|",
+    r"\w( \w)?",
+]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_regex_is_the_language(engine, pattern):
+    regex = Regex(pattern)
+    regex.setup(engine)
+    paths = list(sequences_up_to(3, range(13)))
+    state = make_state(paths, 3)
+    texts = [text_of(path) for path in paths]
+    expected = [0.0 if text is not None and re.fullmatch(pattern, text) else -math.inf for text in texts]
+    assert regex.complete(state).tolist() == expected
+    assert len(set(expected)) == 2
+
+
+@pytest.mark.parametrize("pattern", ["(ab)+c?", "a{3}b", "é|abcabc", "(a|b| )*c"])
+@pytest.mark.parametrize("stops", [(EOS,), (), (EOS, 5)])
+def test_regex_budget_and_telescope(engine, pattern, stops):
+    """prefix is 0 just where a continuation within the budget matches."""
+    max_tokens, vocab = 4, [0, 1, 2, 3, 4, 6, 7, 11]
+    regex = Regex(pattern)
+    regex.setup(engine)
+    paths = list(sequences_up_to(max_tokens, vocab, stops))
+    good = set()
+    for path in paths:
+        text = text_of(path, stops)
+        if text is not None and re.fullmatch(pattern, text):
+            good.update(tuple(path[:t]) for t in range(len(path) + 1))
+    for t in range(max_tokens):
+        state = make_state(paths, max_tokens, t, stops)
+        expected = [0.0 if tuple(path[:t]) in good else -math.inf for path in paths]
+        prefix = regex.prefix(state)
+        going = ~state.finished
+        alive = torch.tensor(expected) == 0
+        if set(stops) == {EOS}:  # tokens outside `vocab` (Ġ as a stop) would make more possible
+            assert torch.equal(prefix[going] == 0, alive[going])
+        assert bool((prefix[going & alive] == 0).all())
+    check_telescope(regex, paths[:: max(1, len(paths) // 500)], max_tokens, stops)
+
+
+def test_regex_without_stop_tokens_fills_the_budget(engine):
+    regex = Regex("(aa)*")
+    regex.setup(engine)
+    for max_tokens in range(1, 8):
+        prefix = regex.prefix(make_state([[]], max_tokens, 0, stops=()))
+        assert prefix.tolist() == [0.0 if max_tokens % 2 == 0 else -math.inf]
+
+
+def test_regex_an_ordinary_token_may_be_a_stop_token(engine):
+    """'c' ends a particle and is then no part of the text, though the pattern has a c."""
+    regex = Regex("a+c?")
+    regex.setup(engine)
+    state = make_state([[1], [1], [1]], 4, stops=(3,))
+    assert dense(regex.logw_next(state))[0, [1, 3, 4]].tolist() == [0.0, 0.0, -math.inf]
+    regex.reset(3, [1])
+    assert regex.complete(make_state([[1, 3], [3], [1, 1]], 4, stops=(3,))).tolist() == [0.0, -math.inf, 0.0]
+
+
+def test_regex_rows_are_deduplicated_and_padding_is_forbidden(engine):
+    regex = Regex("a*b")
+    regex.setup(engine)
+    rows = regex.logw_next(make_state([[]] * 1000, 30, 0))
+    assert isinstance(rows, Rows) and len(rows.values) < 10 and rows.values.shape[1] == V
+    assert bool(torch.isneginf(dense(rows)[:, len(TOKENS) :]).all())
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_regex_follows_reindex(engine, seed):
+    """Against a fresh object that reads the whole history, with methods skipped, repeated and reindexed at random."""
+    rng = np.random.default_rng(seed)
+    n, max_tokens = 16, 6
+    regex = Regex("(ab|é|c )*a?")
+    regex.setup(engine)
+    regex.reset(n, [1])
+    paths = [[] for _ in range(n)]
+    for t in range(1, max_tokens + 1):
+        for path in paths:
+            if len(path) == t - 1 and path[-1:] != [EOS]:
+                path.append(int(rng.choice([0, 1, 2, 3, 4, 5, 6, 7], p=[0.05, 0.2, 0.2, 0.1, 0.2, 0.05, 0.1, 0.1])))
+        state = make_state(paths, max_tokens, t)
+        fresh = Regex(regex.pattern)
+        fresh.setup(engine)
+        for method in rng.choice(["prefix", "complete", "logw_next"], size=rng.integers(0, 4)):
+            torch.testing.assert_close(dense(getattr(regex, method)(state)), dense(getattr(fresh, method)(state)))
+        if rng.random() < 0.7:
+            ancestors = rng.integers(0, n, n)
+            paths = [list(paths[a]) for a in ancestors]
+            regex.reindex(torch.tensor(ancestors))
+
+
+@pytest.mark.parametrize("pattern", ["(", "a)|(b", "(?!a)b", "x"])
+def test_regex_refuses(engine, pattern):
+    with pytest.raises(ValueError, match=re.escape(repr(pattern))):
+        Regex(pattern).setup(engine)
+
+
+def test_regex_needs_a_tokenizer():
+    with pytest.raises(ValueError, match="no tokenizer"):
+        Regex("a").setup(GroupEngine(vocab_size=V))
+
+
+class TableModel:
+    """A RowModel whose next token is uniform, except for the last ones, which have probability 0."""
+
+    def __init__(self, vocab):
+        self.logits = torch.full((1, V), -math.inf)
+        self.logits[0, :vocab] = 0.0
+
+    def first(self):
+        return self.logits, None
+
+    def next(self, tokens, rows):
+        return self.logits.expand(len(rows), V).contiguous(), None
+
+    def reindex(self, ancestors, active):
+        pass
+
+
+@pytest.mark.parametrize("proposal", ["twisted", "base"])
+@pytest.mark.parametrize("others", ["none", "lexicon", "lexicon and text"])
+def test_regex_in_a_group(engine, proposal, others):
+    """E[Ẑ] is the Z of exact enumeration, and every particle with weight matches; alone and as a factor."""
+    potential, vocab, max_tokens = Regex("(ab|b)*c"), 5, 4
+    pattern, weight, bonus = potential.pattern, 0.0, 0.0
+    if others != "none":
+        weight = 0.7
+        potential = potential * Lexicon(token_ids=[2, EOS], weight=weight)
+    if others == "lexicon and text":
+        bonus = -0.4
+        potential = potential * TextPotential(lambda texts: [bonus * len(text) for text in texts])
+    potential.setup(engine)
+    exact = 0.0
+    for path in sequences_up_to(max_tokens, range(vocab)):
+        text = text_of(path) or ""
+        if re.fullmatch(pattern, text):
+            n = sum(v in (2, EOS) for v in path)
+            exact += vocab ** -len(path) * math.exp(weight * n + bonus * len(text))
+    estimates = []
+    for seed in range(40 if proposal == "twisted" else 300):  # base: skewed estimates, so more of them
+        params = SMCParams(n_particles=128, max_tokens=max_tokens, proposal=proposal, seed=seed)
+        group = Group(params, TableModel(vocab), potential, [1], {EOS}, engine=engine)
+        while not group.done:
+            group.step()
+        population = group.population()
+        estimates.append(math.exp(population.log_z))
+        for ids, w in zip(population.token_ids, population.weights, strict=True):
+            assert w == 0 or re.fullmatch(pattern, text_of(ids))
+    error = np.std(estimates) / math.sqrt(len(estimates))
+    assert abs(np.mean(estimates) - exact) < 5 * error + 1e-9
+
+
+# -- Infill, TextPotential, Product ------------------------------------------------------------------------------------
+class ScoringEngine(Engine):
+    tokenizer, device, vocab_size, hidden_size, model = None, torch.device("cpu"), V, None, None
+
+    def continuation_log_prob(self, token_ids):
+        return torch.full((2,), -float(len(token_ids)), dtype=torch.float64)
+
+
+def test_infill(engine, tokenizer):
+    by_ids, by_text = Infill([1, 2, 3]), Infill("abc a", every_step=True)
+    assert by_ids.lookahead == 3
+    by_text.prepare(tokenizer)
+    assert by_text.lookahead == len(tokenizer.encode("abc a")) > 0
+    by_ids.setup(ScoringEngine())
+    state = make_state([[1], [2]], 4)
+    assert by_ids.complete(state).tolist() == [-3, -3]
+    assert by_ids.prefix(state).tolist() == [0, 0]
+    scorer = ScoringEngine()
+    scorer.tokenizer = tokenizer
+    by_text.setup(scorer)
+    assert by_text.prefix(state).tolist() == [-float(by_text.lookahead)] * 2
+    assert by_text.prefix(make_state([[], []], 4)).tolist() == [0, 0]
+    for bad in ("", [], [-1], 5, None):
+        with pytest.raises((ValueError, TypeError)):
+            Infill(bad)
+    with pytest.raises(ValueError, match="needs a tokenizer"):
+        Infill("a").prepare(None)
+
+
+def test_text_potential_asks_only_about_what_is_needed(engine):
+    asked = []
+
+    def fn(texts):
+        asked.append(list(texts))
+        return [float(len(text)) for text in texts]
+
+    potential = TextPotential(fn, every_step=True)
+    potential.setup(engine)
+    state = make_state([[1, 2], [4, EOS], [1, 2], [EOS]], 4, 2)
+    assert potential.complete(state).tolist() == [0, 2, 0, 0]
+    assert asked == [["ab", ""]]
+    assert potential.prefix(state).tolist() == [2, 0, 2, 0]
+    assert len(asked) == 1  # "ab" was known
+    lazy = TextPotential(fn)
+    lazy.setup(engine)
+    assert lazy.prefix(state).tolist() == [0, 0, 0, 0]
+    wrong = TextPotential(lambda texts: [0.0])
+    wrong.setup(engine)
+    with pytest.raises(ValueError, match="1 values for 2 texts"):
+        wrong.complete(state)
+    with pytest.raises(ValueError, match="callable"):
+        TextPotential(3)
+
+
+def test_product_adds(engine):
+    lexicon, regex = Lexicon(token_ids=[1], weight=0.5), Regex("(a|b)*c?")
+    product = lexicon * regex * Infill([1, 2])
+    assert product.lookahead == 2
+    pair = lexicon * regex
+    pair.setup(engine)
+    paths = list(sequences_up_to(3, [0, 1, 2, 3]))
+    check_telescope(pair, paths, 3)
+    state = make_state(paths, 3)
+    pair.reset(len(paths), [1])
+    expected = lexicon.complete(state) + regex.complete(state)
+    assert torch.equal(pair.complete(state), expected)
+    assert Product(TextPotential(len)).logw_next(state) is None
+    with pytest.raises(ValueError):
+        Product()
+    with pytest.raises(TypeError):
+        lexicon * 3
+
+
+def test_product_copies_its_factors(engine):
+    """Groups side by side work on copies: their states must not mix."""
+    product = Product(Regex("ab"), Regex("a.*"))
+    product.setup(engine)
+    one, other = copy.copy(product), copy.copy(product)
+    one.reset(1, [1]), other.reset(1, [1])
+    one.prefix(make_state([[1]], 3))
+    assert other.prefix(make_state([[]], 3)).tolist() == [0.0]
+    assert one.prefix(make_state([[1, 2]], 3)).tolist() == [0.0]
+
+
+# -- by name -----------------------------------------------------------------------------------------------------------
+class FakeEntry:
+    def __init__(self, name, built):
+        self.name, self.value, self._built = name, f"module:{name}", built
+
+    def load(self):
+        if isinstance(self._built, Exception):
+            raise self._built
+        return self._built
+
+    def __lt__(self, other):
+        return self.name < other.name
+
+
+@pytest.fixture
+def entries(monkeypatch):
+    fakes = [FakeEntry("regex", Regex), FakeEntry("lexicon", Lexicon), FakeEntry("odd", dict)]
+    fakes.append(FakeEntry("broken", ImportError("no module")))
+    monkeypatch.setattr(built_in.importlib.metadata, "entry_points", lambda group: fakes)
+
+
+def test_resolve(entries):
+    assert list(registered()) == ["broken", "lexicon", "odd", "regex"]
+    potential = resolve("lexicon", {"token_ids": [1], "weight": -2})
+    assert isinstance(potential, Potential) and potential.weight == -2
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "message"),
+    [
+        ("rgex", {}, "'rgex'.*'lexicon'.*'regex'"),
+        ("regex", {"patern": "a"}, "patern"),
+        ("regex", None, "pattern"),
+        ("regex", [1], "JSON object"),
+        ("lexicon", {"words": "a"}, "words='a'"),
+        ("odd", {}, "does not make"),
+        ("broken", {}, "cannot load"),
+    ],
+)
+def test_resolve_refuses(entries, name, args, message):
+    with pytest.raises(ValueError, match=message):
+        resolve(name, args)
+
+
+def test_resolve_without_any_entry_point(monkeypatch):
+    monkeypatch.setattr(built_in.importlib.metadata, "entry_points", lambda group: [])
+    with pytest.raises(ValueError, match="none"):
+        resolve("regex")
