@@ -19,6 +19,10 @@ __all__ = ["LLM", "Population", "Potential", "Rows", "SMCError", "SMCParams"]
 
 def __getattr__(name: str) -> Any:
     if name == "LLM":
+        from fastsmc.vllm import compat
+
+        compat.check_version()
+        compat.check_media()  # before anything imports vLLM
         from fastsmc.vllm.llm import LLM
 
         return LLM

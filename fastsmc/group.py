@@ -5,8 +5,12 @@
 `Group.step` is driven by anything that gives logits for rows (`RowModel`): the vLLM runner, a Hugging Face model, a
 table of probabilities. The order within a step is that of smc-math §1: with the twisted proposal the weight of a step
 does not depend on the token, so the group resamples before it draws; with the base proposal it draws, weighs and then
-resamples. Either way children of one parent draw from the parent's row of logits, with stratified uniforms: the base
-proposal puts the reindex off until the parents alone have been through the model.
+resamples. Either way children of one parent draw from the parent's row of logits, with stratified uniforms.
+
+Particles are not rows of the model. A model row, here a *slot*, holds one history; particles with the same history
+share it, and its logits, until they draw different tokens: then all but one of the new histories get a slot of their
+own, as a copy. So a resampling moves nothing, the first step runs one row, and a forward pass costs distinct histories,
+not particles. N slots always suffice.
 
 Nothing of length t is ever moved: tokens and ancestors are kept step by step and traced back once, at the end (or when
 a potential looks at `state.tokens`).
@@ -36,19 +40,19 @@ class SMCError(RuntimeError):
 
 
 class RowModel(Protocol):
-    """What a group needs of the model: N rows that all hold the prompt and the same number of tokens."""
+    """What a group needs of the model: N slots, each for a history of the prompt and the same number of tokens."""
 
     def first(self) -> tuple[Tensor, Tensor | None]:
-        """Logits (1, V) and hidden state (1, H) after the prompt, the same for all rows."""
+        """Logits (1, V) and hidden state (1, H) after the prompt, which slot 0 holds from now on."""
 
-    def next(self, tokens: Tensor, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Appends tokens (R,) int64 to rows (R,) int64; their logits (R, V) and hidden states (R, H)."""
+    def next(self, tokens: Tensor, slots: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Appends tokens (R,) int64 to distinct slots (R,) int64; their logits (R, V) and hidden states (R, H)."""
 
-    def reindex(self, ancestors: Tensor, active: Tensor) -> None:
-        """Row i becomes a copy of row ancestors[i] (N,) int64; only rows with active[i] (N,) bool go on."""
+    def reindex(self, ancestors: Tensor) -> None:
+        """Slot i becomes a copy of slot ancestors[i] (N,) int64; ancestors[ancestors[i]] == ancestors[i]."""
 
-    def continuation_log_prob(self, tokens: Tensor, rows: Tensor, continuation: list[int], temperature: float) -> Tensor:
-        """(R,) float64 log p0(continuation | row, token), where tokens (R,) are drawn but not yet appended."""
+    def continuation_log_prob(self, tokens: Tensor, slots: Tensor, continuation: list[int], temperature: float) -> Tensor:
+        """(R,) float64 log p0(continuation | slot, token), where tokens (R,) are drawn but not yet appended."""
 
 
 class GroupEngine(Engine):
@@ -137,9 +141,9 @@ class Group:
         self.finished = torch.zeros(n, dtype=torch.bool, device=self.device)
         self._all_rows = torch.arange(n, device=self.device)
         self._active = self._all_rows  # rows that are not finished
-        self._row_of = torch.zeros_like(self._all_rows)  # index of a row's logits in the last batch
+        self._row_of = torch.zeros_like(self._all_rows)  # index of a particle's logits in the last batch
+        self._slot_of = torch.zeros_like(self._all_rows)  # where a particle's history is, without its last token
         self._last_tokens = torch.zeros_like(self._all_rows)
-        self._moved: Tensor | None = None  # ancestors that the model has not followed yet
         self._strata: tuple[Tensor, Tensor] | None = None  # (rank, count) among the siblings, after a resampling
         self._hidden: Tensor | None = None
         self._events: list[tuple[str, Tensor]] = []  # draws and moves since _history was last brought up to date
@@ -172,9 +176,10 @@ class Group:
     # ------------------------------------------------------------------------------------------------- the step
     @property
     def readers(self) -> Tensor:
-        """(N,) bool: rows of the model whose history goes on, in themselves or in their children."""
-        going = ~self.finished
-        return going if self._moved is None else going & (self._moved == self._all_rows)
+        """(N,) bool: slots whose history goes on."""
+        used = torch.zeros_like(self.finished)
+        used[self._slot_of[self._active]] = True
+        return used
 
     @torch.inference_mode()
     def step(self) -> None:
@@ -188,14 +193,10 @@ class Group:
             logits, self._hidden = self.model.first()
             self._row_of = torch.zeros_like(self._all_rows)
         else:
-            rows = torch.nonzero(self.readers).squeeze(1)
-            logits, self._hidden = self.model.next(self._last_tokens[rows], rows)
+            tokens, slots, which = self._settle(self._active)
+            logits, self._hidden = self.model.next(tokens, slots)
             self._row_of = torch.full_like(self._all_rows, -1)
-            self._row_of[rows] = torch.arange(len(rows), device=self.device)
-            if self._moved is not None:
-                self.model.reindex(self._moved, ~self.finished)
-                self._row_of = self._row_of[self._moved]
-                self._moved = None
+            self._row_of[self._active] = which
         if len(self._ancestors) == t:  # not resampled after the last step
             self._ancestors.append(self._all_rows)
             self._resampled.append(False)
@@ -263,10 +264,10 @@ class Group:
         ended = self._append(drawn.tokens, drawn.log_prob)
         if self.potential is not None:
             going = ~self.finished
+            if bool(ended.any()):  # first: scoring continuations lets go of the slots of all but those asked and going
+                new_psi = torch.where(ended, self._scores("complete", ended), new_psi)
             if twist is None and bool(going.any()):
                 new_psi = torch.where(going, self._scores("prefix", going), new_psi)
-            if bool(ended.any()):
-                new_psi = torch.where(ended, self._scores("complete", ended), new_psi)
             self._reweigh(new_psi)
         self._record_weights()
         if self._ess[-1] == 0.0:
@@ -275,6 +276,31 @@ class Group:
             self._maybe_resample()
 
     # ------------------------------------------------------------------------------------------- parts of a step
+    def _settle(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gives every distinct history (slot, last token) of particles `rows` (R,) a slot of its own.
+
+        Of the histories that come from one slot the first stays in place; the others become copies in slots that no
+        particle of `rows` is in. Particles outside `rows` lose their histories.
+
+        Returns:
+            tokens (K,), slots (K,): the distinct histories, not yet appended; which (R,) of them each particle has.
+        """
+        span = int(self._last_tokens.max()) + 1
+        keys, which = torch.unique(self._slot_of[rows] * span + self._last_tokens[rows], return_inverse=True)
+        parents, tokens = keys // span, keys % span
+        first = torch.ones_like(parents, dtype=torch.bool)
+        first[1:] = parents[1:] != parents[:-1]
+        vacant = torch.ones_like(self.finished)
+        vacant[parents] = False
+        slots = parents.clone()
+        slots[~first] = torch.nonzero(vacant).squeeze(1)[: len(parents) - int(first.sum())]
+        if len(slots) > int(first.sum()):
+            ancestors = self._all_rows.clone()
+            ancestors[slots] = parents
+            self.model.reindex(ancestors)
+        self._slot_of[rows] = slots[which]
+        return tokens, slots, which
+
     def _uniforms(self) -> Tensor:
         """(R,) uniforms of the active rows, keyed by (seed, group, particle, step), stratified among siblings."""
         p = self.params
@@ -344,12 +370,9 @@ class Group:
         self.finished = self.finished[ancestors]
         self._last_tokens = self._last_tokens[ancestors]
         self._row_of = self._row_of[ancestors]
+        self._slot_of = self._slot_of[ancestors]
         self._find_active()
         self._events.append(("move", ancestors))
-        if self.twisted:
-            self.model.reindex(ancestors, ~self.finished)
-        else:
-            self._moved = ancestors
         if self.potential is not None:
             self._ask("reindex", ancestors)
         # base: these are the ancestors of the next step; twisted: of this one, which already has the identity
@@ -432,13 +455,18 @@ class Group:
             )
         if self.t_drawn == 0:
             raise ValueError("continuation_log_prob: there is no token yet; return 0 for the empty sequence")
-        rows = torch.nonzero(self._asked).squeeze(1)
         out = torch.zeros_like(self.log_w)
-        if len(rows):
-            out[rows] = self.model.continuation_log_prob(
-                self._last_tokens[rows], rows, list(token_ids), self.params.temperature
-            )
-        return out
+        if not bool(self._asked.any()):
+            return out
+        rows = torch.nonzero(self._asked | ~self.finished).squeeze(1)
+        tokens, slots, which = self._settle(rows)
+        asked = torch.unique(which[self._asked[rows]])
+        scores = torch.zeros(len(slots), dtype=torch.float64, device=self.device)
+        scores[asked] = self.model.continuation_log_prob(
+            tokens[asked], slots[asked], list(token_ids), self.params.temperature
+        )
+        out[rows] = scores[which]
+        return torch.where(self._asked, out, torch.zeros_like(out))
 
     def _lineages(self) -> Tensor:
         """(N, t) int64 tokens of each row's own history, −1 after its end."""

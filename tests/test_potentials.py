@@ -269,7 +269,7 @@ class TableModel:
     def next(self, tokens, rows):
         return self.logits.expand(len(rows), V).contiguous(), None
 
-    def reindex(self, ancestors, active):
+    def reindex(self, ancestors):
         pass
 
 

@@ -111,15 +111,17 @@ class TableRows:
     def first(self):
         return self._logits([()]), None
 
-    def next(self, tokens, rows):
-        for row, token in zip(rows.tolist(), tokens.tolist(), strict=True):
+    def next(self, tokens, slots):
+        for row, token in zip(slots.tolist(), tokens.tolist(), strict=True):
             self.rows[row] = (*self.rows[row], token)
-        return self._logits([self.rows[row] for row in rows.tolist()]), None
+        histories = [self.rows[row] for row in slots.tolist()]
+        assert len(set(histories)) == len(histories)  # no history goes through the model twice
+        return self._logits(histories), None
 
-    def reindex(self, ancestors, active):
+    def reindex(self, ancestors):
         self.rows = [self.rows[a] for a in ancestors.tolist()]
 
-    def continuation_log_prob(self, tokens, rows, continuation, temperature):
+    def continuation_log_prob(self, tokens, slots, continuation, temperature):
         raise NotImplementedError
 
 

@@ -6,7 +6,9 @@ missing name or a feature that the particle runner does not know is refused by n
 
 from __future__ import annotations
 
+import importlib
 import inspect
+from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
 
@@ -24,6 +26,10 @@ SCHEDULER_NAMES = {
 SCHEDULER_ATTRIBUTES = ("running", "waiting", "kv_holding_waiting", "requests", "kv_cache_manager", "finished_req_ids")
 #: of the model runner, after the KV cache is there
 RUNNER_NAMES = ("model", "attn_groups", "kv_cache_config", "vllm_config")
+
+
+_PARALLEL = ("pipeline_parallel_size", "data_parallel_size", "decode_context_parallel_size", "prefill_context_parallel_size")
+_FEATURES = ("speculative_config", "spec_method", "spec_model", "enable_lora", "kv_transfer_config")
 
 
 class UnsupportedError(RuntimeError):
@@ -52,13 +58,43 @@ def check_version() -> None:
         raise UnsupportedError(f"vLLM {version} is not supported; fastsmc knows {SUPPORTED}")
 
 
+def check_media() -> None:
+    """Refuses builds of torchvision and its like that cannot load beside a CPU build of PyTorch.
+
+    `import vllm` fails on them deep inside transformers. They are not needed: say how to be rid of them.
+    """
+    import torch
+
+    if torch.version.cuda is not None:
+        return
+    broken = []
+    for name in ("torchvision", "torchaudio", "torchcodec"):
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError:
+            continue
+        except (ImportError, OSError, RuntimeError):
+            broken.append(name)
+    if broken:
+        raise UnsupportedError(
+            f"{', '.join(broken)}: not built for this CPU build of PyTorch {torch.__version__}, and vLLM cannot load "
+            f"beside them; nothing here needs them: pip uninstall -y {' '.join(broken)}"
+        )
+
+
+def check_arguments(arguments: Mapping[str, Any]) -> None:
+    """Refuses `vllm.LLM` arguments for features that groups do not know, before anything starts."""
+    refused = [f"{name} > 1" for name in _PARALLEL if (arguments.get(name) or 1) > 1]
+    refused += [name for name in _FEATURES if arguments.get(name)]
+    if refused:
+        raise UnsupportedError(f"fastsmc does not support: {', '.join(refused)}")
+
+
 def check_config(config: Any) -> None:
     """Refuses, by name, what the particle runner cannot do. `config` is a VllmConfig."""
     model, parallel = config.model_config, config.parallel_config
     refused = {
-        "pipeline_parallel_size > 1": parallel.pipeline_parallel_size > 1,
-        "data_parallel_size > 1": parallel.data_parallel_size > 1,
-        "decode_context_parallel_size > 1": getattr(parallel, "decode_context_parallel_size", 1) > 1,
+        **{f"{name} > 1": getattr(parallel, name) > 1 for name in _PARALLEL},
         "speculative decoding": config.speculative_config is not None,
         "KV transfer (kv_transfer_config)": config.kv_transfer_config is not None,
         "LoRA (enable_lora)": config.lora_config is not None,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import secrets
 from typing import Any
 
 from fastsmc import potentials
@@ -31,6 +32,9 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "allowed_token_ids": (None,),
     "bad_words": (None, []),
     "structured_outputs": (None,),
+    "prompt_logprob_token_ids": (None,),
+    "logprob_token_ids": (None,),
+    "thinking_token_budget": (None,),
     "repetition_detection": (None,),
 }
 
@@ -77,7 +81,7 @@ class Lead:
 
     @classmethod
     def parse(cls, sampling_params: Any) -> Lead:
-        """From a request's SamplingParams.
+        """From a request's SamplingParams. Without a seed the group gets a random one.
 
         Raises:
             ValueError: naming the field, its value and what is allowed.
@@ -97,7 +101,7 @@ class Lead:
             temperature=sampling_params.temperature,
             ignore_eos=bool(sampling_params.ignore_eos),
             stop_token_ids=tuple(sampling_params.stop_token_ids or ()) or None,
-            seed=0 if sampling_params.seed is None else sampling_params.seed,
+            seed=secrets.randbits(63) if sampling_params.seed is None else sampling_params.seed,
         )
         potential = extra.get(PREFIX + "potential")
         if potential is not None and not isinstance(potential, str):
@@ -163,8 +167,8 @@ def last_position(params: SMCParams, prompt_len: int, lookahead: int) -> int:
 
 def first_columns(params: SMCParams, prompt_len: int, lookahead: int, block_size: int) -> int:
     """Columns of private blocks that a group opens before its first token."""
-    ahead = min(prompt_len + max(lookahead, 1) - 1, last_position(params, prompt_len, lookahead))
-    return ahead // block_size + 1 - prompt_len // block_size
+    last = min(prompt_len + lookahead, last_position(params, prompt_len, lookahead))
+    return last // block_size + 1 - prompt_len // block_size
 
 
 # ------------------------------------------------------------------------------- between scheduler and workers
@@ -178,6 +182,7 @@ class GroupStart:
     stop_token_ids: frozenset[int]
     potential: str | None
     potential_args: str
+    lookahead: int
     return_population: bool
 
 

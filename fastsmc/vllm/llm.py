@@ -38,6 +38,7 @@ def engine_args(kwargs: dict[str, Any]) -> dict[str, Any]:
     for name in ("scheduler_cls", "worker_cls"):
         if kwargs.get(name) is not None:
             raise ValueError(f"{name}={kwargs[name]!r}: fastsmc sets it itself")
+    compat.check_arguments(kwargs)
     out = dict(kwargs)
     out["scheduler_cls"] = "fastsmc.vllm.scheduler.make_scheduler"
     out.setdefault("max_num_seqs", DEFAULT_MAX_NUM_SEQS)
@@ -64,7 +65,8 @@ class LLM(vllm.LLM):
         kwargs: any argument of `vllm.LLM` but `scheduler_cls` and `worker_cls`.
 
     Raises:
-        UnsupportedError: the vLLM version, or a feature that is switched on, is not supported; says which.
+        UnsupportedError: the vLLM version, or a feature that is switched on, is not supported; says which. What only
+            the loaded model shows (sliding windows, several KV cache groups) is refused by the engine as it starts.
     """
 
     def __init__(self, model: str, **kwargs: Any) -> None:

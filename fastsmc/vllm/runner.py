@@ -99,7 +99,7 @@ class Model:
 
 
 class VllmRows:
-    """The rows of one group: `RowModel` over paged KV."""
+    """The slots of one group: `RowModel` over paged KV; a slot is a row of the block table."""
 
     def __init__(self, model: Model, start: GroupStart, lookahead: int) -> None:
         self._model, self._start = model, start
@@ -110,7 +110,7 @@ class VllmRows:
             start.prompt_blocks,
             model.block_size,
             last_position(start.params, prompt_len, lookahead),
-            ahead=max(lookahead, 1) - 1,
+            ahead=lookahead,
             device=model.device,
         )
 
@@ -119,43 +119,38 @@ class VllmRows:
         model, paging, start = self._model, self.paging, self._start
         position = paging.position - 1
         column = position // model.block_size
-        scratch = paging.table[:1, paging.tail : paging.tail + 1]  # row 0's own tail
+        scratch = paging.table[:1, paging.tail : paging.tail + 1]  # slot 0's own tail
         model.copy_block(start.prompt_blocks[column], scratch[0])
         table = torch.cat([paging.table[:1, :column], scratch], dim=1)
         slots = scratch[0].long() * model.block_size + position % model.block_size
         hidden = model.hidden(torch.tensor(start.prompt[-1:], device=model.device), position, table, slots)
-        if paging.n_used and paging.n_rows > 1:  # the prompt ends within the tail column: every row needs that part
-            model.copy_block(int(scratch), paging.table[1:, paging.tail])
         return model.logits(hidden), hidden
 
-    def next(self, tokens: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def next(self, tokens: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
         paging = self.paging
-        table = paging.table[rows, : paging.tail + 1]
-        hidden = self._model.hidden(tokens, paging.position, table, paging.slots(rows))
+        table = paging.table[slots, : paging.tail + 1]
+        hidden = self._model.hidden(tokens, paging.position, table, paging.slots(slots))
         paging.position += 1
         return self._model.logits(hidden), hidden
 
-    def reindex(self, ancestors: Tensor, active: Tensor) -> None:
+    def reindex(self, ancestors: Tensor) -> None:
         paging = self.paging
-        # tails still equal each other until the first generated token is in them
-        copies = paging.n_used > 0 and paging.position > len(self._start.prompt)
         ops.reindex(
             paging.table,
             ancestors,
             n_shared=paging.tail,
-            tail=paging.tail if copies else None,
+            tail=paging.tail if paging.n_used else None,
             caches=self._model.caches,
-            active=active,
         )
 
-    def continuation_log_prob(self, tokens: Tensor, rows: Tensor, continuation: list[int], temperature: float) -> Tensor:
+    def continuation_log_prob(self, tokens: Tensor, slots: Tensor, continuation: list[int], temperature: float) -> Tensor:
         model, paging, n = self._model, self.paging, len(continuation)
         target = torch.tensor(continuation, device=model.device)
-        out = torch.empty(len(rows), dtype=torch.float64, device=model.device)
+        out = torch.empty(len(slots), dtype=torch.float64, device=model.device)
         chunk = max(1, model.max_tokens // n)
         n_columns = (paging.position + n - 1) // paging.block_size + 1
-        for i in range(0, len(rows), chunk):
-            part = rows[i : i + chunk]
+        for i in range(0, len(slots), chunk):
+            part = slots[i : i + chunk]
             query = torch.cat([tokens[i : i + chunk, None], target[None, :-1].expand(len(part), -1)], dim=1)
             hidden = model.hidden(
                 query.reshape(-1), paging.position, paging.table[part, :n_columns], paging.slots(part, n), n
@@ -248,7 +243,12 @@ class ParticleRunner:
     def _run_group(self, part: GroupTick, result: GroupResult) -> None:
         if part.start is not None:
             potential = self._potential(part.start)
-            rows = VllmRows(self.model, part.start, potential.lookahead if potential else 0)
+            if potential is not None and potential.lookahead > part.start.lookahead:
+                raise SMCError(
+                    f"potential={part.start.potential!r}: needs a lookahead of {potential.lookahead} tokens that could "
+                    "not be known when the group was admitted; give its continuation as token ids"
+                )
+            rows = VllmRows(self.model, part.start, part.start.lookahead)
             group = Group(
                 part.start.params,
                 rows,
@@ -288,6 +288,7 @@ class ParticleRunner:
             "steps": group.t,
             "ess": float(population.ess[-1]),
             "chosen": chosen,
+            "seed": group.params.seed,
         }
         if start.return_population:
             result.population = population.to_bytes()

@@ -189,6 +189,7 @@ class _SMCMixin:
                 stop_token_ids=frozenset(stop),
                 potential=group.lead.potential,
                 potential_args=group.lead.potential_args,
+                lookahead=group.lookahead,
                 return_population=group.lead.return_population,
             )
             group.started = True

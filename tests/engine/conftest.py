@@ -44,11 +44,22 @@ _ENGINES = []
 
 
 def make_engine(path, in_process: bool = True, env: dict[str, str] | None = None, **args):
+    from vllm import envs
+
     from fastsmc import LLM
 
+    envs.disable_envs_cache()  # an engine that started earlier in this process has frozen them
     with environment(VLLM_ENABLE_V1_MULTIPROCESSING="0" if in_process else "1", **(env or {})):
         _ENGINES.append(LLM(str(path), **{**TINY_ARGS, **args}))
+    assert _ENGINES[-1]._in_process() == in_process
     return _ENGINES[-1]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shut_down():
+    yield
+    while _ENGINES:
+        _ENGINES.pop().llm_engine.engine_core.shutdown()
 
 
 @pytest.fixture(scope="session")

@@ -90,8 +90,8 @@ def test_early_ends(engine, tiny_path, all_blocks_back):
 
 # --------------------------------------------------------------------------------------------------------- paging
 @pytest.mark.parametrize("stop", [None, [5]])
-def test_live_blocks_equal_those_of_the_ancestry(engine, runner, all_blocks_back, monkeypatch, stop):
-    """At every step: blocks in use = distinct (ancestor, full block) pairs of active rows + one tail a row."""
+def test_live_blocks_equal_those_of_the_histories(engine, runner, all_blocks_back, monkeypatch, stop):
+    """At every step: blocks in use = distinct token histories up to the end of each full block + one tail a slot."""
     from fastsmc.group import Group
 
     seen = []
@@ -100,22 +100,14 @@ def test_live_blocks_equal_those_of_the_ancestry(engine, runner, all_blocks_back
     def step(group):
         original(group)
         paging, size = group.model.paging, group.model.paging.block_size
-        rows, writers = np.arange(group.n), []
-        known = [a.numpy() for a in group._ancestors]
-        if len(known) > len(group._tokens):  # base: resampled for the step to come
-            rows = known[-1]
-        for t in reversed(range(len(group._tokens))):
-            writers.append(rows)  # row that drew token t of each row's history
-            rows = known[t][rows]
-        writers = np.array(writers[::-1]).T  # (N, t)
-        prompt_len, active = len(group.prompt), (~group.finished).numpy()
-        pairs = set()
+        histories = group._lineages()[~group.finished].tolist()
+        prompt_len, pairs = len(group.prompt), set()
         for column in range(prompt_len // size, min(paging.position // size, paging.n_open)):
-            written = writers[:, : (column + 1) * size - prompt_len]
-            pairs |= {(column, tuple(w)) for w in written[active]}
+            pairs |= {(column, tuple(h[: (column + 1) * size - prompt_len])) for h in histories}
         private = max(0, paging.n_open - paging.position // size)
-        assert len(paging.live(group.readers)) == len(pairs) + private * group.n
-        assert set(paging.live(group.readers).tolist()) <= paging.owned
+        live = set(paging.live(group.readers).tolist())
+        assert len(live) == len(pairs) + private * group.n
+        assert live <= paging.owned
         seen.append(len(pairs))
 
     monkeypatch.setattr(Group, "step", step)
@@ -371,6 +363,13 @@ def test_infilling_scores_equal_a_full_recompute(engine, tiny_path, all_blocks_b
     whole = [tokens + continuation for tokens in population.token_ids]
     for i, scores in enumerate(hf_log_probs(tiny_path, prompt, whole, 0.8)):
         assert abs(scores[-len(continuation) :].sum() - population.log_weights[i]) <= 5e-4 * len(continuation)
+    if every_step:  # the twist of every prefix, around the block boundary too
+        for t in range(8, 16):
+            going = [i for i in range(8) if len(population.token_ids[i]) > t + 1]
+            whole = [population.token_ids[i][: t + 1] + continuation for i in going]
+            for i, scores in zip(going, hf_log_probs(tiny_path, prompt, whole, 0.8), strict=True):
+                got = population.step_log_weights[t, i]
+                assert abs(scores[-len(continuation) :].sum() - got) <= 5e-4 * len(continuation)
     resampled = SMCParams(n_particles=8, max_tokens=30, ess_threshold=1.0, stop_token_ids=[5], seed=4, temperature=0.8)
     population = engine.smc(prompt, resampled, Infill(continuation, every_step=every_step))
     check_log_probs(tiny_path, prompt, population, 0.8)

@@ -87,6 +87,8 @@ def test_unsupported_features_are_refused_by_name(tiny_path, engine):
 
     with pytest.raises(ValueError, match="worker_cls"):
         engine_args({"worker_cls": "mine"})
+    with pytest.raises(compat.UnsupportedError, match="pipeline_parallel_size > 1, enable_lora"):
+        engine_args({"pipeline_parallel_size": 2, "enable_lora": True, "max_model_len": 5})
     config = engine.llm_engine.vllm_config
     config.parallel_config.pipeline_parallel_size = 2
     try:
