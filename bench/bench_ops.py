@@ -13,16 +13,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
+from machine import machine
 from torch import Tensor
 
 from fastsmc import ops
@@ -125,15 +123,6 @@ def record(op: str, device: torch.device, n: int, median: float, **more: Any) ->
     return {"op": op, "backend": backend, "device": device.type, "n": n, "median_s": median, **more}
 
 
-def machine() -> dict[str, Any]:
-    model = platform.processor()
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo") as f:
-            model = next((line.split(":")[1].strip() for line in f if line.startswith("model name")), model)
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"cpu": model, "cores": os.cpu_count(), "torch_threads": torch.get_num_threads(), "gpu": gpu}
-
-
 def run(json_path: str | None = None, device: str = "cpu", seconds: float = 4.0) -> dict[str, Any]:
     """Runs all cases, `seconds` each at most but for slow ones; prints a line each; writes JSON if asked."""
     where = torch.device(device)
@@ -168,10 +157,8 @@ def run(json_path: str | None = None, device: str = "cpu", seconds: float = 4.0)
             flush=True,
         )
     result = {
-        "benchmark": "ops",
-        "command": " ".join([os.path.basename(sys.argv[0]), *sys.argv[1:]]),
-        "machine": machine(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        "bench": "ops",
+        "machine": machine() | {"torch_threads": torch.get_num_threads()},
         "temperature": TEMPERATURE,
         "records": records,
     }

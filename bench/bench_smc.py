@@ -5,45 +5,38 @@
 Both run in the same engine (a `fastsmc.LLM` is a `vllm.LLM`), with the same prompt, T tokens and ignore_eos. SMC
 resamples at every step and weighs with a potential that has a twist, so that nothing is left out of its step. Each
 pair is measured A B A B ... after a warm-up; the ratio is that of the medians.
+
+Particles with the same history cost one forward row, so the model's entropy matters: `forward_share` is the mean share
+of distinct histories among the N particles. A repetitive prompt would flatter SMC; the prompt here is text that the
+model itself wrote at temperature 1.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
-import sys
 import time
 from pathlib import Path
+
+import numpy as np
+from machine import machine
+
+from fastsmc import Population
 
 CASES = ((16, 8), (64, 8), (256, 8), (1024, 8), (64, 512), (256, 512), (1024, 512))
 
 
-def machine() -> dict:
-    """What a result must say about where it was made."""
-    import psutil
-    import torch
-
-    from fastsmc.vllm.compat import vllm_version
-
-    cpu = platform.processor()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
-        cpu = names[0] if names else cpu
-    return {
-        "cpu": cpu,
-        "cores": psutil.cpu_count(),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "vllm": vllm_version(),
-        "omp_preload": Path(os.environ.get("LD_PRELOAD", "")).name or None,
-        "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
-    }
+def forward_share(population: Population) -> float:
+    """Rows that went through the model, as a share of N rows a step: distinct histories, step by step."""
+    n = population.n_particles
+    histories, rows = np.zeros(n, dtype=np.int64), 0
+    for tokens, ancestors in zip(population.tokens[:-1], population.ancestors, strict=False):
+        pairs = np.stack([histories[ancestors], tokens])
+        _, histories = np.unique(pairs, axis=1, return_inverse=True)
+        histories = histories.reshape(-1)
+        rows += histories.max() + 1
+    return float(rows / (n * (population.T - 1)))
 
 
 def run(
@@ -65,16 +58,20 @@ def run(
     args.update(engine)
     llm = LLM(resolve(model), **args)
     tokenizer = llm.get_tokenizer()
-    text = tokenizer.encode("Once upon a time, in a small village by the sea, there lived a fisherman who told stories. ")
+    start = tokenizer.encode("Once upon a time, in a small village")
+    longest = max(prompt_len for _, prompt_len in cases)
+    story = SamplingParams(max_tokens=max(longest - len(start), 1), temperature=1.0, seed=0, ignore_eos=True)
+    output = llm.generate({"prompt_token_ids": start}, story, use_tqdm=False)[0]
+    text = start + list(output.outputs[0].token_ids)
     potential = Lexicon(token_ids=tokenizer.encode(" the sea and a boat"), weight=0.5)
     records = []
     for n, prompt_len in cases:
-        prompt = (text * (prompt_len // len(text) + 1))[:prompt_len]
+        prompt = text[:prompt_len]
         params = SMCParams(n_particles=n, max_tokens=max_tokens, ess_threshold=1.0, ignore_eos=True)
         stock = SamplingParams(n=n, max_tokens=max_tokens, ignore_eos=True, temperature=1.0, detokenize=True)
 
-        def run_smc(prompt=prompt, params=params) -> None:
-            llm.smc(prompt, params, potential)
+        def run_smc(prompt=prompt, params=params) -> Population:
+            return llm.smc(prompt, params, potential)
 
         def run_stock(prompt=prompt, stock=stock) -> None:
             llm.generate({"prompt_token_ids": prompt}, stock, use_tqdm=False)
@@ -82,10 +79,12 @@ def run(
         times: dict[str, list[float]] = {"smc": [], "stock": []}
         for i in range(repeats + 1):
             for name, call in (("smc", run_smc), ("stock", run_stock)):
-                start = time.perf_counter()
-                call()
+                begin = time.perf_counter()
+                result = call()
                 if i:
-                    times[name].append(time.perf_counter() - start)
+                    times[name].append(time.perf_counter() - begin)
+                if name == "smc":
+                    share = forward_share(result)
         seconds = {name: statistics.median(values) for name, values in times.items()}
         record = {
             "n_particles": n,
@@ -96,11 +95,13 @@ def run(
             "smc_tokens_per_s": n * max_tokens / seconds["smc"],
             "stock_tokens_per_s": n * max_tokens / seconds["stock"],
             "ratio": seconds["stock"] / seconds["smc"],
+            "forward_share": share,
         }
         records.append(record)
         print(
             f"N={n:5d} prompt={prompt_len:4d}  smc {record['smc_tokens_per_s']:7.0f} tok/s  "
-            f"stock {record['stock_tokens_per_s']:7.0f} tok/s  ratio {record['ratio']:.2f}",
+            f"stock {record['stock_tokens_per_s']:7.0f} tok/s  ratio {record['ratio']:.2f}  "
+            f"forward share {share:.2f}",
             flush=True,
         )
     if json_path:

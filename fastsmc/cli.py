@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 from fastsmc.params import PROPOSALS, RESAMPLING_SCHEMES, SMCParams
 
-BENCHES = ("ops", "smc")
+BENCHES = ("ops", "smc", "step")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -183,6 +183,7 @@ def command_bench(args: argparse.Namespace) -> int:
         raise ValueError(
             f"bench {args.which}: needs the source tree with bench/{script.name}; this fastsmc is installed without it"
         )
+    sys.path.insert(0, str(script.parent))  # as for `python bench/…`
     spec = importlib.util.spec_from_file_location(f"fastsmc_{script.stem}", script)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

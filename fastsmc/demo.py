@@ -51,7 +51,7 @@ def main() -> None:
     plain, plain_s = timed(lambda: llm.generate(HOURS_PROMPT, stock, use_tqdm=False)[0])
     hits = sum(re.match(HOURS, output.text) is not None for output in plain.outputs)
     population, smc_s = timed(lambda: llm.smc(HOURS_PROMPT, params, Regex(HOURS)))
-    good = sum(w for w, text in zip(population.weights, population.texts) if re.fullmatch(HOURS, text))
+    good = sum(w for w, text in zip(population.weights, population.texts, strict=True) if re.fullmatch(HOURS, text))
     print(f"\n1. {HOURS_PROMPT!r}, then exactly {HOURS!r}")
     print(f"   plain sampling, {n} samples      {hits / n:7.1%} begin with a match   {plain_s:6.1f} s")
     print(f"   SMC, {n} particles               {good:7.1%} of the weight matches {smc_s:6.1f} s")

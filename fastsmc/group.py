@@ -51,7 +51,9 @@ class RowModel(Protocol):
     def reindex(self, ancestors: Tensor) -> None:
         """Slot i becomes a copy of slot ancestors[i] (N,) int64; ancestors[ancestors[i]] == ancestors[i]."""
 
-    def continuation_log_prob(self, tokens: Tensor, slots: Tensor, continuation: list[int], temperature: float) -> Tensor:
+    def continuation_log_prob(
+        self, tokens: Tensor, slots: Tensor, continuation: list[int], temperature: float
+    ) -> Tensor:
         """(R,) float64 log p0(continuation | slot, token), where tokens (R,) are drawn but not yet appended."""
 
 
@@ -93,7 +95,7 @@ class _GroupState(State):
 
     @property
     def tokens(self) -> Tensor:
-        return self._group._lineages()
+        return self._group._lineages().clone()
 
     @property
     def hidden(self) -> Tensor | None:
@@ -105,7 +107,7 @@ class Group:
 
     Args:
         params: what to do.
-        model: the rows.
+        model: its slots.
         potential: None for plain ancestral sampling. It must have been set up (`Potential.setup`); the group works on
             a shallow copy of it, so that groups side by side do not share per-particle state.
         prompt: the prompt's token ids.

@@ -79,9 +79,7 @@ def test_live_blocks_equal_those_of_the_ancestry(n, prompt_len, steps, block_siz
                             key = (int(before[a[i], paging.tail]), slot)
                             content[int(paging.table[i, paging.tail]), slot] = content.get(key)
             histories = [list(histories[j]) for j in a.tolist()]
-        implied = implied_blocks(
-            histories, active, paging.position, block_size, paging.n_prompt_columns, paging.n_open
-        )
+        implied = implied_blocks(histories, active, paging.position, block_size, paging.n_prompt_columns, paging.n_open)
         assert len(paging.live(active)) == implied
         for row in torch.nonzero(active).squeeze(1).tolist():  # what a row reads is its own history
             for p in range(prompt_len, paging.position):

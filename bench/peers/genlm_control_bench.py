@@ -1,6 +1,7 @@
 """Tokens per second of genlm-control's SMC (Hugging Face backend) on the task that fastsmc is measured on.
 
-    P=$PWD/bench/peers/.venv; LD_PRELOAD=$P/lib/libiomp5.so $P/bin/python bench/peers/genlm_control_bench.py [--json FILE]
+    P=$PWD/bench/peers/.venv
+    LD_PRELOAD=$P/lib/libiomp5.so $P/bin/python bench/peers/genlm_control_bench.py [--json FILE]
 
 The task: N particles continue a prompt by T tokens under the potential ψ(s) = exp(number of tokens of s that spell a
 word of WORDS), resampled systematically whenever the weights differ (ess_threshold 1). In fastsmc:

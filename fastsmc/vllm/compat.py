@@ -28,7 +28,12 @@ SCHEDULER_ATTRIBUTES = ("running", "waiting", "kv_holding_waiting", "requests", 
 RUNNER_NAMES = ("model", "attn_groups", "kv_cache_config", "vllm_config")
 
 
-_PARALLEL = ("pipeline_parallel_size", "data_parallel_size", "decode_context_parallel_size", "prefill_context_parallel_size")
+_PARALLEL = (
+    "pipeline_parallel_size",
+    "data_parallel_size",
+    "decode_context_parallel_size",
+    "prefill_context_parallel_size",
+)
 _FEATURES = ("speculative_config", "spec_method", "spec_model", "enable_lora", "kv_transfer_config")
 
 

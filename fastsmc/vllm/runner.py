@@ -48,7 +48,9 @@ class Model:
         n_blocks = model_runner.kv_cache_config.num_blocks
         odd = {tuple(cache.shape) for cache in self.caches if cache.shape[0] != n_blocks}
         if odd:
-            raise compat.UnsupportedError(f"KV cache tensors {odd}: their first dimension is not the block ({n_blocks})")
+            raise compat.UnsupportedError(
+                f"KV cache tensors {odd}: their first dimension is not the block ({n_blocks})"
+            )
         self.device = self.caches[0].device
 
     def hidden(self, tokens: Tensor, position: int, table: Tensor, slots: Tensor, n_query: int = 1) -> Tensor:
@@ -143,7 +145,9 @@ class VllmRows:
             caches=self._model.caches,
         )
 
-    def continuation_log_prob(self, tokens: Tensor, slots: Tensor, continuation: list[int], temperature: float) -> Tensor:
+    def continuation_log_prob(
+        self, tokens: Tensor, slots: Tensor, continuation: list[int], temperature: float
+    ) -> Tensor:
         model, paging, n = self._model, self.paging, len(continuation)
         target = torch.tensor(continuation, device=model.device)
         out = torch.empty(len(slots), dtype=torch.float64, device=model.device)
@@ -156,7 +160,9 @@ class VllmRows:
                 query.reshape(-1), paging.position, paging.table[part, :n_columns], paging.slots(part, n), n
             )
             scores = []
-            for h, want in zip(hidden.split(model.max_logits_rows), target.repeat(len(part)).split(model.max_logits_rows)):
+            for h, want in zip(
+                hidden.split(model.max_logits_rows), target.repeat(len(part)).split(model.max_logits_rows)
+            ):
                 logits = model.logits(h)
                 lse = ops.weigh(logits, temperature=temperature).lse
                 scores.append(logits.gather(1, want[:, None])[:, 0].double() / temperature - lse)

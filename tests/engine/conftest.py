@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
-from tiny import make_llama  # noqa: E402
+from tiny import make_llama
 
 VOCAB = 8
 TINY_ARGS = dict(

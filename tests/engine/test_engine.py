@@ -14,6 +14,8 @@ from .conftest import VOCAB
 POTENTIAL = TableTwist(3 * value_table(100, VOCAB))
 #: multinomial moves rows even when the weights are nearly equal
 EVERY_STEP = SMCParams(n_particles=16, max_tokens=72, ess_threshold=1.0, resampling="multinomial", seed=3)
+
+
 def same(a, b):
     """Two populations are the same, up to float32 rounding of the weights."""
     assert a.token_ids == b.token_ids

@@ -70,7 +70,11 @@ def test_chunked_prefill_and_prefix_cache(engine, process_engine):
 def test_tensor_parallel(tiny_path, alone):
     check(
         make_engine(
-            tiny_path, in_process=False, env={"VLLM_CPU_OMP_THREADS_BIND": "0|1"}, tensor_parallel_size=2, max_num_seqs=64
+            tiny_path,
+            in_process=False,
+            env={"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
+            tensor_parallel_size=2,
+            max_num_seqs=64,
         ),
         alone,
     )

@@ -1,0 +1,97 @@
+"""A real model with a real tokenizer, SmolLM2-135M, in vLLM's default process mode."""
+
+import re
+
+import numpy as np
+import pytest
+from tiny import hf_log_probs
+from vllm import SamplingParams
+
+from fastsmc import Population, SMCParams
+from fastsmc.models import smollm2
+from fastsmc.potentials import Infill, Lexicon, Regex, TextPotential
+
+from .conftest import TINY_ARGS, make_engine
+
+PROMPT = "Once upon a time, in a small village by the sea, there lived"
+
+
+@pytest.fixture(scope="module")
+def real():
+    args = {**TINY_ARGS, "skip_tokenizer_init": False, "kv_cache_memory_bytes": 2 << 30, "max_num_seqs": 64}
+    return make_engine(smollm2(), in_process=False, **args)
+
+
+def test_log_probs_equal_a_full_recompute(real, tmp_path):
+    """N = 16, 40 steps, resampling at every step, beside a second group and an ordinary request."""
+    potential = Lexicon(words=["the", "sea", "and", "boat"], weight=1.0)
+    params = SMCParams(
+        n_particles=16, max_tokens=40, ess_threshold=1.0, resampling="multinomial", ignore_eos=True, seed=1
+    )
+    greedy = SamplingParams(max_tokens=24, temperature=0.0)
+    alone = real.generate(PROMPT, greedy, use_tqdm=False)[0]
+    name = real.register_potential(potential)
+    leads = [real.lead_params(params, name, group=i, return_population=True) for i in range(2)]
+    outputs = real.generate([PROMPT] * 3, [leads[0], greedy, leads[1]], use_tqdm=False)
+    real.drop_potential(name)
+    assert outputs[1].outputs[0].text == alone.outputs[0].text
+    prompt = real.get_tokenizer().encode(PROMPT)
+    for output in (outputs[0], outputs[2]):
+        population = real.population(output)
+        assert population.resampled[1:].all() and all(len(t) == 40 for t in population.token_ids)
+        assert output.outputs[0].text in population.texts
+        for got, want in zip(
+            population.token_log_probs, hf_log_probs(smollm2(), prompt, population.token_ids), strict=True
+        ):
+            assert np.abs(got - want).max() <= 5e-4
+        assert population.distinct_ancestors()[0] < 16
+    population.save(tmp_path / "population")
+    again = Population.load(tmp_path / "population")
+    assert again.texts == population.texts and np.array_equal(again.log_weights, population.log_weights)
+
+
+@pytest.mark.parametrize("proposal", ["twisted", "base"])
+def test_a_regular_expression_is_obeyed(real, proposal):
+    """Plain sampling hardly ever matches; by masks every particle does, and both proposals agree on log Z."""
+    pattern = r" (Anna|Tom|an old man),? who [a-z ]{3,20}\."
+    params = SMCParams(n_particles=48, max_tokens=16, ess_threshold=0.5, seed=2, proposal=proposal)
+    if proposal == "twisted":
+        population = real.smc(PROMPT, params, Regex(pattern))
+        assert all(re.fullmatch(pattern, text) for text in population.texts)
+        assert -15 < population.log_z < -1
+    else:
+        population = real.smc(PROMPT, params, Lexicon(words=["."], weight=-np.inf) * Regex(r"[^!]*"))
+        assert all("!" not in t for t, w in zip(population.texts, population.weights, strict=True) if w > 0)
+
+
+def test_potentials_of_text_and_of_what_follows(real):
+    """A Python callable on texts, times the likelihood of a continuation; `complete` alone gives exact weights."""
+    follow = " He was a fisherman."
+    params = SMCParams(n_particles=8, max_tokens=6, ess_threshold=0.0, ignore_eos=True, seed=3)
+    potential = TextPotential(lambda texts: [0.1 * len(text) for text in texts]) * Infill(follow)
+    population = real.smc(PROMPT, params, potential)
+    tokenizer = real.get_tokenizer()
+    prompt, after = tokenizer.encode(PROMPT), tokenizer.encode(follow, add_special_tokens=False)
+    whole = [tokens + after for tokens in population.token_ids]
+    for i, scores in enumerate(hf_log_probs(smollm2(), prompt, whole)):
+        want = scores[-len(after) :].sum() + 0.1 * len(population.texts[i])
+        assert abs(want - population.log_weights[i]) <= 5e-4 * len(after)
+
+
+def test_a_thousand_particles():
+    """N = 1024, T = 64 in bfloat16, on two CPU cores."""
+    engine = make_engine(
+        smollm2(),
+        in_process=False,
+        dtype="bfloat16",
+        skip_tokenizer_init=False,
+        enforce_eager=True,
+        max_model_len=256,
+        max_num_seqs=1024,
+        kv_cache_memory_bytes=5 << 30,
+    )
+    params = SMCParams(n_particles=1024, max_tokens=64, ess_threshold=0.5, ignore_eos=True)
+    population = engine.smc(PROMPT, params, Lexicon(words=["sea"], weight=2.0))
+    assert np.isfinite(population.log_z) and all(len(t) == 64 for t in population.token_ids)
+    assert len({tuple(t) for t in population.token_ids}) > 900
+    assert abs(population.weights.sum() - 1) < 1e-12
