@@ -144,6 +144,7 @@ class Group:
         self._all_rows = torch.arange(n, device=self.device)
         self._active = self._all_rows  # rows that are not finished
         self._row_of = torch.zeros_like(self._all_rows)  # index of a particle's logits in the last batch
+        self._weighed_of = self._row_of  # twisted: a particle's row in what `weigh` gave
         self._slot_of = torch.zeros_like(self._all_rows)  # where a particle's history is, without its last token
         self._last_tokens = torch.zeros_like(self._all_rows)
         self._strata: tuple[Tensor, Tensor] | None = None  # (rank, count) among the siblings, after a resampling
@@ -173,6 +174,9 @@ class Group:
             self.log_psi += psi
             self.log_w += psi
             if bool((self.log_w == -math.inf).all()):
+                self._record_weights()
+                self._ancestors.append(self._all_rows)
+                self._resampled.append(False)
                 self._end_without_weight()
 
     # ------------------------------------------------------------------------------------------------- the step
@@ -218,10 +222,8 @@ class Group:
             logits, log_psi, logit_rows=logit_rows, psi_rows=psi_rows, temperature=self.params.temperature
         )
         self._check_weighed(weighed, "logw_next")
-        # from here on a row's "logits" are its row of `weighed`
-        row_of = torch.full_like(self._all_rows, -1)
-        row_of[self._active] = torch.arange(len(self._active), device=self.device)
-        self._row_of = row_of
+        self._weighed_of = torch.full_like(self._all_rows, -1)
+        self._weighed_of[self._active] = torch.arange(len(self._active), device=self.device)
         self.log_w[self._active] += weighed.lse_psi - weighed.lse
         self._record_weights()
         if self._ess[-1] == 0.0:
@@ -236,7 +238,7 @@ class Group:
         drawn = ops.draw(
             logits,
             weighed,
-            self._row_of[self._active],
+            self._weighed_of[self._active],
             self._uniforms(),
             log_psi,
             logit_rows=logit_rows,
@@ -248,6 +250,9 @@ class Group:
         self.log_psi[drew] += drawn.log_psi
         if bool(ended.any()):
             self._reweigh(torch.where(ended, self._scores("complete", ended), self.log_psi))
+            if bool((self.log_w == -math.inf).all()):  # known now, so the record shows it now
+                self._ess[-1], self._step_log_w[-1] = 0.0, self.log_w
+                self.done = True
 
     def _step_base(self, logits: Tensor) -> None:
         weighed = ops.weigh(logits, temperature=self.params.temperature)
@@ -372,6 +377,7 @@ class Group:
         self.finished = self.finished[ancestors]
         self._last_tokens = self._last_tokens[ancestors]
         self._row_of = self._row_of[ancestors]
+        self._weighed_of = self._weighed_of[ancestors]
         self._slot_of = self._slot_of[ancestors]
         self._find_active()
         self._events.append(("move", ancestors))

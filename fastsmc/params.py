@@ -28,19 +28,18 @@ def _check_int(name: str, value: Any, low: int, high: int) -> int:
     return int(value)
 
 
-def _check_float(name: str, value: Any, low: float, high: float, open_low: bool = False) -> float:
+def _check_float(name: str, value: Any, low: float, high: float) -> float:
     try:
         number = float(value) if not isinstance(value, (bool, str)) else math.nan
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
-    if not (low < number if open_low else low <= number) or not number <= high or math.isinf(number):
-        bracket = "(" if open_low else "["
-        raise ValueError(f"{name}={value!r}: must be a finite number in {bracket}{low:g}, {high:g}]")
+    if not low <= number <= high:
+        raise ValueError(f"{name}={value!r}: must be a number in [{low:g}, {high:g}]")
     return number
 
 
 def _check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name}={value!r}: must be one of {', '.join(map(repr, choices))}")
     return value
 
@@ -52,7 +51,7 @@ class SMCParams:
     Args:
         n_particles: number of particles N, 1 to 2**20.
         max_tokens: longest continuation in tokens; a particle that reaches it ends there.
-        temperature: > 0; divides the logits, so that it is part of the base model p0.
+        temperature: at least 0.01 (below that vLLM would clamp it); divides the logits, so that it is part of p0.
         ess_threshold: in [0, 1]; resample when the effective sample size falls below `ess_threshold * N`.
             1.0 resamples at every step, 0.0 never.
         resampling: 'systematic', 'stratified', 'multinomial', 'residual' or 'ssp'.
@@ -85,7 +84,7 @@ class SMCParams:
 
         put("n_particles", _check_int("n_particles", self.n_particles, 1, 2**20))
         put("max_tokens", _check_int("max_tokens", self.max_tokens, 1, 2**24))
-        put("temperature", _check_float("temperature", self.temperature, 0.0, 1e6, open_low=True))
+        put("temperature", _check_float("temperature", self.temperature, 0.01, 1e6))
         put("ess_threshold", _check_float("ess_threshold", self.ess_threshold, 0.0, 1.0))
         _check_choice("resampling", self.resampling, RESAMPLING_SCHEMES)
         _check_choice("proposal", self.proposal, PROPOSALS)
@@ -124,7 +123,7 @@ class SMCParams:
         """
         own = {}
         for key, value in extra_args.items():
-            if key.startswith(PREFIX) and key not in REQUEST_KEYS:
+            if str(key).startswith(PREFIX) and key not in REQUEST_KEYS:
                 name = key[len(PREFIX) :]
                 if name not in cls._OWN:
                     known = sorted(REQUEST_KEYS | {PREFIX + n for n in cls._OWN})

@@ -22,8 +22,18 @@ SCHEDULER_NAMES = {
     "update_from_output": ("scheduler_output", "model_runner_output"),
     "_preempt_request": ("request",),
     "_free_request": ("request",),
+    "reset_prefix_cache": ("reset_running_requests",),
 }
-SCHEDULER_ATTRIBUTES = ("running", "waiting", "kv_holding_waiting", "requests", "kv_cache_manager", "finished_req_ids")
+SCHEDULER_ATTRIBUTES = (
+    "running",
+    "waiting",
+    "kv_holding_waiting",
+    "requests",
+    "finished_req_ids",
+    "kv_cache_manager",
+    "pause_state",
+    "max_num_running_reqs",
+)
 #: of the model runner, after the KV cache is there
 RUNNER_NAMES = ("model", "attn_groups", "kv_cache_config", "vllm_config")
 
@@ -34,7 +44,7 @@ _PARALLEL = (
     "decode_context_parallel_size",
     "prefill_context_parallel_size",
 )
-_FEATURES = ("speculative_config", "spec_method", "spec_model", "enable_lora", "kv_transfer_config")
+_FEATURES = ("speculative_config", "spec_method", "spec_model", "enable_lora", "kv_transfer_config", "logits_processors")
 
 
 class UnsupportedError(RuntimeError):
@@ -115,9 +125,10 @@ def check_config(config: Any) -> None:
 
 def check_scheduler(scheduler: Any) -> None:
     """Refuses a scheduler whose private members differ, or a KV cache of several groups."""
+    vllms = next(kind for kind in type(scheduler).__mro__ if kind.__module__.startswith("vllm."))
     missing = [name for name in SCHEDULER_ATTRIBUTES if not hasattr(scheduler, name)]
     for name, parameters in SCHEDULER_NAMES.items():
-        method = getattr(super(type(scheduler), scheduler), name, None)
+        method = getattr(vllms, name, None)  # not ours, which overrides it
         known = inspect.signature(method).parameters if method else {}
         missing += [f"{name}({p})" for p in parameters if p not in known] if method else [name]
     pool = getattr(getattr(scheduler, "kv_cache_manager", None), "block_pool", None)
@@ -153,5 +164,7 @@ def check_runner(runner: Any) -> None:
         raise UnsupportedError(f"vLLM {vllm_version()}: {type(runner).__name__} lacks {', '.join(missing)}")
     check_kv_cache(runner.kv_cache_config)
     groups = [group for part in runner.attn_groups for group in part]
+    if not all(hasattr(group, "get_metadata_builder") for group in groups):
+        raise UnsupportedError(f"vLLM {vllm_version()}: attention groups lack get_metadata_builder")
     if any(group.kernel_block_size is not None for group in groups):
         raise UnsupportedError("an attention backend whose kernel blocks are smaller than the KV cache's blocks")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import secrets
 from typing import Any
 
@@ -40,12 +41,13 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 #: prefix of the names under which potential objects of an offline engine are kept in its workers: object:ID:LOOKAHEAD
 OBJECT = "object:"
+_OBJECT_NAME = re.compile(OBJECT + r"[0-9a-f]{32}:(\d{1,6})")
 
 
 def is_lead(sampling_params: Any) -> bool:
     """Whether a request with these SamplingParams (or None) asks for a group."""
     extra = getattr(sampling_params, "extra_args", None) or {}
-    return any(key.startswith(PREFIX) for key in extra)
+    return any(str(key).startswith(PREFIX) for key in extra)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,9 +112,12 @@ class Lead:
         try:
             if not isinstance(json.loads(args), dict):
                 raise ValueError
-        except (TypeError, ValueError):
-            raise ValueError(f"smc_potential_args={args!r}: must be a JSON object") from None
-        return cls(params, potential, args, bool(extra.get(PREFIX + "return_population", False)))
+        except (TypeError, ValueError, RecursionError):
+            raise ValueError(f"smc_potential_args={str(args)[:200]!r}: must be a JSON object") from None
+        whole = extra.get(PREFIX + "return_population", False)
+        if whole not in (True, False):
+            raise ValueError(f"smc_return_population={whole!r}: must be true or false")
+        return cls(params, potential, args, bool(whole))
 
     def lookahead(self) -> int:
         """Tokens beyond a particle's end that its potential scores, known from name and arguments alone.
@@ -123,8 +128,11 @@ class Lead:
         if self.potential is None:
             return 0
         if self.potential.startswith(OBJECT):
-            return int(self.potential.rpartition(":")[2])
-        return potentials.resolve(self.potential, json.loads(self.potential_args)).lookahead
+            name = _OBJECT_NAME.fullmatch(self.potential)
+            if name is None:
+                raise ValueError(f"smc_potential={self.potential!r}: not a name that LLM.register_potential gave")
+            return int(name[1])
+        return int(potentials.resolve(self.potential, json.loads(self.potential_args)).lookahead)
 
 
 def check_fits(params: SMCParams, prompt_len: int, lookahead: int, limits: Limits) -> None:
@@ -216,7 +224,8 @@ class GroupResult:
         error: the group has failed: why.
         token_ids, stopped: of one particle drawn by weight, when the group is done; token_ids is None if no particle
             has any weight.
-        summary: plain values for every client; `population` is the whole, when asked for.
+        summary: plain values for every client; `population` is the whole (base64 of `Population.to_bytes`, so that it
+            passes through JSON), when asked for.
     """
 
     request_id: str
@@ -229,4 +238,4 @@ class GroupResult:
     token_ids: list[int] | None = None
     stopped: bool = False
     summary: dict[str, Any] | None = None
-    population: bytes | None = None
+    population: str | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import sys
 import uuid
@@ -172,7 +173,7 @@ class LLM(vllm.LLM):
             raise SMCError(payload["error"])
         if "population" not in payload:
             raise ValueError("output: holds no population; ask for it with smc_return_population")
-        population = Population.from_bytes(payload["population"])
+        population = Population.from_bytes(base64.b64decode(payload["population"]))
         if not self.model_config.skip_tokenizer_init:
             population.texts = self.get_tokenizer().batch_decode(population.token_ids, skip_special_tokens=True)
         return population

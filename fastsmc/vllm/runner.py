@@ -7,6 +7,7 @@ groups and the potentials of a worker and runs a `Tick` of the scheduler.
 
 from __future__ import annotations
 
+import base64
 import json
 from typing import Any
 
@@ -25,6 +26,8 @@ from fastsmc.vllm.lead import OBJECT, GroupResult, GroupStart, GroupTick, Tick, 
 
 logger = init_logger(__name__)
 
+#: potentials by name and arguments that a worker keeps set up; the oldest goes first
+_MAX_NAMED = 32
 #: logits elements that scoring a continuation may hold at once
 _SCORE_ELEMENTS = 1 << 27
 
@@ -161,7 +164,7 @@ class VllmRows:
             )
             scores = []
             for h, want in zip(
-                hidden.split(model.max_logits_rows), target.repeat(len(part)).split(model.max_logits_rows)
+                hidden.split(model.max_logits_rows), target.repeat(len(part)).split(model.max_logits_rows), strict=True
             ):
                 logits = model.logits(h)
                 lse = ops.weigh(logits, temperature=temperature).lse
@@ -219,6 +222,9 @@ class ParticleRunner:
             return self._potentials[name]
         key = f"{name} {start.potential_args}"
         if key not in self._potentials:
+            named = [known for known in self._potentials if not known.startswith(OBJECT)]
+            if len(named) >= _MAX_NAMED:
+                self.drop_potential(named[0])
             self.put_potential(key, potentials.resolve(name, json.loads(start.potential_args)))
         return self._potentials[key]
 
@@ -292,9 +298,9 @@ class ParticleRunner:
             "log_z": population.log_z,
             "n_particles": group.n,
             "steps": group.t,
-            "ess": float(population.ess[-1]),
+            "ess": population.final_ess,
             "chosen": chosen,
             "seed": group.params.seed,
         }
         if start.return_population:
-            result.population = population.to_bytes()
+            result.population = base64.b64encode(population.to_bytes()).decode()

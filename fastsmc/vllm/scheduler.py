@@ -16,6 +16,7 @@ by an engine reset) passes `_free_request` or `_preempt_request`, which return a
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 from vllm.logger import init_logger
@@ -57,7 +58,8 @@ class _Group:
     epoch: int = 0  # counts restarts, so that a result from before a preemption is not taken for one after
     started: bool = False
     in_flight: bool = False
-    need: int = 0
+    need: int = 0  # blocks without which it cannot go on
+    short: bool = False  # queued for want of blocks
     blocks: dict[int, Any] = dataclasses.field(default_factory=dict)  # block id → KVCacheBlock
     to_grant: list[int] = dataclasses.field(default_factory=list)
 
@@ -75,42 +77,61 @@ class _SMCMixin:
         self._groups: dict[str, _Group] = {}  # by request id, in order of arrival
         self._dropped: list[str] = []
         self._particle_turn = False
+        self._hold_admission = False
 
     # ----------------------------------------------------------------------------------------------- coming in
     def add_request(self, request: Request) -> None:
+        known = request.request_id in self.requests  # an update of a streaming session
         super().add_request(request)
-        if not is_lead(request.sampling_params) or request.request_id in self._groups:
+        if known or not is_lead(request.sampling_params):
             return
         group = self._groups[request.request_id] = _Group(request, None)
         try:
             group.lead = Lead.parse(request.sampling_params)
-            if not request.prompt_token_ids:
-                raise ValueError("prompt: a group of particles needs at least one prompt token")
+            if not request.prompt_token_ids or getattr(request, "prompt_embeds", None) is not None:
+                raise ValueError("prompt: a group of particles needs at least one prompt token, and no embeddings")
+            if request.resumable:
+                raise ValueError("a group of particles cannot be a streaming session")
+            if request.lora_request is not None:
+                raise ValueError("lora_request: groups of particles do not support LoRA")
             group.lookahead = group.lead.lookahead()
             check_fits(group.lead.params, request.num_prompt_tokens, group.lookahead, self._limits)
             # The seed is the group's. For the token that stock sampling draws at prefill, and that is dropped, it would
             # make a generator, which vLLM's CPU runner cannot rewind in a chunked prefill.
             request.sampling_params = request.sampling_params.clone()
             request.sampling_params.seed = None
-        except ValueError as error:
-            group.phase, group.error = "failed", str(error)
+        except Exception as error:  # whatever a request holds, the engine goes on
+            group.phase, group.error = "failed", str(error) or repr(error)
 
     def _admit(self) -> None:
         """Reserves rows and blocks for queued leads, oldest first, while they fit."""
+        if self._hold_admission:  # what a deadlock's end gave back is for others first
+            self._hold_admission = False
+            return
+        free = self._pool.get_num_free_blocks() - sum(
+            self._prompt_blocks(g) for g in self._groups.values() if g.phase == "prefill" and not self._has_blocks(g)
+        )
         rows = sum(g.lead.params.n_particles for g in self._groups.values() if g.phase in ("prefill", "running"))
         for group in self._groups.values():
             if group.phase != "queued":
                 continue
-            params, size = group.lead.params, self._limits.block_size
-            prompt_len = group.request.num_prompt_tokens
-            first = params.n_particles * first_columns(params, prompt_len, group.lookahead, size)
+            params, prompt_len = group.lead.params, group.request.num_prompt_tokens
+            columns = first_columns(params, prompt_len, group.lookahead, self._limits.block_size)
+            first = params.n_particles * columns
             rows += params.n_particles
-            if rows > self._limits.max_num_seqs:
-                return
-            if first + -(-prompt_len // size) > self._pool.get_num_free_blocks():
+            free -= first + self._prompt_blocks(group)
+            group.short = rows <= self._limits.max_num_seqs and free < 0
+            if rows > self._limits.max_num_seqs or free < 0:
                 return
             self._grant(group, first)
             group.phase = "prefill"
+
+    def _prompt_blocks(self, group: _Group) -> int:
+        return -(-group.request.num_prompt_tokens // self._limits.block_size)
+
+    def _has_blocks(self, group: _Group) -> bool:
+        """Whether vLLM has given a lead its prompt's blocks (at least the first of them)."""
+        return group.request.status == RequestStatus.RUNNING
 
     def _grant(self, group: _Group, count: int) -> None:
         for block in self._pool.get_new_blocks(count):
@@ -128,13 +149,14 @@ class _SMCMixin:
 
     # ------------------------------------------------------------------------------------------------- a step
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
-        self._admit()
+        paused = self.pause_state == PauseState.PAUSED_ALL
+        if not paused:
+            self._admit()
         hidden = {g.request.request_id for g in self._groups.values() if self._is_hidden(g)}
         others = [r for r in self.running if r.request_id not in hidden]
         work = bool(others or self.kv_holding_waiting or self.finished_req_ids) or any(
             r.request_id not in hidden for r in self.waiting
         )
-        paused = self.pause_state == PauseState.PAUSED_ALL
         ready = [] if paused else [g for g in self._groups.values() if self._is_ready(g)]
         if ready and (self._particle_turn or not work):
             self._particle_turn = False
@@ -143,21 +165,32 @@ class _SMCMixin:
             output.smc = Tick([self._tick(g, steps) for g in ready], self._take_dropped())
             return output
 
-        leads_waiting = [r for r in self.waiting if r.request_id in hidden]
+        since = self._waiting_for_blocks_since()
+        held = [r for r in self.waiting if r.request_id in hidden or r.arrival_time > since]
         leads_running = [r for r in self.running if r.request_id in hidden]
-        self.waiting.remove_requests(leads_waiting)
+        self.waiting.remove_requests(held)
         self.running = others
+        self.max_num_running_reqs -= len(leads_running)  # they keep their places
         try:
             output = super().schedule(*args, **kwargs)
         finally:
+            self.max_num_running_reqs += len(leads_running)
             self.running = self.running + leads_running
-            for request in reversed(leads_waiting):
-                self.waiting.prepend_request(request)
+            for request in held:
+                self.waiting.add_request(request)
         output.smc = Tick([], self._take_dropped())
         self._particle_turn = True
         if output.total_num_scheduled_tokens == 0 and not paused:
             self._break_deadlock()
         return output
+
+    def _waiting_for_blocks_since(self) -> float:
+        """Arrival of the oldest lead that waits for blocks, infinity if none does.
+
+        Requests that came later are not admitted meanwhile, so that a steady stream of them cannot starve it.
+        """
+        waiting = [g for g in self._groups.values() if g.short or (g.phase == "running" and g.need)]
+        return min((g.request.arrival_time for g in waiting), default=math.inf)
 
     def _is_hidden(self, group: _Group) -> bool:
         request = group.request
@@ -202,9 +235,21 @@ class _SMCMixin:
         return dropped
 
     def _break_deadlock(self) -> None:
-        """Nothing ordinary was scheduled: if groups wait for blocks and none runs, the youngest of them ends."""
+        """Nothing ordinary was scheduled: if nobody can go on either, somebody must give blocks back.
+
+        First the youngest lead whose prompt still waits for blocks goes back to the queue, which costs nothing; if there
+        is none, the youngest of the groups that wait to grow ends with an error.
+        """
         running = [g for g in self._groups.values() if g.phase == "running"]
         if any(g.in_flight or self._is_ready(g) for g in running):
+            return
+        if any(request.num_in_flight_tokens > 0 for request in self.running):
+            return
+        stuck = [g for g in self._groups.values() if g.phase == "prefill" and not self._has_blocks(g)]
+        if stuck:
+            self._take_back(stuck[-1])
+            stuck[-1].phase = "queued"
+            self._hold_admission = True
             return
         starved = [g for g in running if g.need]
         if starved:
@@ -301,6 +346,13 @@ class _SMCMixin:
         if group is not None:
             self._take_back(group)
         return super()._free_request(request, *args, **kwargs)
+
+    def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
+        for group in self._groups.values():
+            if group.phase == "prefill" and not self._has_blocks(group):
+                self._take_back(group)
+                group.phase = "queued"
+        return super().reset_prefix_cache(*args, **kwargs)
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         group = self._groups.get(request.request_id)

@@ -1,6 +1,7 @@
 """vLLM's workers with a particle runner beside the model runner.
 
-The particle runner is made at the first particle step, when the model and the KV cache are there. A particle-only step
+The particle runner is made at start-up, as soon as the model and the KV cache are there, so that what it cannot do is
+refused then. A particle-only step
 schedules no tokens for vLLM, so its result is returned from `execute_model` itself, in every process mode.
 """
 
@@ -17,13 +18,12 @@ from fastsmc.vllm.runner import ParticleRunner
 
 
 class _SMCMixin:
-    _particles: ParticleRunner | None = None
+    smc_runner: ParticleRunner
 
-    @property
-    def smc_runner(self) -> ParticleRunner:
-        if self._particles is None:
-            self._particles = ParticleRunner(self.model_runner)
-        return self._particles
+    def compile_or_warm_up_model(self) -> Any:
+        times = super().compile_or_warm_up_model()
+        self.smc_runner = ParticleRunner(self.model_runner)
+        return times
 
     def execute_model(self, scheduler_output: Any) -> Any:
         tick = getattr(scheduler_output, "smc", None)

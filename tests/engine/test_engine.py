@@ -278,10 +278,13 @@ def test_a_broken_twist(engine, all_blocks_back, how, message):
 
 
 class Impossible(Potential):
-    """Every sequence has weight zero from step 4 on."""
+    """Every sequence has weight zero from step `start` on."""
+
+    def __init__(self, start=4):
+        self.start = start
 
     def prefix(self, state):
-        worth = 0.0 if state.step < 4 else -float("inf")
+        worth = 0.0 if state.step < self.start else -float("inf")
         return torch.full((len(state.finished),), worth, dtype=torch.float64)
 
 
@@ -292,6 +295,9 @@ def test_no_weight_left(engine, all_blocks_back):
     assert not np.isnan(population.log_weights).any() and not np.isnan(population.weights).any()
     with pytest.raises(ValueError):
         population.sample(1)
+    for start in (0, 72):  # the empty sequence already; only the end
+        population = engine.smc(PROMPT, EVERY_STEP, Impossible(start))
+        assert population.log_z == -np.inf and population.ess[-1] == 0.0 and population.final_ess == 0.0
     name = engine.register_potential(Impossible())
     output = engine.generate({"prompt_token_ids": PROMPT}, engine.lead_params(EVERY_STEP, name), use_tqdm=False)[0]
     engine.drop_potential(name)
@@ -316,6 +322,12 @@ def test_no_weight_left(engine, all_blocks_back):
         (dict(extra_args={"smc_n_particles": 4, "smc_resampling": "best"}), "resampling='best'"),
         (dict(extra_args={"smc_n_particles": 4, "smc_potential": "nobody"}), "nobody"),
         (dict(extra_args={"smc_n_particles": 4, "smc_potential_args": "["}), "smc_potential_args"),
+        (dict(extra_args={"smc_n_particles": 4, "smc_potential_args": "[" * 100_000}), "smc_potential_args"),
+        (dict(extra_args={"smc_n_particles": 4, "smc_potential": "object:x:-1000"}), "register_potential"),
+        (dict(extra_args={"smc_n_particles": 4, "smc_return_population": "no"}), "smc_return_population"),
+        (dict(extra_args={"smc_n_particles": [4]}), "n_particles="),
+        (dict(extra_args={"smc_n_particles": 4, "smc_ess_threshold": None}), "ess_threshold=None"),
+        (dict(extra_args={"smc_n_particles": 4, "smc_resampling": ["ssp"]}), "resampling="),
         (dict(max_tokens=5000), "max_model_len"),
     ],
 )
@@ -353,7 +365,49 @@ def test_bad_arguments_of_smc(engine, all_blocks_back):
         engine.smc(PROMPT, SMCParams(n_particles=2000))
 
 
-# ------------------------------------------------------------------------------------------------- the engine scores
+# ------------------------------------------------------------------------------------------ hidden states and scores
+class Looks(TableTwist):
+    """Remembers how far `state.hidden` is from the hidden states of a full recompute, in each method."""
+
+    worst = 0.0
+
+    def setup(self, engine):
+        from transformers import AutoModelForCausalLM
+
+        assert engine.hidden_size == 64 and engine.vocab_size == VOCAB and engine.tokenizer is None
+        self.trunk = AutoModelForCausalLM.from_pretrained(self.path, dtype=torch.float32).model.eval()
+
+    def _look(self, state, length, asked):
+        for i in torch.nonzero(asked).squeeze(1).tolist():
+            ids = torch.tensor([state.prompt + state.tokens[i, :length].tolist()])
+            error = (self.trunk(ids).last_hidden_state[0, -1] - state.hidden[i]).abs().max()
+            Looks.worst = max(Looks.worst, float(error))
+
+    def prefix(self, state):
+        if state.step:
+            self._look(state, state.step - 1, ~state.finished)
+        return super().prefix(state)
+
+    def complete(self, state):
+        self._look(state, state.step - 1, state.finished & (state.lengths == state.step))
+        return super().complete(state)
+
+    def logw_next(self, state):
+        self._look(state, state.step, ~state.finished)
+        return super().logw_next(state)
+
+
+@pytest.mark.parametrize("proposal", ["twisted", "base"])
+def test_hidden_states_belong_to_their_particles(engine, tiny_path, all_blocks_back, proposal):
+    potential, Looks.worst = Looks(3 * value_table(100, VOCAB)), 0.0
+    potential.path = tiny_path
+    params = SMCParams(
+        n_particles=12, max_tokens=12, ess_threshold=1.0, proposal=proposal, stop_token_ids=[5], resampling="multinomial"
+    )
+    engine.smc(PROMPT, params, potential)
+    assert 0.0 < Looks.worst < 1e-3
+
+
 @pytest.mark.parametrize("every_step", [False, True])
 @pytest.mark.parametrize("continuation", [[2], [1, 4, 6], list(range(8)) * 5])
 def test_infilling_scores_equal_a_full_recompute(engine, tiny_path, all_blocks_back, continuation, every_step):
