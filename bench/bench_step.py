@@ -18,7 +18,7 @@ from pathlib import Path
 
 from machine import machine
 
-CASES = (64, 256, 1024)
+CASES = (64, 256)
 
 
 def run(json_path: str | None = None, model: str = "smollm2", max_tokens: int = 32, repeats: int = 3) -> list[dict]:
