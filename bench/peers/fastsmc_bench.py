@@ -1,6 +1,7 @@
 """fastsmc on the peers' task, in fastsmc's own environment: the other side of `genlm_control_bench.py`.
 
-    LD_PRELOAD=$PWD/.venv/lib/libiomp5.so .venv/bin/python bench/peers/fastsmc_bench.py [--json FILE]
+    VLLM_CPU_OMP_THREADS_BIND=0-1 LD_PRELOAD=$PWD/.venv/lib/libiomp5.so \
+        .venv/bin/python bench/peers/fastsmc_bench.py [--json FILE]
 """
 
 from __future__ import annotations
