@@ -42,7 +42,7 @@ def engine_args(kwargs: dict[str, Any]) -> dict[str, Any]:
     compat.check_arguments(kwargs)
     out = dict(kwargs)
     out["scheduler_cls"] = "fastsmc.vllm.scheduler.make_scheduler"
-    out.setdefault("max_num_seqs", DEFAULT_MAX_NUM_SEQS)
+    out.setdefault("max_num_seqs", min(DEFAULT_MAX_NUM_SEQS, out.get("max_num_batched_tokens") or DEFAULT_MAX_NUM_SEQS))
     if current_platform.is_cpu():
         out["worker_cls"] = "fastsmc.vllm.worker.SMCCPUWorker"
         out.setdefault("block_size", DEFAULT_CPU_BLOCK_SIZE)

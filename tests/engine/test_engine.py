@@ -148,6 +148,20 @@ def test_capacity_is_refused_or_ended_clearly(small_engine):
     assert len(populations) == 9 and pool.get_num_free_blocks() == free
 
 
+def test_a_lead_gives_way_to_a_prompt_that_came_first(small_engine):
+    """The lead's tails are reserved before an earlier, longer prompt finds its blocks: neither may wait for ever."""
+    pool = small_engine.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
+    free = pool.get_num_free_blocks()
+    lead = small_engine.lead_params(SMCParams(n_particles=28, max_tokens=8))
+    outputs = small_engine.generate(
+        [{"prompt_token_ids": prompt_of(480)}, {"prompt_token_ids": PROMPT}, {"prompt_token_ids": prompt_of(470)}],
+        [SamplingParams(max_tokens=8), lead, SamplingParams(max_tokens=8)],
+        use_tqdm=False,
+    )
+    assert [len(output.outputs[0].token_ids) for output in outputs] == [8, 8, 8]
+    assert pool.get_num_free_blocks() == free
+
+
 # ----------------------------------------------------------------------------------------------- ends of every kind
 def test_abort(engine, scheduler, all_blocks_back):
     """Aborted in the queue, in its prefill and while it runs; others finish."""

@@ -9,13 +9,7 @@
 #pragma once
 #include <cstdint>
 
-#ifndef FASTSMC_HD
-#ifdef __CUDACC__
-#define FASTSMC_HD __host__ __device__
-#else
-#define FASTSMC_HD
-#endif
-#endif
+#include "hd.cuh"
 
 namespace fastsmc {
 

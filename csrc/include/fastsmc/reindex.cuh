@@ -8,13 +8,7 @@
 #include <cstdint>
 #include <cstring>
 
-#ifndef FASTSMC_HD
-#ifdef __CUDACC__
-#define FASTSMC_HD __host__ __device__
-#else
-#define FASTSMC_HD
-#endif
-#endif
+#include "hd.cuh"
 
 namespace fastsmc {
 

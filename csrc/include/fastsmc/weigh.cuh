@@ -21,13 +21,7 @@
 #include <cstring>
 #include <type_traits>
 
-#ifndef FASTSMC_HD
-#ifdef __CUDACC__
-#define FASTSMC_HD __host__ __device__
-#else
-#define FASTSMC_HD
-#endif
-#endif
+#include "hd.cuh"
 
 namespace fastsmc {
 
