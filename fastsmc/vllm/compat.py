@@ -44,7 +44,14 @@ _PARALLEL = (
     "decode_context_parallel_size",
     "prefill_context_parallel_size",
 )
-_FEATURES = ("speculative_config", "spec_method", "spec_model", "enable_lora", "kv_transfer_config", "logits_processors")
+_FEATURES = (
+    "speculative_config",
+    "spec_method",
+    "spec_model",
+    "enable_lora",
+    "kv_transfer_config",
+    "logits_processors",
+)
 
 
 class UnsupportedError(RuntimeError):

@@ -416,7 +416,12 @@ def test_hidden_states_belong_to_their_particles(engine, tiny_path, all_blocks_b
     potential, Looks.worst = Looks(3 * value_table(100, VOCAB)), 0.0
     potential.path = tiny_path
     params = SMCParams(
-        n_particles=12, max_tokens=12, ess_threshold=1.0, proposal=proposal, stop_token_ids=[5], resampling="multinomial"
+        n_particles=12,
+        max_tokens=12,
+        ess_threshold=1.0,
+        proposal=proposal,
+        stop_token_ids=[5],
+        resampling="multinomial",
     )
     engine.smc(PROMPT, params, potential)
     assert 0.0 < Looks.worst < 1e-3
