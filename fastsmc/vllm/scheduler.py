@@ -237,8 +237,8 @@ class _SMCMixin:
     def _break_deadlock(self) -> None:
         """Nothing ordinary was scheduled: if nobody can go on either, somebody must give blocks back.
 
-        First the youngest lead whose prompt still waits for blocks goes back to the queue, which costs nothing; if there
-        is none, the youngest of the groups that wait to grow ends with an error.
+        First the youngest lead whose prompt still waits for blocks goes back to the queue, which costs nothing; if
+        there is none, the youngest of the groups that wait to grow ends with an error.
         """
         running = [g for g in self._groups.values() if g.phase == "running"]
         if any(g.in_flight or self._is_ready(g) for g in running):
