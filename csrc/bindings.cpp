@@ -35,18 +35,19 @@ PYBIND11_MODULE(_C, m) {
     cpu::uniforms(at<double>(out), n, seed, group, step, stream);
   });
 
-  m.def("weigh", [](const MatrixArgs& logits, const MatrixArgs& psi, int64_t n_rows, int64_t vocab, double temperature,
-                    Address lse, Address lse_psi, Address tile_mass, Address max_psi) {
+  m.def("weigh", [](const MatrixArgs& logits, const MatrixArgs& psi, const MatrixArgs& mask, int64_t n_rows,
+                    int64_t vocab, double temperature, Address lse, Address lse_psi, Address tile_mass,
+                    Address max_psi) {
     py::gil_scoped_release release;
-    cpu::weigh(matrix(logits), matrix(psi), n_rows, vocab, temperature, at<double>(lse), at<double>(lse_psi),
-               at<double>(tile_mass), at<float>(max_psi));
+    cpu::weigh(matrix(logits), matrix(psi), matrix(mask), n_rows, vocab, temperature, at<double>(lse),
+               at<double>(lse_psi), at<double>(tile_mass), at<float>(max_psi));
   });
 
-  m.def("draw", [](const MatrixArgs& logits, const MatrixArgs& psi, int64_t vocab, double temperature, Address lse,
-                   Address tile_mass, Address rows, Address u, int64_t n_draws, Address tokens, Address log_prob,
-                   Address log_psi) {
+  m.def("draw", [](const MatrixArgs& logits, const MatrixArgs& psi, const MatrixArgs& mask, int64_t vocab,
+                   double temperature, Address lse, Address tile_mass, Address rows, Address u, int64_t n_draws,
+                   Address tokens, Address log_prob, Address log_psi) {
     py::gil_scoped_release release;
-    cpu::draw(matrix(logits), matrix(psi), vocab, temperature, at<double>(lse), at<double>(tile_mass),
+    cpu::draw(matrix(logits), matrix(psi), matrix(mask), vocab, temperature, at<double>(lse), at<double>(tile_mass),
               at<int64_t>(rows), at<double>(u), n_draws, at<int64_t>(tokens), at<double>(log_prob),
               at<double>(log_psi));
   });

@@ -20,9 +20,18 @@ namespace fastsmc::cpu {
 // Elements below which one thread is faster than waking the others.
 constexpr int64_t kSerial = 1 << 16;
 
+// Null without a matrix and for no row.
 template <typename T>
 const T* row_of(const Matrix& m, int64_t r) {
-  return static_cast<const T*>(m.data) + (m.rows ? m.rows[r] : r) * m.stride;
+  const int64_t index = m.rows ? m.rows[r] : r;
+  return m.data && index >= 0 ? static_cast<const T*>(m.data) + index * m.stride : nullptr;
+}
+
+// f(mask row), or f of a null NoMask* where there is no mask or no row of it
+template <typename F>
+auto with_mask(const Matrix& mask, int64_t r, F f) {
+  const uint32_t* words = row_of<uint32_t>(mask, r);
+  return words ? f(words) : f(static_cast<const NoMask*>(nullptr));
 }
 
 // f(logit type, twist type) as null pointers of those types
@@ -46,8 +55,9 @@ void uniforms(double* out, int64_t n, uint64_t seed, uint32_t group, uint32_t st
 }
 
 // lse, lse_psi, max_psi: (n_rows,); tile_mass: (n_rows, n_tiles)
-void weigh(const Matrix& logits, const Matrix& psi, int64_t n_rows, int64_t vocab, double temperature, double* lse,
-           double* lse_psi, double* tile_mass, float* max_psi) {
+void weigh(const Matrix& logits, const Matrix& psi, const Matrix& mask, int64_t n_rows, int64_t vocab,
+           double temperature, double* lse, double* lse_psi, double* tile_mass, float* max_psi) {
+  if (psi.dtype == kNone && mask.dtype == kNone) lse_psi = lse;
   const int64_t n_tiles = (vocab + kTile - 1) / kTile;
   const float scale = logit_scale(temperature);
   dispatch(logits.dtype, psi.dtype, [&](auto* logit, auto* twist) {
@@ -58,17 +68,26 @@ void weigh(const Matrix& logits, const Matrix& psi, int64_t n_rows, int64_t voca
       std::vector<float> base_max(n_tiles), psi_max(n_tiles);
       std::vector<double> base_mass(n_tiles);
 #pragma omp for schedule(dynamic, 4)  // cores may be shared with others
-      for (int64_t r = 0; r < n_rows; ++r)
-        weigh_row(row_of<Logit>(logits, r), row_of<Psi>(psi, r), vocab, scale, base_max.data(), base_mass.data(),
-                  psi_max.data(), lse + r, lse_psi + r, tile_mass + r * n_tiles, max_psi + r);
+      for (int64_t r = 0; r < n_rows; ++r) {
+        const Logit* row = row_of<Logit>(logits, r);
+        if (!row) {
+          lse[r] = lse_psi[r] = max_psi[r] = kNegInf;
+          std::fill_n(tile_mass + r * n_tiles, n_tiles, 0.0);
+          continue;
+        }
+        with_mask(mask, r, [&](auto* words) {
+          weigh_row(row, row_of<Psi>(psi, r), words, vocab, scale, base_max.data(), base_mass.data(), psi_max.data(),
+                    lse + r, lse_psi + r, tile_mass + r * n_tiles, max_psi + r);
+        });
+      }
     }
   });
 }
 
 // Draw j: weighed row rows[j], uniform u[j]. tokens, log_prob, log_psi: (n_draws,).
-void draw(const Matrix& logits, const Matrix& psi, int64_t vocab, double temperature, const double* lse,
-          const double* tile_mass, const int64_t* rows, const double* u, int64_t n_draws, int64_t* tokens,
-          double* log_prob, double* log_psi) {
+void draw(const Matrix& logits, const Matrix& psi, const Matrix& mask, int64_t vocab, double temperature,
+          const double* lse, const double* tile_mass, const int64_t* rows, const double* u, int64_t n_draws,
+          int64_t* tokens, double* log_prob, double* log_psi) {
   const int64_t n_tiles = (vocab + kTile - 1) / kTile;
   const float scale = logit_scale(temperature);
   dispatch(logits.dtype, psi.dtype, [&](auto* logit, auto* twist) {
@@ -79,7 +98,9 @@ void draw(const Matrix& logits, const Matrix& psi, int64_t vocab, double tempera
       const int64_t r = rows[j];
       const Logit* row = row_of<Logit>(logits, r);
       const Psi* twists = row_of<Psi>(psi, r);
-      const int64_t token = draw_row(row, twists, vocab, scale, tile_mass + r * n_tiles, u[j]);
+      const int64_t token = with_mask(mask, r, [&](auto* words) {
+        return row ? draw_row(row, twists, words, vocab, scale, tile_mass + r * n_tiles, u[j]) : kNoToken;
+      });
       tokens[j] = token;
       log_prob[j] = log_psi[j] = std::numeric_limits<double>::quiet_NaN();
       if (token == kNoToken) continue;

@@ -9,10 +9,10 @@
 
 namespace fastsmc::cpu {
 
-// dtype codes as in fastsmc/ops/_tensors.py
-enum DType { kNone = 0, kFloat32 = 1, kBFloat16 = 2, kFloat16 = 3 };
+// dtype codes as in fastsmc/ops/_tensors.py; kInt32 holds mask words
+enum DType { kNone = 0, kFloat32 = 1, kBFloat16 = 2, kFloat16 = 3, kInt32 = 4 };
 
-// A matrix with unit column stride; `rows` maps an output row to a row of it, null for the identity.
+// A matrix with unit column stride; `rows` maps an output row to a row of it, null for the identity, −1 for no row.
 struct Matrix {
   const void* data;
   int64_t stride;
@@ -22,12 +22,13 @@ struct Matrix {
 
 void uniforms(double* out, int64_t n, uint64_t seed, uint32_t group, uint32_t step, uint32_t stream);
 
-void weigh(const Matrix& logits, const Matrix& psi, int64_t n_rows, int64_t vocab, double temperature, double* lse,
-           double* lse_psi, double* tile_mass, float* max_psi);
+// lse_psi is not written where it would be lse: without psi and mask
+void weigh(const Matrix& logits, const Matrix& psi, const Matrix& mask, int64_t n_rows, int64_t vocab,
+           double temperature, double* lse, double* lse_psi, double* tile_mass, float* max_psi);
 
-void draw(const Matrix& logits, const Matrix& psi, int64_t vocab, double temperature, const double* lse,
-          const double* tile_mass, const int64_t* rows, const double* u, int64_t n_draws, int64_t* tokens,
-          double* log_prob, double* log_psi);
+void draw(const Matrix& logits, const Matrix& psi, const Matrix& mask, int64_t vocab, double temperature,
+          const double* lse, const double* tile_mass, const int64_t* rows, const double* u, int64_t n_draws,
+          int64_t* tokens, double* log_prob, double* log_psi);
 
 int64_t bad_log_weight(const double* log_weights, int64_t n);
 int64_t bad_uniform(const double* u, int64_t n);

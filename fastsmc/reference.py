@@ -47,17 +47,24 @@ class Weighed(NamedTuple):
     max_psi: Array
 
 
-def _scores(
-    logits: Array, log_psi: Array | None, logit_rows: Array | None, psi_rows: Array | None, temperature: float
-) -> tuple[Array, Array]:
-    """z = logits / T of each output row, and x = z + log_psi; (R, V) each."""
-    z = np.asarray(logits, np.float64) / temperature
-    z = z if logit_rows is None else z[logit_rows]
-    if log_psi is None:
-        return z, z
-    psi = np.asarray(log_psi, np.float64)
-    with np.errstate(invalid="ignore"):  # −inf + inf
-        return z, z + (psi if psi_rows is None else psi[psi_rows])
+def _scores(logits, log_psi, logit_rows, psi_rows, mask, mask_rows, temperature) -> tuple[Array, Array, Array]:
+    """z = logits / T of each output row, x = z + log_psi, and log_psi, −inf where masked; (R, V) each, z = x = −inf for
+    no row."""
+    logits = np.asarray(logits, np.float64) / temperature
+    rows = np.arange(len(logits)) if logit_rows is None else logit_rows
+    z, x = np.full((2, len(rows), logits.shape[1]), -np.inf)
+    twist = np.zeros_like(z)
+    for r in np.flatnonzero(np.asarray(rows) >= 0):
+        z[r] = logits[rows[r]]
+        if log_psi is not None:
+            twist[r] = log_psi[r if psi_rows is None else psi_rows[r]]
+        at = r if mask_rows is None else mask_rows[r]
+        if mask is not None and at >= 0:
+            bits = [int(word) >> b & 1 for word in mask[at] for b in range(32)]
+            twist[r, ~np.array(bits[: logits.shape[1]], bool)] = -np.inf
+        with np.errstate(invalid="ignore"):  # −inf + inf
+            x[r] = z[r] + twist[r]
+    return z, x, twist
 
 
 def _log_sum_exp(x: Array) -> float:
@@ -68,8 +75,10 @@ def _log_sum_exp(x: Array) -> float:
     return top + math.log(np.exp(x - top).sum()) if top > -math.inf else -math.inf
 
 
-def weigh(logits, log_psi=None, *, logit_rows=None, psi_rows=None, temperature=1.0) -> Weighed:
-    z, x = _scores(logits, log_psi, logit_rows, psi_rows, temperature)
+def weigh(
+    logits, log_psi=None, *, logit_rows=None, psi_rows=None, mask=None, mask_rows=None, temperature=1.0
+) -> Weighed:
+    z, x, _ = _scores(logits, log_psi, logit_rows, psi_rows, mask, mask_rows, temperature)
     lse = np.array([_log_sum_exp(row) for row in z])
     lse_psi = np.array([_log_sum_exp(row) for row in x])
     top = np.where(np.isnan(lse_psi), np.nan, x.max(axis=1, initial=-np.inf))
@@ -80,9 +89,11 @@ def weigh(logits, log_psi=None, *, logit_rows=None, psi_rows=None, temperature=1
     return Weighed(lse, lse_psi, mass, top.astype(np.float32))
 
 
-def draw(logits, rows, uniforms, log_psi=None, *, logit_rows=None, psi_rows=None, temperature=1.0):
+def draw(
+    logits, rows, uniforms, log_psi=None, *, logit_rows=None, psi_rows=None, mask=None, mask_rows=None, temperature=1.0
+):
     """(tokens, log_prob, log_psi): plain inverse CDF over the whole row, first token with CDF > u."""
-    z, x = _scores(logits, log_psi, logit_rows, psi_rows, temperature)
+    z, x, twist = _scores(logits, log_psi, logit_rows, psi_rows, mask, mask_rows, temperature)
     tokens, log_prob, log_psi_drawn = np.full(len(rows), -1), np.full(len(rows), np.nan), np.full(len(rows), np.nan)
     for j, (r, u) in enumerate(zip(rows, uniforms, strict=True)):
         if not np.isfinite(_log_sum_exp(x[r])):
@@ -92,7 +103,7 @@ def draw(logits, rows, uniforms, log_psi=None, *, logit_rows=None, psi_rows=None
         token = np.searchsorted(cdf, u * cdf[-1], side="right")
         tokens[j] = token if token < len(mass) else np.flatnonzero(mass)[-1]
         log_prob[j] = z[r, tokens[j]] - _log_sum_exp(z[r])
-        log_psi_drawn[j] = x[r, tokens[j]] - z[r, tokens[j]]
+        log_psi_drawn[j] = twist[r, tokens[j]]
     return tokens, log_prob, log_psi_drawn
 
 

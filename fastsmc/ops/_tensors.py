@@ -1,12 +1,14 @@
 """What the ops share: checks of tensor arguments, and the choice of a backend.
 
-Checks that read values (index ranges, uniforms) are made on CPU tensors only: elsewhere they would cost a
-synchronisation with the device.
+Checks that read values (index ranges, uniforms) are made on CPU tensors only, and not while torch.compile traces:
+elsewhere they would cost a synchronisation with the device.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -16,21 +18,34 @@ from torch import Tensor
 from fastsmc import _C
 
 #: dtype codes of csrc/cpu.hpp
-DTYPE_CODES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+DTYPE_CODES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.int32: 4}
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 NO_MATRIX = (0, 0, 0, 0)
 
+#: backends of the ops that have no Triton kernel
 BACKENDS = ("cpu", "torch")
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
-def pick_backend(backend: str | None, device: torch.device) -> str:
-    """'cpu' (fastsmc._C) for CPU tensors, 'torch' (eager, any device) for others; or the one asked for."""
+def pick_backend(backend: str | None, device: torch.device, choices: Sequence[str] = BACKENDS) -> str:
+    """The backend asked for, or the device's own: 'cpu' (fastsmc._C) for CPU tensors, 'triton' for CUDA tensors where
+    it is among `choices` and installed, else 'torch' (eager, any device)."""
     if backend is None:
-        return "cpu" if device.type == "cpu" else "torch"
-    if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r}: must be one of {', '.join(map(repr, BACKENDS))}")
+        if device.type == "cpu":
+            return "cpu"
+        return "triton" if device.type == "cuda" and "triton" in choices and HAS_TRITON else "torch"
+    check_choice("backend", backend, choices)
     if backend == "cpu" and device.type != "cpu":
         raise ValueError(f"backend='cpu': tensors are on {device}")
+    if backend == "triton" and not HAS_TRITON:
+        raise ValueError("backend='triton': triton is not installed")
+    if backend == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError("backend='triton': tensors are on cpu, which needs TRITON_INTERPRET=1 in the environment")
     return backend
+
+
+def values_are_checked(device: torch.device) -> bool:
+    return device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
@@ -50,21 +65,34 @@ def check_vector(name: str, tensor: Tensor, dtype: torch.dtype, device: torch.de
     return tensor.contiguous()
 
 
-def check_index(name: str, tensor: Tensor, high: int, device: torch.device, n: int | None = None) -> Tensor:
-    """An int64 vector with values in [0, high)."""
+def check_index(
+    name: str,
+    tensor: Tensor,
+    high: int,
+    device: torch.device,
+    n: int | None = None,
+    *,
+    low: int = 0,
+    where: Tensor | None = None,
+) -> Tensor:
+    """An int64 vector with values in [low, high), or only those that the bool vector `where` marks."""
     tensor = check_vector(name, tensor, torch.int64, device, n)
-    if device.type == "cpu" and tensor.numel():
-        low, top = torch.aminmax(tensor)
-        if low < 0 or top >= high:
-            value = int(low) if low < 0 else int(top)
-            raise ValueError(f"{name}[{tensor.tolist().index(value)}]={value}: must be in [0, {high})")
+    checked = tensor
+    if values_are_checked(device) and where is not None:
+        checked = tensor[where]
+    if values_are_checked(device) and checked.numel():
+        least, most = torch.aminmax(checked)
+        if least < low or most >= high:
+            value = int(least) if least < low else int(most)
+            at = tensor == value if where is None else (tensor == value) & where
+            raise ValueError(f"{name}[{int(at.int().argmax())}]={value}: must be in [{low}, {high})")
     return tensor
 
 
 def check_uniforms(uniforms: Tensor, device: torch.device, n: int) -> Tensor:
     """A float64 vector with values in [0, 1)."""
     uniforms = check_vector("uniforms", uniforms, torch.float64, device, n)
-    if device.type == "cpu" and (bad := _C.bad_uniform(uniforms.data_ptr(), n)) >= 0:
+    if values_are_checked(device) and (bad := _C.bad_uniform(uniforms.data_ptr(), n)) >= 0:
         raise ValueError(f"uniforms[{bad}]={uniforms[bad].item()}: must be in [0, 1)")
     return uniforms
 
@@ -76,17 +104,28 @@ def check_temperature(temperature: float) -> float:
 
 
 class Matrices(NamedTuple):
-    """Checked matrices of `weigh` and `draw`: output row r is logits[logit_rows[r]] with log_psi[psi_rows[r]]."""
+    """Checked matrices of `weigh` and `draw`: output row r is logits[logit_rows[r]] with log_psi[psi_rows[r]] where
+    mask[mask_rows[r]] allows; an index of None is the identity."""
 
     logits: Tensor
-    log_psi: Tensor | None
     logit_rows: Tensor | None
+    log_psi: Tensor | None
     psi_rows: Tensor | None
-    n_rows: int
+    mask: Tensor | None
+    mask_rows: Tensor | None
 
-    def arguments(self) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int]]:
-        """The two matrices as fastsmc._C takes them."""
-        return _argument(self.logits, self.logit_rows), _argument(self.log_psi, self.psi_rows)
+    @property
+    def n_rows(self) -> int:
+        return (self.logits if self.logit_rows is None else self.logit_rows).shape[0]
+
+    @property
+    def reweighs(self) -> bool:
+        """Whether lse_psi is another number than lse."""
+        return self.log_psi is not None or self.mask is not None
+
+    def arguments(self) -> tuple[tuple[int, int, int, int], ...]:
+        """The three matrices as fastsmc._C takes them."""
+        return tuple(_argument(*pair) for pair in (self[:2], self[2:4], self[4:]))
 
 
 def _argument(matrix: Tensor | None, rows: Tensor | None) -> tuple[int, int, int, int]:
@@ -95,41 +134,65 @@ def _argument(matrix: Tensor | None, rows: Tensor | None) -> tuple[int, int, int
     return matrix.data_ptr(), matrix.stride(0), DTYPE_CODES[matrix.dtype], 0 if rows is None else rows.data_ptr()
 
 
-def _check_matrix(name: str, matrix: Tensor) -> Tensor:
+def _check_matrix(name: str, matrix: Tensor, dtypes: Sequence[torch.dtype], device: torch.device) -> Tensor:
     if not isinstance(matrix, Tensor) or matrix.dim() != 2:
         what = tuple(matrix.shape) if isinstance(matrix, Tensor) else repr(matrix)
-        raise ValueError(f"{name}: must be a matrix (rows, V), got {what}")
+        raise ValueError(f"{name}: must be a matrix (rows, columns), got {what}")
     if matrix.shape[1] < 1:
         raise ValueError(f"{name}: has no columns")
-    if matrix.dtype not in DTYPE_CODES:
-        raise ValueError(f"{name}: dtype {matrix.dtype} must be one of {', '.join(map(str, DTYPE_CODES))}")
+    if matrix.dtype not in dtypes:
+        raise ValueError(f"{name}: dtype {matrix.dtype} must be one of {', '.join(map(str, dtypes))}")
     if matrix.stride(1) != 1 and matrix.shape[1] > 1:
         raise ValueError(f"{name}: column stride {matrix.stride(1)} must be 1")
+    if matrix.device != device:
+        raise ValueError(f"{name}: is on {matrix.device}, logits are on {device}")
     return matrix
 
 
 def check_matrices(
-    logits: Tensor, log_psi: Tensor | None, logit_rows: Tensor | None, psi_rows: Tensor | None
+    logits: Tensor,
+    log_psi: Tensor | None,
+    logit_rows: Tensor | None,
+    psi_rows: Tensor | None,
+    mask: Tensor | None,
+    mask_rows: Tensor | None,
 ) -> Matrices:
     """Raises ValueError naming the argument."""
-    logits = _check_matrix("logits", logits)
+    if not isinstance(logits, Tensor):
+        raise ValueError(f"logits: must be a matrix (rows, columns), got {logits!r}")
     device = logits.device
+    logits = _check_matrix("logits", logits, FLOATS, device)
+    vocab, present = logits.shape[1], None
     if logit_rows is not None:
-        logit_rows = check_index("logit_rows", logit_rows, logits.shape[0], device)
-    n_rows = logits.shape[0] if logit_rows is None else logit_rows.shape[0]
-    if log_psi is None:
-        if psi_rows is not None:
-            raise ValueError("psi_rows: given without log_psi")
-        return Matrices(logits, None, logit_rows, None, n_rows)
-    if log_psi.dtype == torch.float64:
-        log_psi = log_psi.float()
-    log_psi = _check_matrix("log_psi", log_psi)
-    if log_psi.device != device:
-        raise ValueError(f"log_psi: is on {log_psi.device}, logits are on {device}")
-    if log_psi.shape[1] != logits.shape[1]:
-        raise ValueError(f"log_psi: has {log_psi.shape[1]} columns, logits have {logits.shape[1]}")
-    if psi_rows is not None:
-        psi_rows = check_index("psi_rows", psi_rows, log_psi.shape[0], device, n_rows)
-    elif log_psi.shape[0] != n_rows:
-        raise ValueError(f"log_psi: has {log_psi.shape[0]} rows, must have {n_rows}, or psi_rows must be given")
-    return Matrices(logits, log_psi, logit_rows, psi_rows, n_rows)
+        logit_rows = check_index("logit_rows", logit_rows, logits.shape[0], device, low=-1)
+        if values_are_checked(device):
+            present = logit_rows >= 0
+    n_rows = (logits if logit_rows is None else logit_rows).shape[0]
+
+    def rows(name: str, index: Tensor | None, matrix: Tensor, low: int) -> Tensor | None:
+        if index is not None:
+            return check_index(f"{name}_rows", index, matrix.shape[0], device, n_rows, low=low, where=present)
+        if matrix.shape[0] != n_rows:
+            full = "log_psi" if name == "psi" else name
+            raise ValueError(f"{full}: has {matrix.shape[0]} rows, must have {n_rows}, or {name}_rows must be given")
+        return None
+
+    if log_psi is not None:
+        if isinstance(log_psi, Tensor) and log_psi.dtype == torch.float64:
+            log_psi = log_psi.float()
+        log_psi = _check_matrix("log_psi", log_psi, FLOATS, device)
+        if log_psi.shape[1] != vocab:
+            raise ValueError(f"log_psi: has {log_psi.shape[1]} columns, logits have {vocab}")
+        psi_rows = rows("psi", psi_rows, log_psi, 0)
+    elif psi_rows is not None:
+        raise ValueError("psi_rows: given without log_psi")
+    if mask is not None:
+        mask = _check_matrix("mask", mask, (torch.int32,), device)
+        if mask.shape[1] != -(-vocab // 32):
+            raise ValueError(
+                f"mask: has {mask.shape[1]} words a row, logits of {vocab} columns need {-(-vocab // 32)} of 32 bits"
+            )
+        mask_rows = rows("mask", mask_rows, mask, -1)
+    elif mask_rows is not None:
+        raise ValueError("mask_rows: given without mask")
+    return Matrices(logits, logit_rows, log_psi, psi_rows, mask, mask_rows)

@@ -8,16 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fastsmc import _C
-
-if TYPE_CHECKING:
-    from fastsmc.ops._tensors import Matrices
-    from fastsmc.ops.weigh import Weighed
+from fastsmc.ops._tensors import Matrices
 
 _LOW32 = 0xFFFFFFFF
 
@@ -36,8 +32,40 @@ def uniforms(n: int, seed: int, group: int, step: int, stream: int, device: torc
 
 
 # -- weigh, draw -------------------------------------------------------------------------------------------------------
-def _gather(matrix: Tensor, rows: Tensor | None) -> Tensor:
-    return (matrix if rows is None else matrix[rows]).float()
+def _without_minus_one(m: Matrices) -> tuple[Matrices, Tensor | None]:
+    """The matrices with row indices that can be looked up, and (R,) bool: which have no row; None if none can."""
+    if m.logit_rows is None:
+        return m, None
+    absent = m.logit_rows < 0
+    psi_rows = None if m.psi_rows is None else m.psi_rows.masked_fill(absent, 0)
+    mask_rows = None if m.mask_rows is None else m.mask_rows.masked_fill(absent, -1)
+    some = [t if t is None or t.shape[0] else t.new_zeros(1, t.shape[1]) for t in (m.logits, m.log_psi, m.mask)]
+    return Matrices(some[0], m.logit_rows.clamp(min=0), some[1], psi_rows, some[2], mask_rows), absent
+
+
+def _at(matrix: Tensor, rows: Tensor | None, r: Tensor | None, columns: Tensor | None) -> Tensor:
+    """Elements of output rows r (M,) at columns (M, K); None: all rows, all columns."""
+    if r is not None:
+        rows = r if rows is None else rows[r]
+    if rows is None:
+        return matrix
+    return matrix[rows] if columns is None else matrix[rows[:, None], columns]
+
+
+def _scores(m: Matrices, r: Tensor | None, columns: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
+    """(z, x) of output rows r at columns, float32; x is z if nothing reweighs."""
+    z = _at(m.logits, m.logit_rows, r, columns).float() / temperature
+    if not m.reweighs:
+        return z, z
+    twist = z.new_zeros(()) if m.log_psi is None else _at(m.log_psi, m.psi_rows, r, columns).float()
+    if m.mask is not None:
+        where = torch.arange(m.logits.shape[1], device=z.device) if columns is None else columns
+        rows = m.mask_rows if m.mask_rows is None else m.mask_rows.clamp(min=0)
+        allowed = (_at(m.mask, rows, r, None).gather(1, (where >> 5).expand_as(z)) >> (where & 31).int()) & 1 != 0
+        if m.mask_rows is not None:
+            allowed |= (m.mask_rows if r is None else m.mask_rows[r])[:, None] < 0
+        twist = torch.where(allowed, twist, -math.inf)
+    return z, z + twist
 
 
 def _tile_sums(x: Tensor, tile: int) -> tuple[Tensor, Tensor]:
@@ -55,35 +83,39 @@ def _tile_sums(x: Tensor, tile: int) -> tuple[Tensor, Tensor]:
 
 
 def weigh(m: Matrices, temperature: float, tile: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    z = _gather(m.logits, m.logit_rows) / temperature
-    mass, top = _tile_sums(z, tile)
-    lse_psi = lse = top.double() + mass.sum(1).log()
-    if m.log_psi is not None:
-        mass, top = _tile_sums(z.add_(_gather(m.log_psi, m.psi_rows)), tile)
-        lse_psi = top.double() + mass.sum(1).log()
+    m, absent = _without_minus_one(m)
+    z, x = _scores(m, None, None, temperature)
+    if absent is not None:
+        z, x = (t.masked_fill(absent[:, None], -math.inf) for t in (z, x))
+    mass, top = _tile_sums(x, tile)
+    lse = lse_psi = top.double() + mass.sum(1).log()
+    if m.reweighs:
+        base_mass, base_top = _tile_sums(z, tile)
+        lse = base_top.double() + base_mass.sum(1).log()
+    else:
+        lse_psi = lse.new_empty(0)
     return lse, lse_psi, mass.nan_to_num_(nan=0.0), top
 
 
 def draw(
-    m: Matrices, weighed: Weighed, rows: Tensor, u: Tensor, temperature: float, tile: int
+    m: Matrices, lse: Tensor, tile_mass: Tensor, rows: Tensor, u: Tensor, temperature: float, tile: int
 ) -> tuple[Tensor, Tensor, Tensor]:
+    m, _ = _without_minus_one(m)
     vocab = m.logits.shape[1]
-    k, u = _invert_cdf(weighed.tile_mass[rows], u)
-    logit_row = rows if m.logit_rows is None else m.logit_rows[rows]
-    psi_row = rows if m.psi_rows is None else m.psi_rows[rows]
+    k, u = _invert_cdf(tile_mass[rows], u)
     column = k[:, None] * tile + torch.arange(tile, device=rows.device)
     inside = column < vocab
     column = column.clamp_(max=vocab - 1)
-    x = m.logits[logit_row[:, None], column].float() / temperature
-    if m.log_psi is not None:
-        x += m.log_psi[psi_row[:, None], column].float()
-    x = torch.where(inside, x, -math.inf)
+    x = torch.where(inside, _scores(m, rows, column, temperature)[1], -math.inf)
     top = x.amax(1, keepdim=True)
     offset, _ = _invert_cdf((x - torch.where(top == -math.inf, 0.0, top)).exp_().double(), u)
-    has_mass = weighed.tile_mass.sum(1)[rows] > 0
+    has_mass = tile_mass.sum(1)[rows] > 0
     token = torch.where(has_mass, k * tile + offset, 0)
-    log_prob = m.logits[logit_row, token].double() / temperature - weighed.lse[rows]
-    log_psi = torch.zeros_like(log_prob) if m.log_psi is None else m.log_psi[psi_row, token].double()
+    column = token[:, None]
+    log_prob = _at(m.logits, m.logit_rows, rows, column).squeeze(1).double() / temperature - lse[rows]
+    log_psi = torch.zeros_like(log_prob)
+    if m.log_psi is not None:
+        log_psi = _at(m.log_psi, m.psi_rows, rows, column).squeeze(1).double()
     nan = log_prob.new_tensor(math.nan)
     return torch.where(has_mass, token, -1), torch.where(has_mass, log_prob, nan), torch.where(has_mass, log_psi, nan)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from fastsmc import _C
 from fastsmc.ops import _torch
 from fastsmc.ops._tensors import (
+    Matrices,
     check_index,
     check_matrices,
     check_temperature,
@@ -21,7 +22,7 @@ from fastsmc.ops._tensors import (
     check_vector,
     pick_backend,
 )
-from fastsmc.ops.weigh import TILE, Weighed
+from fastsmc.ops.weigh import BACKENDS, TILE, Weighed
 
 #: token of a row that has no mass
 NO_TOKEN = -1
@@ -29,7 +30,7 @@ NO_TOKEN = -1
 
 class Drawn(NamedTuple):
     """Attributes:
-    tokens: (M,) int64; NO_TOKEN where the row has no mass or holds NaN or +inf.
+    tokens: (M,) int64; NO_TOKEN where there is no row, no mass, or NaN or +inf.
     log_prob: (M,) float64, log p0(token) = logit / T − lse; NaN without a token.
     log_psi: (M,) float64, the token's twist, 0 when there is none; NaN without a token.
     """
@@ -48,42 +49,76 @@ def draw(
     *,
     logit_rows: Tensor | None = None,
     psi_rows: Tensor | None = None,
+    mask: Tensor | None = None,
+    mask_rows: Tensor | None = None,
     temperature: float = 1.0,
     backend: str | None = None,
 ) -> Drawn:
     """Draws M tokens; draw j is from weighed row rows[j] by uniforms[j]. Never a token of zero mass.
 
     Args:
-        weighed: what `weigh` returned for the same logits, log_psi, logit_rows, psi_rows and temperature.
+        weighed: what `weigh` returned for the same logits, log_psi, mask, row indices and temperature.
         rows: (M,) int64 in [0, R).
         uniforms: (M,) float64 in [0, 1).
         The others: as in `weigh`.
 
     Raises:
-        ValueError: naming the argument; values of rows and uniforms are only checked on CPU tensors.
+        ValueError: naming the argument; values of rows and uniforms are only checked on CPU tensors, outside
+            torch.compile.
     """
-    m = check_matrices(logits, log_psi, logit_rows, psi_rows)
+    m = check_matrices(logits, log_psi, logit_rows, psi_rows, mask, mask_rows)
     temperature = check_temperature(temperature)
-    device, vocab = logits.device, logits.shape[1]
-    if weighed.tile_mass.shape != (m.n_rows, -(-vocab // TILE)):
+    device, n_tiles = logits.device, -(-logits.shape[1] // TILE)
+    if weighed.tile_mass.shape != (m.n_rows, n_tiles):
         raise ValueError(
-            f"weighed: tile_mass has shape {tuple(weighed.tile_mass.shape)}, these rows need "
-            f"{(m.n_rows, -(-vocab // TILE))}"
+            f"weighed: tile_mass has shape {tuple(weighed.tile_mass.shape)}, these rows need {(m.n_rows, n_tiles)}"
         )
-    rows = check_index("rows", rows, m.n_rows, device)
-    n = rows.shape[0]
-    uniforms = check_uniforms(uniforms, device, n)
-    if pick_backend(backend, device) == "torch":
-        return Drawn(*_torch.draw(m, weighed, rows, uniforms, temperature, TILE))
     lse = check_vector("weighed.lse", weighed.lse, torch.float64, device, m.n_rows)
-    tile_mass = weighed.tile_mass.contiguous()
-    tokens = torch.empty(n, dtype=torch.int64)
-    log_prob, log_psi_drawn = torch.empty(n, dtype=torch.float64), torch.empty(n, dtype=torch.float64)
+    rows = check_index("rows", rows, m.n_rows, device)
+    uniforms = check_uniforms(uniforms, device, rows.shape[0])
+    backend = pick_backend(backend, device, BACKENDS)
+    return Drawn(*_draw(*m, lse, weighed.tile_mass.contiguous(), rows, uniforms, temperature, backend))
+
+
+@torch.library.custom_op("fastsmc::draw", mutates_args=())
+def _draw(
+    logits: Tensor,
+    logit_rows: Tensor | None,
+    log_psi: Tensor | None,
+    psi_rows: Tensor | None,
+    mask: Tensor | None,
+    mask_rows: Tensor | None,
+    lse: Tensor,
+    tile_mass: Tensor,
+    rows: Tensor,
+    uniforms: Tensor,
+    temperature: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    m = Matrices(logits, logit_rows, log_psi, psi_rows, mask, mask_rows)
+    if backend == "torch":
+        return _torch.draw(m, lse, tile_mass, rows, uniforms, temperature, TILE)
+    if backend == "triton":
+        from fastsmc.kernels import draw as kernel
+
+        return kernel.draw(m, lse, tile_mass, rows, uniforms, temperature, TILE)
+    out = _empty(rows)
     _C.draw(
-        *m.arguments(), vocab, temperature, lse.data_ptr(), tile_mass.data_ptr(), rows.data_ptr(), uniforms.data_ptr(),
-        n, tokens.data_ptr(), log_prob.data_ptr(), log_psi_drawn.data_ptr(),
+        *m.arguments(), logits.shape[1], temperature, lse.data_ptr(), tile_mass.data_ptr(), rows.data_ptr(),
+        uniforms.data_ptr(), rows.shape[0], *(t.data_ptr() for t in out),
     )  # fmt: skip
-    return Drawn(tokens, log_prob, log_psi_drawn)
+    return out
+
+
+@_draw.register_fake
+def _(
+    logits, logit_rows, log_psi, psi_rows, mask, mask_rows, lse, tile_mass, rows, uniforms, temperature, backend
+):  # fmt: skip
+    return _empty(rows)
+
+
+def _empty(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(rows), *(torch.empty_like(rows, dtype=torch.float64) for _ in range(2))
 
 
 def stratify(uniforms: Tensor, rank: Tensor, count: Tensor) -> Tensor:

@@ -13,18 +13,20 @@ from torch import Tensor
 
 from fastsmc import _C
 from fastsmc.ops import _torch
-from fastsmc.ops._tensors import check_matrices, check_temperature, pick_backend
+from fastsmc.ops._tensors import Matrices, check_matrices, check_temperature, pick_backend
 
 #: tokens per tile of `Weighed.tile_mass`; the last tile may be shorter
 TILE: int = _C.TILE
 
+BACKENDS = ("cpu", "torch", "triton")
+
 
 class Weighed(NamedTuple):
-    """Rows weighed by `weigh`, z = logits / T and x = z + log_psi.
+    """Rows weighed by `weigh`, z = logits / T and x = z + log_psi, −inf where masked.
 
     Attributes:
-        lse: (R,) float64, log Σ_v exp(z_v).
-        lse_psi: (R,) float64, log Σ_v exp(x_v); the same tensor as `lse` without a twist.
+        lse: (R,) float64, log Σ_v exp(z_v); a mask does not enter it.
+        lse_psi: (R,) float64, log Σ_v exp(x_v); the same tensor as `lse` without twist and mask.
         tile_mass: (R, ceil(V / TILE)) float64, Σ_{v in tile} exp(x_v − max_psi).
         max_psi: (R,) float32, max_v x_v.
     """
@@ -41,36 +43,73 @@ def weigh(
     *,
     logit_rows: Tensor | None = None,
     psi_rows: Tensor | None = None,
+    mask: Tensor | None = None,
+    mask_rows: Tensor | None = None,
     temperature: float = 1.0,
     backend: str | None = None,
 ) -> Weighed:
-    """Weighs R rows: row r is logits[logit_rows[r]] under log_psi[psi_rows[r]]. Elements in float32, sums in float64.
+    """Weighs R rows: row r is logits[logit_rows[r]] under log_psi[psi_rows[r]], where mask[mask_rows[r]] allows.
 
-    A row without mass has lse_psi = −inf, masses 0 and max_psi = −inf. NaN or +inf in a row (also +inf reached by
-    dividing by a small temperature) makes lse_psi and max_psi NaN and masses 0, and lse NaN if it is in the logits.
+    Elements in float32, sums in float64. A row without mass has lse_psi = −inf, masses 0 and max_psi = −inf. NaN or
+    +inf in a row (also +inf reached by dividing by a small temperature) makes lse_psi and max_psi NaN and masses 0, and
+    lse NaN if it is in the logits.
 
     Args:
         logits: (L, V) float32, bfloat16 or float16; any row stride, unit column stride. −inf: no mass.
         log_psi: (M, V), the same dtypes and strides (row stride 0 too), or float64, which is rounded to float32.
-        logit_rows: (R,) int64 in [0, L); default the identity, R = L.
+        logit_rows: (R,) int64 in [−1, L); default the identity, R = L. −1 is no row: nothing is read, the other
+            indices are ignored, and lse = lse_psi = max_psi = −inf, masses 0. So a batch of fixed shape may have holes.
         psi_rows: (R,) int64 in [0, M); default the identity, then M = R.
+        mask: (B, ceil(V / 32)) int32: a token v is allowed where bit v % 32 of word v // 32 is set, else its log ψ is
+            −inf; bits behind V are ignored. The format of xgrammar and llguidance.
+        mask_rows: (R,) int64 in [−1, B); default the identity, then B = R. −1: all tokens are allowed.
         temperature: > 0.
-        backend: 'cpu', 'torch' or None for the device's own.
+        backend: 'cpu', 'triton' (CUDA tensors; others under TRITON_INTERPRET=1), 'torch', or None for the device's own.
 
     Raises:
-        ValueError: naming the argument; index ranges are only checked on CPU tensors.
+        ValueError: naming the argument; index ranges are only checked on CPU tensors, outside torch.compile.
     """
-    m = check_matrices(logits, log_psi, logit_rows, psi_rows)
-    temperature = check_temperature(temperature)
-    if pick_backend(backend, logits.device) == "torch":
-        return Weighed(*_torch.weigh(m, temperature, TILE))
-    vocab = logits.shape[1]
-    lse = torch.empty(m.n_rows, dtype=torch.float64)
-    lse_psi = lse if log_psi is None else torch.empty_like(lse)
-    tile_mass = torch.empty(m.n_rows, -(-vocab // TILE), dtype=torch.float64)
-    max_psi = torch.empty(m.n_rows, dtype=torch.float32)
-    _C.weigh(
-        *m.arguments(), m.n_rows, vocab, temperature, lse.data_ptr(), lse_psi.data_ptr(), tile_mass.data_ptr(),
-        max_psi.data_ptr(),
-    )  # fmt: skip
-    return Weighed(lse, lse_psi, tile_mass, max_psi)
+    m = check_matrices(logits, log_psi, logit_rows, psi_rows, mask, mask_rows)
+    backend = pick_backend(backend, logits.device, BACKENDS)
+    lse, lse_psi, tile_mass, max_psi = _weigh(*m, check_temperature(temperature), backend)
+    return Weighed(lse, lse_psi if m.reweighs else lse, tile_mass, max_psi)
+
+
+# The op that torch.compile and CUDA graphs see. What it returns may not alias: without twist and mask its lse_psi is
+# empty, and `weigh` gives lse twice.
+@torch.library.custom_op("fastsmc::weigh", mutates_args=())
+def _weigh(
+    logits: Tensor,
+    logit_rows: Tensor | None,
+    log_psi: Tensor | None,
+    psi_rows: Tensor | None,
+    mask: Tensor | None,
+    mask_rows: Tensor | None,
+    temperature: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    m = Matrices(logits, logit_rows, log_psi, psi_rows, mask, mask_rows)
+    if backend == "torch":
+        return _torch.weigh(m, temperature, TILE)
+    if backend == "triton":
+        from fastsmc.kernels import weigh as kernel  # Triton takes its time to import, and CPU users need none
+
+        return kernel.weigh(m, temperature, TILE)
+    out = _empty(m)
+    _C.weigh(*m.arguments(), m.n_rows, logits.shape[1], temperature, *(t.data_ptr() for t in out))
+    return out
+
+
+@_weigh.register_fake
+def _(logits, logit_rows, log_psi, psi_rows, mask, mask_rows, temperature, backend):
+    return _empty(Matrices(logits, logit_rows, log_psi, psi_rows, mask, mask_rows))
+
+
+def _empty(m: Matrices) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    lse = m.logits.new_empty(m.n_rows, dtype=torch.float64)
+    return (
+        lse,
+        lse.new_empty(m.n_rows if m.reweighs else 0),
+        lse.new_empty(m.n_rows, -(-m.logits.shape[1] // TILE)),
+        lse.new_empty(m.n_rows, dtype=torch.float32),
+    )

@@ -37,17 +37,17 @@ FASTSMC_HD inline int64_t invert_cdf(const Mass* mass, int64_t n, double* u) {
 }
 
 // Token of a row given its tile masses; kNoToken for a row without mass (weigh leaves NaN rows without mass).
-template <typename Logit, typename Psi>
-FASTSMC_HD inline int64_t draw_row(const Logit* logits, const Psi* psi, int64_t vocab, float scale,
+template <typename Logit, typename Psi, typename Mask>
+FASTSMC_HD inline int64_t draw_row(const Logit* logits, const Psi* psi, const Mask* mask, int64_t vocab, float scale,
                                    const double* tile_mass, double u) {
   const int64_t tile = invert_cdf(tile_mass, (vocab + kTile - 1) / kTile, &u);
   if (tile < 0) return kNoToken;
   const int64_t first = tile * kTile;
   const int n = static_cast<int>(vocab - first < kTile ? vocab - first : kTile);
-  constexpr bool twisted = !std::is_same<Psi, NoTwist>::value;
-  alignas(64) float z[kTile], x[twisted ? kTile : 1];
-  const TileMax max = load_tile(logits + first, twisted ? psi + first : psi, n, scale, z, x);
-  float* mass = twisted ? x : z;
+  constexpr bool reweighs = kReweighs<Psi, Mask>;
+  alignas(64) float z[kTile], x[reweighs ? kTile : 1];
+  const TileMax max = load_tile(tile_of(logits, tile), tile_of(psi, tile), tile_of(mask, tile), n, scale, z, x);
+  float* mass = reweighs ? x : z;
 #pragma omp simd
   for (int i = 0; i < kTile; ++i) mass[i] = exp2_nonpositive(mass[i] - max.x);
   return first + invert_cdf(mass, n, &u);

@@ -1,6 +1,6 @@
 // weigh: for a row of logits and a row of log twists, in one streaming pass,
 //
-//   z_v = logit_v / T            x_v = z_v + log_psi_v         (float32)
+//   z_v = logit_v / T            x_v = z_v + log_psi_v         (float32; log_psi −inf where a mask bit is not set)
 //   lse = log Σ_v exp(z_v)       lse_psi = log Σ_v exp(x_v)    (float64)
 //   tile_mass[k] = Σ_{v in tile k} exp(x_v − max_v x_v)        (float64)
 //
@@ -36,6 +36,10 @@ struct fp16 {
   uint16_t bits;
 };
 struct NoTwist {};
+struct NoMask {};  // else a mask is uint32_t words: token v is allowed where bit v % 32 of word v / 32 is set
+
+template <typename Psi, typename Mask>
+constexpr bool kReweighs = !std::is_same<Psi, NoTwist>::value || !std::is_same<Mask, NoMask>::value;
 
 FASTSMC_HD inline float as_float(uint32_t bits) {
   float value;
@@ -78,30 +82,50 @@ FASTSMC_HD inline float exp2_nonpositive(float t) {
 // What logits are multiplied by: 1/T, in units of log 2, in which all elements are held.
 FASTSMC_HD inline float logit_scale(double temperature) { return static_cast<float>(1.4426950408889634 / temperature); }
 
-// Scaled scores of n tokens, padded with −inf to kTile: z = logit·scale and x = z + log_psi/log 2 (only with a twist);
+// 0 for the allowed of n tokens, −inf for the others.
+FASTSMC_HD inline void unpack_mask(const uint32_t* mask, int n, float* x) {
+  for (int w = 0; w < (n + 31) / 32; ++w) {
+    const uint32_t word = mask[w];
+    for (int bit = 0; bit < 32; ++bit) x[32 * w + bit] = word >> bit & 1 ? 0.0f : kNegInf;
+  }
+}
+
+// Tile k of a row, null where the row is.
+template <typename T>
+FASTSMC_HD inline const T* tile_of(const T* row, int64_t k) {
+  return row + k * kTile;
+}
+FASTSMC_HD inline const NoTwist* tile_of(const NoTwist* row, int64_t) { return row; }
+FASTSMC_HD inline const NoMask* tile_of(const NoMask* row, int64_t) { return row; }
+FASTSMC_HD inline const uint32_t* tile_of(const uint32_t* row, int64_t k) { return row + k * (kTile / 32); }
+
+// Scaled scores of n tokens, padded with −inf to kTile: z = logit·scale and x = z + log_psi/log 2 (only if kReweighs);
 // returns their maxima, without NaN.
 struct TileMax {
   float z, x;
 };
-template <typename Logit, typename Psi>
-FASTSMC_HD inline TileMax load_tile(const Logit* logits, const Psi* psi, int n, float scale, float* z, float* x) {
-  constexpr bool twisted = !std::is_same<Psi, NoTwist>::value;
+template <typename Logit, typename Psi, typename Mask>
+FASTSMC_HD inline TileMax load_tile(const Logit* logits, const Psi* psi, const Mask* mask, int n, float scale, float* z,
+                                    float* x) {
+  constexpr bool masked = !std::is_same<Mask, NoMask>::value, reweighs = kReweighs<Psi, Mask>;
   float z_max = kNegInf, x_max = kNegInf;
+  if constexpr (masked) unpack_mask(mask, n, x);
 #pragma omp simd reduction(max : z_max, x_max)
   for (int i = 0; i < n; ++i) {
     const float score = load(logits, i) * scale;
     z[i] = score;
     z_max = score > z_max ? score : z_max;
-    if (twisted) {
-      const float sum = load(psi, i) * 1.44269504f + score;
+    if (reweighs) {
+      float sum = load(psi, i) * 1.44269504f + score;
+      if (masked) sum = x[i] < 0.0f ? score + kNegInf : sum;
       x[i] = sum;
       x_max = sum > x_max ? sum : x_max;
     }
   }
   for (int i = n; i < kTile; ++i) z[i] = kNegInf;
-  if (twisted)
+  if (reweighs)
     for (int i = n; i < kTile; ++i) x[i] = kNegInf;
-  return {z_max, twisted ? x_max : z_max};
+  return {z_max, reweighs ? x_max : z_max};
 }
 
 // Σ 2^(x_i − max) over a tile; NaN if it holds NaN or +inf, 0 if it holds no mass.
@@ -141,30 +165,30 @@ FASTSMC_HD inline void prefetch_tile(const T* p) {
 #endif
 }
 
-// One row. Scratch, n_tiles each: maxima, and with a twist base_maxima and base_mass. lse_psi = lse without twist.
-template <typename Logit, typename Psi>
-FASTSMC_HD inline void weigh_row(const Logit* logits, const Psi* psi, int64_t vocab, float scale, float* base_maxima,
-                                 double* base_mass, float* maxima, double* lse, double* lse_psi, double* tile_mass,
-                                 float* max_psi) {
-  constexpr bool twisted = !std::is_same<Psi, NoTwist>::value;
-  alignas(64) float z[kTile], x[twisted ? kTile : 1];
+// One row. Scratch, n_tiles each: maxima, and if kReweighs base_maxima and base_mass; if not, lse_psi = lse.
+template <typename Logit, typename Psi, typename Mask>
+FASTSMC_HD inline void weigh_row(const Logit* logits, const Psi* psi, const Mask* mask, int64_t vocab, float scale,
+                                 float* base_maxima, double* base_mass, float* maxima, double* lse, double* lse_psi,
+                                 double* tile_mass, float* max_psi) {
+  constexpr bool reweighs = kReweighs<Psi, Mask>;
+  alignas(64) float z[kTile], x[reweighs ? kTile : 1];
   const int64_t n_tiles = (vocab + kTile - 1) / kTile;
   for (int64_t k = 0; k < n_tiles; ++k) {
     const int64_t first = k * kTile;
     const int n = static_cast<int>(vocab - first < kTile ? vocab - first : kTile);
-    const TileMax max = load_tile(logits + first, twisted ? psi + first : psi, n, scale, z, x);
-    prefetch_tile(logits + first + kTile);
+    const TileMax max = load_tile(tile_of(logits, k), tile_of(psi, k), tile_of(mask, k), n, scale, z, x);
+    prefetch_tile(tile_of(logits, k + 1));
     maxima[k] = max.x;
-    tile_mass[k] = sum_tile(twisted ? x : z, max.x);
-    if (twisted) {
-      prefetch_tile(psi + first + kTile);
+    tile_mass[k] = sum_tile(reweighs ? x : z, max.x);
+    if (reweighs) {
+      if (!std::is_same<Psi, NoTwist>::value) prefetch_tile(tile_of(psi, k + 1));
       base_maxima[k] = max.z;
       base_mass[k] = sum_tile(z, max.z);
     }
   }
   *lse_psi = *lse = join_tiles(maxima, tile_mass, n_tiles, max_psi);
   float base_max;
-  if (twisted) *lse = join_tiles(base_maxima, base_mass, n_tiles, &base_max);
+  if (reweighs) *lse = join_tiles(base_maxima, base_mass, n_tiles, &base_max);
 }
 
 }  // namespace fastsmc

@@ -1,0 +1,94 @@
+"""draw in Triton: one program a draw, the two-level inverse CDF of csrc/include/fastsmc/draw.cuh.
+
+    tile masses → tile, and the fraction of its mass left of the target (float64)
+    → that tile's scores again, as weigh had them → token → its logit and log ψ
+
+Cumulative sums are tree-shaped here and sequential in C++: where a target lies within a rounding of a boundary the two
+may take neighbouring tokens. A tree-shaped sum need not be monotone, so only cells with mass are candidates.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastsmc.kernels.launch import config, logit_scale, on_device
+from fastsmc.kernels.weigh import LOG2, TILE, exp2_below, max_of, row_arguments, row_of, tile_scores
+
+if TYPE_CHECKING:
+    from fastsmc.ops._tensors import Matrices
+
+
+@triton.jit
+def invert_cdf(mass, index, u, SIZE: tl.constexpr):
+    """First k with mass[0] + … + mass[k] > u · total, and the fraction of mass[k] left of the target, in [0, 1].
+
+    Rounding past the end gives the last k with mass; no mass at all gives −1. mass: (SIZE,) float64, index 0 … SIZE − 1.
+    """
+    upto = tl.cumsum(mass, 0)
+    target = u * tl.sum(tl.where(index == SIZE - 1, upto, 0.0))
+    first = tl.min(tl.where((mass > 0.0) & (upto > target), index, SIZE))
+    k = tl.minimum(first, tl.max(tl.where(mass > 0.0, index, -1)))
+    here = tl.sum(tl.where(index == k, mass, 0.0))
+    before = tl.sum(tl.where(index == k, upto, 0.0)) - here
+    fraction = (target - before) / tl.where(k < 0, 1.0, here)
+    return k, tl.minimum(tl.maximum(fraction, 0.0), 1.0)
+
+
+@triton.jit
+def draw_one(
+    logits, logit_stride, logit_rows, psi, psi_stride, psi_rows, mask, mask_stride, mask_rows,
+    vocab, n_tiles, scale, lse, tile_mass, rows, uniforms, tokens, log_prob, log_psi, BLOCK: tl.constexpr,
+):  # fmt: skip
+    j = tl.program_id(0).to(tl.int64)
+    r = tl.load(rows + j)
+    k = tl.arange(0, BLOCK)
+    masses = tl.load(tile_mass + r * n_tiles + k, mask=k < n_tiles, other=0.0)
+    tile, u = invert_cdf(masses, k, tl.load(uniforms + j), BLOCK)
+    if tile < 0:
+        tl.store(tokens + j, -1)
+        tl.store(log_prob + j, float("nan"))
+        tl.store(log_psi + j, float("nan"))
+        return
+    logits = row_of(logits, logit_stride, logit_rows, r)
+    if psi is not None:
+        psi = row_of(psi, psi_stride, psi_rows, r)
+    masked = vocab
+    if mask is not None:
+        if mask_rows is not None:
+            masked = tl.where(tl.load(mask_rows + r) < 0, 0, vocab)
+        mask = row_of(mask, mask_stride, mask_rows, r)
+    z, x = tile_scores(logits, psi, mask, masked, tile, vocab, scale, True, False, False)
+    mass = tl.reshape(exp2_below(x, max_of(x)).to(tl.float64), (TILE,))
+    offset, u = invert_cdf(mass, tl.arange(0, TILE), u, TILE)
+    token = tile * TILE + offset
+    tl.store(tokens + j, token.to(tl.int64))
+    logit = tl.load(logits + token).to(tl.float32).to(tl.float64)
+    tl.store(log_prob + j, logit * scale * LOG2 - tl.load(lse + r))
+    if psi is not None:
+        tl.store(log_psi + j, tl.load(psi + token).to(tl.float32).to(tl.float64))
+    else:
+        tl.store(log_psi + j, 0.0)
+
+
+def draw(
+    m: Matrices, lse: Tensor, tile_mass: Tensor, rows: Tensor, uniforms: Tensor, temperature: float, tile: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(tokens, log_prob, log_psi) as in fastsmc.ops.Drawn."""
+    assert tile == TILE.value
+    n, device = rows.shape[0], m.logits.device
+    tokens = torch.empty(n, dtype=torch.int64, device=device)
+    log_prob, log_psi = (torch.empty(n, dtype=torch.float64, device=device) for _ in range(2))
+    if n == 0:
+        return tokens, log_prob, log_psi
+    with on_device(device):
+        draw_one[(n,)](
+            *row_arguments(m), m.logits.shape[1], tile_mass.shape[1], logit_scale(temperature), lse, tile_mass, rows,
+            uniforms, tokens, log_prob, log_psi,
+            BLOCK=triton.next_power_of_2(tile_mass.shape[1]), enable_fp_fusion=False, **config("draw", m),
+        )  # fmt: skip
+    return tokens, log_prob, log_psi

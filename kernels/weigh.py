@@ -1,0 +1,220 @@
+"""weigh in Triton: two launches, semantics as in csrc/include/fastsmc/weigh.cuh.
+
+    scan   program (row, part): streams a few tiles of a row, once; writes each tile's maximum and its sum of exponentials
+           relative to that maximum, float32, for the base and, with a twist or a mask, for base + twist: (R, K) each
+    join   program row: K partials → lse, lse_psi, tile_mass, max_psi
+
+Scores are float32 in units of log 2. A tile is summed by itself and in a fixed order, so that a row's result depends
+neither on the number of rows, nor on how many tiles a program takes, nor on the row's place: num_warps, which sets that
+order, belongs to the configuration of the data types, the number of tiles to the size of the batch. Nothing may be
+contracted into a fused multiply-add but where `tl.fma` says so: the score that is exponentiated must be the very number
+whose maximum was taken (see the dead end in weigh.cuh), here and again in draw.
+
+A tile is held as 32 mask words by 32 tokens: so a mask bit meets its token without any exchange between threads.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastsmc.kernels.launch import config, logit_scale, on_device
+
+if TYPE_CHECKING:
+    from fastsmc.ops._tensors import Matrices
+
+#: Rows are cut into shorter parts until about so many programs are there: eight warps or more for each of 132 × 4
+#: schedulers.
+PROGRAMS = 4096
+
+TILE = tl.constexpr(1024)
+LOG2E = tl.constexpr(1.4426950408889634)
+LOG2 = tl.constexpr(0.6931471805599453)
+INF = tl.constexpr(float("inf"))
+
+
+@triton.jit
+def row_of(matrix, stride, rows, r):
+    """Address of the row of `matrix` that output row r uses."""
+    if rows is None:
+        index = r
+    else:
+        index = tl.load(rows + r)
+    return matrix + index * stride
+
+
+@triton.jit
+def tile_scores(
+    logits, psi, mask, masked, tile, vocab, scale,
+    TAIL: tl.constexpr, LOGITS_ONCE: tl.constexpr, PSI_ONCE: tl.constexpr,
+):  # fmt: skip
+    """(z, x), (32, 32) float32 each, of one tile of the row at these addresses; −inf behind the end of the row.
+
+    masked: tokens that the mask covers, the vocabulary or none.
+    """
+    word, bit = tl.arange(0, 32)[:, None], tl.arange(0, 32)[None, :]
+    column = tile * TILE + word * 32 + bit
+    inside = column < vocab
+    logits_policy: tl.constexpr = "evict_first" if LOGITS_ONCE else ""
+    psi_policy: tl.constexpr = "evict_first" if PSI_ONCE else ""
+    if TAIL:
+        z = tl.load(logits + column, mask=inside, other=-INF, eviction_policy=logits_policy)
+    else:
+        z = tl.load(logits + column, eviction_policy=logits_policy)
+    z = z.to(tl.float32) * scale
+    x = z
+    if psi is not None or mask is not None:
+        twist = tl.zeros((32, 32), tl.float32)
+        if psi is not None:
+            if TAIL:
+                twist = tl.load(psi + column, mask=inside, other=0.0, eviction_policy=psi_policy).to(tl.float32)
+            else:
+                twist = tl.load(psi + column, eviction_policy=psi_policy).to(tl.float32)
+        if mask is not None:
+            words = tile * 32 + tl.arange(0, 32)
+            allowed = tl.load(mask + words, mask=words * 32 < masked, other=-1)
+            twist = tl.where((allowed[:, None] >> bit) & 1 != 0, twist, -INF)
+        x = tl.fma(twist, LOG2E, z)
+    return z, x
+
+
+@triton.jit
+def max_of(x):
+    return tl.max(x)
+
+
+@triton.jit
+def exp2_below(x, top):
+    """2^(x − top) where top is the maximum of x; a maximum of −inf gives zeros, NaN and +inf give NaN."""
+    return tl.exp2(x - tl.where(top == -INF, 0.0, top))
+
+
+@triton.jit
+def scan_tile(
+    logits, psi, mask, masked, tile, vocab, scale, at, maxima, sums, base_maxima, base_sums,
+    TAIL: tl.constexpr, LOGITS_ONCE: tl.constexpr, PSI_ONCE: tl.constexpr,
+):  # fmt: skip
+    z, x = tile_scores(logits, psi, mask, masked, tile, vocab, scale, TAIL, LOGITS_ONCE, PSI_ONCE)
+    top = max_of(x)
+    tl.store(maxima + at, top)
+    tl.store(sums + at, tl.sum(exp2_below(x, top)))
+    if base_sums is not None:
+        top = max_of(z)
+        tl.store(base_maxima + at, top)
+        tl.store(base_sums + at, tl.sum(exp2_below(z, top)))
+
+
+@triton.jit(do_not_specialize=["tiles"])
+def scan(
+    logits, logit_stride, logit_rows, psi, psi_stride, psi_rows, mask, mask_stride, mask_rows,
+    vocab, n_tiles, tiles, scale, maxima, sums, base_maxima, base_sums,
+    LOGITS_ONCE: tl.constexpr, PSI_ONCE: tl.constexpr,
+):  # fmt: skip
+    parts = tl.cdiv(n_tiles, tiles)
+    r = (tl.program_id(0) // parts).to(tl.int64)
+    first = tl.program_id(0) % parts * tiles
+    if logit_rows is not None:
+        if tl.load(logit_rows + r) < 0:
+            return
+    logits = row_of(logits, logit_stride, logit_rows, r)
+    if psi is not None:
+        psi = row_of(psi, psi_stride, psi_rows, r)
+    masked = vocab
+    if mask is not None:
+        if mask_rows is not None:
+            masked = tl.where(tl.load(mask_rows + r) < 0, 0, vocab)
+        mask = row_of(mask, mask_stride, mask_rows, r)
+    full = vocab // TILE
+    for tile in range(first, min(first + tiles, full)):
+        scan_tile(
+            logits, psi, mask, masked, tile, vocab, scale, r * n_tiles + tile, maxima, sums, base_maxima, base_sums,
+            False, LOGITS_ONCE, PSI_ONCE,
+        )  # fmt: skip
+    if (first <= full) & (full < min(first + tiles, n_tiles)):
+        scan_tile(
+            logits, psi, mask, masked, full, vocab, scale, r * n_tiles + full, maxima, sums, base_maxima, base_sums,
+            True, LOGITS_ONCE, PSI_ONCE,
+        )  # fmt: skip
+
+
+@triton.jit
+def join_tiles(maxima, sums, inside):
+    """As join_tiles in weigh.cuh: (log Σ, masses relative to the row's maximum, that maximum in units of log 2)."""
+    tops = tl.load(maxima, mask=inside, other=-INF)
+    mass = tl.load(sums, mask=inside, other=0.0)
+    bad = tl.max((mass != mass).to(tl.int32)) != 0
+    top = tl.max(tl.where(bad, -INF, tops)).to(tl.float64)
+    shift = tl.where(top == -INF, 0.0, top)
+    mass = tl.where((mass > 0.0) & (not bad), mass.to(tl.float64) * tl.exp2(tops.to(tl.float64) - shift), 0.0)
+    total = tl.sum(mass)
+    lse = tl.where(total > 0.0, top * LOG2 + tl.log(tl.where(total > 0.0, total, 1.0)), -INF)
+    return tl.where(bad, float("nan"), lse), mass, tl.where(bad, float("nan"), top)
+
+
+@triton.jit
+def join(
+    logit_rows, n_tiles, maxima, sums, base_maxima, base_sums, lse, lse_psi, tile_mass, max_psi, BLOCK: tl.constexpr
+):
+    r = tl.program_id(0).to(tl.int64)
+    k = tl.arange(0, BLOCK)
+    at = r * n_tiles + k
+    written = n_tiles
+    if logit_rows is not None:
+        written = tl.where(tl.load(logit_rows + r) < 0, 0, n_tiles)  # no row: no partials
+    inside = k < written
+    total, mass, top = join_tiles(maxima + at, sums + at, inside)
+    tl.store(tile_mass + at, mass, mask=k < n_tiles)
+    tl.store(max_psi + r, (top * LOG2).to(tl.float32))
+    if base_sums is not None:
+        tl.store(lse_psi + r, total)
+        total, mass, top = join_tiles(base_maxima + at, base_sums + at, inside)
+    tl.store(lse + r, total)
+
+
+def read_once(matrix: Tensor | None, n_rows: int) -> bool:
+    """Whether rows of `matrix` have few readers, so that the cache should give them up first."""
+    return matrix is not None and matrix.stride(0) != 0 and matrix.shape[0] >= n_rows
+
+
+def row_arguments(m: Matrices) -> tuple[Tensor | int | None, ...]:
+    """The matrices as kernels take them: (matrix, row stride, row index or None) of logits, log_psi and mask."""
+    return (
+        m.logits, m.logits.stride(0), m.logit_rows,
+        m.log_psi, 0 if m.log_psi is None else m.log_psi.stride(0), m.psi_rows,
+        m.mask, 0 if m.mask is None else m.mask.stride(0), m.mask_rows,
+    )  # fmt: skip
+
+
+def weigh(m: Matrices, temperature: float, tile: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(lse, lse_psi, tile_mass, max_psi) as in fastsmc.ops.Weighed; lse_psi has no elements where it would equal lse.
+
+    The first call for a new set of data types compiles, so it must come before a CUDA graph is captured.
+    """
+    assert tile == TILE.value
+    n, vocab, device = m.n_rows, m.logits.shape[1], m.logits.device
+    n_tiles = -(-vocab // tile)
+    chosen = config("weigh", m)
+    tiles = max(1, min(chosen["tiles"], n * n_tiles // PROGRAMS))
+    lse, lse_psi = (torch.empty(size, dtype=torch.float64, device=device) for size in (n, n if m.reweighs else 0))
+    tile_mass = torch.empty(n, n_tiles, dtype=torch.float64, device=device)
+    max_psi = torch.empty(n, dtype=torch.float32, device=device)
+    if n == 0:
+        return lse, lse_psi, tile_mass, max_psi
+    partials = torch.empty(4 if m.reweighs else 2, n, n_tiles, dtype=torch.float32, device=device)
+    partials = [*partials, None, None][:4]
+    with on_device(device):
+        scan[(n * -(-n_tiles // tiles),)](
+            *row_arguments(m), vocab, n_tiles, tiles, logit_scale(temperature), *partials,
+            LOGITS_ONCE=read_once(m.logits, n), PSI_ONCE=read_once(m.log_psi, n),
+            num_warps=chosen["num_warps"], enable_fp_fusion=False,
+        )  # fmt: skip
+        block = triton.next_power_of_2(n_tiles)
+        join[(n,)](
+            m.logit_rows, n_tiles, *partials, lse, lse_psi, tile_mass, max_psi,
+            BLOCK=block, num_warps=1 if block <= 256 else 4, enable_fp_fusion=False,
+        )  # fmt: skip
+    return lse, lse_psi, tile_mass, max_psi
