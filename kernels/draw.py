@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from fastsmc.kernels.launch import config, logit_scale, on_device
 from fastsmc.kernels.weigh import LOG2, TILE, exp2_below, max_of, row_arguments, row_of, tile_scores
+from torch import Tensor
 
 if TYPE_CHECKING:
     from fastsmc.ops._tensors import Matrices
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 def invert_cdf(mass, index, u, SIZE: tl.constexpr):
     """First k with mass[0] + … + mass[k] > u · total, and the fraction of mass[k] left of the target, in [0, 1].
 
-    Rounding past the end gives the last k with mass; no mass at all gives −1. mass: (SIZE,) float64, index 0 … SIZE − 1.
+    Rounding past the end gives the last k with mass; no mass at all gives −1. mass: (SIZE,) float64; index: 0, 1, ….
     """
     upto = tl.cumsum(mass, 0)
     target = u * tl.sum(tl.where(index == SIZE - 1, upto, 0.0))
@@ -62,7 +61,7 @@ def draw_one(
         if mask_rows is not None:
             masked = tl.where(tl.load(mask_rows + r) < 0, 0, vocab)
         mask = row_of(mask, mask_stride, mask_rows, r)
-    z, x = tile_scores(logits, psi, mask, masked, tile, vocab, scale, True, False, False)
+    _, x = tile_scores(logits, psi, mask, masked, tile, vocab, scale, True, False, False)
     mass = tl.reshape(exp2_below(x, max_of(x)).to(tl.float64), (TILE,))
     offset, u = invert_cdf(mass, tl.arange(0, TILE), u, TILE)
     token = tile * TILE + offset

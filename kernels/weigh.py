@@ -1,7 +1,7 @@
 """weigh in Triton: two launches, semantics as in csrc/include/fastsmc/weigh.cuh.
 
-    scan   program (row, part): streams a few tiles of a row, once; writes each tile's maximum and its sum of exponentials
-           relative to that maximum, float32, for the base and, with a twist or a mask, for base + twist: (R, K) each
+    scan   program (row, part): streams a few tiles of a row, once; writes each tile's maximum and its sum of
+           exponentials relative to it, (R, K) float32 each: of base + twist, and if that is not the base, of the base
     join   program row: K partials → lse, lse_psi, tile_mass, max_psi
 
 Scores are float32 in units of log 2. A tile is summed by itself and in a fixed order, so that a row's result depends
@@ -20,9 +20,8 @@ from typing import TYPE_CHECKING
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from fastsmc.kernels.launch import config, logit_scale, on_device
+from torch import Tensor
 
 if TYPE_CHECKING:
     from fastsmc.ops._tensors import Matrices
