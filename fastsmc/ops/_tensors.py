@@ -33,6 +33,41 @@ def pick_backend(backend: str | None, device: torch.device) -> str:
     return backend
 
 
+def pick_compiled(backend: str | None, device: torch.device) -> str:
+    """The backend of an op that fastsmc._C has for both devices: 'cpu', 'cuda' if built with it, else 'torch'."""
+    mine = "cuda" if device.type == "cuda" else "cpu"
+    if backend is None:
+        return mine if device.type == "cpu" or (device.type == "cuda" and _C.cuda_archs) else "torch"
+    check_choice("backend", backend, ("cpu", "cuda", "torch"))
+    if backend not in (mine, "torch"):
+        raise ValueError(f"backend={backend!r}: tensors are on {device}")
+    if backend == "cuda" and not _C.cuda_archs:
+        raise ValueError("backend='cuda': fastsmc._C was built without CUDA, see FASTSMC_BUILD_CUDA in setup.py")
+    return backend
+
+
+def cuda_place(device: torch.device) -> tuple[int, int]:
+    """(device index, address of its current stream), where fastsmc._C is to launch."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return index, torch.cuda.current_stream(index).cuda_stream
+
+
+def sees_values(device: torch.device) -> bool:
+    """Whether values are checked: on the CPU, and not where there are none yet because something compiles."""
+    return device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def split_scalar(name: str, value: int | Tensor, device: torch.device) -> tuple[int, Tensor | None]:
+    """An integer that may be a 0-dim int64 tensor on `device`: (its value where it can be seen, else 0; the tensor)."""
+    if not isinstance(value, Tensor):
+        return value, None
+    if value.dim() != 0 or value.dtype != torch.int64:
+        raise ValueError(f"{name}: must be an integer or a 0-dim int64 tensor, got {value.dtype} {tuple(value.shape)}")
+    if value.device.type != device.type or device.index not in (None, value.device.index):
+        raise ValueError(f"{name}: is on {value.device}, must be on {device}")
+    return int(value) if sees_values(device) else 0, value
+
+
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ValueError(f"{name}={value!r}: must be one of {', '.join(map(repr, choices))}")
