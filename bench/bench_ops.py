@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from machine import machine
 from torch import Tensor
@@ -28,7 +27,7 @@ from fastsmc.params import RESAMPLING_SCHEMES
 
 VOCAB = 49152
 TEMPERATURE = 0.8
-LAYERS, BLOCKS, BLOCK_SHAPE = 30, 300, (3, 64, 64)
+LAYERS, BLOCKS, BLOCK_SHAPE = 30, 300, (3, 64, 64)  # block: heads, slots, dimensions
 
 
 def interleaved(*functions: Callable[[], Any], device: torch.device, seconds: float, least: int = 5) -> list[float]:
@@ -96,8 +95,8 @@ def bench_resample(scheme: str, n: int, device: torch.device, seconds: float) ->
     return record("resample", device, n, median, scheme=scheme)
 
 
-def bench_reindex(device: torch.device, seconds: float, spans: np.ndarray | None) -> dict[str, Any]:
-    """The used half of each tail block when spans are given; the whole block otherwise."""
+def bench_reindex(device: torch.device, seconds: float, slot_dim: int | None) -> dict[str, Any]:
+    """The used half of each tail block when the slot dimension is given; the whole block otherwise."""
     n, moved = BLOCKS // 2, int(0.4 * BLOCKS / 2)
     caches = [torch.randn(BLOCKS, *BLOCK_SHAPE).to(device, torch.bfloat16) for _ in range(LAYERS)]
     ancestors = torch.arange(n)
@@ -105,12 +104,14 @@ def bench_reindex(device: torch.device, seconds: float, spans: np.ndarray | None
     ancestors = ancestors.to(device)
     table = torch.randperm(BLOCKS, generator=torch.Generator().manual_seed(0)).int().view(n, 2).to(device)
     copy = torch.empty_like(caches[0])
+    slots = BLOCK_SHAPE[1]
+    position = slots + slots // 2
     median, copying = interleaved(
-        lambda: ops.reindex(table, ancestors, n_shared=1, tail=1, caches=caches, spans=spans),
+        lambda: ops.reindex(table, ancestors, position=position, block_size=slots, caches=caches, slot_dim=slot_dim),
         lambda: [copy.copy_(cache) for cache in caches],
         device=device, seconds=seconds,
     )  # fmt: skip
-    block = caches[0][0].nbytes if spans is None else int(spans[:, 1].sum())
+    block = caches[0][0].nbytes if slot_dim is None else caches[0][0].nbytes // 2
     return record(
         "reindex", device, n, median, moved=moved, layers=LAYERS, block_shape=list(BLOCK_SHAPE), dtype="bfloat16",
         bytes_per_block=block, bandwidth_gb_s=2 * moved * LAYERS * block / median / 1e9,
@@ -126,7 +127,6 @@ def record(op: str, device: torch.device, n: int, median: float, **more: Any) ->
 def run(json_path: str | None = None, device: str = "cpu", seconds: float = 4.0) -> dict[str, Any]:
     """Runs all cases, `seconds` each at most but for slow ones; prints a line each; writes JSON if asked."""
     where = torch.device(device)
-    used = np.array([(head * 8192, 4096) for head in range(BLOCK_SHAPE[0])], dtype=np.int64)  # half the slots
     cases: list[Callable[[], dict[str, Any]]] = [
         *(
             lambda n=n, dtype=dtype, twist=twist: bench_weigh_draw(n, dtype, twist, where, seconds)
@@ -139,7 +139,7 @@ def run(json_path: str | None = None, device: str = "cpu", seconds: float = 4.0)
             for scheme in RESAMPLING_SCHEMES
             for n in (64, 256, 1024, 4096, 16384)
         ),
-        *(lambda spans=spans: bench_reindex(where, seconds, spans) for spans in (None, used)),
+        *(lambda slot_dim=slot_dim: bench_reindex(where, seconds, slot_dim) for slot_dim in (None, 2)),
     ]
     records = []
     for case in cases:

@@ -3,9 +3,16 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <array>
+#include <numeric>
+#include <stdexcept>
+#include <string>
 #include <tuple>
+#include <vector>
 
 #include "cpu.hpp"
+#include "cuda.hpp"
 
 namespace py = pybind11;
 using namespace fastsmc;
@@ -14,7 +21,8 @@ namespace {
 
 using Address = uintptr_t;
 using MatrixArgs = std::tuple<Address, int64_t, int, Address>;
-using CacheArgs = std::tuple<Address, int64_t, int64_t>;  // address, block stride in bytes, blocks
+// address, block stride in bytes, blocks, pieces, bytes a piece, bytes a slot
+using CacheArgs = std::tuple<Address, int64_t, int64_t, int64_t, int64_t, int64_t>;
 
 template <typename T>
 T* at(Address address) {
@@ -23,6 +31,42 @@ T* at(Address address) {
 
 cpu::Matrix matrix(const MatrixArgs& m) {
   return {at<void>(std::get<0>(m)), std::get<1>(m), std::get<2>(m), at<int64_t>(std::get<3>(m))};
+}
+
+// log_weights, uniforms, ancestors, counts, rank, ess, log_mean, resampled
+using ResampleArgs = std::array<Address, 8>;
+
+Resampling resampling(const ResampleArgs& a, int64_t n, const std::string& scheme, bool sorted, double threshold) {
+  const auto name = std::find(std::begin(kSchemeNames), std::end(kSchemeNames), scheme);
+  if (name == std::end(kSchemeNames)) throw std::invalid_argument("unknown scheme " + scheme);
+  return {at<double>(a[0]), at<double>(a[1]), n, static_cast<Scheme>(name - kSchemeNames), sorted, threshold,
+          at<int64_t>(a[2]), at<int64_t>(a[3]), at<int64_t>(a[4]), at<double>(a[5]), at<double>(a[6]),
+          at<bool>(a[7])};
+}
+
+// table, row stride, columns; ancestors, rows; position, its address or 0; block size; genealogy, steps, step, its
+// address or 0
+using ReindexArgs = std::tuple<Address, int64_t, int64_t, Address, int64_t, int64_t, Address, int64_t, Address, int64_t,
+                               int64_t, Address>;
+
+Reindexing reindexing(const ReindexArgs& args) {
+  return std::apply(
+      [](Address table, int64_t stride, int64_t columns, Address ancestors, int64_t n, int64_t position,
+         Address position_at, int64_t block_size, Address genealogy, int64_t steps, int64_t step, Address step_at) {
+        return Reindexing{at<int32_t>(table), stride, columns, at<int64_t>(ancestors), n, position,
+                          at<int64_t>(position_at), block_size, at<int32_t>(genealogy), steps, step,
+                          at<int64_t>(step_at)};
+      },
+      args);
+}
+
+std::vector<BlockCache> block_caches(const std::vector<CacheArgs>& args) {
+  std::vector<BlockCache> caches;
+  for (const auto& [base, stride, n_blocks, pieces, piece_size, slot_size] : args) {
+    const uint64_t all = base | stride | piece_size | slot_size | 16;
+    caches.push_back({at<char>(base), stride, n_blocks, pieces, piece_size, slot_size, static_cast<int>(all & -all)});
+  }
+  return caches;
 }
 
 }  // namespace
@@ -55,16 +99,22 @@ PYBIND11_MODULE(_C, m) {
   m.def("bad_log_weight", [](Address lw, int64_t n) { return cpu::bad_log_weight(at<double>(lw), n); });
   m.def("bad_uniform", [](Address u, int64_t n) { return cpu::bad_uniform(at<double>(u), n); });
 
-  m.def("offspring", [](const std::string& scheme, Address q, Address u, int64_t n, Address counts) {
+  m.def("resample", [](const ResampleArgs& a, int64_t groups, int64_t n, const std::string& scheme, bool sorted,
+                       double threshold) {
+    const Resampling first = resampling(a, n, scheme, sorted, threshold);
     py::gil_scoped_release release;
-    cpu::offspring(scheme, at<uint64_t>(q), at<double>(u), n, at<int64_t>(counts));
+    cpu::resample(first, groups);
+  });
+  m.def("emulate_resample", [](const ResampleArgs& a, int64_t groups, int64_t n, const std::string& scheme, bool sorted,
+                               double threshold, int threads, uint64_t seed) {
+    const Resampling first = resampling(a, n, scheme, sorted, threshold);
+    py::gil_scoped_release release;
+    cpu::emulate_resample(first, groups, threads, seed);
   });
 
-  m.def("resample", [](Address log_weights, Address u, int64_t n, const std::string& scheme, bool sorted,
-                       Address ancestors, Address counts, Address rank) {
-    py::gil_scoped_release release;
-    cpu::resample(at<double>(log_weights), at<double>(u), n, scheme, sorted, at<int64_t>(ancestors),
-                  at<int64_t>(counts), at<int64_t>(rank));
+  m.def("ssp", [](Address part, Address u, int64_t n, Address counts) {  // part: integer weights, overwritten
+    u64* q = at<u64>(part);
+    ssp(q, n, std::accumulate(q, q + n, u64{0}), at<double>(u), at<int64_t>(counts));
   });
 
   m.def("ess_log_mean", [](Address log_weights, int64_t n) {
@@ -75,17 +125,41 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("not_in_place", [](Address ancestors, int64_t n) { return cpu::not_in_place(at<int64_t>(ancestors), n); });
 
-  // spans: for each cache a list of (offset, size) in bytes
-  m.def("reindex", [](Address table, int64_t stride, Address ancestors, int64_t n, int64_t n_shared, int64_t tail,
-                      Address active, const std::vector<CacheArgs>& caches,
-                      const std::vector<std::vector<std::pair<int64_t, int64_t>>>& spans) {
-    py::gil_scoped_release release;
-    std::vector<BlockCache> blocks;
-    for (const auto& [base, step, n_blocks] : caches) blocks.push_back({at<char>(base), step, n_blocks});
-    std::vector<std::vector<Span>> pieces(spans.size());
-    for (size_t c = 0; c < spans.size(); ++c)
-      for (const auto& [offset, size] : spans[c]) pieces[c].push_back({offset, size});
-    return cpu::reindex(at<int32_t>(table), stride, at<int64_t>(ancestors), n, n_shared, tail, at<bool>(active), blocks,
-                        pieces);
+  m.def("bad_tail", [](const ReindexArgs& args, const std::vector<CacheArgs>& caches) {
+    return cpu::bad_tail(reindexing(args), block_caches(caches));
   });
+  m.def("reindex", [](const ReindexArgs& args, const std::vector<CacheArgs>& caches) {
+    py::gil_scoped_release release;
+    cpu::reindex(reindexing(args), block_caches(caches));
+  });
+  m.def("emulate_reindex", [](const ReindexArgs& args, const std::vector<CacheArgs>& caches, int parts, int threads,
+                              uint64_t seed) {
+    py::gil_scoped_release release;
+    cpu::emulate_reindex(reindexing(args), block_caches(caches), parts, threads, seed);
+  });
+
+#ifdef FASTSMC_CUDA_ARCHS
+  m.attr("cuda_archs") = py::make_tuple(FASTSMC_CUDA_ARCHS);
+
+  // Each launches one kernel (or a few) on `stream` of device `device` and waits for nothing.
+  m.def("cuda_uniforms", [](int device, Address stream, Address out, int64_t n, uint64_t seed, uint32_t group,
+                            int64_t step, Address step_at, uint32_t stream_id) {
+    py::gil_scoped_release release;
+    cuda::uniforms({device, at<void>(stream)}, at<double>(out), n, seed, group, step, at<int64_t>(step_at), stream_id);
+  });
+  // Bytes of device memory that cuda_resample wants as `memory`.
+  m.def("cuda_resample_memory", [](int device, int64_t n) { return cuda::resample_memory(device, n); });
+  m.def("cuda_resample", [](int device, Address stream, const ResampleArgs& a, int64_t groups, int64_t n,
+                            const std::string& scheme, bool sorted, double threshold, Address memory) {
+    const Resampling first = resampling(a, n, scheme, sorted, threshold);
+    py::gil_scoped_release release;
+    cuda::resample({device, at<void>(stream)}, first, groups, at<void>(memory));
+  });
+  m.def("cuda_reindex", [](int device, Address stream, const ReindexArgs& args, const std::vector<CacheArgs>& caches) {
+    py::gil_scoped_release release;
+    cuda::reindex({device, at<void>(stream)}, reindexing(args), block_caches(caches));
+  });
+#else
+  m.attr("cuda_archs") = py::make_tuple();
+#endif
 }

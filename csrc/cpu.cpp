@@ -6,14 +6,13 @@
 #include "cpu.hpp"
 
 #include <algorithm>
-#include <cmath>
+#include <cstring>
 #include <limits>
-#include <numeric>
+#include <memory>
 #include <stdexcept>
 
 #include "fastsmc/draw.cuh"
 #include "fastsmc/philox.cuh"
-#include "fastsmc/resample.cuh"
 
 namespace fastsmc::cpu {
 
@@ -110,18 +109,6 @@ void draw(const Matrix& logits, const Matrix& psi, const Matrix& mask, int64_t v
   });
 }
 
-using Offspring = void (*)(const u64*, int64_t, u64, const double*, u64*, int64_t*);
-struct Scheme {
-  const char* name;
-  Offspring offspring;
-};
-// A sixth scheme: a function in resample.cuh, a line here, and one each in reference.py and ops/_torch.py.
-constexpr Scheme kSchemes[] = {{"systematic", systematic},
-                               {"stratified", stratified},
-                               {"multinomial", multinomial},
-                               {"residual", residual},
-                               {"ssp", ssp}};
-
 // First index that is NaN or +inf, else −1.
 int64_t bad_log_weight(const double* log_weights, int64_t n) {
   for (int64_t i = 0; i < n; ++i)
@@ -129,22 +116,36 @@ int64_t bad_log_weight(const double* log_weights, int64_t n) {
   return -1;
 }
 
-// counts: (n,), from integer weights
-void offspring(const std::string& scheme, const uint64_t* q, const double* u, int64_t n, int64_t* counts) {
-  const auto entry = std::find_if(std::begin(kSchemes), std::end(kSchemes), [&](auto& s) { return scheme == s.name; });
-  if (entry == std::end(kSchemes)) throw std::invalid_argument("unknown scheme " + scheme);
-  std::vector<u64> scratch(n);
-  entry->offspring(q, n, std::accumulate(q, q + n, u64{0}), u, scratch.data(), counts);
+namespace {
+std::unique_ptr<u64[]> resample_memory(int64_t n) {  // not initialised: a small group would pay for it
+  return std::unique_ptr<u64[]>(new u64[ResampleScratch::words(n)]);
+}
+}  // namespace
+
+void resample(const Resampling& first, int64_t groups) {
+#pragma omp parallel for schedule(static) if (groups > 1 && groups * first.n > kSerial)
+  for (int64_t g = 0; g < groups; ++g) {
+    OneThread team;
+    fastsmc::resample(team, first.group(g), resample_memory(first.n).get());
+  }
 }
 
-// ancestors, counts, rank: (n,). Log weights are free of NaN and +inf, and not all −inf.
-void resample(const double* log_weights, const double* u, int64_t n, const std::string& scheme, bool sorted,
-              int64_t* ancestors, int64_t* counts, int64_t* rank) {
-  std::vector<u64> q(n);
-  const double max = *std::max_element(log_weights, log_weights + n);
-  for (int64_t i = 0; i < n; ++i) q[i] = fixed_point_weight(log_weights[i], max);
-  offspring(scheme, q.data(), u, n, counts);
-  (sorted ? ancestors_sorted : ancestors_inplace)(counts, n, ancestors, rank);
+void emulate_resample(const Resampling& first, int64_t groups, int threads, uint64_t seed) {
+  ShuffledTeam team(threads, seed);
+  const auto memory = resample_memory(first.n);
+  for (int64_t g = 0; g < groups; ++g) fastsmc::resample(team, first.group(g), memory.get());
+}
+
+// (Σw)²/Σw² and log mean w, as resample() finds them.
+void ess_log_mean(const double* log_weights, int64_t n, double* ess, double* log_mean) {
+  bool resampled;
+  OneThread team;
+  const Lanes lanes(n);
+  const auto memory = resample_memory(n);
+  const ResampleScratch s(memory.get(), lanes);
+  Resampling r{};
+  r.log_weights = log_weights, r.n = n, r.ess = ess, r.log_mean = log_mean, r.resampled = &resampled;
+  summarise(team, r, {lanes, s.values, s.totals}, s);
 }
 
 // First index outside [0, 1), NaN included, else −1.
@@ -154,53 +155,57 @@ int64_t bad_uniform(const double* u, int64_t n) {
   return -1;
 }
 
-// (Σw)²/Σw² and log mean w; (0, −inf) when all log weights are −inf.
-void ess_log_mean(const double* log_weights, int64_t n, double* ess, double* log_mean) {
-  const double max = *std::max_element(log_weights, log_weights + n);
-  *ess = 0.0;
-  *log_mean = max;
-  if (!(max > -std::numeric_limits<double>::infinity())) return;
-  double sum = 0.0, squares = 0.0;
-  for (int64_t i = 0; i < n; ++i) {
-    const double w = std::exp(log_weights[i] - max);
-    sum += w;
-    squares += w * w;
-  }
-  *ess = sum * sum / squares;
-  *log_mean = max + std::log(sum / static_cast<double>(n));
-}
-
 int64_t not_in_place(const int64_t* ancestors, int64_t n) {
   for (int64_t i = 0; i < n; ++i)
     if (!in_place(ancestors, n, i)) return i;
   return -1;
 }
 
-// Checks all tail blocks, then writes. Returns the number of rows whose tail block was copied, or −1 − i for the first
-// row i whose copy would leave a cache or copy a block onto itself; then nothing was written. tail < 0: no copies.
-int64_t reindex(int32_t* table, int64_t stride, const int64_t* ancestors, int64_t n, int64_t n_shared, int64_t tail,
-                const bool* active, const std::vector<BlockCache>& caches,
-                const std::vector<std::vector<Span>>& spans) {
+int64_t bad_tail(const Reindexing& r, const std::vector<BlockCache>& caches) {
+  const int64_t tail = r.tokens() / r.block_size;
+  if (r.tokens() % r.block_size == 0 || caches.empty()) return -1;
   int64_t n_blocks = std::numeric_limits<int64_t>::max();
   for (const BlockCache& cache : caches) n_blocks = std::min(n_blocks, cache.n_blocks);
-  std::vector<int64_t> moved, from, to;
-  for (int64_t i = 0; i < n; ++i) {
-    const int64_t a = ancestors[i];
+  for (int64_t i = 0; i < r.n; ++i) {
+    const int64_t a = r.ancestors[i];
     if (a == i) continue;
-    moved.push_back(i);
-    if (tail < 0 || (active && !active[a])) continue;
-    const int64_t source = table[a * stride + tail], target = table[i * stride + tail];
-    if (source < 0 || source >= n_blocks || target < 0 || target >= n_blocks || source == target) return -1 - i;
-    from.push_back(source);
-    to.push_back(target);
+    const int64_t from = r.table[a * r.stride + tail], to = r.table[i * r.stride + tail];
+    if (from < 0 || from >= n_blocks || to < 0 || to >= n_blocks || from == to) return i;
   }
-  const int64_t n_moved = moved.size(), n_copies = from.size(), n_caches = caches.size();
-  for (int64_t m = 0; m < n_moved; ++m) share_row(table, stride, ancestors[moved[m]], moved[m], n_shared);
+  return -1;
+}
+
+void reindex(const Reindexing& r, const std::vector<BlockCache>& caches) {
+  if (int32_t* generation = r.generation()) std::copy(r.ancestors, r.ancestors + r.n, generation);
+  const int64_t tokens = r.tokens(), tail = tokens / r.block_size, slots = tokens % r.block_size;
+  if (tokens < 0 || tokens > r.columns * r.block_size) return;
+  std::vector<int64_t> moved;
+  for (int64_t i = 0; i < r.n; ++i)
+    if (r.ancestors[i] != i && in_place(r.ancestors, r.n, i)) moved.push_back(i);
+  for (const int64_t i : moved)
+    memcpy(r.table + i * r.stride, r.table + r.ancestors[i] * r.stride, sizeof(int32_t) * tail);
+  if (slots == 0) return;
+  const int64_t n_moved = moved.size(), n_caches = caches.size();
 #pragma omp parallel for collapse(2) schedule(static)
   for (int64_t c = 0; c < n_caches; ++c)
-    for (int64_t m = 0; m < n_copies; ++m)
-      copy_block(caches[c], from[m], to[m], spans[c].data(), static_cast<int64_t>(spans[c].size()));
-  return n_copies;
+    for (int64_t m = 0; m < n_moved; ++m) {
+      const BlockCache& cache = caches[c];
+      const int64_t from = r.table[r.ancestors[moved[m]] * r.stride + tail], to = r.table[moved[m] * r.stride + tail];
+      if (!cache.copies(from, to)) continue;
+      const char* source = cache.base + from * cache.stride;
+      char* target = cache.base + to * cache.stride;
+      for (int64_t piece = 0; piece < cache.pieces; ++piece)
+        memcpy(target + piece * cache.piece_size, source + piece * cache.piece_size, cache.used(slots));
+    }
+}
+
+void emulate_reindex(const Reindexing& r, const std::vector<BlockCache>& caches, int parts, int threads,
+                     uint64_t seed) {
+  ShuffledTeam team(static_cast<int>(r.n * parts * threads), seed);
+  team.each(team.size, [&](int i) {
+    const int thread = i % threads, part = i / threads % parts;
+    reindex_row(r, caches.data(), static_cast<int>(caches.size()), i / threads / parts, part, parts, thread, threads);
+  });
 }
 
 }  // namespace fastsmc::cpu

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "fastsmc/reindex.cuh"
+#include "fastsmc/resample.cuh"
 #include "fastsmc/weigh.cuh"
 
 namespace fastsmc::cpu {
@@ -33,17 +34,21 @@ void draw(const Matrix& logits, const Matrix& psi, const Matrix& mask, int64_t v
 int64_t bad_log_weight(const double* log_weights, int64_t n);
 int64_t bad_uniform(const double* u, int64_t n);
 
-void offspring(const std::string& scheme, const uint64_t* q, const double* u, int64_t n, int64_t* counts);
-
-void resample(const double* log_weights, const double* u, int64_t n, const std::string& scheme, bool sorted,
-              int64_t* ancestors, int64_t* counts, int64_t* rank);
+// `groups` groups, of which `first` is the first.
+void resample(const Resampling& first, int64_t groups);
 
 void ess_log_mean(const double* log_weights, int64_t n, double* ess, double* log_mean);
 
 int64_t not_in_place(const int64_t* ancestors, int64_t n);
 
-int64_t reindex(int32_t* table, int64_t stride, const int64_t* ancestors, int64_t n, int64_t n_shared, int64_t tail,
-                const bool* active, const std::vector<BlockCache>& caches,
-                const std::vector<std::vector<Span>>& spans);
+// First row whose copy would leave a cache or copy a block onto itself, else −1.
+int64_t bad_tail(const Reindexing& r, const std::vector<BlockCache>& caches);
+
+void reindex(const Reindexing& r, const std::vector<BlockCache>& caches);
+
+// What the device runs, thread by thread in an order drawn from `seed`: for tests.
+void emulate_resample(const Resampling& first, int64_t groups, int threads, uint64_t seed);
+void emulate_reindex(const Reindexing& r, const std::vector<BlockCache>& caches, int parts, int threads,
+                     uint64_t seed);
 
 }  // namespace fastsmc::cpu

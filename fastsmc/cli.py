@@ -200,11 +200,12 @@ def gather_info() -> dict[str, Any]:
     from fastsmc.potentials import registered
 
     try:
-        from fastsmc.ops._tensors import BACKENDS
+        from fastsmc import _C
+        from fastsmc.ops._tensors import built_backends
 
-        extension, backends = True, list(BACKENDS)
+        extension, cuda_archs, backends = True, list(_C.cuda_archs), built_backends()
     except ImportError:
-        extension, backends = False, []
+        extension, backends, cuda_archs = False, [], []
     try:
         from fastsmc.vllm.compat import SUPPORTED, vllm_version
 
@@ -220,6 +221,7 @@ def gather_info() -> dict[str, Any]:
         "vllm_supported": supported,
         "extension_built": extension,
         "backends": backends,
+        "cuda_archs": cuda_archs,  # what the extension was built for
         "threads": torch.get_num_threads(),  # of the one OpenMP runtime that torch and the extension share
         "gpus": gpus,
         "cuda": torch.version.cuda,
@@ -232,12 +234,14 @@ def command_info(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(info, indent=1))
         return 0
+    archs = ", ".join(f"sm_{arch}" for arch in info["cuda_archs"])
+    with_cuda = f" with CUDA for {archs}" if archs else " without CUDA"
     rows = {
         "fastsmc": info["fastsmc"],
         "python": info["python"],
         "torch": info["torch"] + (f" (CUDA {info['cuda']})" if info["cuda"] else ""),
         "vllm": f"{info['vllm'] or 'not installed'} (supported: {info['vllm_supported']})",
-        "extension": "built" if info["extension_built"] else "not built: pip install -e . builds it",
+        "extension": ("built" + with_cuda) if info["extension_built"] else "not built: pip install -e . builds it",
         "backends": ", ".join(info["backends"]) or "none",
         "threads": f"{info['threads']} (OpenMP)",
         "gpu": ", ".join(info["gpus"]) or "none",

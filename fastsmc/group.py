@@ -367,9 +367,8 @@ class Group:
         # Resampling may come after step t's weights (base) or before its draw (twisted): the same counter either way
         # is used once, because a group has one order.
         u = ops.uniforms(self.n, seed=p.seed, group=p.group, step=self.t, stream=RESAMPLE, device=self.device)
-        log_mean = ops.ess_log_mean(self.log_w)[1]
-        ancestors, counts, rank = ops.resample(self.log_w, u, scheme=p.resampling)
-        self.log_z += log_mean
+        ancestors, counts, rank, _, log_mean, _ = ops.resample(self.log_w, u, scheme=p.resampling)
+        self.log_z += float(log_mean)
         self.log_w = torch.zeros_like(self.log_w)
         self._strata = (rank, counts[ancestors])
         self.log_psi = self.log_psi[ancestors]

@@ -116,6 +116,9 @@ class Resampled(NamedTuple):
     ancestors: Array
     counts: Array
     rank: Array
+    ess: float
+    log_mean: float
+    resampled: bool
 
 
 def _scale_uniform(u: float, total: int) -> int:
@@ -187,23 +190,28 @@ SCHEMES: dict[str, Callable[[list[int], Sequence[float]], list[int]]] = {
 }
 
 
-def resample(log_weights, uniforms, *, scheme="systematic", order="inplace") -> Resampled:
+def resample(log_weights, uniforms, *, scheme="systematic", order="inplace", threshold=None) -> Resampled:
+    """One group. Weights with NaN, +inf or no mass give no offspring, whatever the threshold."""
     log_weights = np.asarray(log_weights, np.float64)
-    if np.isnan(log_weights).any() or np.isposinf(log_weights).any() or np.isneginf(log_weights).all():
-        raise ValueError("log_weights: NaN, +inf or all -inf")
+    n = len(log_weights)
+    ess, log_mean = ess_log_mean(log_weights)
+    if not ess > 0 or (threshold is not None and threshold < 1 and not ess < threshold * n):
+        return Resampled(np.arange(n), np.ones(n, np.int64), np.zeros(n, np.int64), ess, log_mean, False)
     top = log_weights.max()
     # math.exp is the C library's, as in csrc; np.exp may differ in the last place
     q = [round(math.exp(lw - top) * 2.0**40) for lw in log_weights]
     counts = SCHEMES[scheme](q, [float(u) for u in uniforms])
-    n = len(counts)
     if order == "sorted":
         ancestors = np.repeat(np.arange(n), counts)
     else:
         surplus = [i for i, c in enumerate(counts) for _ in range(c - 1)]
         ancestors = np.arange(n)
         ancestors[np.array(counts) == 0] = surplus
-    rank = [int((ancestors[:i] == a).sum()) for i, a in enumerate(ancestors)]
-    return Resampled(ancestors, np.array(counts), np.array(rank))
+    seen, rank = [0] * n, []
+    for a in ancestors.tolist():
+        rank.append(seen[a])
+        seen[a] += 1
+    return Resampled(ancestors, np.array(counts), np.array(rank), ess, log_mean, True)
 
 
 def ess_log_mean(log_weights) -> tuple[float, float]:
@@ -211,25 +219,26 @@ def ess_log_mean(log_weights) -> tuple[float, float]:
     top = log_weights.max()
     if top == -math.inf:
         return 0.0, -math.inf
+    if not top < math.inf:
+        return math.nan, math.nan
     w = np.exp(log_weights - top)
     return float(w.sum() ** 2 / (w**2).sum()), float(top + math.log(w.mean()))
 
 
 # -- reindex -----------------------------------------------------------------------------------------------------------
-def reindex(table, ancestors, *, n_shared, tail, caches, spans=None, active=None) -> int:
-    """In place, on arrays; blocks of `caches` are copied byte by byte within `spans`."""
-    copied = 0
+def reindex(table, ancestors, *, position, block_size, caches, slot_dim=None, genealogy=None, step=None) -> None:
+    """In place, on arrays."""
+    if genealogy is not None:
+        genealogy[step] = ancestors
+    tail, used = divmod(position, block_size)
     for i, a in enumerate(ancestors):
         if a == i:
             continue
-        table[i, :n_shared] = table[a, :n_shared]
-        if tail is None or (active is not None and not active[a]):
+        table[i, :tail] = table[a, :tail]
+        if used == 0:
             continue
-        copied += 1
         for cache in caches:
-            source, target = cache[table[a, tail]], cache[table[i, tail]]
-            data = bytearray(target.tobytes())
-            for offset, size in [(0, len(data))] if spans is None else spans:
-                data[offset : offset + size] = source.tobytes()[offset : offset + size]
-            target[...] = np.frombuffer(bytes(data), cache.dtype).reshape(target.shape)
-    return copied
+            slots = [slice(None)] * (cache.ndim - 1)
+            if slot_dim is not None:
+                slots[slot_dim - 1] = slice(0, used)
+            cache[(table[i, tail], *slots)] = cache[(table[a, tail], *slots)]

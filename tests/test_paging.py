@@ -71,7 +71,7 @@ def test_live_blocks_equal_those_of_the_ancestry(n, prompt_len, steps, block_siz
             a = ops.resample(log_w, u, scheme="multinomial").ancestors
             active = active[a]
             before = paging.table.clone()
-            ops.reindex(paging.table, a, n_shared=paging.tail, tail=None, caches=[])
+            ops.reindex(paging.table, a, position=paging.position, block_size=block_size, caches=[])
             if paging.n_used:  # the copy of the tail, on the dictionary that stands for the cache
                 for i in range(n):
                     if a[i] != i and active[i]:

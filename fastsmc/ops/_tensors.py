@@ -22,30 +22,57 @@ DTYPE_CODES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.int3
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 NO_MATRIX = (0, 0, 0, 0)
 
-#: backends of the ops that have no Triton kernel
-BACKENDS = ("cpu", "torch")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
-def pick_backend(backend: str | None, device: torch.device, choices: Sequence[str] = BACKENDS) -> str:
-    """The backend asked for, or the device's own: 'cpu' (fastsmc._C) for CPU tensors, 'triton' for CUDA tensors where
-    it is among `choices` and installed, else 'torch' (eager, any device)."""
+def built_backends() -> list[str]:
+    """The backends that are here, with or without a device to run them."""
+    return ["cpu", "torch", *(["cuda"] if _C.cuda_archs else []), *(["triton"] if HAS_TRITON else [])]
+
+
+def pick_backend(backend: str | None, device: torch.device, gpu: str) -> str:
+    """The backend asked for, or the device's own: 'cpu' (fastsmc._C) for CPU tensors; for CUDA tensors the op's `gpu`,
+    'triton' or 'cuda' (fastsmc._C), where it is built; else 'torch' (eager, any device).
+
+    Raises:
+        ValueError: naming what is allowed, or why it cannot be had here.
+    """
     if backend is None:
         if device.type == "cpu":
             return "cpu"
-        return "triton" if device.type == "cuda" and "triton" in choices and HAS_TRITON else "torch"
-    check_choice("backend", backend, choices)
-    if backend == "cpu" and device.type != "cpu":
-        raise ValueError(f"backend='cpu': tensors are on {device}")
+        return gpu if device.type == "cuda" and gpu in built_backends() else "torch"
+    check_choice("backend", backend, ("cpu", "torch", gpu))
+    if backend == "cuda" and not _C.cuda_archs:
+        raise ValueError("backend='cuda': fastsmc._C was built without CUDA, see FASTSMC_BUILD_CUDA in setup.py")
     if backend == "triton" and not HAS_TRITON:
         raise ValueError("backend='triton': triton is not installed")
     if backend == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError("backend='triton': tensors are on cpu, which needs TRITON_INTERPRET=1 in the environment")
+    if (backend, device.type) in {("cpu", "cuda"), ("cuda", "cpu")}:
+        raise ValueError(f"backend={backend!r}: tensors are on {device}")
     return backend
 
 
+def cuda_place(device: torch.device) -> tuple[int, int]:
+    """(device index, address of its current stream), where fastsmc._C is to launch."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return index, torch.cuda.current_stream(index).cuda_stream
+
+
 def values_are_checked(device: torch.device) -> bool:
+    """Whether values are checked: on the CPU, and not where there are none yet because something compiles."""
     return device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def split_scalar(name: str, value: int | Tensor, device: torch.device) -> tuple[int, Tensor | None]:
+    """An integer that may be a 0-dim int64 tensor on `device`: (its value where it can be seen, else 0; the tensor)."""
+    if not isinstance(value, Tensor):
+        return value, None
+    if value.dim() != 0 or value.dtype != torch.int64:
+        raise ValueError(f"{name}: must be an integer or a 0-dim int64 tensor, got {value.dtype} {tuple(value.shape)}")
+    if value.device.type != device.type or device.index not in (None, value.device.index):
+        raise ValueError(f"{name}: is on {value.device}, must be on {device}")
+    return int(value) if values_are_checked(device) else 0, value
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:

@@ -19,10 +19,11 @@ _LOW32 = 0xFFFFFFFF
 
 
 # -- uniforms ----------------------------------------------------------------------------------------------------------
-def uniforms(n: int, seed: int, group: int, step: int, stream: int, device: torch.device) -> Tensor:
+def uniforms(n: int, seed: int, group: int, step: int | Tensor, stream: int, device: torch.device) -> Tensor:
     """Philox on int64 tensors that hold 32-bit words; products wrap modulo 2^64, which is what is wanted."""
     c0 = torch.arange(n, dtype=torch.int64, device=device)
-    c1, c2, c3 = (torch.full_like(c0, word) for word in (step, group, stream))
+    c1 = step.expand_as(c0) if isinstance(step, Tensor) else torch.full_like(c0, step)
+    c2, c3 = torch.full_like(c0, group), torch.full_like(c0, stream)
     key0, key1 = seed & _LOW32, seed >> 32
     for _ in range(10):
         p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
@@ -188,8 +189,8 @@ def _residual(q: Tensor, u: Tensor) -> Tensor:
 
 
 def _ssp(q: Tensor, u: Tensor) -> Tensor:
-    q, counts = q.cpu(), torch.empty(q.shape, dtype=torch.int64)
-    _C.offspring("ssp", q.data_ptr(), u.cpu().data_ptr(), q.shape[0], counts.data_ptr())
+    part, counts = q.to("cpu", copy=True), torch.empty(q.shape, dtype=torch.int64)
+    _C.ssp(part.data_ptr(), u.cpu().data_ptr(), part.shape[0], counts.data_ptr())
     return counts.to(u.device)
 
 
@@ -202,11 +203,42 @@ SCHEMES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def resample(log_weights: Tensor, u: Tensor, scheme: str, order: str) -> tuple[Tensor, Tensor, Tensor]:
+def resample(
+    log_weights: Tensor, u: Tensor, scheme: str, order: str, threshold: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    n = log_weights.shape[-1]
+    groups = [
+        _resample_group(lw, row, scheme, order, threshold)
+        for lw, row in zip(log_weights.view(-1, n), u.view(-1, n), strict=True)
+    ]
+    if log_weights.dim() == 1:
+        return groups[0]
+    return tuple(torch.stack(column) for column in zip(*groups, strict=True))
+
+
+def _resample_group(
+    log_weights: Tensor, u: Tensor, scheme: str, order: str, threshold: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     n = log_weights.shape[0]
-    q = ((log_weights - log_weights.max()).exp() * 2.0**40).round().long()
+    top = log_weights.max()  # NaN wins
+    w = (log_weights - torch.where(top.isfinite(), top, 0.0)).exp()
+    total = w.sum()
+    ess, log_mean = total * total / w.square().sum(), top + total.log() - math.log(n)
+    ess = torch.where(top == -math.inf, 0.0, torch.where(top.isfinite(), ess, math.nan))
+    log_mean = torch.where(top == math.inf, math.nan, log_mean)
+    moves = (ess > 0) & ((ess < threshold * n) | (threshold >= 1.0))
+    q = torch.where(moves, w * 2.0**40, 1.0).round().long()
     counts = SCHEMES[scheme](q, u)
-    slots = torch.arange(n, device=q.device)
+    found = _place_children(counts, order)
+    stay = (torch.arange(n, device=counts.device), torch.ones_like(counts), torch.zeros_like(counts))
+    kept = (torch.where(moves, new, old) for new, old in zip(found, stay, strict=True))
+    return *kept, ess, log_mean, moves
+
+
+def _place_children(counts: Tensor, order: str) -> tuple[Tensor, Tensor, Tensor]:
+    """ancestors, counts, rank."""
+    n = counts.shape[0]
+    slots = torch.arange(n, device=counts.device)
     ends = counts.cumsum(0)
     sorted_ancestors = torch.searchsorted(ends, slots, right=True)
     if order == "sorted":
@@ -224,41 +256,34 @@ def resample(log_weights: Tensor, u: Tensor, scheme: str, order: str) -> tuple[T
     return ancestors, counts, torch.where(dead, moved, own)
 
 
-def ess_log_mean(log_weights: Tensor) -> tuple[float, float]:
-    top = log_weights.max()
-    w = (log_weights - torch.where(top == -math.inf, 0.0, top)).exp()
-    total, squares = w.sum(), w.square().sum()
-    ess = torch.where(total > 0, total * total / squares, 0.0)
-    ess, log_mean = torch.stack([ess, top + total.log() - math.log(w.shape[0])]).tolist()
-    return ess, log_mean
-
-
 # -- reindex -----------------------------------------------------------------------------------------------------------
 def reindex(
     table: Tensor,
     ancestors: Tensor,
-    n_shared: int,
-    tail: int | None,
+    position: int | Tensor,
+    block_size: int,
     caches: Sequence[Tensor],
-    spans: Sequence[Sequence[tuple[int, int]]],
-    active: Tensor | None,
-) -> int:
-    slots = torch.arange(table.shape[0], device=table.device)
-    copied = 0
-    if tail is not None:
-        moved = ancestors != slots
-        if active is not None:
-            moved = moved & active[ancestors]
-        rows = moved.nonzero().squeeze(1)
-        copied = rows.shape[0]
-        source, target = table[ancestors[rows], tail].long(), table[rows, tail].long()
-        n_blocks = min((cache.shape[0] for cache in caches), default=2**31)
-        blocks = torch.cat([source, target])
-        if copied and bool(((blocks < 0) | (blocks >= n_blocks)).any() | (source == target).any()):
-            raise ValueError(f"table: column tail={tail} must hold distinct blocks in [0, {n_blocks}) of every cache")
-        for cache, pieces in zip(caches, spans, strict=True):
-            data = cache.view(cache.shape[0], -1).view(torch.uint8)
-            for offset, size in pieces:
-                data[target, offset : offset + size] = data[source, offset : offset + size]
-    table[:, :n_shared] = table[ancestors, :n_shared]
-    return copied
+    slot_dim: int | None,
+    genealogy: Tensor | None,
+    step: int | Tensor,
+) -> None:
+    """Reads the position where it is, so it waits for the device; what is not valid stays as it is."""
+    n, columns = table.shape
+    if genealogy is not None and 0 <= (t := int(step)) < genealogy.shape[0]:
+        genealogy[t] = ancestors
+    position = int(position)
+    tail, used = divmod(position, block_size)
+    if not 0 <= position <= columns * block_size:
+        return
+    inside = (ancestors >= 0) & (ancestors < n)
+    parents = ancestors.clamp(0, n - 1)
+    rows = (inside & (ancestors[parents] == ancestors) & (ancestors != torch.arange(n, device=table.device))).nonzero()
+    rows = rows.squeeze(1)
+    parents = parents[rows]
+    if used > 0:
+        source, target = table[parents, tail].long(), table[rows, tail].long()
+        for cache in caches:
+            valid = (source >= 0) & (source < cache.shape[0]) & (target >= 0) & (target < cache.shape[0])
+            part = cache if slot_dim is None else cache.narrow(slot_dim, 0, used)
+            part[target[valid]] = part[source[valid]]
+    table[rows, :tail] = table[parents, :tail]

@@ -22,7 +22,7 @@ from fastsmc.ops._tensors import (
     check_vector,
     pick_backend,
 )
-from fastsmc.ops.weigh import BACKENDS, TILE, Weighed
+from fastsmc.ops.weigh import TILE, Weighed
 
 #: token of a row that has no mass
 NO_TOKEN = -1
@@ -76,7 +76,7 @@ def draw(
     lse = check_vector("weighed.lse", weighed.lse, torch.float64, device, m.n_rows)
     rows = check_index("rows", rows, m.n_rows, device)
     uniforms = check_uniforms(uniforms, device, rows.shape[0])
-    backend = pick_backend(backend, device, BACKENDS)
+    backend = pick_backend(backend, device, "triton")
     return Drawn(*_draw(*m, lse, weighed.tile_mass.contiguous(), rows, uniforms, temperature, backend))
 
 

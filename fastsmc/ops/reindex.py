@@ -2,45 +2,51 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fastsmc import _C
 from fastsmc.ops import _torch
-from fastsmc.ops._tensors import check_vector, pick_backend
+from fastsmc.ops._tensors import check_vector, cuda_place, pick_backend, split_scalar, values_are_checked
+
+MAX_BLOCK_BYTES = 2**31 - 1
 
 
 def reindex(
     table: Tensor,
     ancestors: Tensor,
     *,
-    n_shared: int,
-    tail: int | None,
+    position: int | Tensor,
+    block_size: int,
     caches: Sequence[Tensor],
-    spans: np.ndarray | None = None,
-    active: Tensor | None = None,
+    slot_dim: int | None = None,
+    genealogy: Tensor | None = None,
+    step: int | Tensor | None = None,
     backend: str | None = None,
-) -> int:
+) -> None:
     """Makes each moved row i (ancestors[i] != i) a copy of its parent a = ancestors[i], in place.
 
-    table[i, :n_shared] = table[a, :n_shared]; and where active[a], block table[a, tail] of every cache is copied to
-    block table[i, tail]: its used bytes only, when `spans` says which. Survivors are never written, moved rows never
-    read.
+    Rows hold `position` tokens each. Full blocks are shared: table[i, :tail] = table[a, :tail] with tail = position //
+    block_size. The partly filled block of column `tail`, if position % block_size > 0, is copied: slots [0, position %
+    block_size) of block table[a, tail] of every cache go to block table[i, tail]. Survivors are never written, moved
+    rows never read. Where a genealogy is given, genealogy[step] = ancestors.
+
+    `position` and `step` may be 0-dim int64 tensors on the device and are read there when the op runs, so that a
+    captured CUDA graph goes on from replay to replay. On a device nobody looks at values: moved rows whose ancestor
+    breaks the in-place form, blocks outside a cache, and positions and steps out of range are left alone.
 
     Args:
         table: (N, C) int32, rows of block ids, unit column stride.
         ancestors: (N,) int64 in the in-place form of `resample`: ancestors[ancestors[i]] == ancestors[i].
-        n_shared: columns that are shared with the parent, 0 to C.
-        tail: column of the partly filled block, in [n_shared, C); None: nothing to copy.
+        position: 0 to C * block_size, the next position to write.
+        block_size: slots a block.
         caches: tensors whose dimension 0 is the block (of any stride) and whose blocks are contiguous.
-        spans: (S, 2) int64 of (offset, size) in bytes within a block, the same in every cache; None: whole blocks.
-        active: (N,) bool, rows that have a tail worth copying; default all.
-
-    Returns:
-        Number of rows whose tail block was copied (in every cache).
+        slot_dim: the dimension of the caches that is the slot within a block; None: tail blocks are copied whole.
+        genealogy: (T, N) int32, contiguous.
+        step: 0 to T − 1, with a genealogy.
 
     Raises:
         ValueError: naming the argument; nothing has been written then.
@@ -52,67 +58,127 @@ def reindex(
     if table.stride(1) != 1 and columns > 1:
         raise ValueError(f"table: column stride {table.stride(1)} must be 1")
     ancestors = check_vector("ancestors", ancestors, torch.int64, device, n)
-    _check_in_place(ancestors)
-    if not 0 <= n_shared <= columns:
-        raise ValueError(f"n_shared={n_shared!r}: must be in [0, {columns}], the columns of table")
-    if tail is not None and not n_shared <= tail < columns:
-        raise ValueError(f"tail={tail!r}: must be in [n_shared, columns of table) = [{n_shared}, {columns})")
-    if active is not None:
-        active = check_vector("active", active, torch.bool, device, n)
-    if tail is None:
-        caches = ()
-    pieces = _check_caches(caches, device, spans)
-    if pick_backend(backend, device) == "torch":
-        return _torch.reindex(table, ancestors, n_shared, tail, caches, pieces, active)
-    copied = _C.reindex(
-        table.data_ptr(), table.stride(0), ancestors.data_ptr(), n, n_shared, -1 if tail is None else tail,
-        0 if active is None else active.data_ptr(),
-        [(c.data_ptr(), c.stride(0) * c.element_size(), c.shape[0]) for c in caches], pieces,
+    if block_size < 1:
+        raise ValueError(f"block_size={block_size!r}: must be at least 1")
+    position, position_at = split_scalar("position", position, device)
+    if not 0 <= position <= columns * block_size:
+        raise ValueError(
+            f"position={position!r}: must be in [0, {columns * block_size}], {columns} columns of {block_size} slots"
+        )
+    _check_caches(caches, device, block_size, slot_dim)
+    step, step_at = _check_genealogy(genealogy, step, n, device)
+    if values_are_checked(device):
+        _check_values(table, ancestors, position, block_size, caches, slot_dim)
+    _reindex(
+        table, ancestors, position, position_at, block_size, list(caches), slot_dim, genealogy, step, step_at,
+        pick_backend(backend, device, "cuda"),
     )  # fmt: skip
-    if copied < 0:
-        row = -1 - copied
-        parent = int(ancestors[row])
+
+
+@torch.library.custom_op("fastsmc::reindex", mutates_args=("table", "caches", "genealogy"))
+def _reindex(
+    table: Tensor, ancestors: Tensor, position: int, position_at: Tensor | None, block_size: int,
+    caches: Sequence[Tensor], slot_dim: int | None, genealogy: Tensor | None, step: int, step_at: Tensor | None,
+    backend: str,
+) -> None:  # fmt: skip
+    if backend == "torch":
+        _torch.reindex(
+            table, ancestors, position if position_at is None else position_at, block_size, caches, slot_dim,
+            genealogy, step if step_at is None else step_at,
+        )  # fmt: skip
+        return
+    arguments = (
+        _arguments(table, ancestors, position, position_at, block_size, genealogy, step, step_at),
+        _cache_arguments(caches, slot_dim),
+    )
+    if backend == "cuda":
+        _C.cuda_reindex(*cuda_place(table.device), *arguments)
+    else:
+        _C.reindex(*arguments)
+
+
+@_reindex.register_fake
+def _(*arguments):
+    return None
+
+
+def _arguments(
+    table: Tensor, ancestors: Tensor, position: int, position_at: Tensor | None, block_size: int,
+    genealogy: Tensor | None = None, step: int = 0, step_at: Tensor | None = None,
+) -> tuple[int, ...]:  # fmt: skip
+    """What fastsmc._C calls ReindexArgs."""
+    return (
+        table.data_ptr(), table.stride(0), table.shape[1], ancestors.data_ptr(), table.shape[0],
+        position, 0 if position_at is None else position_at.data_ptr(), block_size,
+        0 if genealogy is None else genealogy.data_ptr(), 0 if genealogy is None else genealogy.shape[0],
+        step, 0 if step_at is None else step_at.data_ptr(),
+    )  # fmt: skip
+
+
+def _cache_arguments(caches: Sequence[Tensor], slot_dim: int | None) -> list[tuple[int, ...]]:
+    """What fastsmc._C calls CacheArgs: address, bytes from block to block, blocks, pieces, bytes a piece and a slot."""
+    arguments = []
+    for cache in caches:
+        size, shape = cache.element_size(), cache.shape
+        pieces = 1 if slot_dim is None else math.prod(shape[1:slot_dim])
+        slot = 0 if slot_dim is None else math.prod(shape[slot_dim + 1 :]) * size
+        piece = math.prod(shape[1 if slot_dim is None else slot_dim :]) * size
+        arguments.append((cache.data_ptr(), cache.stride(0) * size, shape[0], pieces, piece, slot))
+    return arguments
+
+
+def _check_values(
+    table: Tensor, ancestors: Tensor, position: int, block_size: int, caches: Sequence[Tensor], slot_dim: int | None
+) -> None:
+    n = table.shape[0]
+    if (bad := _C.not_in_place(ancestors.data_ptr(), n)) >= 0:
+        value = int(ancestors[bad])
+        what = f"whose own ancestor is {int(ancestors[value])}" if 0 <= value < n else f"not in [0, {n})"
+        raise ValueError(f"ancestors[{bad}]={value}, {what}: must be in the in-place form")
+    arguments = _arguments(table, ancestors, position, None, block_size)
+    if (row := _C.bad_tail(arguments, _cache_arguments(caches, slot_dim))) >= 0:
+        tail, parent = position // block_size, int(ancestors[row])
         raise ValueError(
             f"table: row {row} would copy block {table[parent, tail].item()} of row {parent} to block "
             f"{table[row, tail].item()}: must be two blocks within every cache"
         )
-    return copied
 
 
-def _check_in_place(ancestors: Tensor) -> None:
-    n = ancestors.shape[0]
-    if ancestors.device.type == "cpu":
-        bad = _C.not_in_place(ancestors.data_ptr(), n)
-    else:
-        outside = (ancestors < 0) | (ancestors >= n)
-        wrong = outside | (ancestors[ancestors.clamp(0, n - 1)] != ancestors)
-        bad = int(wrong.int().argmax()) if wrong.any() else -1
-    if bad >= 0:
-        value = int(ancestors[bad])
-        what = f"whose own ancestor is {int(ancestors[value])}" if 0 <= value < n else f"not in [0, {n})"
-        raise ValueError(f"ancestors[{bad}]={value}, {what}: must be in the in-place form")
-
-
-def _check_caches(
-    caches: Sequence[Tensor], device: torch.device, spans: np.ndarray | None
-) -> list[list[tuple[int, int]]]:
-    """The spans of each cache."""
-    used = None
-    if spans is not None:
-        spans = np.asarray(spans)
-        if spans.ndim != 2 or spans.shape[1] != 2 or spans.dtype != np.int64:
-            raise ValueError(f"spans: must be (S, 2) int64, got {spans.dtype} {spans.shape}")
-        if spans.size and spans.min() < 0:
-            raise ValueError(f"spans: has a negative value {spans.min()}")
-        used = [tuple(span) for span in spans.tolist()]
-    pieces = []
+def _check_caches(caches: Sequence[Tensor], device: torch.device, block_size: int, slot_dim: int | None) -> None:
     for i, cache in enumerate(caches):
         if cache.device != device:
             raise ValueError(f"caches[{i}]: is on {cache.device}, table is on {device}")
         if cache.dim() < 1 or cache.shape[0] < 1 or not cache[0].is_contiguous():
             raise ValueError(f"caches[{i}]: each block cache[b] must be contiguous, strides are {cache.stride()}")
-        size = cache[0].numel() * cache.element_size()
-        if used is not None and any(offset + nbytes > size for offset, nbytes in used):
-            raise ValueError(f"spans: reach beyond the {size} bytes of a block of caches[{i}]")
-        pieces.append([(0, size)] if used is None else used)
-    return pieces
+        if (size := cache[0].numel() * cache.element_size()) > MAX_BLOCK_BYTES:
+            raise ValueError(f"caches[{i}]: a block has {size} bytes, at most {MAX_BLOCK_BYTES} are supported")
+        if slot_dim is None:
+            continue
+        if not 1 <= slot_dim < cache.dim():
+            raise ValueError(f"slot_dim={slot_dim!r}: must be in [1, {cache.dim()}), a dimension of caches[{i}]")
+        if cache.shape[slot_dim] != block_size:
+            raise ValueError(
+                f"caches[{i}]: has {cache.shape[slot_dim]} slots in dimension slot_dim={slot_dim}, block_size is "
+                f"{block_size}"
+            )
+
+
+def _check_genealogy(
+    genealogy: Tensor | None, step: int | Tensor | None, n: int, device: torch.device
+) -> tuple[int, Tensor | None]:
+    """The step as a number and as a tensor."""
+    if (genealogy is None) != (step is None):
+        raise ValueError("genealogy and step: must be given together")
+    if genealogy is None:
+        return 0, None
+    if genealogy.dim() != 2 or genealogy.shape[1] != n or genealogy.dtype != torch.int32 or genealogy.device != device:
+        raise ValueError(
+            f"genealogy: must be (T, {n}) int32 on {device}, got {genealogy.dtype} {tuple(genealogy.shape)} on "
+            f"{genealogy.device}"
+        )
+    if not genealogy.is_contiguous():
+        raise ValueError("genealogy: must be contiguous")
+    step, step_at = split_scalar("step", step, device)
+    if not 0 <= step < genealogy.shape[0]:
+        raise ValueError(f"step={step!r}: must be in [0, {genealogy.shape[0]}), the rows of genealogy")
+    return step, step_at

@@ -6,6 +6,7 @@ the order of the sums: W_i is exact up to 2^-41 of the largest weight.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -13,22 +14,31 @@ from torch import Tensor
 
 from fastsmc import _C
 from fastsmc.ops import _torch
-from fastsmc.ops._tensors import check_choice, check_uniforms, check_vector, pick_backend
+from fastsmc.ops._tensors import check_choice, cuda_place, pick_backend, values_are_checked
 from fastsmc.params import RESAMPLING_SCHEMES
 
 ORDERS = ("inplace", "sorted")
+MAX_PARTICLES = 2**20
 
 
 class Resampled(NamedTuple):
-    """Attributes:
+    """Shapes are those of one group; with G groups there is a first dimension G.
+
+    Attributes:
     ancestors: (N,) int64, the parent of each slot.
     counts: (N,) int64, children of each particle; they sum to N.
     rank: (N,) int64, index of a slot among the children of its parent, in slot order.
+    ess: () float64, (Σw)²/Σw² of the weights.
+    log_mean: () float64, logsumexp(log_weights) − log N.
+    resampled: () bool; where false, ancestors are the identity, counts 1 and ranks 0.
     """
 
     ancestors: Tensor
     counts: Tensor
     rank: Tensor
+    ess: Tensor
+    log_mean: Tensor
+    resampled: Tensor
 
 
 def resample(
@@ -37,48 +47,91 @@ def resample(
     *,
     scheme: str = "systematic",
     order: str = "inplace",
+    threshold: float | None = None,
     backend: str | None = None,
 ) -> Resampled:
-    """Resamples N particles.
+    """Resamples N particles, or G groups of them, each as in a call of its own.
 
     Schemes: 'systematic' counts floor(N·C_i + u_0) with one uniform; 'stratified' has one uniform per stratum;
     'multinomial' N independent draws; 'residual' floor(N W_i) copies and the rest multinomial on the remainders; 'ssp'
-    the Srinivasan sampling process (sequential: the 'torch' backend runs it on the host).
+    the Srinivasan sampling process (sequential: one thread; the 'torch' backend runs it on the host).
 
     Orders: 'inplace' has ancestors[i] = i wherever counts[i] > 0, and the r-th dead slot takes the r-th surplus child;
     'sorted' repeats i counts[i] times.
 
+    A group without any mass has ESS 0 and log mean −inf and is not resampled. Other devices than the CPU are not waited
+    for, so nobody looks at the values there: a group with NaN or +inf has ESS and log mean NaN and is not resampled.
+
     Args:
-        log_weights: (N,) float64, 1 <= N <= 2**20, unnormalised; −inf has no offspring.
-        uniforms: (N,) float64 in [0, 1); 'systematic' uses the first, 'ssp' the first N − 1, 'residual' as many as
-            there are draws left.
+        log_weights: (N,) or (G, N) float64, 1 <= N <= 2**20, unnormalised; −inf has no offspring.
+        uniforms: as log_weights, float64 in [0, 1); of a group 'systematic' uses the first, 'ssp' the first N − 1,
+            'residual' as many as there are draws left.
+        threshold: resamples groups with ESS < threshold·N, decided on the device; 1: all. None: all, and on the CPU no
+            mass at all is an error.
 
     Raises:
-        ValueError: naming the argument and its value; NaN or +inf by particle index; all −inf.
+        ValueError: naming the argument and its value; on the CPU NaN or +inf by particle and group.
 
     Sources: Douc & Cappé 2005; Gerber, Chopin & Whiteley 2019 (SSP); Murray, Lee & Jacob 2016 (in-place ancestors).
     """
     check_choice("scheme", scheme, RESAMPLING_SCHEMES)
     check_choice("order", order, ORDERS)
+    if threshold is not None and not 0.0 <= threshold <= 1.0:
+        raise ValueError(f"threshold={threshold!r}: must be in [0, 1] or None")
     log_weights = _check_log_weights(log_weights)
-    n, device = log_weights.shape[0], log_weights.device
-    if n > 2**20:
-        raise ValueError(f"log_weights: has {n} elements, at most {2**20} are supported")
-    if torch.isneginf(log_weights).all():
-        raise ValueError(f"log_weights: all {n} are -inf, no particle has any weight")
-    uniforms = check_uniforms(uniforms, device, n)
-    if pick_backend(backend, device) == "torch":
-        return Resampled(*_torch.resample(log_weights, uniforms, scheme, order))
-    ancestors, counts, rank = (torch.empty(n, dtype=torch.int64) for _ in range(3))
-    _C.resample(
-        log_weights.data_ptr(), uniforms.data_ptr(), n, scheme, order == "sorted", ancestors.data_ptr(), 
-        counts.data_ptr(), rank.data_ptr(),
+    device, n = log_weights.device, log_weights.shape[-1]
+    if n > MAX_PARTICLES:
+        raise ValueError(f"log_weights: has {n} particles a group, at most {MAX_PARTICLES} are supported")
+    if threshold is None and values_are_checked(device) and (empty := log_weights.isneginf().all(-1)).any():
+        group = "" if log_weights.dim() == 1 else f" of group {int(empty.int().argmax())}"
+        raise ValueError(f"log_weights: all {n}{group} are -inf, no particle has any weight")
+    uniforms = _check_float64("uniforms", uniforms, log_weights)
+    if values_are_checked(device) and (bad := _C.bad_uniform(uniforms.data_ptr(), uniforms.numel())) >= 0:
+        index = _index(uniforms, bad)
+        raise ValueError(f"uniforms[{', '.join(map(str, index))}]={uniforms[index].item()}: must be in [0, 1)")
+    always = 1.0 if threshold is None else float(threshold)
+    return Resampled(*_resample(log_weights, uniforms, scheme, order, always, pick_backend(backend, device, "cuda")))
+
+
+@torch.library.custom_op("fastsmc::resample", mutates_args=())
+def _resample(
+    log_weights: Tensor, uniforms: Tensor, scheme: str, order: str, threshold: float, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    out = _outputs(log_weights)
+    if log_weights.numel() == 0:
+        return out
+    if backend == "torch":
+        return _torch.resample(log_weights, uniforms, scheme, order, threshold)
+    n = log_weights.shape[-1]
+    arguments = (
+        [tensor.data_ptr() for tensor in (log_weights, uniforms, *out)],
+        log_weights.numel() // n, n, scheme, order == "sorted", threshold,
     )  # fmt: skip
-    return Resampled(ancestors, counts, rank)
+    if backend == "cuda":
+        place = cuda_place(log_weights.device)
+        memory = log_weights.new_empty(_C.cuda_resample_memory(place[0], n), dtype=torch.uint8)
+        _C.cuda_resample(*place, *arguments, memory.data_ptr())
+    else:
+        _C.resample(*arguments)
+    return out
+
+
+@_resample.register_fake
+def _(log_weights, uniforms, scheme, order, threshold, backend):
+    return _outputs(log_weights)
+
+
+def _outputs(log_weights: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    particles, groups = log_weights.shape, log_weights.shape[:-1]
+    return (
+        *(log_weights.new_empty(particles, dtype=torch.int64) for _ in range(3)),
+        *(log_weights.new_empty(groups) for _ in range(2)),
+        log_weights.new_empty(groups, dtype=torch.bool),
+    )
 
 
 def ess_log_mean(log_weights: Tensor, *, backend: str | None = None) -> tuple[float, float]:
-    """((Σw)²/Σw², logsumexp(log_weights) − log N); (0.0, −inf) when all are −inf.
+    """((Σw)²/Σw², logsumexp(log_weights) − log N); (0.0, −inf) when all are −inf. Waits for the device.
 
     Args:
         log_weights: (N,) float64.
@@ -87,21 +140,51 @@ def ess_log_mean(log_weights: Tensor, *, backend: str | None = None) -> tuple[fl
         ValueError: NaN or +inf, naming the particle.
     """
     log_weights = _check_log_weights(log_weights)
-    if pick_backend(backend, log_weights.device) == "torch":
-        return _torch.ess_log_mean(log_weights)
-    return _C.ess_log_mean(log_weights.data_ptr(), log_weights.shape[0])
+    if log_weights.dim() != 1:
+        raise ValueError(f"log_weights: must be a vector, got shape {tuple(log_weights.shape)}")
+    backend = pick_backend(backend, log_weights.device, "cuda")
+    if backend == "cpu":
+        return _C.ess_log_mean(log_weights.data_ptr(), log_weights.shape[0])
+    # at threshold 0 nothing is resampled and no uniform is looked at
+    ess, log_mean = _resample(log_weights, log_weights, "systematic", "inplace", 0.0, backend)[3:5]
+    ess, log_mean = torch.stack([ess, log_mean]).tolist()
+    if math.isnan(ess):
+        _refuse(log_weights, int((~(log_weights < math.inf)).int().argmax()))
+    return ess, log_mean
+
+
+def _check_float64(name: str, tensor: Tensor, like: Tensor | None = None) -> Tensor:
+    """A contiguous (N,) or (G, N) float64 tensor, of the shape and on the device of `like`."""
+    if not isinstance(tensor, Tensor) or tensor.dim() not in (1, 2) or tensor.dtype != torch.float64:
+        what = f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else repr(tensor)
+        raise ValueError(f"{name}: must be a vector (N,) or groups (G, N) of torch.float64, got {what}")
+    if like is not None and tensor.shape != like.shape:
+        raise ValueError(f"{name}: must be {tuple(like.shape)} as log_weights are, got {tuple(tensor.shape)}")
+    if like is not None and tensor.device != like.device:
+        raise ValueError(f"{name}: is on {tensor.device}, log_weights are on {like.device}")
+    return tensor.contiguous()
 
 
 def _check_log_weights(log_weights: Tensor) -> Tensor:
-    log_weights = check_vector("log_weights", log_weights, torch.float64, log_weights.device)
-    n = log_weights.shape[0]
-    if n == 0:
+    log_weights = _check_float64("log_weights", log_weights)
+    if log_weights.shape[-1] == 0:
         raise ValueError("log_weights: is empty")
-    if log_weights.device.type == "cpu":
-        bad = _C.bad_log_weight(log_weights.data_ptr(), n)
-    else:
-        is_bad = log_weights.isnan() | log_weights.isposinf()
-        bad = int(is_bad.int().argmax()) if is_bad.any() else -1
-    if bad >= 0:
-        raise ValueError(f"log_weights[{bad}]={log_weights[bad].item()}: particle {bad} must be finite or -inf")
+    if (
+        values_are_checked(log_weights.device)
+        and (bad := _C.bad_log_weight(log_weights.data_ptr(), log_weights.numel())) >= 0
+    ):
+        _refuse(log_weights, bad)
     return log_weights
+
+
+def _index(tensor: Tensor, flat: int) -> tuple[int, ...]:
+    return (flat,) if tensor.dim() == 1 else divmod(flat, tensor.shape[-1])
+
+
+def _refuse(log_weights: Tensor, bad: int) -> None:
+    index = _index(log_weights, bad)
+    group = "" if len(index) == 1 else f" of group {index[0]}"
+    raise ValueError(
+        f"log_weights[{', '.join(map(str, index))}]={log_weights[index].item()}: "
+        f"particle {index[-1]}{group} must be finite or -inf"
+    )

@@ -18,8 +18,6 @@ from fastsmc.ops._tensors import Matrices, check_matrices, check_temperature, pi
 #: tokens per tile of `Weighed.tile_mass`; the last tile may be shorter
 TILE: int = _C.TILE
 
-BACKENDS = ("cpu", "torch", "triton")
-
 
 class Weighed(NamedTuple):
     """Rows weighed by `weigh`, z = logits / T and x = z + log_psi, −inf where masked.
@@ -70,7 +68,7 @@ def weigh(
         ValueError: naming the argument; index ranges are only checked on CPU tensors, outside torch.compile.
     """
     m = check_matrices(logits, log_psi, logit_rows, psi_rows, mask, mask_rows)
-    backend = pick_backend(backend, logits.device, BACKENDS)
+    backend = pick_backend(backend, logits.device, "triton")
     lse, lse_psi, tile_mass, max_psi = _weigh(*m, check_temperature(temperature), backend)
     return Weighed(lse, lse_psi if m.reweighs else lse, tile_mass, max_psi)
 

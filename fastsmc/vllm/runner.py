@@ -100,7 +100,8 @@ class Model:
         head = torch.tensor([source], dtype=torch.int32, device=self.device)
         table = torch.cat([head, targets.to(torch.int32)])[:, None].contiguous()
         ancestors = torch.zeros(len(table), dtype=torch.int64, device=self.device)
-        ops.reindex(table, ancestors, n_shared=0, tail=0, caches=self.caches)
+        # to reindex, a tail that is not empty; which slots it uses is not said, so blocks are copied whole
+        ops.reindex(table, ancestors, position=1, block_size=2, caches=self.caches)
 
 
 class VllmRows:
@@ -139,14 +140,8 @@ class VllmRows:
         return self._model.logits(hidden), hidden
 
     def reindex(self, ancestors: Tensor) -> None:
-        paging = self.paging
-        ops.reindex(
-            paging.table,
-            ancestors,
-            n_shared=paging.tail,
-            tail=paging.tail if paging.n_used else None,
-            caches=self._model.caches,
-        )
+        paging, model = self.paging, self._model
+        ops.reindex(paging.table, ancestors, position=paging.position, block_size=model.block_size, caches=model.caches)
 
     def continuation_log_prob(
         self, tokens: Tensor, slots: Tensor, continuation: list[int], temperature: float

@@ -1,4 +1,4 @@
-"""resample: counts equal to the reference's, unbiased, in-place form; ess_log_mean."""
+"""resample: counts equal to the reference's on every backend and every team, unbiased, in-place form, groups."""
 
 import math
 
@@ -8,12 +8,44 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastsmc import ops, reference
+from fastsmc import _C, ops, reference
+from fastsmc.ops.resample import _outputs
 from fastsmc.params import RESAMPLING_SCHEMES
 
-BACKENDS = ("cpu", "torch")
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+BACKENDS = ("cpu", "torch", pytest.param("cuda", marks=needs_cuda))
 ORDERS = ("inplace", "sorted")
 inf, nan = math.inf, math.nan
+
+
+def on(backend, tensor):
+    return tensor.cuda() if backend == "cuda" else tensor
+
+
+def resample(log_weights, u, *, backend, **options):
+    """ops.resample of CPU tensors on the backend's device; results on the CPU."""
+    out = ops.resample(on(backend, log_weights), on(backend, u), backend=backend, **options)
+    return ops.Resampled(*(x.cpu() for x in out))
+
+
+def emulate(log_weights, u, threads, seed, *, scheme="systematic", order="inplace", threshold=1.0):
+    """What the GPU runs, thread by thread on the host, every phase in an order of its own."""
+    out = _outputs(log_weights)
+    n = log_weights.shape[-1]
+    addresses = [x.data_ptr() for x in (log_weights, u, *out)]
+    _C.emulate_resample(addresses, log_weights.numel() // n, n, scheme, order == "sorted", threshold, threads, seed)
+    return ops.Resampled(*out)
+
+
+def assert_equal(got, want, what=""):
+    """Integers equal; the normalisers within what the order of N sums in double can do."""
+    for name in ("ancestors", "counts", "rank", "resampled"):
+        np.testing.assert_array_equal(getattr(got, name), getattr(want, name), f"{what} {name}")
+    n = np.asarray(want.counts).shape[-1]
+    for name in ("ess", "log_mean"):
+        np.testing.assert_allclose(
+            getattr(got, name), getattr(want, name), rtol=4 * n * 2.0**-53, atol=4 * n * 2.0**-53, err_msg=what
+        )
 
 
 def random_case(n, sigma, dead, seed):
@@ -27,7 +59,7 @@ def random_case(n, sigma, dead, seed):
 def check_form(r, log_weights, order):
     """What every result must satisfy, whatever the scheme."""
     n = len(log_weights)
-    a, counts, rank = (x.numpy() for x in r)
+    a, counts, rank = (x.numpy() for x in r[:3])
     assert a.dtype == counts.dtype == rank.dtype == np.int64
     assert counts.min() >= 0 and counts.sum() == n
     assert (counts[np.isneginf(log_weights)] == 0).all()
@@ -46,6 +78,9 @@ def test_registries_name_the_same_schemes():
     from fastsmc.ops import _torch
 
     assert tuple(reference.SCHEMES) == tuple(_torch.SCHEMES) == RESAMPLING_SCHEMES
+    x = torch.zeros(2, dtype=torch.float64)
+    with pytest.raises(ValueError, match="unknown scheme fancy"):
+        emulate(x, x, 1, 0, scheme="fancy")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -55,18 +90,180 @@ def test_registries_name_the_same_schemes():
 def test_equals_reference(n, scheme, order, backend):
     for seed, (sigma, dead) in enumerate([(0.0, 0.0), (1.0, 0.0), (1.0, 0.5), (8.0, 0.2), (0.3, 0.95)]):
         log_weights, u = random_case(n, sigma, dead, seed)
-        got = ops.resample(log_weights, u, scheme=scheme, order=order, backend=backend)
+        got = resample(log_weights, u, scheme=scheme, order=order, backend=backend)
         want = reference.resample(log_weights.numpy(), u.numpy(), scheme=scheme, order=order)
-        for a, b in zip(got, want, strict=True):
-            np.testing.assert_array_equal(a, b)
+        assert_equal(got, want)
         check_form(got, log_weights.numpy(), order)
+
+
+def hostile_weights(n):
+    """(name, log weights) of what a scan or a search could trip over."""
+    rng = np.random.default_rng(n)
+    one = np.full(n, -inf)
+    one[n // 3] = 3.0
+    runs = np.where((np.arange(n) // 37) % 2 == 0, -inf, rng.normal(0, 1, n))
+    runs[-1] = 0.0
+    last = np.full(n, -60.0)
+    last[-1] = 0.0
+    return {
+        "equal": np.full(n, -7.5), "one has all": one, "runs of -inf": runs, "last has nearly all": last,
+        "normal": rng.normal(-1000, 1.5, n), "huge range": rng.uniform(-745, 700, n),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("scheme", RESAMPLING_SCHEMES)
+@pytest.mark.parametrize("n", [1, 2, 3, 31, 32, 33, 1000, 4096, 16384, 20000])
+def test_every_team_equals_reference(n, scheme):
+    """Teams of less, as many and more threads than there are lanes; results of all are the same to the last bit."""
+    u = torch.from_numpy(np.random.default_rng(7).random(n))
+    for name, weights in hostile_weights(n).items():
+        log_weights = torch.from_numpy(weights)
+        for order in ORDERS:
+            want = reference.resample(weights, u.numpy(), scheme=scheme, order=order)
+            first = None
+            for seed, threads in enumerate((1, 32, 1000, 1024, 132 * 256)):
+                got = emulate(log_weights, u, threads, seed, scheme=scheme, order=order)
+                assert_equal(got, want, f"{name} {order} {threads} threads")
+                first = first or got
+                assert torch.equal(got.ess, first.ess) and torch.equal(got.log_mean, first.log_mean)
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data(), scheme=st.sampled_from(RESAMPLING_SCHEMES), order=st.sampled_from(ORDERS))
+def test_any_team_on_any_weights(data, scheme, order):
+    n = data.draw(st.integers(1, 2500))
+    alphabet = data.draw(st.lists(st.one_of(st.just(-inf), st.floats(-60, 60)), min_size=1, max_size=12))
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    weights = rng.choice(alphabet, n)
+    u = rng.choice([0.0, 0.5, 1.0 - 2.0**-53], n) if data.draw(st.booleans()) else rng.random(n)
+    threshold = data.draw(st.sampled_from([0.0, 0.3, 0.9, 1.0]))
+    threads, seed = data.draw(st.integers(1, 3000)), data.draw(st.integers(0, 2**63))
+    got = emulate(
+        torch.from_numpy(weights), torch.from_numpy(u), threads, seed, scheme=scheme, order=order, threshold=threshold
+    )
+    want = reference.resample(weights, u, scheme=scheme, order=order, threshold=threshold)
+    # a threshold that the ESS meets but for rounding may be decided either way: no such case is drawn
+    if want.ess > 0 and threshold in (0.3, 0.9) and abs(want.ess / (threshold * n) - 1) < 1e-9:
+        return
+    assert_equal(got, want)
+
+
+@pytest.mark.parametrize("scheme", RESAMPLING_SCHEMES)
+def test_weights_and_uniforms_that_nobody_checked(scheme):
+    """On a device they are not looked at: nothing may leave its array, and a group that is not well stays as it is."""
+    rng = np.random.default_rng(3)
+    for n in (1, 33, 5000, 17000):
+        junk = torch.from_numpy(rng.choice([nan, inf, -inf, -1.0, 1.0, 1e300, 0.3], n))
+        good = torch.from_numpy(rng.normal(0, 1, n))
+        for order in ORDERS:
+            r = emulate(good, junk, 64, n, scheme=scheme, order=order)
+            assert r.counts.min() >= 0 and r.counts.sum() == n
+            np.testing.assert_array_equal(np.bincount(r.ancestors, minlength=n), r.counts)
+        for bad in (nan, inf):
+            weights = good.clone()
+            weights[n // 2] = bad
+            r = emulate(weights, good, 64, n, scheme=scheme)
+            assert r.ess.isnan() and r.log_mean.isnan() and not r.resampled
+            assert torch.equal(r.ancestors, torch.arange(n)) and (r.counts == 1).all() and (r.rank == 0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("scheme", RESAMPLING_SCHEMES)
+@pytest.mark.parametrize("n", [1, 50, 1025, 20000])
+def test_groups_are_as_if_alone(n, scheme, backend):
+    """Batch of groups, each decided on its own: equal to calls of their own, bit for bit."""
+    rng = np.random.default_rng(n)
+    log_weights = torch.from_numpy(rng.normal(0, 1, (5, n)) * np.array([[0.0], [0.2], [1.0], [3.0], [9.0]]))
+    log_weights[3] -= 400
+    u = torch.from_numpy(rng.random((5, n)))
+    for threshold in (None, 0.5, 1.0):
+        got = resample(log_weights, u, scheme=scheme, threshold=threshold, backend=backend)
+        assert got.ancestors.shape == (5, n) and got.ess.shape == (5,)
+        for g in range(5):
+            alone = resample(log_weights[g], u[g], scheme=scheme, threshold=threshold, backend=backend)
+            for name in got._fields:
+                assert torch.equal(getattr(got, name)[g], getattr(alone, name)), name
+            want = reference.resample(log_weights[g].numpy(), u[g].numpy(), scheme=scheme, threshold=threshold)
+            assert_equal(alone, want)
+        if n > 1:
+            assert got.resampled.tolist() == ([False, False, True, True, True] if threshold == 0.5 else [True] * 5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_without_mass(backend):
+    log_weights = torch.full((2, 7), -inf, dtype=torch.float64)
+    log_weights[1] = torch.arange(7)
+    r = resample(log_weights, torch.zeros_like(log_weights), threshold=1.0, backend=backend)
+    assert r.ess[0] == 0 and r.log_mean[0] == -inf and r.resampled.tolist() == [False, True]
+    assert r.ancestors[0].tolist() == list(range(7)) and (r.counts[0] == 1).all() and (r.rank[0] == 0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_groups(backend):
+    none = torch.zeros((0, 5), dtype=torch.float64)
+    r = resample(none, none, threshold=0.5, backend=backend)
+    assert r.ancestors.shape == (0, 5) and r.ess.shape == (0,) and r.resampled.dtype == torch.bool
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_threshold_is_strict(backend):
+    """ESS < threshold·N: equal weights have ESS N and stay at any threshold below 1."""
+    log_weights, u = torch.zeros(8, dtype=torch.float64), torch.full((8,), 0.5, dtype=torch.float64)
+    assert not resample(log_weights, u, threshold=0.999, backend=backend).resampled
+    assert resample(log_weights, u, threshold=1.0, backend=backend).resampled
+    log_weights[4:] = -inf  # ESS 4, exactly
+    assert not resample(log_weights, u, threshold=0.5, backend=backend).resampled
+    assert resample(log_weights, u, threshold=0.501, backend=backend).resampled
+    assert not resample(log_weights, u, threshold=0.0, backend=backend).resampled
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("scheme", RESAMPLING_SCHEMES)
+def test_is_a_torch_op(scheme, order):
+    log_weights, u = (x.view(2, 20) for x in random_case(40, 1.0, 0.2, 0))
+    for arguments in ((log_weights, u), (log_weights[0], u[0])):
+        torch.library.opcheck(torch.ops.fastsmc.resample.default, (*arguments, scheme, order, 0.5, "cpu"))
+
+
+def test_compiles_in_one_graph():
+    log_weights, u = random_case(50, 2.0, 0.2, 0)
+
+    def step(log_weights, u):
+        r = ops.resample(log_weights * 1.0, u, threshold=0.5)
+        return torch.where(r.resampled, r.ancestors[r.ancestors], -1), r.log_mean + 1
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for got, want in zip(compiled(log_weights, u), step(log_weights, u), strict=True):
+        assert torch.equal(got, want)
+
+
+@needs_cuda
+@pytest.mark.parametrize("scheme", RESAMPLING_SCHEMES)
+@pytest.mark.parametrize("n", [33, 4096, 16384, 20000, 2**20])
+def test_cuda_waits_for_nothing_and_can_be_captured(n, scheme):
+    if scheme == "ssp" and n > 20000:
+        pytest.skip("sequential")
+    log_weights, u = (x.cuda() for x in random_case(n, 1.0, 0.1, 5))
+    want = resample(log_weights.cpu(), u.cpu(), scheme=scheme, backend="cpu")
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        got = ops.resample(log_weights, u, scheme=scheme, threshold=0.99)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = ops.resample(log_weights, u, scheme=scheme, threshold=0.99)
+        graph.replay()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for r in (got, captured):
+        assert_equal(ops.Resampled(*(x.cpu() for x in r)), want)
 
 
 @settings(max_examples=150, deadline=None)
 @given(
     weights=st.lists(st.one_of(st.just(-inf), st.floats(-60, 60)), min_size=1, max_size=70),
-    scheme=st.sampled_from(RESAMPLING_SCHEMES), order=st.sampled_from(ORDERS), backend=st.sampled_from(BACKENDS),
-    data=st.data(),
+    scheme=st.sampled_from(RESAMPLING_SCHEMES), order=st.sampled_from(ORDERS),
+    backend=st.sampled_from(("cpu", "torch")), data=st.data(),
 )  # fmt: skip
 def test_form_on_any_weights(weights, scheme, order, backend, data):
     log_weights = torch.tensor(weights, dtype=torch.float64)
@@ -74,7 +271,7 @@ def test_form_on_any_weights(weights, scheme, order, backend, data):
         log_weights[-1] = 0.0
     unit = st.one_of(st.sampled_from([0.0, 0.5, 1.0 - 2.0**-53]), st.floats(0, 1, exclude_max=True))
     u = torch.tensor(data.draw(st.lists(unit, min_size=len(weights), max_size=len(weights))), dtype=torch.float64)
-    got = ops.resample(log_weights, u, scheme=scheme, order=order, backend=backend)
+    got = resample(log_weights, u, scheme=scheme, order=order, backend=backend)
     check_form(got, log_weights.numpy(), order)
     want = reference.resample(log_weights.numpy(), u.numpy(), scheme=scheme, order=order)
     np.testing.assert_array_equal(got.counts, want.counts)
@@ -109,7 +306,7 @@ def test_systematic_is_the_floor_formula(backend):
     log_weights, u = random_case(300, 1.0, 0.1, 9)
     w = (log_weights - log_weights.max()).exp()
     until = (300 * w.cumsum(0) / w.sum() + u[0]).floor()
-    counts = ops.resample(log_weights, u, backend=backend).counts
+    counts = resample(log_weights, u, backend=backend).counts
     assert torch.equal(counts.cumsum(0)[:-1], until.long()[:-1])
 
 
@@ -119,11 +316,11 @@ def test_large_n(scheme, backend):
     """The largest sums that the fixed point must hold: 2^20 weights, equal and not."""
     n = 2**20
     u = torch.from_numpy(np.random.default_rng(2).random(n))
-    equal = ops.resample(torch.zeros(n, dtype=torch.float64), u, scheme=scheme, backend=backend)
+    equal = resample(torch.zeros(n, dtype=torch.float64), u, scheme=scheme, backend=backend)
     if scheme != "multinomial":
         assert (equal.counts == 1).all() and torch.equal(equal.ancestors, torch.arange(n))
     log_weights = torch.from_numpy(np.random.default_rng(3).normal(0, 1, n))
-    a, counts, rank = ops.resample(log_weights, u, scheme=scheme, backend=backend)
+    a, counts, rank = resample(log_weights, u, scheme=scheme, backend=backend)[:3]
     assert counts.sum() == n and counts.min() >= 0
     assert torch.equal(a[a], a) and torch.equal(a.bincount(minlength=n), counts)
     assert torch.equal(rank < counts[a], torch.ones(n, dtype=torch.bool))
@@ -136,7 +333,7 @@ def test_large_n(scheme, backend):
 def test_one_heavy_particle_takes_all(scheme, backend):
     log_weights = torch.full((100,), -inf, dtype=torch.float64)
     log_weights[37] = -1e5
-    r = ops.resample(log_weights, torch.rand(100, dtype=torch.float64), scheme=scheme, backend=backend)
+    r = resample(log_weights, torch.rand(100, dtype=torch.float64), scheme=scheme, backend=backend)
     assert (r.ancestors == 37).all() and r.rank.tolist() == list(range(100))
 
 
@@ -147,12 +344,14 @@ def test_one_heavy_particle_takes_all(scheme, backend):
         ([0.0, 0.0, inf], r"log_weights\[2\]=inf: particle 2"),
         ([-inf, -inf], "log_weights: all 2 are -inf"),
         ([], "log_weights: is empty"),
+        ([[0.0, 1.0], [nan, 0.0]], r"log_weights\[1, 0\]=nan: particle 0 of group 1 must"),
+        ([[0.0, 1.0], [-inf, -inf]], "log_weights: all 2 of group 1 are -inf"),
     ],
 )
 def test_refuses_weights(weights, message):
     log_weights = torch.tensor(weights, dtype=torch.float64)
     with pytest.raises(ValueError, match=message):
-        ops.resample(log_weights, torch.zeros(len(weights), dtype=torch.float64))
+        ops.resample(log_weights, torch.zeros_like(log_weights))
 
 
 @pytest.mark.parametrize(
@@ -162,8 +361,15 @@ def test_refuses_weights(weights, message):
         ({"order": "random"}, "order='random'"),
         ({"backend": "gpu"}, "backend='gpu'"),
         ({"uniforms": torch.tensor([0.1, 1.0], dtype=torch.float64)}, r"uniforms\[1\]=1.0"),
-        ({"uniforms": torch.tensor([0.1], dtype=torch.float64)}, "uniforms: must have 2 elements, got 1"),
-        ({"log_weights": torch.zeros(2)}, "log_weights: must be a vector of torch.float64, got torch.float32"),
+        (
+            {"uniforms": torch.tensor([0.1], dtype=torch.float64)},
+            r"uniforms: must be \(2,\) as log_weights are",
+        ),
+        ({"log_weights": torch.zeros(2)}, "log_weights: must be a vector .* of torch.float64, got torch.float32"),
+        ({"threshold": 1.5}, "threshold=1.5"),
+        ({"threshold": nan}, "threshold=nan"),
+        ({"log_weights": torch.zeros(2**20 + 1, dtype=torch.float64)}, "log_weights: has 1048577 particles a group"),
+        ({"backend": "cuda"}, "backend='cuda': tensors are on cpu"),
     ],
 )
 def test_refuses(change, message):
@@ -176,12 +382,20 @@ def test_refuses(change, message):
 def test_ess_log_mean(backend):
     for n, sigma, dead in [(1, 0.0, 0.0), (7, 1.0, 0.3), (1000, 3.0, 0.5), (4097, 0.1, 0.0)]:
         log_weights, _ = random_case(n, sigma, dead, n)
-        got = ops.ess_log_mean(log_weights, backend=backend)
+        got = ops.ess_log_mean(on(backend, log_weights), backend=backend)
         assert all(type(x) is float for x in got)
         assert got == pytest.approx(reference.ess_log_mean(log_weights.numpy()), rel=1e-12)
-    assert ops.ess_log_mean(torch.zeros(10, dtype=torch.float64), backend=backend) == pytest.approx(
-        (10.0, 0.0), abs=1e-12
-    )
-    assert ops.ess_log_mean(torch.full((3,), -inf, dtype=torch.float64), backend=backend) == (0.0, -inf)
+    zeros = on(backend, torch.zeros(10, dtype=torch.float64))
+    assert ops.ess_log_mean(zeros, backend=backend) == pytest.approx((10.0, 0.0), abs=1e-12)
+    assert ops.ess_log_mean(zeros - inf, backend=backend) == (0.0, -inf)
+    zeros[1] = nan
     with pytest.raises(ValueError, match=r"log_weights\[1\]=nan"):
-        ops.ess_log_mean(torch.tensor([0.0, nan], dtype=torch.float64), backend=backend)
+        ops.ess_log_mean(zeros, backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ess_log_mean_is_what_resample_says(backend):
+    for n in (1, 33, 2000, 20000):
+        log_weights, u = (on(backend, x) for x in random_case(n, 2.0, 0.2, n))
+        r = ops.resample(log_weights, u, backend=backend)
+        assert ops.ess_log_mean(log_weights, backend=backend) == (r.ess.item(), r.log_mean.item())

@@ -2,11 +2,13 @@
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 
 from fastsmc import ops, reference
 
-BACKENDS = ("cpu", "torch")
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+BACKENDS = ("cpu", "torch", pytest.param("cuda", marks=needs_cuda))
 KEYS = [
     {"seed": 0, "group": 0, "step": 0, "stream": 0},
     {"seed": 1, "group": 0, "step": 0, "stream": 0},
@@ -28,25 +30,29 @@ def test_philox_known_answers():
     ]
 
 
+def uniforms(n, *, backend, **key):
+    return ops.uniforms(n, **key, device="cuda" if backend == "cuda" else "cpu", backend=backend).cpu()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_first_number_of_the_zero_key(backend):
-    u = ops.uniforms(1, **KEYS[0], device="cpu", backend=backend)
+    u = uniforms(1, **KEYS[0], backend=backend)
     assert u.item() == ((0x6627E8D5 << 21) | (0xE169C58D >> 11)) / 2**53
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("key", KEYS)
 def test_equals_reference(key, backend):
-    u = ops.uniforms(100, **key, device="cpu", backend=backend).numpy()
+    u = uniforms(100, **key, backend=backend).numpy()
     assert u.dtype == np.float64
     np.testing.assert_array_equal(u, reference.uniforms(100, **key))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_number_depends_on_its_particle_only(backend):
-    long = ops.uniforms(1000, **KEYS[3], device="cpu", backend=backend)
-    assert (long[:10] == ops.uniforms(10, **KEYS[3], device="cpu", backend=backend)).all()
-    assert ops.uniforms(0, **KEYS[3], device="cpu", backend=backend).shape == (0,)
+    long = uniforms(1000, **KEYS[3], backend=backend)
+    assert (long[:10] == uniforms(10, **KEYS[3], backend=backend)).all()
+    assert uniforms(0, **KEYS[3], backend=backend).shape == (0,)
 
 
 def test_every_part_of_the_key_matters():
@@ -64,6 +70,65 @@ def test_uniform_in_the_unit_interval():
     assert stats.kstest(u, "uniform").pvalue > 1e-4
     assert abs(np.corrcoef(u[:-1], u[1:])[0, 1]) < 4e-3
     assert (u * 2**53 % 2).mean() == pytest.approx(0.5, abs=2e-3)  # the last of the 53 bits is alive
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_step_as_a_tensor(backend):
+    """Read when the numbers are made: another value, other numbers."""
+    device = "cuda" if backend == "cuda" else "cpu"
+    step = torch.tensor(0, device=device)
+    for value in (0, 7, 2**32 - 1):
+        step.fill_(value)
+        got = ops.uniforms(50, **{**KEYS[3], "step": step}, device=device, backend=backend).cpu()
+        np.testing.assert_array_equal(got, reference.uniforms(50, **{**KEYS[3], "step": value}))
+
+
+@pytest.mark.parametrize(
+    "step, message",
+    [
+        (torch.tensor(-1), "step=-1"),
+        (torch.tensor([3]), "step: must be an integer or a 0-dim int64 tensor"),
+        (torch.tensor(3.0), "step: must be an integer or a 0-dim int64 tensor, got torch.float32"),
+    ],
+)
+def test_refuses_a_step_tensor(step, message):
+    with pytest.raises(ValueError, match=message):
+        ops.uniforms(4, **{**KEYS[0], "step": step}, device="cpu")
+
+
+def test_is_a_torch_op():
+    for step, step_at in ((3, None), (0, torch.tensor(3))):
+        arguments = (20, -5, 1, step, step_at, 2, torch.device("cpu"), "cpu")
+        torch.library.opcheck(torch.ops.fastsmc.uniforms.default, arguments)
+
+
+def test_compiles_in_one_graph():
+    def draw(step):
+        return ops.uniforms(30, seed=2**64 - 3, group=1, step=step + 1, stream=0, device=step.device) * 2
+
+    compiled = torch.compile(draw, fullgraph=True, backend="aot_eager")
+    for t in (0, 5):
+        assert torch.equal(compiled(torch.tensor(t)), draw(torch.tensor(t)))
+
+
+@needs_cuda
+def test_replays_do_not_repeat_numbers():
+    """A captured graph that counts its own steps, without a wait for the device."""
+    step = torch.zeros((), dtype=torch.int64, device="cuda")
+    ops.uniforms(1000, **{**KEYS[3], "step": step}, device="cuda")
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step += 1
+            u = ops.uniforms(1000, **{**KEYS[3], "step": step}, device="cuda")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    step.zero_()
+    for t in (1, 2, 3):
+        graph.replay()
+        np.testing.assert_array_equal(u.cpu(), reference.uniforms(1000, **{**KEYS[3], "step": t}))
 
 
 @pytest.mark.parametrize(

@@ -1,28 +1,58 @@
-// resample: offspring counts with E[counts_i] = N W_i, and ancestors from counts.
+// resample: normalisers, offspring counts with E[counts_i] = N W_i, and ancestors from counts, for any number of groups.
 //
 // Weights are integers: q_i = llrint(exp(lw_i − max)·2^40), so that sums are associative and monotone and the answer
 // does not depend on who adds what first. With N <= 2^20: Σq = Q <= 2^60, N·Q <= 2^80 (needs 128 bits). A uniform
-// becomes an integer below a total by floor(u·total). All that follows is exact, reference.py does the same.
-// An offspring function: (q, n, total, u, scratch of n, counts). Sources: Douc & Cappé 2005 (systematic, stratified,
-// multinomial, residual); Gerber, Chopin & Whiteley 2019, algorithm 3 (SSP), after nchopin/particles.
+// becomes an integer below a total by floor(u·total). All that follows is exact, reference.py does the same; but exp()
+// of another machine's library may differ in its last place, and then so may a q.
+//
+// A group is resampled by a team (team.cuh) in phases: maximum; weights and their sums; ESS, log-mean weight and the
+// decision; counts; one scan of dead slots and surplus children; where each slot's parent is found.
+//
+// Sources: Douc & Cappé 2005 (systematic, stratified, multinomial, residual); Gerber, Chopin & Whiteley 2019,
+// algorithm 3 (SSP), after nchopin/particles; Murray, Lee & Jacob 2016 (in-place ancestors).
 #pragma once
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 
 #include "hd.cuh"
+#include "team.cuh"
 
 namespace fastsmc {
 
-using u64 = uint64_t;
 using u128 = unsigned __int128;
 
-FASTSMC_HD inline u64 fixed_point_weight(double log_weight, double max) {
-  return static_cast<u64>(llrint(exp(log_weight - max) * 0x1p40));
-}
+// A sixth scheme: a name here, a case in count_offspring, and one line each in reference.py, ops/_torch.py, params.py.
+enum class Scheme { kSystematic, kStratified, kMultinomial, kResidual, kSsp };
+constexpr const char* kSchemeNames[] = {"systematic", "stratified", "multinomial", "residual", "ssp"};
 
-// floor(u · total) for u in [0, 1), a multiple of 2^-53, and total <= 2^62; always below total.
+// One group: (N,) each but for the last three. Log weights may hold anything, see resample().
+struct Resampling {
+  const double *log_weights, *u;
+  int64_t n;
+  Scheme scheme;
+  bool sorted;
+  double threshold;  // resamples if >= 1, or if ESS < threshold·N
+  int64_t *ancestors, *counts, *rank;
+  double *ess, *log_mean;
+  bool* resampled;
+
+  // Group g of a batch of which *this is the first.
+  FASTSMC_HD Resampling group(int64_t g) const {
+    Resampling r = *this;
+    r.log_weights += g * n, r.u += g * n, r.ancestors += g * n, r.counts += g * n, r.rank += g * n;
+    r.ess += g, r.log_mean += g, r.resampled += g;
+    return r;
+  }
+};
+
+FASTSMC_HD inline u64 fixed_point(double weight) { return static_cast<u64>(llrint(weight * 0x1p40)); }
+
+// floor(u · total) for u in [0, 1), a multiple of 2^-53, and total <= 2^62; always below total. Any other u counts as 0:
+// on a device nobody has looked, and an index must not leave its array.
 FASTSMC_HD inline u64 scale_uniform(double u, u64 total) {
-  return static_cast<u64>((static_cast<u128>(static_cast<u64>(u * 0x1p53)) * total) >> 53);
+  const u64 bits = u > 0.0 && u < 1.0 ? static_cast<u64>(u * 0x1p53) : 0;
+  return static_cast<u64>((static_cast<u128>(bits) * total) >> 53);
 }
 
 // Offspring of particles 0..i when `prefix` = q_0 + … + q_i: stratum j holds the point (j + 1 − u_j)·Q/N, counted when
@@ -30,28 +60,16 @@ FASTSMC_HD inline u64 scale_uniform(double u, u64 total) {
 // resampling is the case of one common u: then this is floor(N·C_i/C_N + u).
 FASTSMC_HD inline int64_t offspring_until(u64 prefix, u64 total, int64_t n, const double* u, int stride) {
   const u128 scaled = static_cast<u128>(prefix) * static_cast<u64>(n);
-  const u64 full = static_cast<u64>(scaled / total), rest = static_cast<u64>(scaled - static_cast<u128>(full) * total);
+  // The quotient is at most 2^20, so floating point misses it by one at most; a 128-bit division costs far more.
+  u64 full = static_cast<u64>(static_cast<double>(prefix) * static_cast<double>(n) / static_cast<double>(total));
+  u128 product = static_cast<u128>(full) * total;
+  if (product > scaled) --full, product -= total;
+  else if (scaled - product >= total) ++full, product += total;
+  const u64 rest = static_cast<u64>(scaled - product);
   if (rest == 0) return static_cast<int64_t>(full);
   return static_cast<int64_t>(full) + (rest + scale_uniform(u[full * stride], total) >= total);
 }
 
-FASTSMC_HD inline void offspring_by_strata(const u64* q, int64_t n, u64 total, const double* u, int stride,
-                                           int64_t* counts) {
-  u64 prefix = 0;
-  int64_t before = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    prefix += q[i];
-    const int64_t until = offspring_until(prefix, total, n, u, stride);
-    counts[i] = until - before;
-    before = until;
-  }
-}
-FASTSMC_HD inline void systematic(const u64* q, int64_t n, u64 total, const double* u, u64*, int64_t* counts) {
-  offspring_by_strata(q, n, total, u, 0, counts);
-}
-FASTSMC_HD inline void stratified(const u64* q, int64_t n, u64 total, const double* u, u64*, int64_t* counts) {
-  offspring_by_strata(q, n, total, u, 1, counts);
-}
 
 // First i with prefix[i] > point: cells of zero width are never chosen.
 FASTSMC_HD inline int64_t find_cell(const u64* prefix, int64_t n, u64 point) {
@@ -65,41 +83,21 @@ FASTSMC_HD inline int64_t find_cell(const u64* prefix, int64_t n, u64 point) {
   return low;
 }
 
-// Adds `draws` independent draws from `prefix` (sums, total last) to counts.
-FASTSMC_HD inline void add_draws(const u64* prefix, int64_t n, int64_t draws, const double* u, int64_t* counts) {
-  for (int64_t j = 0; j < draws; ++j) ++counts[find_cell(prefix, n, scale_uniform(u[j], prefix[n - 1]))];
-}
-
-FASTSMC_HD inline void multinomial(const u64* q, int64_t n, u64, const double* u, u64* prefix, int64_t* counts) {
-  u64 sum = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    prefix[i] = sum += q[i];
-    counts[i] = 0;
-  }
-  add_draws(prefix, n, n, u, counts);
-}
-
-// floor(N W_i) copies, the rest multinomial on the remainders r_i = N q_i mod Q. Σr_i = rest·Q may need 80 bits: the
-// remainders are shifted until the sum fits 62, a relative change below 2^-40.
-FASTSMC_HD inline void residual(const u64* q, int64_t n, u64 total, const double* u, u64* prefix, int64_t* counts) {
-  int64_t rest = n;
-  for (int64_t i = 0; i < n; ++i) {
-    counts[i] = static_cast<int64_t>(q[i] * static_cast<u64>(n) / total);
-    rest -= counts[i];
-  }
-  int shift = 0;
-  while ((static_cast<u128>(total) * static_cast<u64>(rest)) >> shift >= (static_cast<u128>(1) << 62)) ++shift;
-  u64 sum = 0;
-  for (int64_t i = 0; i < n; ++i) prefix[i] = sum += (q[i] * static_cast<u64>(n) % total) >> shift;
-  add_draws(prefix, n, rest, u, counts);
+// The same, known to be at or after `from`: steps double until they are beyond it.
+FASTSMC_HD inline int64_t find_cell_after(const u64* prefix, int64_t n, int64_t from, u64 point) {
+  int64_t step = 1;
+  for (; from + step <= n && prefix[from + step - 1] <= point; step *= 2) from += step;
+  return from + find_cell(prefix + from, from + step <= n ? step : n - from, point);
 }
 
 // Srinivasan sampling process: the fractional parts of two particles at a time meet until one of them is 0 or 1; the
-// winner is random so that expectations stay. u[k] serves the k-th meeting, n − 1 in all.
-FASTSMC_HD inline void ssp(const u64* q, int64_t n, u64 total, const double* u, u64* part, int64_t* counts) {
+// winner is random so that expectations stay. u[k] serves the k-th meeting, n − 1 in all. Meetings
+// wait for one another, so one thread does them all. part: the integer weights, overwritten.
+FASTSMC_HD inline void ssp(u64* part, int64_t n, u64 total, const double* u, int64_t* counts) {
   for (int64_t i = 0; i < n; ++i) {
-    counts[i] = static_cast<int64_t>(q[i] * static_cast<u64>(n) / total);
-    part[i] = q[i] * static_cast<u64>(n) % total;
+    const u64 expected = part[i] * static_cast<u64>(n);
+    counts[i] = static_cast<int64_t>(expected / total);
+    part[i] = expected % total;
   }
   int64_t i = 0, j = 1;
   for (int64_t k = 0; k + 1 < n; ++k) {
@@ -121,42 +119,245 @@ FASTSMC_HD inline void ssp(const u64* q, int64_t n, u64 total, const double* u, 
   }
 }
 
-// In-place ancestors: i stays where it has a child, the r-th dead slot takes the r-th surplus child (slot order).
-// rank: index of a slot among the children of its parent, in slot order.
-// Example: counts 0 3 0 1 0 2 -> ancestors 1 1 1 3 5 5, rank 0 1 2 0 0 1.
-FASTSMC_HD inline void ancestors_inplace(const int64_t* counts, int64_t n, int64_t* ancestors, int64_t* rank) {
-  int64_t parent = 0, left = counts[0] - 1;  // surplus children of `parent` not placed yet
-  for (int64_t i = 0; i < n; ++i) {
-    if (counts[i] > 0) {
-      ancestors[i] = i;
-      continue;
-    }
-    while (left <= 0) left = counts[++parent] - 1;
-    ancestors[i] = parent;
-    --left;
+// The team's memory, 8-byte words: shared memory of a block, or global memory. Floating-point and integer words apart.
+struct ResampleScratch {
+  u64* cells;              // (n) integer weights, then prefix sums that are searched
+  u64 *values, *totals;    // of the scan
+  double *sum, *squares;   // a value per lane; sum holds maxima first
+  double *group_sum, *group_squares;
+  double* max;             // of the log weights
+  bool* resampled;
+
+  FASTSMC_HD ResampleScratch(u64* memory, const Lanes& lanes) {
+    cells = memory;
+    values = cells + lanes.n;
+    totals = values + lanes.size();
+    sum = reinterpret_cast<double*>(totals + 2 * lanes.groups + 1);
+    squares = sum + lanes.size();
+    group_sum = squares + lanes.size();
+    group_squares = group_sum + lanes.groups;
+    max = group_squares + lanes.groups;
+    resampled = reinterpret_cast<bool*>(max + 1);
   }
-  // The dead slots of one parent come in slot order. So a child's rank is its index among them, plus one if it lies
-  // behind the parent; the parent's rank is the number of its children before it.
-  for (int64_t i = 0; i < n; ++i)
-    if (ancestors[i] == i) rank[i] = 0;
-  int64_t previous = -1, index = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    const int64_t a = ancestors[i];
-    if (a == i) continue;
-    index = a == previous ? index + 1 : 0;
-    previous = a;
-    rank[i] = index + (i > a);
-    rank[a] += i < a;
+  FASTSMC_HD static size_t words(int64_t n) {
+    const Lanes lanes(n);
+    return n + 3 * lanes.size() + 4 * lanes.groups + 3;
+  }
+};
+
+// ess, log_mean, resampled; leaves integer weights in cells and their scan. Whether the group is to be resampled.
+template <typename Team>
+FASTSMC_HD inline bool summarise(Team& team, const Resampling& r, const Scan& scan, const ResampleScratch& s) {
+  constexpr double kInfinity = __builtin_huge_val();
+  const Lanes& lanes = scan.lanes;
+  team.each(lanes.count, [&](int lane) {
+    double top = -kInfinity;  // +inf, once there is a NaN or +inf
+    for (int64_t i = lanes.first(lane); i < lanes.last(lane); ++i) {
+      const double lw = r.log_weights[i];
+      top = !(lw < kInfinity) ? kInfinity : lw > top ? lw : top;
+    }
+    s.sum[lanes.at(lane)] = top;
+  });
+  team.each(lanes.groups, [&](int group) {
+    double top = -kInfinity;
+    for (int lane = group * lanes.span; lane < lanes.count && lane < (group + 1) * lanes.span; ++lane) {
+      const double value = s.sum[lanes.at(lane)];
+      top = value > top ? value : top;
+    }
+    s.group_sum[group] = top;
+  });
+  team.each(1, [&](int) {
+    double top = -kInfinity;
+    for (int group = 0; group < lanes.groups; ++group) top = s.group_sum[group] > top ? s.group_sum[group] : top;
+    *s.max = top;
+    if (top - top == 0.0) return;
+    *r.ess = top < kInfinity ? 0.0 : __builtin_nan("");
+    *r.log_mean = top < kInfinity ? top : __builtin_nan("");
+    *r.resampled = false;
+  });
+  const double max = *s.max;
+  if (!(max - max == 0.0)) return false;  // infinite
+  team.each(lanes.count, [&](int lane) {
+    double sum = 0.0, squares = 0.0;
+    u64 mass = 0;
+    for (int64_t i = lanes.first(lane); i < lanes.last(lane); ++i) {
+      const double w = exp(r.log_weights[i] - max);
+      sum += w;
+      squares += w * w;
+      mass += s.cells[i] = fixed_point(w);
+    }
+    s.sum[lanes.at(lane)] = sum;
+    s.squares[lanes.at(lane)] = squares;
+    s.values[lanes.at(lane)] = mass;
+  });
+  team.each(lanes.groups, [&](int group) {
+    scan.within(group);
+    double sum = 0.0, squares = 0.0;
+    for (int lane = group * lanes.span; lane < lanes.count && lane < (group + 1) * lanes.span; ++lane) {
+      sum += s.sum[lanes.at(lane)];
+      squares += s.squares[lanes.at(lane)];
+    }
+    s.group_sum[group] = sum;
+    s.group_squares[group] = squares;
+  });
+  team.each(lanes.groups + 1, [&](int group) {
+    scan.across(group);
+    if (group < lanes.groups) return;
+    double sum = 0.0, squares = 0.0;
+    for (int g = 0; g < lanes.groups; ++g) {
+      sum += s.group_sum[g];
+      squares += s.group_squares[g];
+    }
+    *r.ess = sum * sum / squares;
+    *r.log_mean = max + log(sum / static_cast<double>(r.n));
+    *s.resampled = r.threshold >= 1.0 || *r.ess < r.threshold * static_cast<double>(r.n);
+    *r.resampled = *s.resampled;
+  });
+  return *s.resampled;
+}
+
+// `draws` independent draws from the scanned values, prefix sums of which go to cells[i] from mass(cells[i]).
+template <typename Team, typename Mass>
+FASTSMC_HD inline void add_draws(Team& team, const Resampling& r, const Scan& scan, u64* cells, int64_t draws,
+                                 Mass mass) {
+  const Lanes& lanes = scan.lanes;
+  const u64 total = scan.total();
+  team.each(lanes.count, [&](int lane) {
+    u64 prefix = scan.before(lane);
+    for (int64_t i = lanes.first(lane); i < lanes.last(lane); ++i) cells[i] = prefix += mass(cells[i]);
+  });
+  team.each(static_cast<int>(draws), [&](int j) {
+    count_one(r.counts + find_cell(cells, r.n, scale_uniform(r.u[j], total)));
+  });
+}
+
+// counts, from integer weights in cells and their scan.
+template <typename Team>
+FASTSMC_HD inline void count_offspring(Team& team, const Resampling& r, const Scan& scan, u64* cells) {
+  const Lanes& lanes = scan.lanes;
+  const u64 total = scan.total(), n = static_cast<u64>(r.n);
+  switch (r.scheme) {
+    case Scheme::kSystematic:
+    case Scheme::kStratified:
+      team.each(lanes.count, [&](int lane) {
+        const int stride = r.scheme == Scheme::kStratified;
+        u64 prefix = scan.before(lane);
+        int64_t before = offspring_until(prefix, total, r.n, r.u, stride);
+        for (int64_t i = lanes.first(lane); i < lanes.last(lane); ++i) {
+          prefix += cells[i];
+          const int64_t until = offspring_until(prefix, total, r.n, r.u, stride);
+          r.counts[i] = until - before;
+          before = until;
+        }
+      });
+      return;
+    case Scheme::kMultinomial:
+      team.each(lanes.count, [&](int lane) {
+        for (int64_t i = lanes.first(lane); i < lanes.last(lane); ++i) r.counts[i] = 0;
+      });
+      add_draws(team, r, scan, cells, r.n, [](u64 q) { return q; });
+      return;
+    case Scheme::kResidual: {
+      // floor(N W_i) copies, the rest multinomial on the remainders r_i = N q_i mod Q. Σr_i = rest·Q may need 80 bits:
+      // the remainders are shifted until the sum fits 62, a relative change below 2^-40.
+      team.each(lanes.count, [&](int lane) {
+        u64 whole = 0;
+        for (int64_t i = lanes.first(lane); i < lanes.last(lane); ++i) {
+          const u64 copies = cells[i] * n / total;
+          r.counts[i] = static_cast<int64_t>(copies);
+          whole += copies;
+        }
+        scan.values[lanes.at(lane)] = whole;
+      });
+      scan.run(team);
+      const u64 rest = n - scan.total();
+      int shift = 0;
+      while ((static_cast<u128>(total) * rest) >> shift >= (static_cast<u128>(1) << 62)) ++shift;
+      const auto remainder = [=](u64 q) { return (q * n % total) >> shift; };
+      team.each(lanes.count, [&](int lane) {
+        u64 mass = 0;
+        for (int64_t i = lanes.first(lane); i < lanes.last(lane); ++i) mass += remainder(cells[i]);
+        scan.values[lanes.at(lane)] = mass;
+      });
+      scan.run(team);
+      add_draws(team, r, scan, cells, static_cast<int64_t>(rest), remainder);
+      return;
+    }
+    case Scheme::kSsp:
+      team.each(1, [&](int) { ssp(cells, r.n, total, r.u, r.counts); });
+      return;
   }
 }
 
-// Sorted ancestors: repeat(i, counts[i]).
-FASTSMC_HD inline void ancestors_sorted(const int64_t* counts, int64_t n, int64_t* ancestors, int64_t* rank) {
-  for (int64_t i = 0, slot = 0; i < n; ++i)
-    for (int64_t r = 0; r < counts[i]; ++r, ++slot) {
-      ancestors[slot] = i;
-      rank[slot] = r;
+// ancestors and rank from counts. rank: index of a slot among the children of its parent, in slot order.
+//
+// In place: i stays where it has a child, the r-th dead slot takes the r-th surplus child (slot order).
+// Example: counts 0 3 0 1 0 2 -> ancestors 1 1 1 3 5 5, rank 0 1 2 0 0 1. Sorted: 1 1 1 3 5 5, rank 0 1 2 0 0 1.
+//
+// Slots are looked up among the prefix sums, not written by their parents: then no thread has more to do than others
+// when one particle has all children.
+template <typename Team>
+FASTSMC_HD inline void place_children(Team& team, const Resampling& r, const Scan& scan, u64* cells) {
+  const Lanes& lanes = scan.lanes;
+  constexpr u64 kLow32 = 0xffffffffu;
+  const auto surplus_of = [&](int64_t i) { return static_cast<u64>(r.counts[i] > 0 ? r.counts[i] - 1 : 0); };
+  team.each(lanes.count, [&](int lane) {
+    u64 dead = 0, surplus = 0;
+    for (int64_t i = lanes.first(lane); i < lanes.last(lane); ++i) {
+      dead += r.counts[i] == 0;
+      surplus += surplus_of(i);
     }
+    scan.values[lanes.at(lane)] = surplus << 32 | dead;
+  });
+  scan.run(team);
+  team.each(lanes.count, [&](int lane) {  // cells: children (sorted) or surplus children (in place) up to and with i
+    u64 dead = scan.before(lane) & kLow32, surplus = scan.before(lane) >> 32;
+    for (int64_t i = lanes.first(lane); i < lanes.last(lane); ++i) {
+      const u64 more = surplus_of(i);
+      if (!r.sorted && r.counts[i] > 0) {
+        r.ancestors[i] = i;
+        const u64 own = dead < surplus ? 0 : dead - surplus;  // its children in dead slots before it
+        r.rank[i] = static_cast<int64_t>(own < more ? own : more);
+      }
+      dead += r.counts[i] == 0;
+      surplus += more;
+      cells[i] = r.sorted ? static_cast<u64>(i + 1) - dead + surplus : surplus;
+    }
+  });
+  team.each(lanes.count, [&](int lane) {
+    u64 child = r.sorted ? static_cast<u64>(lanes.first(lane)) : scan.before(lane) & kLow32;
+    int64_t parent = -1;
+    for (int64_t i = lanes.first(lane); i < lanes.last(lane); ++i) {
+      if (!r.sorted && r.counts[i] > 0) continue;
+      parent = parent < 0 ? find_cell(cells, r.n, child) : find_cell_after(cells, r.n, parent, child);
+      const u64 of_parent = r.sorted ? static_cast<u64>(r.counts[parent]) : surplus_of(parent);
+      r.ancestors[i] = parent;
+      // The dead slots of one parent come in slot order; its own slot is one before those behind it.
+      r.rank[i] = static_cast<int64_t>(child - (cells[parent] - of_parent)) + (!r.sorted && i > parent);
+      ++child;
+    }
+  });
+}
+
+// One group. No mass at all: ESS 0, log_mean −inf. NaN or +inf among the log weights: both NaN. Either way, or with an
+// ESS that is large enough, nothing moves: ancestors are the identity, counts 1, ranks 0, resampled false.
+template <typename Team>
+FASTSMC_HD inline void resample(Team& team, const Resampling& r, u64* memory) {
+  const Lanes lanes(r.n);
+  const ResampleScratch s(memory, lanes);
+  const Scan scan{lanes, s.values, s.totals};
+  if (!summarise(team, r, scan, s)) {
+    team.each(lanes.count, [&](int lane) {
+      for (int64_t i = lanes.first(lane); i < lanes.last(lane); ++i) {
+        r.ancestors[i] = i;
+        r.counts[i] = 1;
+        r.rank[i] = 0;
+      }
+    });
+    return;
+  }
+  count_offspring(team, r, scan, s.cells);
+  place_children(team, r, scan, s.cells);
 }
 
 }  // namespace fastsmc

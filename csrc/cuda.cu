@@ -1,0 +1,154 @@
+// The CUDA backend: kernels around the algorithms of include/fastsmc, and their launchers. Nothing here waits for the
+// device or allocates, so every launcher may be captured in a CUDA graph. The runtime is linked statically: the module
+// can be imported without a driver, and only calls then fail.
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#include "cuda.hpp"
+#include "fastsmc/philox.cuh"
+
+namespace fastsmc::cuda {
+namespace {
+
+void check(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // it has been reported, the next call starts clean
+  throw std::runtime_error(std::string("CUDA: ") + what + ": " + cudaGetErrorString(error) + " (error " +
+                           std::to_string(static_cast<int>(error)) + ")");
+}
+
+// The device of a tensor is current while its kernel is launched; torch's own idea of the current device stays.
+class CurrentDevice {
+ public:
+  explicit CurrentDevice(int device) {
+    check(cudaGetDevice(&before_), "cudaGetDevice");
+    check(cudaSetDevice(device), "cudaSetDevice");
+  }
+  ~CurrentDevice() { cudaSetDevice(before_); }
+
+ private:
+  int before_;
+};
+
+int attribute(cudaDeviceAttr which, int device) {
+  int value;
+  check(cudaDeviceGetAttribute(&value, which, device), "cudaDeviceGetAttribute");
+  return value;
+}
+
+template <typename Kernel, typename... Args>
+void launch(const char* name, Kernel kernel, dim3 grid, int threads, size_t shared, Place place, Args... args) {
+  void* pointers[] = {&args...};
+  check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, dim3(threads), pointers, shared,
+                         static_cast<cudaStream_t>(place.stream)),
+        name);
+}
+
+}  // namespace
+
+// -- uniforms ---------------------------------------------------------------------------------------------------------
+__global__ void uniforms_kernel(double* out, int64_t n, uint64_t seed, uint32_t group, int64_t step,
+                                const int64_t* step_at, uint32_t stream) {
+  const int64_t i = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
+  if (i >= n) return;
+  const uint32_t t = static_cast<uint32_t>(step_at ? *step_at : step);
+  out[i] = uniform(seed, group, t, stream, static_cast<uint32_t>(i));
+}
+
+void uniforms(Place place, double* out, int64_t n, uint64_t seed, uint32_t group, int64_t step, const int64_t* step_at,
+              uint32_t stream) {
+  constexpr int kThreads = 128;
+  const CurrentDevice current(place.device);
+  if (n == 0) return;
+  launch("uniforms", uniforms_kernel, dim3(static_cast<unsigned>((n + kThreads - 1) / kThreads)), kThreads, 0, place,
+         out, n, seed, group, step, step_at, stream);
+}
+
+// -- resample ---------------------------------------------------------------------------------------------------------
+constexpr int64_t kMostInBlock = 16384;  // particles of a group that one block does
+// 1024 threads have 64 registers each and would spill. A function of nothing: results do not depend on either number.
+constexpr int kBlockThreads = 512, kGridThreads = 256;
+
+// A block a group.
+__global__ void __launch_bounds__(kBlockThreads, 1) resample_block_kernel(Resampling first) {
+  extern __shared__ u64 memory[];
+  BlockTeam team;
+  resample(team, first.group(blockIdx.x), memory);
+}
+
+// All blocks of a cooperative launch, one group after the other.
+__global__ void __launch_bounds__(kGridThreads, 1) resample_grid_kernel(Resampling first, int64_t groups, u64* memory) {
+  GridTeam team;
+  for (int64_t g = 0; g < groups; ++g) resample(team, first.group(g), memory);
+}
+
+namespace {
+size_t resample_bytes(int64_t n) { return sizeof(u64) * ResampleScratch::words(n); }
+
+bool fits_block(int device, int64_t n) {
+  return n <= kMostInBlock &&
+         resample_bytes(n) <= static_cast<size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+}
+}  // namespace
+
+size_t resample_memory(int device, int64_t n) { return fits_block(device, n) ? 0 : resample_bytes(n); }
+
+void resample(Place place, const Resampling& first, int64_t groups, void* memory) {
+  const CurrentDevice current(place.device);
+  const int lanes = Lanes(first.n).count;
+  if (fits_block(place.device, first.n)) {
+    const size_t shared = resample_bytes(first.n);
+    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(resample_block_kernel),
+                               cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
+          "resample: shared memory");
+    launch("resample", resample_block_kernel, dim3(static_cast<unsigned>(groups)),
+           std::min(kBlockThreads, (lanes + 31) / 32 * 32), shared, place, first);
+    return;
+  }
+  int per_processor;
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, resample_grid_kernel, kGridThreads, 0),
+        "resample: occupancy");
+  const int blocks = std::min(per_processor * attribute(cudaDevAttrMultiProcessorCount, place.device),
+                              (lanes + kGridThreads - 1) / kGridThreads);
+  Resampling group = first;
+  void* pointers[] = {&group, &groups, &memory};
+  check(cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(resample_grid_kernel), dim3(blocks),
+                                    dim3(kGridThreads), pointers, 0, static_cast<cudaStream_t>(place.stream)),
+        "resample");
+}
+
+// -- reindex ----------------------------------------------------------------------------------------------------------
+// Caches travel as kernel parameters: nothing to copy to the device, and a captured graph keeps its own.
+constexpr int kMostCaches = 64;
+struct Caches {
+  BlockCache cache[kMostCaches];
+};
+
+constexpr int kCopyThreads = 256;
+
+// Block (x, y): row x, caches y, y + gridDim.y, …
+__global__ void __launch_bounds__(kCopyThreads) reindex_kernel(Reindexing r, const __grid_constant__ Caches caches,
+                                                              int n_caches) {
+  reindex_row(r, caches.cache, n_caches, blockIdx.x, blockIdx.y, gridDim.y, threadIdx.x, blockDim.x);
+}
+
+void reindex(Place place, const Reindexing& r, const std::vector<BlockCache>& caches) {
+  const CurrentDevice current(place.device);
+  if (r.n == 0) return;
+  // Enough blocks to fill the device when few rows move, few enough that rows that stay cost little.
+  const int enough = 32 * attribute(cudaDevAttrMultiProcessorCount, place.device);
+  Reindexing rows = r;
+  for (size_t first = 0; first == 0 || first < caches.size(); first += kMostCaches) {
+    Caches part{};
+    const int n_caches = static_cast<int>(std::min<size_t>(kMostCaches, caches.size() - first));
+    std::copy_n(caches.begin() + first, n_caches, part.cache);
+    const int parts = std::max(1, std::min<int>(n_caches, static_cast<int>((enough + r.n - 1) / r.n)));
+    launch("reindex", reindex_kernel, dim3(static_cast<unsigned>(r.n), parts), kCopyThreads, 0, place, rows, part,
+           n_caches);
+  }
+}
+
+}  // namespace fastsmc::cuda

@@ -1,0 +1,29 @@
+// What bindings.cpp calls in cuda.cu, in extensions built with CUDA. Raw device pointers; shapes and dtypes are checked
+// by fastsmc/ops, values by nobody: kernels leave out what is not valid. Errors of the runtime are thrown.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "fastsmc/reindex.cuh"
+#include "fastsmc/resample.cuh"
+
+namespace fastsmc::cuda {
+
+struct Place {
+  int device;
+  void* stream;  // cudaStream_t
+};
+
+// out: (n,). step is read from step_at, if that is not null, when the kernel runs.
+void uniforms(Place place, double* out, int64_t n, uint64_t seed, uint32_t group, int64_t step, const int64_t* step_at,
+              uint32_t stream);
+
+// Bytes of device memory that resample() wants, 0 where it does with shared memory.
+size_t resample_memory(int device, int64_t n);
+
+void resample(Place place, const Resampling& first, int64_t groups, void* memory);
+
+void reindex(Place place, const Reindexing& r, const std::vector<BlockCache>& caches);
+
+}  // namespace fastsmc::cuda
