@@ -118,23 +118,24 @@ class BuildExt(build_ext):
         return super().build_extension(extension)
 
 
-setup(
-    ext_modules=[
-        Pybind11Extension(
-            "fastsmc._C",
-            SOURCES,
-            include_dirs=INCLUDE,
-            depends=[*HEADERS, CUDA_SOURCE],
-            cxx_std=17,
-            extra_compile_args=[
-                "-O3",
-                "-fopenmp",
-                f"-march={os.environ.get('FASTSMC_MARCH', 'native')}",
-                *(["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else []),
-                "-Wno-unknown-pragmas",
-            ],
-            extra_link_args=["-fopenmp"],
-        )
-    ],
-    cmdclass={"build_ext": BuildExt},
-)
+if __name__ == "__main__":
+    setup(
+        ext_modules=[
+            Pybind11Extension(
+                "fastsmc._C",
+                SOURCES,
+                include_dirs=INCLUDE,
+                depends=[*HEADERS, CUDA_SOURCE],
+                cxx_std=17,
+                extra_compile_args=[
+                    "-O3",
+                    "-fopenmp",
+                    f"-march={os.environ.get('FASTSMC_MARCH', 'native')}",
+                    *(["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else []),
+                    "-Wno-unknown-pragmas",
+                ],
+                extra_link_args=["-fopenmp"],
+            )
+        ],
+        cmdclass={"build_ext": BuildExt},
+    )

@@ -20,18 +20,8 @@ void check(cudaError_t error, const char* what) {
                            std::to_string(static_cast<int>(error)) + ")");
 }
 
-// The device of a tensor is current while its kernel is launched; torch's own idea of the current device stays.
-class CurrentDevice {
- public:
-  explicit CurrentDevice(int device) {
-    check(cudaGetDevice(&before_), "cudaGetDevice");
-    check(cudaSetDevice(device), "cudaSetDevice");
-  }
-  ~CurrentDevice() { cudaSetDevice(before_); }
-
- private:
-  int before_;
-};
+// Makes a device current for the static runtime too; the caller has made it torch's.
+void use(int device) { check(cudaSetDevice(device), "cudaSetDevice"); }
 
 int attribute(cudaDeviceAttr which, int device) {
   int value;
@@ -61,7 +51,7 @@ __global__ void uniforms_kernel(double* out, int64_t n, uint64_t seed, uint32_t 
 void uniforms(Place place, double* out, int64_t n, uint64_t seed, uint32_t group, int64_t step, const int64_t* step_at,
               uint32_t stream) {
   constexpr int kThreads = 128;
-  const CurrentDevice current(place.device);
+  use(place.device);
   if (n == 0) return;
   launch("uniforms", uniforms_kernel, dim3(static_cast<unsigned>((n + kThreads - 1) / kThreads)), kThreads, 0, place,
          out, n, seed, group, step, step_at, stream);
@@ -97,7 +87,7 @@ bool fits_block(int device, int64_t n) {
 size_t resample_memory(int device, int64_t n) { return fits_block(device, n) ? 0 : resample_bytes(n); }
 
 void resample(Place place, const Resampling& first, int64_t groups, void* memory) {
-  const CurrentDevice current(place.device);
+  use(place.device);
   const int lanes = Lanes(first.n).count;
   if (fits_block(place.device, first.n)) {
     const size_t shared = resample_bytes(first.n);
@@ -136,7 +126,7 @@ __global__ void __launch_bounds__(kCopyThreads) reindex_kernel(Reindexing r, con
 }
 
 void reindex(Place place, const Reindexing& r, const std::vector<BlockCache>& caches) {
-  const CurrentDevice current(place.device);
+  use(place.device);
   if (r.n == 0) return;
   // Enough blocks to fill the device when few rows move, few enough that rows that stay cost little.
   const int enough = 32 * attribute(cudaDevAttrMultiProcessorCount, place.device);

@@ -1,5 +1,6 @@
 // What bindings.cpp calls in cuda.cu, in extensions built with CUDA. Raw device pointers; shapes and dtypes are checked
-// by fastsmc/ops, values by nobody: kernels leave out what is not valid. Errors of the runtime are thrown.
+// by fastsmc/ops, which also makes the device torch's current one; values are checked by nobody: kernels leave out what is
+// not valid. Errors of the runtime are thrown.
 #pragma once
 #include <cstddef>
 #include <cstdint>

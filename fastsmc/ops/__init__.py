@@ -1,7 +1,8 @@
 """The ops of a step, `weigh → resample → reindex → draw`, and `uniforms`, on torch tensors.
 
 Each op validates, picks a backend by device and calls it. Backends: 'cpu' (fastsmc._C, C++ and OpenMP) for CPU tensors,
-'torch' (eager PyTorch, any device) for others. The oracle of all of them is fastsmc.reference.
+'cuda' (fastsmc._C, where it was built with CUDA) for uniforms, resample and reindex on GPUs, 'torch' (eager PyTorch,
+any device) for the rest. The oracle of all of them is fastsmc.reference.
 """
 
 # torch comes before fastsmc._C: its OpenMP runtime then is the one that both use

@@ -9,8 +9,8 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,10 +53,10 @@ def pick_backend(backend: str | None, device: torch.device, gpu: str) -> str:
     return backend
 
 
-def cuda_place(device: torch.device) -> tuple[int, int]:
-    """(device index, address of its current stream), where fastsmc._C is to launch."""
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return index, torch.cuda.current_stream(index).cuda_stream
+def launch_cuda(launcher: Callable[..., None], device: torch.device, *arguments: Any) -> None:
+    """Calls a launcher of fastsmc._C for a device and its current stream."""
+    with torch.cuda.device(device):
+        launcher(device.index, torch.cuda.current_stream().cuda_stream, *arguments)
 
 
 def values_are_checked(device: torch.device) -> bool:

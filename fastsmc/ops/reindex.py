@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastsmc import _C
 from fastsmc.ops import _torch
-from fastsmc.ops._tensors import check_vector, cuda_place, pick_backend, split_scalar, values_are_checked
+from fastsmc.ops._tensors import check_vector, launch_cuda, pick_backend, split_scalar, values_are_checked
 
 MAX_BLOCK_BYTES = 2**31 - 1
 
@@ -92,7 +92,7 @@ def _reindex(
         _cache_arguments(caches, slot_dim),
     )
     if backend == "cuda":
-        _C.cuda_reindex(*cuda_place(table.device), *arguments)
+        launch_cuda(_C.cuda_reindex, table.device, *arguments)
     else:
         _C.reindex(*arguments)
 

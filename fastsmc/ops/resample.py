@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastsmc import _C
 from fastsmc.ops import _torch
-from fastsmc.ops._tensors import check_choice, cuda_place, pick_backend, values_are_checked
+from fastsmc.ops._tensors import check_choice, launch_cuda, pick_backend, values_are_checked
 from fastsmc.params import RESAMPLING_SCHEMES
 
 ORDERS = ("inplace", "sorted")
@@ -108,9 +108,9 @@ def _resample(
         log_weights.numel() // n, n, scheme, order == "sorted", threshold,
     )  # fmt: skip
     if backend == "cuda":
-        place = cuda_place(log_weights.device)
-        memory = log_weights.new_empty(_C.cuda_resample_memory(place[0], n), dtype=torch.uint8)
-        _C.cuda_resample(*place, *arguments, memory.data_ptr())
+        device = log_weights.device
+        memory = log_weights.new_empty(_C.cuda_resample_memory(device.index, n), dtype=torch.uint8)
+        launch_cuda(_C.cuda_resample, device, *arguments, memory.data_ptr())
     else:
         _C.resample(*arguments)
     return out

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastsmc import _C
 from fastsmc.ops import _torch
-from fastsmc.ops._tensors import cuda_place, pick_backend, split_scalar
+from fastsmc.ops._tensors import launch_cuda, pick_backend, split_scalar
 
 
 def uniforms(
@@ -58,7 +58,7 @@ def _uniforms(
     out = torch.empty(n, dtype=torch.float64, device=device)
     if backend == "cuda":
         address = 0 if step_at is None else step_at.data_ptr()
-        _C.cuda_uniforms(*cuda_place(out.device), out.data_ptr(), n, seed, group, step, address, stream)
+        launch_cuda(_C.cuda_uniforms, out.device, out.data_ptr(), n, seed, group, step, address, stream)
     else:
         _C.uniforms(out.data_ptr(), n, seed, group, step if step_at is None else int(step_at), stream)
     return out

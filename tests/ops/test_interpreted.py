@@ -15,7 +15,11 @@ HERE = Path(__file__).parent
 @pytest.mark.parametrize("file", ["test_weigh.py", "test_draw.py"])
 def test_on_the_interpreter(file):
     pytest.importorskip("triton")
-    command = [sys.executable, *"-m pytest -q --tb=short -p no:cacheprovider -k triton".split(), HERE / file]
+    command = [
+        sys.executable,
+        *["-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "-k", "triton"],
+        HERE / file,
+    ]
     ran = subprocess.run(
         command, env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=HERE.parents[1], capture_output=True, text=True
     )

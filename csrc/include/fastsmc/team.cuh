@@ -3,7 +3,9 @@
 // An algorithm is a sequence of phases. team.each(count, f) runs f(0) … f(count − 1), spread over the team's threads in
 // no order at all, and ends with a barrier: what a phase wrote, the next one may read, and within a phase no call may
 // read what another writes. Nothing of a call survives it but what it stored in arrays. So the host can run the very
-// same phases as loops, also in a shuffled order, where a missing barrier shows as a wrong answer.
+// same phases as loops, also in a shuffled order, where a missing barrier shows as a wrong answer. Only what stands
+// between two phases does not show there: every thread runs it, so it may read what the phase before wrote, but nothing
+// that the next phase writes, and must store nothing.
 //
 // What a call is numbered by is a *lane*: a run of consecutive elements. Lanes are a function of the number of elements
 // alone; so floating-point sums, formed per lane and then over lanes in order, are the same on a team of any kind.
