@@ -179,7 +179,7 @@ def test_no_weight_left(path):
 
 
 def test_resampling_saves_blocks_and_a_dry_pool_is_an_error(path):
-    """64 particles of 40 tokens need 12 blocks of 4 each when nothing is shared; resampling at every step, 7 will do."""
+    """40 tokens need 12 blocks of 4 a particle when nothing is shared; with a resampling at every step, 7 will do."""
     params = SMCParams(n_particles=64, max_tokens=40, ess_threshold=1.0, seed=5)
     potential = Values(value_table(40, VOCAB) * 3)
     shared = run_captured(path, params, potential, pool=64 * 7, stop=())
