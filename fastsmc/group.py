@@ -29,7 +29,7 @@ from torch import Tensor
 from fastsmc import ops
 from fastsmc.params import SMCParams
 from fastsmc.population import Population
-from fastsmc.potentials import Engine, Potential, Rows, State
+from fastsmc.potentials import Engine, Potential, Rows, State, answered
 
 # Philox streams: one a purpose, so that no random number serves twice.
 DRAW, RESAMPLE, CHOOSE = 0, 1, 2
@@ -89,6 +89,7 @@ class _GroupState(State):
         self.lengths = group.lengths.clone()
         self.finished = group.finished.clone()
         self.step = group.t_drawn
+        self.last_tokens = group._last_tokens if group.t_drawn else None
         self.prompt = list(group.prompt)
         self.max_tokens = group.params.max_tokens
         self.stop_token_ids = group.stop_token_ids
@@ -163,10 +164,10 @@ class Group:
         self.twisted = False
         self._weighs_by_next = False
         if self.potential is not None:
-            kind = type(self.potential)
-            own = {m for m in ("prefix", "complete", "logw_next") if getattr(kind, m) is not getattr(Potential, m)}
-            if not own & {"prefix", "complete"}:
-                raise SMCError(f"potential {kind.__name__}: defines neither prefix nor complete, so no log φ")
+            try:
+                own = answered(self.potential)
+            except ValueError as error:
+                raise SMCError(str(error)) from None
             self.twisted = params.proposal == "twisted" and "logw_next" in own
             self._weighs_by_next = not self.twisted and "logw_next" in own and "prefix" not in own
             self._ask("reset", n, list(prompt))
@@ -511,28 +512,19 @@ class Group:
     def population(self) -> Population:
         """The weighted particles, traced back through the genealogy."""
         steps = len(self._tokens)
-        tokens = np.array([t.cpu().numpy() for t in self._tokens], dtype=np.int32).reshape(steps, self.n)
-        log_probs = np.array([t.cpu().numpy() for t in self._token_log_probs]).reshape(steps, self.n)
-        ancestors = np.array([a.cpu().numpy() for a in self._ancestors[:steps]], dtype=np.int32)
-        ancestors = ancestors.reshape(steps, self.n)
-        rows = np.arange(self.n)
-        own_tokens, own_log_probs = np.empty((self.n, steps), np.int32), np.empty((self.n, steps))
-        for t in reversed(range(steps)):
-            own_tokens[:, t], own_log_probs[:, t] = tokens[t, rows], log_probs[t, rows]
-            rows = ancestors[t, rows]
-        log_w = self.log_w.cpu().numpy() + self.log_z
-        return Population(
-            token_ids=[row[row >= 0].tolist() for row in own_tokens],
-            texts=None,
-            log_weights=log_w,
-            log_z=self.log_z + ops.ess_log_mean(self.log_w)[1],
-            log_probs=own_log_probs.sum(axis=1),
-            token_log_probs=own_log_probs,
-            ess=np.array(self._ess),
+
+        def record(rows: list[Tensor], dtype: type) -> np.ndarray:
+            return np.array([row.cpu().numpy() for row in rows], dtype=dtype).reshape(steps, self.n)
+
+        return Population.from_record(
+            tokens=record(self._tokens, np.int32),
+            token_log_probs=record(self._token_log_probs, np.float64),
+            ancestors=record(self._ancestors[:steps], np.int32),
             resampled=np.array(self._resampled[:steps], dtype=bool),
-            ancestors=ancestors,
-            tokens=tokens,
-            step_log_weights=np.array([w.cpu().numpy() for w in self._step_log_w]).reshape(steps, self.n),
-            prompt_token_ids=list(self.prompt),
+            ess=np.array(self._ess),
+            step_log_weights=record(self._step_log_w, np.float64),
+            log_weights=self.log_w.cpu().numpy() + self.log_z,
+            log_z=self.log_z + ops.ess_log_mean(self.log_w)[1],
+            prompt=self.prompt,
             params=self.params,
         )

@@ -112,6 +112,43 @@ class Population:
         self.log_z = float(self.log_z)
         self.prompt_token_ids = [int(v) for v in self.prompt_token_ids]
 
+    @classmethod
+    def from_record(
+        cls,
+        *,
+        tokens: np.ndarray,
+        token_log_probs: np.ndarray,
+        ancestors: np.ndarray,
+        resampled: np.ndarray,
+        ess: np.ndarray,
+        step_log_weights: np.ndarray,
+        log_weights: np.ndarray,
+        log_z: float,
+        prompt: list[int],
+        params: SMCParams,
+    ) -> Population:
+        """Traces each final particle back through a record kept step by step; token_log_probs: (T, N), as `tokens`."""
+        steps, n = tokens.shape
+        rows = np.arange(n)
+        own_tokens, own_log_probs = np.empty((n, steps), np.int32), np.empty((n, steps))
+        for t in reversed(range(steps)):
+            own_tokens[:, t], own_log_probs[:, t] = tokens[t, rows], token_log_probs[t, rows]
+            rows = ancestors[t, rows]
+        return cls(
+            token_ids=[row[row >= 0].tolist() for row in own_tokens],
+            log_weights=log_weights,
+            log_z=log_z,
+            log_probs=own_log_probs.sum(axis=1),
+            token_log_probs=own_log_probs,
+            ess=ess,
+            resampled=resampled,
+            ancestors=ancestors,
+            tokens=tokens,
+            step_log_weights=step_log_weights,
+            prompt_token_ids=list(prompt),
+            params=params,
+        )
+
     # -- sizes and weights -----------------------------------------------------------------------------------------
     @property
     def n_particles(self) -> int:

@@ -41,6 +41,7 @@ class State:
 
     Attributes:
         tokens: (N, t) int64, generated tokens so far, -1 after a particle's end.
+        last_tokens: (N,) int64, each particle's token of the last step, -1 where it had ended; None before the first.
         lengths: (N,) int64, generated tokens of each particle.
         finished: (N,) bool, particles that have ended.
         hidden: (N, H) last hidden state of the base model at the position whose logits came last (in `logw_next`: of
@@ -53,6 +54,7 @@ class State:
     """
 
     tokens: Tensor
+    last_tokens: Tensor | None
     lengths: Tensor
     finished: Tensor
     hidden: Tensor | None
@@ -95,6 +97,10 @@ class Potential:
     `complete` defaults to `prefix`: then φ is the last ψ. One of the two must be overridden.
     """
 
+    #: whether a step with this potential may be captured as a CUDA graph (fastsmc.captured): every method is a fixed
+    #: sequence of tensor operations on the state and on own tensors, which are updated in place; no value is looked at
+    #: on the host. State.tokens then is (N, max_tokens), -1 where nothing is drawn yet, State.step a 0-dim tensor.
+    capturable: bool = False
     #: tokens beyond a particle's end that `Engine.continuation_log_prob` may be asked for
     lookahead: int = 0
 
@@ -125,6 +131,19 @@ class Potential:
     def __mul__(self, other: Potential) -> Product:
         """ψ = ψ_self · ψ_other."""
         return Product(self, other) if isinstance(other, Potential) else NotImplemented
+
+
+def answered(potential: Potential) -> set[str]:
+    """Which of `prefix`, `complete` and `logw_next` a potential defines.
+
+    Raises:
+        ValueError: neither of the first two, so that there is no log φ.
+    """
+    methods = ("prefix", "complete", "logw_next")
+    own = {name for name in methods if getattr(type(potential), name) is not getattr(Potential, name)}
+    if not own & {"prefix", "complete"}:
+        raise ValueError(f"potential {type(potential).__name__}: defines neither prefix nor complete, so no log φ")
+    return own
 
 
 # -- what the built-in potentials share -------------------------------------------------------------------------------
@@ -181,6 +200,8 @@ class Lexicon(Potential):
         ValueError: nothing is given, or weight is NaN or +inf; in `setup`: a word has no single-token spelling, or a
             token id is outside the vocabulary.
     """
+
+    capturable = True
 
     def __init__(
         self, words: Sequence[str] | None = None, token_ids: Sequence[int] | None = None, weight: float = 1.0
@@ -581,6 +602,10 @@ class Product(Potential):
     @property
     def lookahead(self) -> int:  # type: ignore[override]
         return max(f.lookahead for f in self.factors)
+
+    @property
+    def capturable(self) -> bool:  # type: ignore[override]
+        return all(f.capturable for f in self.factors)
 
     def prepare(self, tokenizer: Any) -> None:
         for f in self.factors:

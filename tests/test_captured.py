@@ -1,0 +1,252 @@
+"""The captured step: on the CPU one by one, on a GPU as a CUDA graph that is replayed. In both cases against `Group`
+over the same model, against enumeration, and against Hugging Face."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from paged import PagedLlama, SlotRows
+from tiny import PROMPT, TinyLlama, hf_log_probs, make_llama, value_table
+
+from fastsmc import Potential, SMCParams
+from fastsmc.captured import CapturedGroup
+from fastsmc.group import Group, SMCError
+from fastsmc.params import RESAMPLING_SCHEMES
+from fastsmc.potentials import Lexicon
+
+VOCAB, STEPS, STOP, BLOCK = 6, 4, 5, 4
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU"))]
+
+
+class Values(Potential):
+    """φ(s) = exp(Σ_t value[t, s_t]) with ψ_t = exp(share · what φ has so far), in tensor operations only."""
+
+    capturable = True
+
+    def __init__(self, value, share=0.6, device="cpu", without=()):
+        self.value, self.share, self.without = torch.tensor(value, device=device), share, without
+
+    def log_phi(self, sequence):
+        return float(sum(self.value[t, v] for t, v in enumerate(sequence)))
+
+    def _so_far(self, state):
+        tokens = state.tokens
+        values = self.value[: tokens.shape[1]].T[
+            tokens.clamp(min=0), torch.arange(tokens.shape[1], device=tokens.device)
+        ]
+        return torch.where(tokens >= 0, values, 0.0).sum(1)
+
+    def prefix(self, state):
+        return self.share * self._so_far(state)
+
+    def complete(self, state):
+        return self._so_far(state)
+
+    def logw_next(self, state):
+        step = torch.as_tensor(state.step, device=self.value.device).clamp(max=len(self.value) - 1)
+        return (self.share * self.value.index_select(0, step[None])).expand(len(state.finished), -1)
+
+
+class NextOnly(Potential):
+    """As Values, but unfinished sequences are scored by logw_next alone."""
+
+    capturable = True
+    __init__, log_phi, _so_far = Values.__init__, Values.log_phi, Values._so_far
+    complete, logw_next = Values.complete, Values.logw_next
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return make_llama(tmp_path_factory.mktemp("llama"), VOCAB)
+
+
+@pytest.fixture(scope="module")
+def tiny(path):
+    return TinyLlama(path, VOCAB, STEPS, frozenset([STOP]))
+
+
+def run_captured(path, params, potential, prompt=PROMPT, device="cpu", pool=None, block=BLOCK, stop=(STOP,)):
+    own = params.n_particles * ((len(prompt) + params.max_tokens) // block + 1)
+    model = PagedLlama(path, len(prompt) + own, block, device)
+    blocks = model.prefill(prompt)
+    ids = torch.arange(len(blocks), len(blocks) + own, dtype=torch.int32, device=device)[:pool]
+    return CapturedGroup(params, model, potential, prompt, blocks, ids, frozenset(stop)).run()
+
+
+def run_group(path, params, potential, prompt=PROMPT, device="cpu", stop=(STOP,)):
+    model = PagedLlama(path, params.n_particles * (len(prompt) + params.max_tokens), 1, device)
+    rows = SlotRows(model, prompt, params.n_particles, params.max_tokens)
+    group = Group(params, rows, potential, prompt, frozenset(stop), device)
+    while not group.done:
+        group.step()
+    return group.population()
+
+
+def assert_same(a, b):
+    assert a.token_ids == b.token_ids
+    np.testing.assert_array_equal(a.ancestors, b.ancestors)
+    np.testing.assert_array_equal(a.resampled, b.resampled)
+    np.testing.assert_array_equal(a.tokens, b.tokens)
+    for name in ("log_weights", "log_probs", "ess", "step_log_weights"):
+        np.testing.assert_allclose(getattr(a, name), getattr(b, name), rtol=1e-5, atol=1e-5, err_msg=name)
+    assert a.log_z == pytest.approx(b.log_z, abs=1e-5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("proposal", ["twisted", "base"])
+@pytest.mark.parametrize("threshold", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("scheme", RESAMPLING_SCHEMES)
+def test_equals_the_group(path, scheme, threshold, proposal, device):
+    """A group asks the model for distinct histories, with a host in the loop; the particles are the same."""
+    for seed, n, steps in ((0, 1, 4), (1, 7, 9), (2, 64, 12)):
+        params = SMCParams(
+            n_particles=n, max_tokens=steps, ess_threshold=threshold, resampling=scheme, proposal=proposal,
+            stop_token_ids=[STOP], seed=seed,
+        )  # fmt: skip
+        for kind in (Values, NextOnly):
+            potential = kind(value_table(steps, VOCAB), device=device)
+            assert_same(
+                run_captured(path, params, potential, device=device), run_group(path, params, potential, device=device)
+            )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("prompt_len", [1, 3, 4, 5, 8])
+def test_log_probs_equal_hugging_face(path, prompt_len, device):
+    """Across block boundaries, with every resampling moving tails; without a stop token, so that all 40 steps run."""
+    prompt = [1, 3, 2, 5, 4, 0, 1, 2][:prompt_len]
+    params = SMCParams(n_particles=32, max_tokens=40, ess_threshold=1.0, seed=3, temperature=0.8)
+    potential = Values(value_table(40, VOCAB) * 3, device=device)
+    population = run_captured(path, params, potential, prompt, device, stop=())
+    assert population.resampled.sum() == 39 and population.T == 40
+    want = hf_log_probs(path, prompt, population.token_ids, 0.8)
+    np.testing.assert_allclose(population.token_log_probs, np.array(want), atol=2e-5)
+
+
+@pytest.mark.parametrize("proposal", ["twisted", "base"])
+def test_unbiased(path, tiny, proposal):
+    """E[Ẑ] = Z by enumeration."""
+    potential = Values(value_table(STEPS, VOCAB))
+    z = []
+    for seed in range(150):
+        params = SMCParams(
+            n_particles=6, max_tokens=STEPS, ess_threshold=0.8, proposal=proposal, stop_token_ids=[STOP], seed=seed
+        )
+        z.append(math.exp(run_captured(path, params, potential).log_z))
+    error = np.std(z, ddof=1) / math.sqrt(len(z))
+    assert abs(np.mean(z) - math.exp(tiny.log_z(potential.log_phi))) < 4 * error
+
+
+def test_lexicon_and_no_potential(path):
+    params = SMCParams(n_particles=20, max_tokens=9, ess_threshold=0.5, stop_token_ids=[STOP], seed=4)
+    plain = run_captured(path, params, None)
+    assert_same(plain, run_group(path, params, None))
+    assert plain.log_z == 0.0
+    lexicon = Lexicon(token_ids=[2, 3], weight=1.5)
+
+    class Engine:
+        tokenizer, device, vocab_size = None, torch.device("cpu"), VOCAB
+
+    lexicon.setup(Engine())
+    assert_same(run_captured(path, params, lexicon), run_group(path, params, lexicon))
+    both = lexicon * Values(value_table(9, VOCAB))
+    assert both.capturable
+    assert_same(run_captured(path, params, both), run_group(path, params, both))
+
+
+def test_no_weight_left(path):
+    """φ = 0 everywhere, found out at the start, at a step, at the end: log Ẑ = −inf and nothing breaks."""
+    for at in (0, 2, STEPS - 1):
+        value = np.zeros((STEPS, VOCAB))
+        value[at] = -math.inf
+        for proposal in ("twisted", "base"):
+            params = SMCParams(n_particles=5, max_tokens=STEPS, proposal=proposal, ess_threshold=1.0, seed=1)
+            potential = Values(value)
+            a, b = run_captured(path, params, potential, stop=()), run_group(path, params, potential, stop=())
+            assert a.log_z == b.log_z == -math.inf and a.T == b.T
+            np.testing.assert_array_equal(a.ess, b.ess)
+            np.testing.assert_array_equal(a.tokens, b.tokens)
+
+    class Nothing(Values):
+        def prefix(self, state):
+            return torch.full_like(state.lengths, -math.inf, dtype=torch.float64)
+
+    params = SMCParams(n_particles=5, max_tokens=STEPS)
+    a = run_captured(path, params, Nothing(value_table(STEPS, VOCAB)))
+    b = run_group(path, params, Nothing(value_table(STEPS, VOCAB)))
+    assert a.log_z == b.log_z == -math.inf and a.T == b.T == 1
+
+
+def test_resampling_saves_blocks_and_a_dry_pool_is_an_error(path):
+    """40 tokens need 12 blocks of 4 a particle when nothing is shared; with a resampling at every step, 7 will do."""
+    params = SMCParams(n_particles=64, max_tokens=40, ess_threshold=1.0, seed=5)
+    potential = Values(value_table(40, VOCAB) * 3)
+    shared = run_captured(path, params, potential, pool=64 * 7, stop=())
+    assert_same(shared, run_captured(path, params, potential, stop=()))
+    with pytest.raises(SMCError, match=r"pool: its 66 blocks were not enough at step \d+"):
+        run_captured(path, params, potential, pool=66, stop=())
+
+
+@pytest.mark.parametrize("method", ["prefix", "complete", "logw_next"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_bad_numbers_are_named(path, method, value):
+    class Bad(Values):
+        pass
+
+    def answer(self, state):
+        good = getattr(Values, method)(self, state).clone()
+        at = torch.as_tensor(state.step) == 2
+        good[3] = torch.where(at, torch.tensor(value, dtype=good.dtype), good[3])
+        return good
+
+    setattr(Bad, method, answer)
+    proposal = "base" if method == "prefix" else "twisted"
+    steps = 2 if method == "complete" else 5
+    params = SMCParams(n_particles=6, max_tokens=steps, proposal=proposal, seed=0)
+    step = 2 if method == "logw_next" else 1
+    with pytest.raises(SMCError, match=rf"{method} at step {step}: particle 3 got NaN or \+inf"):
+        run_captured(path, params, Bad(value_table(5, VOCAB)), stop=())
+
+
+def test_refusals(path):
+    params = SMCParams(n_particles=4, max_tokens=3)
+    model = PagedLlama(path, 40, BLOCK)
+    pool = torch.arange(2, 40, dtype=torch.int32)
+    with pytest.raises(ValueError, match="potential=Potential: is not capturable"):
+        CapturedGroup(params, model, Potential(), PROMPT, [0, 1], pool)
+    with pytest.raises(ValueError, match="prompt_blocks: 1 for 5 tokens in blocks of 4"):
+        CapturedGroup(params, model, None, PROMPT, [0], pool)
+    with pytest.raises(ValueError, match="pool: must be a vector of int32"):
+        CapturedGroup(params, model, None, PROMPT, [0, 1], pool.long())
+    group = CapturedGroup(params, model, None, PROMPT, model.prefill(PROMPT), pool)
+    with pytest.raises(ValueError, match="capture: needs a CUDA device"):
+        group.capture()
+    group.run()
+    with pytest.raises(ValueError, match="advance: all max_tokens=3 steps are done"):
+        group.advance()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+@pytest.mark.parametrize("proposal", ["twisted", "base"])
+def test_graph_replays_without_synchronisation(path, proposal):
+    """100 replays of one graph, each with random numbers of its own, and no step that waits for the device."""
+    steps, n = 102, 256
+    params = SMCParams(n_particles=n, max_tokens=steps, ess_threshold=0.9, proposal=proposal, seed=7)
+    potential = Values(value_table(steps, VOCAB), device="cuda")
+    model = PagedLlama(path, n * 30, BLOCK, "cuda")
+    pool = torch.arange(2, n * 30, dtype=torch.int32, device="cuda")
+    group = CapturedGroup(params, model, potential, PROMPT, model.prefill(PROMPT), pool)
+    group.advance(), group.advance()
+    group.capture()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(100):
+            group.advance()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    population = group.population()
+    assert_same(population, run_group(path, params, potential, device="cuda", stop=()))
+    assert population.resampled.sum() > 10
+    assert len({tuple(row) for row in population.tokens}) == steps
