@@ -1,8 +1,8 @@
 """The ops of a step, `weigh → resample → reindex → draw`, and `uniforms`, on torch tensors.
 
 Each op validates, picks a backend by device and calls it. Backends: 'cpu' (fastsmc._C, C++ and OpenMP) for CPU tensors,
-'cuda' (fastsmc._C, where it was built with CUDA) for uniforms, resample and reindex on GPUs, 'torch' (eager PyTorch,
-any device) for the rest. The oracle of all of them is fastsmc.reference.
+on GPUs 'triton' (fastsmc.kernels) for weigh and draw, 'cuda' (fastsmc._C, where it was built with CUDA) for uniforms,
+resample and reindex; 'torch' (eager PyTorch) on any device. The oracle of all of them is fastsmc.reference.
 """
 
 # torch comes before fastsmc._C: its OpenMP runtime then is the one that both use
