@@ -56,6 +56,15 @@ class NextOnly(Potential):
     complete, logw_next = Values.complete, Values.logw_next
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """These models are so small that threads only wait for each other, for long where the cores are shared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
     return make_llama(tmp_path_factory.mktemp("llama"), VOCAB)
