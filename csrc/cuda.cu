@@ -59,7 +59,7 @@ void uniforms(Place place, double* out, int64_t n, uint64_t seed, uint32_t group
 
 // -- resample ---------------------------------------------------------------------------------------------------------
 constexpr int64_t kMostInBlock = 16384;  // particles of a group that one block does
-// 1024 threads have 64 registers each and would spill. A function of nothing: results do not depend on either number.
+// 1024 threads would have 64 registers each, and spill. Results do not depend on how many threads there are.
 constexpr int kBlockThreads = 512, kGridThreads = 256;
 
 // A block a group.
@@ -90,12 +90,14 @@ void resample(Place place, const Resampling& first, int64_t groups, void* memory
   use(place.device);
   const int lanes = Lanes(first.n).count;
   if (fits_block(place.device, first.n)) {
-    const size_t shared = resample_bytes(first.n);
+    // the same for every group size: other threads may be launching, too
+    const int most = std::min(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, place.device),
+                              static_cast<int>(resample_bytes(kMostInBlock)));
     check(cudaFuncSetAttribute(reinterpret_cast<const void*>(resample_block_kernel),
-                               cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
+                               cudaFuncAttributeMaxDynamicSharedMemorySize, most),
           "resample: shared memory");
     launch("resample", resample_block_kernel, dim3(static_cast<unsigned>(groups)),
-           std::min(kBlockThreads, (lanes + 31) / 32 * 32), shared, place, first);
+           std::min(kBlockThreads, (lanes + 31) / 32 * 32), resample_bytes(first.n), place, first);
     return;
   }
   int per_processor;
@@ -111,34 +113,43 @@ void resample(Place place, const Resampling& first, int64_t groups, void* memory
 }
 
 // -- reindex ----------------------------------------------------------------------------------------------------------
-// Caches travel as kernel parameters: nothing to copy to the device, and a captured graph keeps its own.
-constexpr int kMostCaches = 64;
+// Caches travel as kernel parameters, which hold 32 KiB: nothing to copy to the device, and a captured graph keeps its
+// own. Two sizes, as every launch pays for all of its parameters.
+constexpr int kFewCaches = 64, kMostCaches = 512;
+template <int most>
 struct Caches {
-  BlockCache cache[kMostCaches];
+  BlockCache cache[most];
 };
 
 constexpr int kCopyThreads = 256;
 
 // Block (x, y): row x, caches y, y + gridDim.y, …
-__global__ void __launch_bounds__(kCopyThreads) reindex_kernel(Reindexing r, const __grid_constant__ Caches caches,
-                                                              int n_caches) {
+template <int most>
+__global__ void __launch_bounds__(kCopyThreads)
+    reindex_kernel(Reindexing r, const __grid_constant__ Caches<most> caches, int n_caches) {
   reindex_row(r, caches.cache, n_caches, blockIdx.x, blockIdx.y, gridDim.y, threadIdx.x, blockDim.x);
 }
 
+template <int most>
+void launch_reindex(Place place, const Reindexing& r, const std::vector<BlockCache>& caches) {
+  Caches<most> parameters{};
+  std::copy(caches.begin(), caches.end(), parameters.cache);
+  const int n_caches = static_cast<int>(caches.size());
+  // Enough blocks to fill the device when few rows move, few enough that rows that stay cost little.
+  const int64_t enough = 32 * attribute(cudaDevAttrMultiProcessorCount, place.device);
+  const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(n_caches, (enough + r.n - 1) / r.n));
+  launch("reindex", reindex_kernel<most>, dim3(static_cast<unsigned>(r.n), static_cast<unsigned>(parts)), kCopyThreads,
+         0, place, r, parameters, n_caches);
+}
+
 void reindex(Place place, const Reindexing& r, const std::vector<BlockCache>& caches) {
+  if (caches.size() > kMostCaches)
+    throw std::invalid_argument("caches: " + std::to_string(caches.size()) + " tensors, at most " +
+                                std::to_string(kMostCaches) + " are supported");
   use(place.device);
   if (r.n == 0) return;
-  // Enough blocks to fill the device when few rows move, few enough that rows that stay cost little.
-  const int enough = 32 * attribute(cudaDevAttrMultiProcessorCount, place.device);
-  Reindexing rows = r;
-  for (size_t first = 0; first == 0 || first < caches.size(); first += kMostCaches) {
-    Caches part{};
-    const int n_caches = static_cast<int>(std::min<size_t>(kMostCaches, caches.size() - first));
-    std::copy_n(caches.begin() + first, n_caches, part.cache);
-    const int parts = std::max(1, std::min<int>(n_caches, static_cast<int>((enough + r.n - 1) / r.n)));
-    launch("reindex", reindex_kernel, dim3(static_cast<unsigned>(r.n), parts), kCopyThreads, 0, place, rows, part,
-           n_caches);
-  }
+  if (caches.size() <= kFewCaches) launch_reindex<kFewCaches>(place, r, caches);
+  else launch_reindex<kMostCaches>(place, r, caches);
 }
 
 }  // namespace fastsmc::cuda

@@ -58,18 +58,41 @@ FASTSMC_HD inline u64 scale_uniform(double u, u64 total) {
 // Offspring of particles 0..i when `prefix` = q_0 + … + q_i: stratum j holds the point (j + 1 − u_j)·Q/N, counted when
 // it is <= prefix. Strata below N·prefix/Q are full, the one at it is partly covered, hence no search. Systematic
 // resampling is the case of one common u: then this is floor(N·C_i/C_N + u).
-FASTSMC_HD inline int64_t offspring_until(u64 prefix, u64 total, int64_t n, const double* u, int stride) {
-  const u128 scaled = static_cast<u128>(prefix) * static_cast<u64>(n);
-  // The quotient is at most 2^20, so floating point misses it by one at most; a 128-bit division costs far more.
-  u64 full = static_cast<u64>(static_cast<double>(prefix) * static_cast<double>(n) / static_cast<double>(total));
-  u128 product = static_cast<u128>(full) * total;
-  if (product > scaled) --full, product -= total;
-  else if (scaled - product >= total) ++full, product += total;
-  const u64 rest = static_cast<u64>(scaled - product);
-  if (rest == 0) return static_cast<int64_t>(full);
-  return static_cast<int64_t>(full) + (rest + scale_uniform(u[full * stride], total) >= total);
+//
+// scaled_u(j) = floor(u_j·Q); scale = N/Q. The quotient is at most 2^20, so floating point misses it by one at most; and
+// the remainder, which then is between −Q and 2Q, is right modulo 2^64: no division, nothing with 128 bits.
+template <typename ScaledUniform>
+FASTSMC_HD inline int64_t offspring_until(u64 prefix, u64 total, u64 n, double scale, ScaledUniform scaled_u) {
+  int64_t full = static_cast<int64_t>(static_cast<double>(prefix) * scale);
+  int64_t rest = static_cast<int64_t>(prefix * n - static_cast<u64>(full) * total);
+  if (rest < 0) {
+    --full;
+    rest += static_cast<int64_t>(total);
+  } else if (static_cast<u64>(rest) >= total) {
+    ++full;
+    rest -= static_cast<int64_t>(total);
+  }
+  return rest == 0 ? full : full + (static_cast<u64>(rest) + scaled_u(full) >= total);
 }
 
+// counts of the strata, from integer weights in cells and their scan.
+template <typename Team, typename ScaledUniform>
+FASTSMC_HD inline void count_by_strata(Team& team, const Resampling& r, const Scan& scan, const u64* cells,
+                                       ScaledUniform scaled_u) {
+  const Lanes& lanes = scan.lanes;
+  const u64 total = scan.total(), n = static_cast<u64>(r.n);
+  const double scale = static_cast<double>(n) / static_cast<double>(total);
+  team.each(lanes.count, [&](int lane) {
+    u64 prefix = scan.before(lane);
+    int64_t before = offspring_until(prefix, total, n, scale, scaled_u);
+    for (int64_t i = lanes.first(lane); i < lanes.last(lane); ++i) {
+      prefix += cells[i];
+      const int64_t until = offspring_until(prefix, total, n, scale, scaled_u);
+      r.counts[i] = until - before;
+      before = until;
+    }
+  });
+}
 
 // First i with prefix[i] > point: cells of zero width are never chosen.
 FASTSMC_HD inline int64_t find_cell(const u64* prefix, int64_t n, u64 point) {
@@ -237,20 +260,12 @@ FASTSMC_HD inline void count_offspring(Team& team, const Resampling& r, const Sc
   const Lanes& lanes = scan.lanes;
   const u64 total = scan.total(), n = static_cast<u64>(r.n);
   switch (r.scheme) {
-    case Scheme::kSystematic:
+    case Scheme::kSystematic: {
+      const u64 common = scale_uniform(r.u[0], total);
+      return count_by_strata(team, r, scan, cells, [=](int64_t) { return common; });
+    }
     case Scheme::kStratified:
-      team.each(lanes.count, [&](int lane) {
-        const int stride = r.scheme == Scheme::kStratified;
-        u64 prefix = scan.before(lane);
-        int64_t before = offspring_until(prefix, total, r.n, r.u, stride);
-        for (int64_t i = lanes.first(lane); i < lanes.last(lane); ++i) {
-          prefix += cells[i];
-          const int64_t until = offspring_until(prefix, total, r.n, r.u, stride);
-          r.counts[i] = until - before;
-          before = until;
-        }
-      });
-      return;
+      return count_by_strata(team, r, scan, cells, [&](int64_t j) { return scale_uniform(r.u[j], total); });
     case Scheme::kMultinomial:
       team.each(lanes.count, [&](int lane) {
         for (int64_t i = lanes.first(lane); i < lanes.last(lane); ++i) r.counts[i] = 0;
