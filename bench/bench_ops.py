@@ -6,7 +6,8 @@
 
 Ours and eager run in turn (A B A B …), so that a change of the machine's load meets both; medians. bandwidth_gb_s is
 bytes of logits and twists, each counted once, over our time; copy_bandwidth_gb_s is bytes read and written by a copy of
-the logits. For reindex both count bytes read and written.
+the logits. For reindex both count bytes read and written. read_median_s is a PyTorch sum over the same bytes of logits
+and twists as 32-bit integers, the fastest simple way found to read them once; read_ratio is weigh's time over it.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from machine import machine
 from torch import Tensor
 
 from fastsmc import ops
+from fastsmc.ops._tensors import BACKENDS, pick_backend
+from fastsmc.ops.weigh import BACKENDS as WEIGH_BACKENDS
 from fastsmc.params import RESAMPLING_SCHEMES
 
 VOCAB = 49152
@@ -74,17 +77,24 @@ def bench_weigh_draw(n: int, dtype: torch.dtype, twist: bool, device: torch.devi
         weighed = ops.weigh(logits, log_psi, temperature=TEMPERATURE)
         return ops.draw(logits, weighed, rows, u, log_psi, temperature=TEMPERATURE)
 
-    median, eager, weigh, copying = interleaved(
+    def read() -> None:
+        for matrix in (logits, log_psi):
+            if matrix is not None:
+                matrix.view(torch.int32).sum(dtype=torch.int32)
+
+    median, eager, weigh, reading, copying = interleaved(
         step,
         lambda: eager_step(logits, log_psi),
         lambda: ops.weigh(logits, log_psi, temperature=TEMPERATURE),
+        read,
         lambda: copy.copy_(logits),
         device=device, seconds=seconds,
     )  # fmt: skip
-    read = logits.nbytes + (log_psi.nbytes if twist else 0)
+    nbytes = logits.nbytes + (log_psi.nbytes if twist else 0)
     return record(
         "weigh+draw", device, n, median, v=VOCAB, dtype=str(dtype).removeprefix("torch."), twist=twist,
-        weigh_median_s=weigh, eager_median_s=eager, ratio=eager / median, bandwidth_gb_s=read / median / 1e9,
+        weigh_median_s=weigh, eager_median_s=eager, ratio=eager / median, read_median_s=reading,
+        read_ratio=weigh / reading, bandwidth_gb_s=nbytes / median / 1e9,
         copy_bandwidth_gb_s=2 * logits.nbytes / copying / 1e9,
     )  # fmt: skip
 
@@ -119,7 +129,7 @@ def bench_reindex(device: torch.device, seconds: float, spans: np.ndarray | None
 
 
 def record(op: str, device: torch.device, n: int, median: float, **more: Any) -> dict[str, Any]:
-    backend = "cpu" if device.type == "cpu" else "torch"
+    backend = pick_backend(None, device, WEIGH_BACKENDS if op == "weigh+draw" else BACKENDS)
     return {"op": op, "backend": backend, "device": device.type, "n": n, "median_s": median, **more}
 
 
@@ -149,6 +159,7 @@ def run(json_path: str | None = None, device: str = "cpu", seconds: float = 4.0)
         print(
             f"{name:28} n {r['n']:5} {'twist' if r.get('twist') else '':5} {r['median_s'] * 1e3:9.3f} ms"
             + (f"  eager {r['eager_median_s'] * 1e3:8.1f} ms  {r['ratio']:5.1f} x" if "ratio" in r else "")
+            + (f"  weigh {r['read_ratio']:4.2f} x read" if "read_ratio" in r else "")
             + (
                 f"  {r['bandwidth_gb_s']:5.1f} GB/s (copy {r['copy_bandwidth_gb_s']:.1f})"
                 if "bandwidth_gb_s" in r
