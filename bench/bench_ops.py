@@ -1,12 +1,18 @@
-"""Times the ops beside eager PyTorch: `python bench/bench_ops.py --json FILE` (some minutes on two cores).
+"""Times the ops beside what they replace: `python bench/bench_ops.py --json FILE` (some minutes on two cores).
 
-    weigh+draw  a step's normalisers and one token a row, N in 64, 256, 1024 rows of V = 49152, T = 0.8
-    resample    five schemes, N = 64 to 16384
-    reindex     SmolLM2-like caches (30 layers of bfloat16 blocks), 40 % of the rows moved
+    weigh+draw  a step's normalisers and one token a row, T = 0.8; without and with a twist
+    resample    five schemes, N = 64 to 16384, and 16 groups of 256 in one launch
+    reindex     caches as SmolLM2 has them (30 layers of bfloat16 blocks), 40 % of the rows moved
+    step        all of a captured step but the model: as CapturedGroup runs it, on a GPU as one CUDA graph
 
-Ours and eager run in turn (A B A B …), so that a change of the machine's load meets both; medians. bandwidth_gb_s is
-bytes of logits and twists, each counted once, over our time; copy_bandwidth_gb_s is bytes read and written by a copy of
-the logits. For reindex both count bytes read and written.
+Everything in a record ran in turn (A B A B …), so that a change of the machine's load meets all; medians. On the CPU
+wall time; on a GPU device time by events, with the second-level cache overwritten before each call, and ours in CUDA
+graphs (launch-bound ops as 20 calls in one graph), where eager PyTorch is what it is.
+
+bandwidth_gb_s is bytes of logits and twists, each counted once, over our time; copy_bandwidth_gb_s is bytes read and
+written by a copy of the logits; floor_ratio is our time over that of moving those bytes at that bandwidth. For reindex
+both count bytes read and written. On the CPU, read_median_s is a PyTorch sum over the same bytes as 32-bit integers, the
+fastest simple way found to read them once, and read_ratio is weigh's time over it. Other baselines: bench/baselines.py.
 """
 
 from __future__ import annotations
@@ -16,148 +22,312 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+from baselines import BASELINES
 from machine import machine
 from torch import Tensor
 
-from fastsmc import ops
-from fastsmc.ops._tensors import pick_compiled
+from fastsmc import Potential, SMCParams, ops
+from fastsmc.captured import CapturedGroup
+from fastsmc.ops._tensors import pick_backend
 from fastsmc.params import RESAMPLING_SCHEMES
 
-VOCAB = 49152
 TEMPERATURE = 0.8
 LAYERS, BLOCKS, BLOCK_SHAPE = 30, 300, (3, 64, 64)  # block: heads, slots, dimensions
+#: (N, V) by device type
+SIZES = {
+    "cpu": [(64, 49152), (256, 49152), (1024, 49152)],
+    "cuda": [(256, 49152), (1024, 49152), (64, 128256), (1024, 128256), (4096, 128256)],
+}
 
 
-def interleaved(*functions: Callable[[], Any], device: torch.device, seconds: float, least: int = 5) -> list[float]:
-    """Median seconds of each function; rounds of one call each, for about `seconds` in all."""
+class Clock:
+    """Medians of functions that run in turn on one device, for about `seconds` in all."""
 
-    def timed(f: Callable[[], Any]) -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
+    def __init__(self, device: torch.device, seconds: float) -> None:
+        self.device, self.seconds = device, seconds
+        self.gpu = device.type == "cuda"
+        self._flush = torch.empty(2**28 if self.gpu else 0, dtype=torch.uint8, device=device)
+
+    def graph(self, f: Callable[[], Any], calls: int = 1) -> Callable[[], Any]:
+        """On a GPU `calls` calls of f as one CUDA graph; elsewhere f."""
+        if not self.gpu:
+            return f
+        for _ in range(2):  # compiles
+            f()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(calls):
+                f()
+        return graph.replay
+
+    def _once(self, f: Callable[[], Any]) -> float:
+        if not self.gpu:
+            start = time.perf_counter()
+            f()
+            return time.perf_counter() - start
+        self._flush.zero_()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
         f()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - start
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
 
-    for f in functions:
-        timed(f)
-    rounds: list[list[float]] = []
-    stop = time.perf_counter() + seconds
-    while len(rounds) < least or time.perf_counter() < stop:
-        rounds.append([timed(f) for f in functions])
-    return [statistics.median(column) for column in zip(*rounds, strict=True)]
-
-
-def eager_step(logits: Tensor, log_psi: Tensor | None) -> tuple[Tensor, ...]:
-    """What `weigh` and `draw` replace, in float32: incremental log weight, token, its log p0 and its twist."""
-    log_p = torch.log_softmax(logits.float() / TEMPERATURE, dim=-1)
-    joint = log_p if log_psi is None else log_p + log_psi
-    log_weight = torch.logsumexp(joint, dim=-1)
-    tokens = torch.multinomial(torch.softmax(joint, dim=-1), 1)
-    log_prob = log_p.gather(1, tokens)
-    return log_weight, tokens, log_prob, log_prob if log_psi is None else log_psi.gather(1, tokens)
+    def medians(self, functions: dict[str, Callable[[], Any]], least: int = 5) -> dict[str, float]:
+        for f in functions.values():
+            self._once(f)
+        rounds: list[list[float]] = []
+        stop = time.perf_counter() + self.seconds
+        while len(rounds) < least or time.perf_counter() < stop:
+            rounds.append([self._once(f) for f in functions.values()])
+        return dict(zip(functions, map(statistics.median, zip(*rounds, strict=True)), strict=True))
 
 
-def bench_weigh_draw(n: int, dtype: torch.dtype, twist: bool, device: torch.device, seconds: float) -> dict[str, Any]:
+def record(op: str, gpu_backend: str, clock: Clock, n: int, times: dict[str, float], **more: Any) -> dict[str, Any]:
+    """times: ours first, under 'ours'; the others become `<name>_median_s`, and ours is related to them."""
+    ours = times["ours"]
+    out = {
+        "op": op, "backend": pick_backend(None, clock.device, gpu_backend), "device": clock.device.type, "n": n, **more,
+        "median_s": ours,
+    }  # fmt: skip
+    for name, seconds in times.items():
+        if name != "ours":
+            out[f"{name}_median_s"] = seconds
+            if name in BASELINES:
+                out["ratio" if name == "eager" else f"{name}_ratio"] = seconds / ours
+    return out
+
+
+def bench_weigh_draw(n: int, vocab: int, dtype: torch.dtype, twist: bool, clock: Clock) -> dict[str, Any]:
+    device = clock.device
     generator = torch.Generator().manual_seed(n)
-    logits = (torch.randn(n, VOCAB, generator=generator) * 3).to(device, dtype)
-    log_psi = torch.randn(n, VOCAB, generator=generator).to(device) if twist else None
+    logits = (torch.randn(n, vocab, generator=generator) * 3).to(device, dtype)
+    # a head's twists are of the model's type on a GPU
+    psi_dtype = dtype if clock.gpu else torch.float32
+    log_psi = torch.randn(n, vocab, generator=generator).to(device, psi_dtype) if twist else None
     rows = torch.arange(n, device=device)
     copy = torch.empty_like(logits)
+    step_at = torch.zeros((), dtype=torch.int64, device=device)
 
     def step() -> ops.Drawn:
-        u = ops.uniforms(n, seed=0, group=0, step=0, stream=0, device=device)
+        u = ops.uniforms(n, seed=0, group=0, step=step_at, stream=0, device=device)
         weighed = ops.weigh(logits, log_psi, temperature=TEMPERATURE)
         return ops.draw(logits, weighed, rows, u, log_psi, temperature=TEMPERATURE)
 
-    median, eager, weigh, copying = interleaved(
-        step,
-        lambda: eager_step(logits, log_psi),
-        lambda: ops.weigh(logits, log_psi, temperature=TEMPERATURE),
-        lambda: copy.copy_(logits),
-        device=device, seconds=seconds,
+    def read() -> None:
+        for matrix in (logits, log_psi):
+            if matrix is not None:
+                matrix.view(torch.int32).sum(dtype=torch.int32)
+
+    functions = {
+        "ours": clock.graph(step),
+        "weigh": clock.graph(lambda: ops.weigh(logits, log_psi, temperature=TEMPERATURE)),
+        "copy": lambda: copy.copy_(logits),
+    }
+    if not clock.gpu:
+        functions["read"] = read
+    for name, make in BASELINES.items():
+        if (baseline := make(logits, log_psi, TEMPERATURE)) is not None:
+            functions[name] = baseline
+    times = clock.medians(functions)
+    nbytes = logits.nbytes + (log_psi.nbytes if twist else 0)
+    bandwidth = 2 * logits.nbytes / times["copy"]
+    out = record(
+        "weigh+draw", "triton", clock, n, times, v=vocab, dtype=str(dtype).removeprefix("torch."), twist=twist,
+        bandwidth_gb_s=nbytes / times["ours"] / 1e9, copy_bandwidth_gb_s=bandwidth / 1e9,
+        floor_ratio=times["ours"] * bandwidth / nbytes,
     )  # fmt: skip
-    read = logits.nbytes + (log_psi.nbytes if twist else 0)
-    return record(
-        "weigh+draw", device, n, median, v=VOCAB, dtype=str(dtype).removeprefix("torch."), twist=twist,
-        weigh_median_s=weigh, eager_median_s=eager, ratio=eager / median, bandwidth_gb_s=read / median / 1e9,
-        copy_bandwidth_gb_s=2 * logits.nbytes / copying / 1e9,
-    )  # fmt: skip
+    if not clock.gpu:
+        out["read_ratio"] = times["weigh"] / times["read"]
+    return out
 
 
-def bench_resample(scheme: str, n: int, device: torch.device, seconds: float) -> dict[str, Any]:
-    log_weights = torch.randn(n, generator=torch.Generator().manual_seed(n), dtype=torch.float64).to(device)
-    u = ops.uniforms(n, seed=1, group=0, step=0, stream=0, device=device)
-    (median,) = interleaved(lambda: ops.resample(log_weights, u, scheme=scheme), device=device, seconds=seconds)
-    return record("resample", device, n, median, backend=pick_compiled(None, device), scheme=scheme)
+def eager_systematic(log_weights: Tensor, u: Tensor) -> Tensor:
+    """Systematic resampling as it is usually written over PyTorch, whatever the scheme asked of ours."""
+    n = len(log_weights)
+    points = (torch.arange(n, device=u.device) + u[0]) / n
+    return torch.searchsorted(torch.softmax(log_weights, 0).cumsum(0), points).clamp_(max=n - 1)
 
 
-def bench_reindex(device: torch.device, seconds: float, slot_dim: int | None) -> dict[str, Any]:
+def bench_resample(scheme: str, n: int, groups: int, clock: Clock) -> dict[str, Any]:
+    device, shape = clock.device, (groups, n) if groups > 1 else (n,)
+    log_weights = torch.randn(shape, generator=torch.Generator().manual_seed(n), dtype=torch.float64).to(device)
+    u = ops.uniforms(groups * n, seed=1, group=0, step=0, stream=0, device=device).view(shape)
+    calls = 20 if clock.gpu else 1
+    functions = {
+        "ours": clock.graph(lambda: ops.resample(log_weights, u, scheme=scheme, threshold=1.0), calls),
+        "eager": clock.graph(
+            lambda: [eager_systematic(w, v) for w, v in zip(log_weights.view(-1, n), u.view(-1, n), strict=True)], calls
+        ),
+    }
+    times = {name: seconds / calls for name, seconds in clock.medians(functions).items()}
+    return record("resample", "cuda", clock, n, times, scheme=scheme, groups=groups)
+
+
+def bench_reindex(slot_dim: int | None, clock: Clock) -> dict[str, Any]:
     """The used half of each tail block when the slot dimension is given; the whole block otherwise."""
-    n, moved = BLOCKS // 2, int(0.4 * BLOCKS / 2)
-    caches = [torch.randn(BLOCKS, *BLOCK_SHAPE).to(device, torch.bfloat16) for _ in range(LAYERS)]
+    device = clock.device
+    blocks = BLOCKS * (8 if clock.gpu else 1)
+    n = blocks // 2
+    moved = int(0.4 * n)
+    caches = [torch.randn(blocks, *BLOCK_SHAPE).to(device, torch.bfloat16) for _ in range(LAYERS)]
     ancestors = torch.arange(n)
     ancestors[n - moved :] = torch.arange(moved)
     ancestors = ancestors.to(device)
-    table = torch.randperm(BLOCKS, generator=torch.Generator().manual_seed(0)).int().view(n, 2).to(device)
+    table = torch.randperm(blocks, generator=torch.Generator().manual_seed(0)).int().view(n, 2).to(device)
     copy = torch.empty_like(caches[0])
     slots = BLOCK_SHAPE[1]
-    position = slots + slots // 2
-    median, copying = interleaved(
-        lambda: ops.reindex(table, ancestors, position=position, block_size=slots, caches=caches, slot_dim=slot_dim),
-        lambda: [copy.copy_(cache) for cache in caches],
-        device=device, seconds=seconds,
-    )  # fmt: skip
+    position = torch.tensor(slots + slots // 2, device=device)
+    rows = torch.arange(n - moved, n, device=device)
+
+    def eager() -> None:
+        source, target = table[ancestors[rows], 1].long(), table[rows, 1].long()
+        for cache in caches:
+            cache[target] = cache[source]
+        table[:, :1] = table[ancestors, :1]
+
+    def ours() -> None:
+        ops.reindex(table, ancestors, position=position, block_size=slots, caches=caches, slot_dim=slot_dim)
+
+    times = clock.medians(
+        {"ours": clock.graph(ours), "eager": eager, "copy": lambda: [copy.copy_(cache) for cache in caches]}
+    )
     block = caches[0][0].nbytes if slot_dim is None else caches[0][0].nbytes // 2
+    nbytes, bandwidth = 2 * moved * LAYERS * block, 2 * LAYERS * caches[0].nbytes / times["copy"]
     return record(
-        "reindex", device, n, median, backend=pick_compiled(None, device), moved=moved, layers=LAYERS,
-        block_shape=list(BLOCK_SHAPE), dtype="bfloat16", bytes_per_block=block,
-        bandwidth_gb_s=2 * moved * LAYERS * block / median / 1e9,
-        copy_bandwidth_gb_s=2 * LAYERS * caches[0].nbytes / copying / 1e9,
+        "reindex", "cuda", clock, n, times, moved=moved, layers=LAYERS, block_shape=list(BLOCK_SHAPE),
+        dtype="bfloat16", bytes_per_block=block, bandwidth_gb_s=nbytes / times["ours"] / 1e9,
+        copy_bandwidth_gb_s=bandwidth / 1e9, floor_ratio=times["ours"] * bandwidth / nbytes,
     )  # fmt: skip
 
 
-def record(op: str, device: torch.device, n: int, median: float, **more: Any) -> dict[str, Any]:
-    backend = "cpu" if device.type == "cpu" else "torch"
-    return {"op": op, "backend": backend, "device": device.type, "n": n, "median_s": median, **more}
+class _Still:
+    """A model whose logits are always the same: `captured.PagedModel` without a model's cost."""
+
+    block_size, slot_dim = 16, 2
+
+    def __init__(self, logits: Tensor, blocks: int) -> None:
+        self.logits = logits
+        shape = (blocks, 3, self.block_size, 64)
+        self.caches = [torch.zeros(shape, dtype=torch.bfloat16, device=logits.device) for _ in range(LAYERS)]
+
+    def forward(self, tokens: Tensor, position: Tensor, table: Tensor) -> tuple[Tensor, None]:
+        return self.logits[: len(tokens)], None
 
 
-def run(json_path: str | None = None, device: str = "cpu", seconds: float = 4.0) -> dict[str, Any]:
-    """Runs all cases, `seconds` each at most but for slow ones; prints a line each; writes JSON if asked."""
-    where = torch.device(device)
+class _Constant(Potential):
+    """φ = exp(Σ value[s_t])."""
+
+    capturable = True
+
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+
+    def complete(self, state: Any) -> Tensor:
+        tokens = state.tokens
+        return torch.where(tokens >= 0, self.value[tokens.clamp(min=0)].double(), 0.0).sum(1)
+
+    def logw_next(self, state: Any) -> Tensor:
+        return self.value.expand(len(state.finished), -1)
+
+
+def bench_step(n: int, vocab: int, dtype: torch.dtype, clock: Clock) -> dict[str, Any]:
+    """Steps of one group after each other, all of them captured; every step resamples."""
+    generator = torch.Generator().manual_seed(n)
+    logits = (torch.randn(n, vocab, generator=generator) * 3).to(clock.device, dtype)
+    potential = _Constant((torch.randn(vocab, generator=generator) * 0.3).to(clock.device, dtype))
+    steps = 40
+    model = _Still(logits, 1 + n * (steps // _Still.block_size + 2))
+    pool = torch.arange(1, len(model.caches[0]), dtype=torch.int32, device=clock.device)
+    params = SMCParams(n_particles=n, max_tokens=steps, ess_threshold=1.0, ignore_eos=True, temperature=TEMPERATURE)
+    group = CapturedGroup(params, model, potential, [0], [0], pool)
+    group.advance(), group.advance()
+    if clock.gpu:
+        group.capture()
+    times = [clock._once(group.advance) for _ in range(steps - 2)]
+    group.population()
+    return record(
+        "step", "cuda", clock, n, {"ours": statistics.median(times)}, v=vocab, dtype=str(dtype).removeprefix("torch."),
+        twist=True, layers=LAYERS,
+    )  # fmt: skip
+
+
+def describe(r: dict[str, Any]) -> str:
+    name = " ".join(str(r[key]) for key in ("op", "scheme", "dtype", "bytes_per_block") if key in r)
+    groups = f" × {r['groups']}" if r.get("groups", 1) > 1 else ""
+    parts = [f"{name:28} n {r['n']:5}{groups} {'twist' if r.get('twist') else '':5} {r['median_s'] * 1e3:9.4f} ms"]
+    for key, label in (
+        ("ratio", "eager"), ("compile_ratio", "compile"), ("vllm_sampler_ratio", "vLLM"), ("flashinfer_ratio", "FlashInfer"),
+    ):  # fmt: skip
+        if key in r:
+            parts.append(f"{label} {r[key]:.1f} ×")
+    if "read_ratio" in r:
+        parts.append(f"weigh {r['read_ratio']:.2f} × read")
+    if "bandwidth_gb_s" in r:
+        parts.append(f"{r['bandwidth_gb_s']:.1f} GB/s (copy {r['copy_bandwidth_gb_s']:.1f})")
+    return "  ".join(parts)
+
+
+def plot(records: list[dict[str, Any]], path: Path) -> None:
+    """weigh+draw: achieved share of the copy bandwidth, and how many times faster than each baseline."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [r for r in records if r["op"] == "weigh+draw"]
+    labels = [f"N {r['n']}, V {r['v']}\n{r['dtype']}{' + twist' if r['twist'] else ''}" for r in rows]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 0.5 * len(rows) + 1.5), sharey=True)
+    left.barh(labels, [r["bandwidth_gb_s"] / r["copy_bandwidth_gb_s"] for r in rows])
+    left.axvline(1, color="black", linewidth=0.8)
+    left.set_xlabel("bytes read once / time, over copy bandwidth")
+    for name, marker in zip(BASELINES, "os^v", strict=True):
+        key = "ratio" if name == "eager" else f"{name}_ratio"
+        have = [(r[key], label) for r, label in zip(rows, labels, strict=True) if key in r]
+        if have:
+            right.plot(*zip(*have, strict=True), marker, label=name)
+    right.set_xscale("log")
+    right.set_xlabel("times faster than")
+    right.legend()
+    right.invert_yaxis()
+    figure.suptitle(f"weigh + draw, {rows[0]['backend']} backend")
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def run(json_path: str | None = None, device: str | None = None, seconds: float = 4.0) -> dict[str, Any]:
+    """Runs all cases, `seconds` each at most but for slow ones; prints a line each; JSON, and a plot beside it, if asked.
+
+    device: 'cpu' or 'cuda'; the GPU where there is one by default.
+    """
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    clock, brief = Clock(where, seconds), Clock(where, seconds / 16)
+    dtypes = (torch.float32, torch.bfloat16)
     cases: list[Callable[[], dict[str, Any]]] = [
         *(
-            lambda n=n, dtype=dtype, twist=twist: bench_weigh_draw(n, dtype, twist, where, seconds)
-            for n in (64, 256, 1024)
-            for dtype in (torch.float32, torch.bfloat16)
+            lambda n=n, v=v, dtype=dtype, twist=twist: bench_weigh_draw(n, v, dtype, twist, clock)
+            for n, v in SIZES[where.type]
+            for dtype in dtypes
             for twist in (True, False)
         ),
         *(
-            lambda scheme=scheme, n=n: bench_resample(scheme, n, where, seconds / 16)
+            lambda scheme=scheme, n=n: bench_resample(scheme, n, 1, brief)
             for scheme in RESAMPLING_SCHEMES
             for n in (64, 256, 1024, 4096, 16384)
         ),
-        *(lambda slot_dim=slot_dim: bench_reindex(where, seconds, slot_dim) for slot_dim in (None, 2)),
+        lambda: bench_resample("systematic", 256, 16, brief),
+        *(lambda slot_dim=slot_dim: bench_reindex(slot_dim, clock) for slot_dim in (None, 2)),
+        *(lambda n=n, v=v: bench_step(n, v, torch.bfloat16, clock) for n, v in SIZES[where.type]),
     ]
     records = []
     for case in cases:
         records.append(case())
-        r = records[-1]
-        name = " ".join(str(r[key]) for key in ("op", "scheme", "dtype", "bytes_per_block") if key in r)
-        print(
-            f"{name:28} n {r['n']:5} {'twist' if r.get('twist') else '':5} {r['median_s'] * 1e3:9.3f} ms"
-            + (f"  eager {r['eager_median_s'] * 1e3:8.1f} ms  {r['ratio']:5.1f} x" if "ratio" in r else "")
-            + (
-                f"  {r['bandwidth_gb_s']:5.1f} GB/s (copy {r['copy_bandwidth_gb_s']:.1f})"
-                if "bandwidth_gb_s" in r
-                else ""
-            ),
-            flush=True,
-        )
+        print(describe(records[-1]), flush=True)
     result = {
         "bench": "ops",
         "machine": machine() | {"torch_threads": torch.get_num_threads()},
@@ -165,16 +335,16 @@ def run(json_path: str | None = None, device: str = "cpu", seconds: float = 4.0)
         "records": records,
     }
     if json_path:
-        with open(json_path, "w") as f:
-            json.dump(result, f, indent=1)
-            f.write("\n")
+        path = Path(json_path)
+        path.write_text(json.dumps(result, indent=1) + "\n")
+        plot(records, path.with_suffix(".png"))
     return result
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", metavar="FILE", help="write the records there")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", metavar="FILE", help="write the records there, and a plot beside it")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: the GPU where there is one")
     parser.add_argument("--seconds", type=float, default=4.0, help="per case (default 4)")
     args = parser.parse_args()
     run(args.json, args.device, args.seconds)

@@ -11,6 +11,7 @@
 #include <memory>
 #include <stdexcept>
 
+#include "cpu_weigh.hpp"
 #include "fastsmc/draw.cuh"
 #include "fastsmc/philox.cuh"
 
@@ -75,7 +76,7 @@ void weigh(const Matrix& logits, const Matrix& psi, const Matrix& mask, int64_t 
           continue;
         }
         with_mask(mask, r, [&](auto* words) {
-          weigh_row(row, row_of<Psi>(psi, r), words, vocab, scale, base_max.data(), base_mass.data(), psi_max.data(),
+          weigh_row(kWeighTile, row, row_of<Psi>(psi, r), words, vocab, scale, base_max.data(), base_mass.data(), psi_max.data(),
                     lse + r, lse_psi + r, tile_mass + r * n_tiles, max_psi + r);
         });
       }

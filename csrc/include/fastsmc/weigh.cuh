@@ -165,25 +165,38 @@ FASTSMC_HD inline void prefetch_tile(const T* p) {
 #endif
 }
 
-// One row. Scratch, n_tiles each: maxima, and if kReweighs base_maxima and base_mass; if not, lse_psi = lse.
+// A tile's maxima, in units of log 2, and Σ 2^(score − maximum) of both scores; x only if kReweighs.
+struct TileSums {
+  TileMax max;
+  float z, x;
+};
 template <typename Logit, typename Psi, typename Mask>
-FASTSMC_HD inline void weigh_row(const Logit* logits, const Psi* psi, const Mask* mask, int64_t vocab, float scale,
-                                 float* base_maxima, double* base_mass, float* maxima, double* lse, double* lse_psi,
-                                 double* tile_mass, float* max_psi) {
+FASTSMC_HD inline TileSums weigh_tile(const Logit* logits, const Psi* psi, const Mask* mask, int n, float scale) {
   constexpr bool reweighs = kReweighs<Psi, Mask>;
   alignas(64) float z[kTile], x[reweighs ? kTile : 1];
+  const TileMax max = load_tile(logits, psi, mask, n, scale, z, x);
+  prefetch_tile(tile_of(logits, 1));
+  if (!std::is_same<Psi, NoTwist>::value) prefetch_tile(tile_of(psi, 1));
+  return {max, sum_tile(z, max.z), reweighs ? sum_tile(x, max.x) : 0.0f};
+}
+
+// One row, by a function as weigh_tile. Scratch, n_tiles each: maxima, and if kReweighs base_maxima and base_mass; if
+// not, lse_psi = lse.
+template <typename Tile, typename Logit, typename Psi, typename Mask>
+FASTSMC_HD inline void weigh_row(Tile tile, const Logit* logits, const Psi* psi, const Mask* mask, int64_t vocab,
+                                 float scale, float* base_maxima, double* base_mass, float* maxima, double* lse,
+                                 double* lse_psi, double* tile_mass, float* max_psi) {
+  constexpr bool reweighs = kReweighs<Psi, Mask>;
   const int64_t n_tiles = (vocab + kTile - 1) / kTile;
   for (int64_t k = 0; k < n_tiles; ++k) {
     const int64_t first = k * kTile;
     const int n = static_cast<int>(vocab - first < kTile ? vocab - first : kTile);
-    const TileMax max = load_tile(tile_of(logits, k), tile_of(psi, k), tile_of(mask, k), n, scale, z, x);
-    prefetch_tile(tile_of(logits, k + 1));
-    maxima[k] = max.x;
-    tile_mass[k] = sum_tile(reweighs ? x : z, max.x);
+    const TileSums sums = tile(tile_of(logits, k), tile_of(psi, k), tile_of(mask, k), n, scale);
+    maxima[k] = reweighs ? sums.max.x : sums.max.z;
+    tile_mass[k] = reweighs ? sums.x : sums.z;
     if (reweighs) {
-      if (!std::is_same<Psi, NoTwist>::value) prefetch_tile(tile_of(psi, k + 1));
-      base_maxima[k] = max.z;
-      base_mass[k] = sum_tile(z, max.z);
+      base_maxima[k] = sums.max.z;
+      base_mass[k] = sums.z;
     }
   }
   *lse_psi = *lse = join_tiles(maxima, tile_mass, n_tiles, max_psi);
