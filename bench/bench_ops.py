@@ -23,7 +23,7 @@ from machine import machine
 from torch import Tensor
 
 from fastsmc import ops
-from fastsmc.ops._tensors import pick_compiled
+from fastsmc.ops._tensors import pick_backend
 from fastsmc.params import RESAMPLING_SCHEMES
 
 VOCAB = 49152
@@ -93,7 +93,7 @@ def bench_resample(scheme: str, n: int, device: torch.device, seconds: float) ->
     log_weights = torch.randn(n, generator=torch.Generator().manual_seed(n), dtype=torch.float64).to(device)
     u = ops.uniforms(n, seed=1, group=0, step=0, stream=0, device=device)
     (median,) = interleaved(lambda: ops.resample(log_weights, u, scheme=scheme), device=device, seconds=seconds)
-    return record("resample", device, n, median, backend=pick_compiled(None, device), scheme=scheme)
+    return record("resample", device, n, median, backend=pick_backend(None, device, "cuda"), scheme=scheme)
 
 
 def bench_reindex(device: torch.device, seconds: float, slot_dim: int | None) -> dict[str, Any]:
@@ -114,7 +114,7 @@ def bench_reindex(device: torch.device, seconds: float, slot_dim: int | None) ->
     )  # fmt: skip
     block = caches[0][0].nbytes if slot_dim is None else caches[0][0].nbytes // 2
     return record(
-        "reindex", device, n, median, backend=pick_compiled(None, device), moved=moved, layers=LAYERS,
+        "reindex", device, n, median, backend=pick_backend(None, device, "cuda"), moved=moved, layers=LAYERS,
         block_shape=list(BLOCK_SHAPE), dtype="bfloat16", bytes_per_block=block,
         bandwidth_gb_s=2 * moved * LAYERS * block / median / 1e9,
         copy_bandwidth_gb_s=2 * LAYERS * caches[0].nbytes / copying / 1e9,
