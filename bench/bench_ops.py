@@ -11,8 +11,8 @@ graphs (launch-bound ops as 20 calls in one graph), where eager PyTorch is what 
 
 bandwidth_gb_s is bytes of logits and twists, each counted once, over our time; copy_bandwidth_gb_s is bytes read and
 written by a copy of the logits; floor_ratio is our time over that of moving those bytes at that bandwidth. For reindex
-both count bytes read and written. On the CPU, read_median_s is a PyTorch sum over the same bytes as 32-bit integers, the
-fastest simple way found to read them once, and read_ratio is weigh's time over it. Other baselines: bench/baselines.py.
+both count bytes read and written. On the CPU, read_median_s is a PyTorch sum over the same bytes as 32-bit integers,
+the fastest simple way found to read them once, and read_ratio is weigh's time over it. baselines.py has the others.
 """
 
 from __future__ import annotations
@@ -260,11 +260,10 @@ def describe(r: dict[str, Any]) -> str:
     name = " ".join(str(r[key]) for key in ("op", "scheme", "dtype", "bytes_per_block") if key in r)
     groups = f" × {r['groups']}" if r.get("groups", 1) > 1 else ""
     parts = [f"{name:28} n {r['n']:5}{groups} {'twist' if r.get('twist') else '':5} {r['median_s'] * 1e3:9.4f} ms"]
-    for key, label in (
-        ("ratio", "eager"), ("compile_ratio", "compile"), ("vllm_sampler_ratio", "vLLM"), ("flashinfer_ratio", "FlashInfer"),
-    ):  # fmt: skip
+    for name in BASELINES:
+        key = "ratio" if name == "eager" else f"{name}_ratio"
         if key in r:
-            parts.append(f"{label} {r[key]:.1f} ×")
+            parts.append(f"{name} {r[key]:.1f} ×")
     if "read_ratio" in r:
         parts.append(f"weigh {r['read_ratio']:.2f} × read")
     if "bandwidth_gb_s" in r:
@@ -301,7 +300,7 @@ def plot(records: list[dict[str, Any]], path: Path) -> None:
 
 
 def run(json_path: str | None = None, device: str | None = None, seconds: float = 4.0) -> dict[str, Any]:
-    """Runs all cases, `seconds` each at most but for slow ones; prints a line each; JSON, and a plot beside it, if asked.
+    """Runs all cases, about `seconds` each; prints a line each; writes JSON, and a plot beside it, if asked.
 
     device: 'cpu' or 'cuda'; the GPU where there is one by default.
     """

@@ -113,11 +113,11 @@ def test_calls_without_a_driver_say_so():
 
 @pytest.mark.skipif(bool(_C.cuda_archs), reason="fastsmc._C was built with CUDA")
 def test_backend_that_was_not_built():
-    from fastsmc.ops._tensors import pick_compiled
+    from fastsmc.ops._tensors import pick_backend
 
-    assert pick_compiled(None, torch.device("cuda")) == "torch"
+    assert pick_backend(None, torch.device("cuda"), "cuda") == "torch"
     with pytest.raises(ValueError, match="backend='cuda': fastsmc._C was built without CUDA"):
-        pick_compiled("cuda", torch.device("cuda"))
+        pick_backend("cuda", torch.device("cuda"), "cuda")
 
 
 # -- setup.py ----------------------------------------------------------------------------------------------------------
