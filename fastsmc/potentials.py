@@ -46,6 +46,9 @@ class State:
         hidden: (N, H) last hidden state of the base model at the position whose logits came last (in `logw_next`: of
             the last token; in `prefix` and `complete`: of the token before the one just drawn), zero for particles
             that ended earlier; None when the engine has none.
+        rows: (N,) int64, which of the R distinct histories that the model has just seen is a particle's own (without
+            the token just drawn, as in `hidden`); -1 for particles that ended earlier.
+        hidden_rows: (R, H) hidden states of those, so that `hidden` is hidden_rows[rows]; or None.
         step: int, t.
         prompt: list of int, the prompt's tokens.
         max_tokens: int, the longest continuation.
@@ -56,6 +59,8 @@ class State:
     lengths: Tensor
     finished: Tensor
     hidden: Tensor | None
+    rows: Tensor
+    hidden_rows: Tensor | None
     step: int
     prompt: list[int]
     max_tokens: int
@@ -71,6 +76,7 @@ class Engine:
         vocab_size: int V, columns of `logw_next`.
         hidden_size: int H, or None.
         model: the base model as the engine runs it, or None.
+        model_name: its name or path, or None.
     """
 
     tokenizer: Any
@@ -78,6 +84,7 @@ class Engine:
     vocab_size: int
     hidden_size: int | None
     model: Any
+    model_name: str | None
 
     def continuation_log_prob(self, token_ids: list[int]) -> Tensor:
         """(N,) float64 log p0(token_ids | prompt, particle) at the group's temperature, by the engine's own KV cache.
@@ -97,6 +104,9 @@ class Potential:
 
     #: tokens beyond a particle's end that `Engine.continuation_log_prob` may be asked for
     lookahead: int = 0
+    #: `logw_next` only shapes the proposal: weights are exact for whatever it gives, and `prefix` is the target's ψ.
+    #: Such a group draws, weighs and then resamples.
+    proposal_only: bool = False
 
     def prepare(self, tokenizer: Any) -> None:
         """Called in the front end, before `lookahead` is read; tokenizer: as `Engine.tokenizer`. Default: nothing."""
@@ -581,6 +591,10 @@ class Product(Potential):
     @property
     def lookahead(self) -> int:  # type: ignore[override]
         return max(f.lookahead for f in self.factors)
+
+    @property
+    def proposal_only(self) -> bool:  # type: ignore[override]
+        return any(f.proposal_only for f in self.factors)
 
     def prepare(self, tokenizer: Any) -> None:
         for f in self.factors:
