@@ -144,7 +144,7 @@ def _tokenizer_of(engine: Engine, who: str) -> Any:
     return engine.tokenizer
 
 
-def _token_list(name: str, ids: Any) -> list[int]:
+def token_list(name: str, ids: Any) -> list[int]:
     """`ids` as a list of int. ValueError, naming `name`, if it is none."""
     if isinstance(ids, (str, bytes)) or not isinstance(ids, (Sequence, np.ndarray)):
         raise ValueError(f"{name}={ids!r}: must be a list of token ids")
@@ -198,7 +198,7 @@ class Lexicon(Potential):
         if isinstance(words, str) or not all(isinstance(w, str) and w.strip() for w in words or ()):
             raise ValueError(f"words={words!r}: must be a list of words")
         self.words = [w.strip() for w in words or ()]
-        self.token_ids = _token_list("token_ids", token_ids or [])
+        self.token_ids = token_list("token_ids", token_ids or [])
         if not self.words and not self.token_ids:
             raise ValueError("Lexicon: give words, token_ids or both")
         self.weight = float(weight)
@@ -501,7 +501,7 @@ class Infill(Potential):
 
     def __init__(self, continuation: str | Sequence[int], every_step: bool = False) -> None:
         self.continuation, self.every_step = continuation, bool(every_step)
-        self._ids = [] if isinstance(continuation, str) else _token_list("continuation", continuation)
+        self._ids = [] if isinstance(continuation, str) else token_list("continuation", continuation)
         if not len(continuation):
             raise ValueError("Infill: the continuation is empty")
         self.lookahead = len(self._ids)
