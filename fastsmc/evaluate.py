@@ -1,7 +1,7 @@
 """How good is a sampler: bounds on log Z, divergences, effective sample sizes, and plain sampling at equal cost.
 
 `llm` is `fastsmc.LLM` or `fastsmc.hf.HFEngine`; `exact` are exact samples of the target σ = p0·φ/Z as lists of token
-ids (`fastsmc.training.rejection` makes some where φ <= 1). Everything random is keyed by `params.seed` and
+ids (`rejection` makes some where φ <= 1). Everything random is keyed by `params.seed` and
 `params.group`; run r of a function takes group + r, the next kind of run the groups after that.
 
     log_z_bounds    E[log Ẑ] <= log Z <= E[log Ẑ*], by ordinary and by conditional SMC
@@ -321,6 +321,40 @@ def baselines(
 
 def _plain(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
+
+
+def rejection(
+    llm: Any,
+    prompt: str | Sequence[int],
+    params: SMCParams,
+    potential: Potential,
+    count: int,
+    *,
+    max_draws: int = 1 << 20,
+) -> list[list[int]]:
+    """`count` exact samples of p0·φ/Z for a φ of at most 1: draws of p0, n_particles a group, each kept with chance φ.
+
+    Raises:
+        ValueError: a draw has φ > 1, or fewer than `count` of `max_draws` draws were kept; says how many.
+    """
+    free = dataclasses.replace(params, ess_threshold=0.0, proposal="base")
+    rng = np.random.default_rng([params.seed, params.group])
+    kept: list[list[int]] = []
+    for first in range(-(-max_draws // params.n_particles)):
+        population = _run(llm, prompt, free, potential, None, 1, first)[0]
+        kept += accept(population, rng)
+        if len(kept) >= count:
+            return kept[:count]
+    raise ValueError(f"rejection: {len(kept)} of {max_draws} draws were kept, {count} are wanted; φ is too small")
+
+
+def accept(population: Population, rng: np.random.Generator) -> list[list[int]]:
+    """Of draws from p0 that carry their log φ as weights, those kept with chance φ. ValueError: a φ is above 1."""
+    log_phi = population.log_weights
+    if (log_phi > 1e-6).any():
+        raise ValueError(f"rejection: a draw has log φ = {log_phi.max():.4g}; φ must be at most 1")
+    hits = np.flatnonzero(np.log(rng.random(len(log_phi))) < log_phi)
+    return [population.token_ids[i] for i in hits]
 
 
 # -- the whole ---------------------------------------------------------------------------------------------------------

@@ -208,7 +208,7 @@ class HFEngine:
         if len(each) != len(items):
             raise ValueError(f"exact: samples for {len(each)} prompts, but there are {len(items)}")
         if twist is not None:
-            potential = twists.Twist.load(twist) * (potential or twists.card_potential(twist))
+            potential = twists.Twist.load(twist).guide(potential or twists.card_potential(twist))
         if potential is not None:
             potential.prepare(self.engine.tokenizer)
             potential.setup(self.engine)

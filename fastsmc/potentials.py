@@ -4,7 +4,7 @@ The vocabulary is genlm-control's: `prefix` scores an unfinished sequence, `comp
 next token at once. A potential sees all N particles of a group in one call, as tensors on the worker's device.
 
 First the base classes, then the potentials that come with fastsmc: `Lexicon`, `Regex`, `Infill`, `TextPotential`,
-`Product`, and `resolve`, which builds one from a registered name and JSON arguments.
+`Product`, `Final`, and `resolve`, which builds one from a registered name and JSON arguments.
 """
 
 from __future__ import annotations
@@ -631,6 +631,38 @@ class Product(Potential):
             one, other = a.values[pairs // len(b.values)], b.values[pairs % len(b.values)]
             total = Rows(one.float() + other.float(), index)
         return total
+
+
+class Final(Potential):
+    """Another potential's φ without its ψ: what particles are weighed with when they end, and nothing before.
+
+    Groups work on copies, so the other potential is copied with it.
+    """
+
+    def __init__(self, potential: Potential) -> None:
+        self.potential = potential
+
+    def __copy__(self) -> Final:
+        return Final(copy.copy(self.potential))
+
+    @property
+    def lookahead(self) -> int:  # type: ignore[override]
+        return self.potential.lookahead
+
+    def prepare(self, tokenizer: Any) -> None:
+        self.potential.prepare(tokenizer)
+
+    def setup(self, engine: Engine) -> None:
+        self.potential.setup(engine)
+
+    def reset(self, n_particles: int, prompt: list[int]) -> None:
+        self.potential.reset(n_particles, prompt)
+
+    def reindex(self, ancestors: Tensor) -> None:
+        self.potential.reindex(ancestors)
+
+    def complete(self, state: State) -> Tensor:
+        return self.potential.complete(state)
 
 
 # -- by name -----------------------------------------------------------------------------------------------------------

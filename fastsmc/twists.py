@@ -10,8 +10,9 @@ state comes from and how it becomes features:
     lora     of a copy of the base model with low-rank adapters, then an mlp head
     model    of a separate, smaller Hugging Face model with the same vocabulary, then an mlp head
 
-A twist says nothing about φ: `twist * potential` is a product whose ψ is the twist's (times the potential's own, where
-it has `logw_next`: masks add up) and whose φ is the potential's. Whatever the twist says, weights stay exact.
+A twist says nothing about φ: `twist.guide(potential)` is a product whose φ is the potential's and whose ψ is the
+twist's. A twist was trained either to be all of ψ (the default), or to `compose` with the potential's own, as with a
+mask: then log weights of both add up. Whatever the twist says, weights stay exact.
 
 The contract wants log ψ_{t+1}(s, v) − log ψ_t(s). The subtraction is part of the matrix product: the features get
 (1, −log ψ_t) as two further columns, `out` gets (bias, 1).
@@ -34,7 +35,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastsmc.hf import Trunk
-from fastsmc.potentials import Engine, Potential, Rows, State, resolve
+from fastsmc.potentials import Engine, Final, Potential, Product, Rows, State, resolve
 
 FORMAT, VERSION = "fastsmc.twist", 1
 KINDS = ("linear", "mlp", "lora", "model")
@@ -57,6 +58,7 @@ class Card:
         prompt: the prompt's text or tokens that it was trained for, for the record.
         potential, potential_args: registered name and arguments of what it was trained for; None if it has no name.
         temperature: of p0.
+        compose: it was trained beside the potential's own ψ, not in its place.
         steps: gradient steps.
         lora_rank, lora_alpha: of kind `lora`, else 0.
         settings: the whole training configuration, for the record.
@@ -77,6 +79,7 @@ class Card:
     potential: str | None = None
     potential_args: dict[str, Any] = dataclasses.field(default_factory=dict)
     temperature: float = 1.0
+    compose: bool = False
     steps: int = 0
     lora_rank: int = 0
     lora_alpha: float = 0.0
@@ -177,7 +180,7 @@ class Head(nn.Module):
         with torch.no_grad():
             e = unembedding.float() - unembedding.float().mean(0)
             projected = e @ torch.randn(e.shape[1], rank, device=e.device)
-            self.out.copy_(projected / projected.norm(dim=1).mean())
+            self.out.copy_(projected / projected.norm(dim=1).mean().clamp(min=1e-6))
 
     def forward(self, hidden: Tensor) -> Tensor:
         return F.linear(self.features(hidden), self.out, self.bias)
@@ -278,6 +281,10 @@ class Twist(Potential):
         return twist
 
     # ------------------------------------------------------------------------------------------- as a potential
+    def guide(self, potential: Potential) -> Product:
+        """The potential's φ with this twist, and with the potential's own ψ if the twist was trained beside it."""
+        return Product(self, potential if self.card.compose else Final(potential))
+
     def setup(self, engine: Engine) -> None:
         """Refuses an engine that the twist was not trained for, and moves it there.
 

@@ -215,7 +215,7 @@ class ParticleRunner:
 
     def _potential(self, start: GroupStart) -> Potential | None:
         target = self._target(start)
-        return target if start.twist is None else self._twist(start.twist) * target
+        return target if start.twist is None else self._twist(start.twist).guide(target)
 
     def _twist(self, path: str) -> Twist:
         """The twist saved at `path`, kept as long as its card does not change."""
