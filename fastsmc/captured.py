@@ -103,8 +103,9 @@ class CapturedGroup:
         if pool.dtype != torch.int32 or pool.dim() != 1 or pool.device != device:
             raise ValueError(f"pool: must be a vector of int32 on {device}, got {pool.dtype} {tuple(pool.shape)}")
         self.potential = None if potential is None else copy.copy(potential)
-        if self.potential is not None and not self.potential.capturable:
-            raise ValueError(f"potential={type(potential).__name__}: is not capturable (Potential.capturable)")
+        if self.potential is not None and (not self.potential.capturable or self.potential.proposal_only):
+            what = "proposal-only" if self.potential.capturable else "not capturable (Potential.capturable)"
+            raise ValueError(f"potential={type(potential).__name__}: is {what}")
         own = answered(potential) if potential is not None else set()
         self._twisted = params.proposal == "twisted" and "logw_next" in own
         self._weighs_by_next = not self._twisted and "logw_next" in own and "prefix" not in own

@@ -12,6 +12,12 @@ share it, and its logits, until they draw different tokens: then all but one of 
 own, as a copy. So a resampling moves nothing, the first step runs one row, and a forward pass costs distinct histories,
 not particles. N slots always suffice.
 
+A group may be *conditional*: one particle, in a uniform slot, keeps an exact sample of the target at every step (forced
+tokens, forced ancestor), and the others are resampled from all N weights. Then E[1/Ẑ] = 1/Z, so that log Ẑ bounds log Z
+from above on average (smc-math §4). That holds because the others have the law that they have in an ordinary run given
+the kept one, which is simple for independent draws: a conditional group resamples multinomially and draws without
+strata, whatever its parameters say. With N exact samples instead of one nothing is random: each is weighed.
+
 Nothing of length t is ever moved: tokens and ancestors are kept step by step and traced back once, at the end (or when
 a potential looks at `state.tokens`).
 """
@@ -20,6 +26,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -32,7 +39,7 @@ from fastsmc.population import Population
 from fastsmc.potentials import Engine, Potential, Rows, State, answered
 
 # Philox streams: one a purpose, so that no random number serves twice.
-DRAW, RESAMPLE, CHOOSE = 0, 1, 2
+DRAW, RESAMPLE, CHOOSE, KEEP = 0, 1, 2, 3
 
 
 class SMCError(RuntimeError):
@@ -70,8 +77,9 @@ class GroupEngine(Engine):
         vocab_size: int = 0,
         hidden_size: int | None = None,
         model: Any = None,
+        model_name: str | None = None,
     ) -> None:
-        self.tokenizer, self.device, self.model = tokenizer, torch.device(device), model
+        self.tokenizer, self.device, self.model, self.model_name = tokenizer, torch.device(device), model, model_name
         self.vocab_size, self.hidden_size = vocab_size, hidden_size
         self._asking: Group | None = None
 
@@ -93,6 +101,8 @@ class _GroupState(State):
         self.prompt = list(group.prompt)
         self.max_tokens = group.params.max_tokens
         self.stop_token_ids = group.stop_token_ids
+        self.rows = group._row_of.clone()
+        self.hidden_rows = group._hidden
 
     @property
     def tokens(self) -> Tensor:
@@ -115,6 +125,10 @@ class Group:
         stop_token_ids: all tokens that end a particle (end of sequence included).
         device: where the group's tensors live.
         engine: what the potential was set up with, for its calls of `continuation_log_prob`.
+        exact: one complete sequence of token ids, which makes the group conditional; or N of them, to be weighed.
+
+    Raises:
+        SMCError: the potential or `exact` is refused.
     """
 
     def __init__(
@@ -126,6 +140,7 @@ class Group:
         stop_token_ids: frozenset[int] | set[int] = frozenset(),
         device: torch.device | str = "cpu",
         engine: GroupEngine | None = None,
+        exact: Sequence[Sequence[int]] | None = None,
     ) -> None:
         n = params.n_particles
         self._engine = engine
@@ -160,16 +175,26 @@ class Group:
         self._ess: list[float] = []
         self._step_log_w: list[Tensor] = []
 
+        self._kept: Tensor | None = None  # (K,) rows of the exact samples
+        if exact is not None:
+            self._keep(exact)
         self.potential = None if potential is None else copy.copy(potential)
         self.twisted = False
         self._weighs_by_next = False
+        self._guided = False  # draws from p0·ψ, but ψ is no target: weighed after the draw
         if self.potential is not None:
             try:
                 own = answered(self.potential)
             except ValueError as error:
                 raise SMCError(str(error)) from None
-            self.twisted = params.proposal == "twisted" and "logw_next" in own
-            self._weighs_by_next = not self.twisted and "logw_next" in own and "prefix" not in own
+            self._guided = self.potential.proposal_only
+            if self._guided and params.proposal != "twisted":
+                raise SMCError(
+                    f"potential {type(self.potential).__name__}: is proposal-only and no intermediate target, so "
+                    f"proposal={params.proposal!r} cannot use it; use proposal='twisted'"
+                )
+            self.twisted = params.proposal == "twisted" and "logw_next" in own and not self._guided
+            self._weighs_by_next = not self.twisted and not self._guided and "logw_next" in own and "prefix" not in own
             self._ask("reset", n, list(prompt))
             psi = self._scores("prefix", ~self.finished)  # log ψ_0
             self.log_psi += psi
@@ -208,6 +233,12 @@ class Group:
             self._ancestors.append(self._all_rows)
             self._resampled.append(False)
         (self._step_twisted if self.twisted else self._step_base)(logits)
+        if self._kept is not None and bool((self.log_w[self._kept] == -math.inf).any()):
+            i = int((self.log_w[self._kept] == -math.inf).nonzero()[0])
+            raise SMCError(
+                f"exact[{i}]: has weight zero at step {t}: it is no sample of this target, or the twist is zero on "
+                "what the target allows"
+            )
         self.t += 1
 
     def _step_twisted(self, logits: Tensor) -> None:
@@ -236,16 +267,19 @@ class Group:
         if self.done:  # only finished particles survived
             self._append(self._active, self.log_w[:0])
             return
+        rows = self._weighed_of[self._active]
         drawn = ops.draw(
             logits,
             weighed,
-            self._weighed_of[self._active],
+            rows,
             self._uniforms(),
             log_psi,
             logit_rows=logit_rows,
             psi_rows=psi_rows,
             temperature=self.params.temperature,
         )
+        if self._kept is not None:
+            drawn = self._force(drawn, logits, logit_rows[rows], weighed.lse[rows], log_psi, psi_rows[rows])
         drew = self._active
         ended = self._append(drawn.tokens, drawn.log_prob)
         self.log_psi[drew] += drawn.log_psi
@@ -256,13 +290,35 @@ class Group:
                 self.done = True
 
     def _step_base(self, logits: Tensor) -> None:
-        weighed = ops.weigh(logits, temperature=self.params.temperature)
-        self._check_weighed(weighed, "model")
+        temperature, drew = self.params.temperature, self._active
+        if self._guided:
+            log_psi, psi_rows = self._twist_rows(self._ask("logw_next", _GroupState(self)), logits.shape[1])
+            logit_rows, rows = self._row_of[drew], torch.arange(len(drew), device=self.device)
+            weighed = ops.weigh(logits, log_psi, logit_rows=logit_rows, psi_rows=psi_rows, temperature=temperature)
+            self._check_weighed(weighed, "logw_next")
+        else:
+            log_psi = psi_rows = logit_rows = None
+            rows = self._row_of[drew]
+            weighed = ops.weigh(logits, temperature=temperature)
+            self._check_weighed(weighed, "model")
         if self.t == 0:
             self._stratify_first()
         twist = self._ask("logw_next", _GroupState(self)) if self._weighs_by_next else None
-        drew = self._active
-        drawn = ops.draw(logits, weighed, self._row_of[drew], self._uniforms(), temperature=self.params.temperature)
+        drawn = ops.draw(
+            logits,
+            weighed,
+            rows,
+            self._uniforms(),
+            log_psi,
+            logit_rows=logit_rows,
+            psi_rows=psi_rows,
+            temperature=temperature,
+        )
+        if self._kept is not None:
+            drawn = self._force(drawn, logits, self._row_of[drew], weighed.lse[rows], log_psi, psi_rows)
+        if self._guided:  # p0 / q of what was drawn
+            change = weighed.lse_psi - weighed.lse - drawn.log_psi
+            self.log_w[drew] += torch.where(drawn.tokens < 0, -math.inf, change)
         new_psi = self.log_psi.clone()
         if twist is not None:
             log_psi, psi_rows = self._twist_rows(twist, logits.shape[1])
@@ -282,6 +338,10 @@ class Group:
             self._end_without_weight()
         elif not self.done and self.potential is not None:
             self._maybe_resample()
+            if self.done:  # only finished particles survived: a step without draws holds where they came from
+                self.t += 1
+                self._record_weights()
+                self._append(self._active, self.log_w[:0])
 
     # ------------------------------------------------------------------------------------------- parts of a step
     def _settle(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -320,7 +380,7 @@ class Group:
 
     def _stratify_first(self) -> None:
         """All particles are the same empty sequence: if their weights are equal, they are siblings."""
-        if bool((self.log_w == self.log_w[0]).all()):
+        if self._kept is None and bool((self.log_w == self.log_w[0]).all()):
             self._strata = (self._all_rows, torch.full_like(self._all_rows, self.n))
 
     def _append(self, drawn: Tensor, drawn_log_probs: Tensor) -> Tensor:
@@ -360,6 +420,70 @@ class Group:
         self._step_log_w.append(self.log_w + self.log_z)
         self._ess.append(ops.ess_log_mean(self.log_w)[0])
 
+    # ------------------------------------------------------------------------------------------- exact samples
+    def _keep(self, exact: Sequence[Sequence[int]]) -> None:
+        """Gives the exact samples their slots: one a uniform one, N of them their own."""
+        p, n = self.params, self.n
+        if len(exact) not in (1, n) or (len(exact) > 1 and p.ess_threshold > 0.0):
+            raise SMCError(
+                f"exact: {len(exact)} sequences for {n} particles at ess_threshold={p.ess_threshold:g}; give one, or "
+                "at ess_threshold=0 as many as particles"
+            )
+        self._kept_tokens = torch.full((len(exact), p.max_tokens), -1, dtype=torch.int64, device=self.device)
+        for i, sequence in enumerate(exact):
+            ids = [int(v) for v in sequence]
+            ends = [j for j, v in enumerate(ids) if v in self.stop_token_ids] or [p.max_tokens - 1]
+            if len(ids) != ends[0] + 1 or min(ids) < 0:
+                raise SMCError(
+                    f"exact[{i}]={ids[:20]}: {len(ids)} tokens are no complete sequence; it ends with its first stop "
+                    f"token, or has max_tokens={p.max_tokens} tokens"
+                )
+            self._kept_tokens[i, : len(ids)] = torch.tensor(ids, device=self.device)
+        self._kept = self._all_rows if len(exact) == n else self._uniform_slot(0)
+
+    def _uniform_slot(self, step: int) -> Tensor:
+        p = self.params
+        u = ops.uniforms(1, seed=p.seed, group=p.group, step=step, stream=KEEP, device=self.device)
+        return (u * self.n).long()
+
+    def _force(
+        self,
+        drawn: ops.Drawn,
+        logits: Tensor,
+        logit_rows: Tensor,
+        lse: Tensor,
+        log_psi: Tensor | None,
+        psi_rows: Tensor | None,
+    ) -> ops.Drawn:
+        """`drawn` (R,) of the active rows with the tokens of the exact samples in their place.
+
+        Args:
+            logit_rows, psi_rows: (R,) int64, the rows of logits and log_psi that each draw was from; lse: (R,).
+        """
+        position = torch.full_like(self._all_rows, -1)
+        position[self._active] = torch.arange(len(self._active), device=self.device)
+        which = torch.nonzero(position[self._kept] >= 0).squeeze(1)
+        at, want = position[self._kept[which]], self._kept_tokens[which, self.t]
+        if len(want) and int(want.max()) >= logits.shape[1]:
+            raise SMCError(f"exact: token {int(want.max())} is outside the vocabulary of {logits.shape[1]}")
+        tokens, log_prob, psi = (x.clone() for x in drawn)
+        tokens[at] = want
+        log_prob[at] = logits[logit_rows[at], want].double() / self.params.temperature - lse[at]
+        psi[at] = 0.0 if log_psi is None else log_psi[psi_rows[at], want].double()
+        if bool((log_prob[at] + psi[at] == -math.inf).any()):
+            raise SMCError(f"exact: the model or the twist rules out one of its tokens at step {self.t}")
+        return ops.Drawn(tokens, log_prob, psi)
+
+    def _conditional_ancestors(self, u: Tensor) -> Tensor:
+        """(N,) int64: independent draws by weight from uniforms (N,), but for the kept particle and its new slot."""
+        cumulative = torch.softmax(self.log_w, 0).cumsum(0)
+        last = int(torch.nonzero(self.log_w > -math.inf)[-1])
+        ancestors = torch.searchsorted(cumulative, u * cumulative[-1], right=True).clamp_(max=last)
+        slot = self._uniform_slot(self.t + 1)
+        ancestors[slot] = self._kept
+        self._kept = slot
+        return ancestors
+
     def _maybe_resample(self) -> None:
         threshold = self.params.ess_threshold
         if threshold < 1.0 and not self._ess[-1] < threshold * self.n:
@@ -368,10 +492,15 @@ class Group:
         # Resampling may come after step t's weights (base) or before its draw (twisted): the same counter either way
         # is used once, because a group has one order.
         u = ops.uniforms(self.n, seed=p.seed, group=p.group, step=self.t, stream=RESAMPLE, device=self.device)
-        ancestors, counts, rank, _, log_mean, _ = ops.resample(self.log_w, u, scheme=p.resampling)
-        self.log_z += float(log_mean)
+        log_mean = ops.ess_log_mean(self.log_w)[1]
+        if self._kept is None:
+            resampled = ops.resample(self.log_w, u, scheme=p.resampling)
+            ancestors = resampled.ancestors
+            self._strata = (resampled.rank, resampled.counts[ancestors])
+        else:
+            ancestors = self._conditional_ancestors(u)
+        self.log_z += log_mean
         self.log_w = torch.zeros_like(self.log_w)
-        self._strata = (rank, counts[ancestors])
         self.log_psi = self.log_psi[ancestors]
         self.lengths = self.lengths[ancestors]
         self.finished = self.finished[ancestors]

@@ -132,6 +132,9 @@ class SMCParams:
         return cls(**own, **shared)
 
 
-#: `smc_*` keys of a lead that are not SMCParams: the potential's name, its JSON arguments, and whether the whole
-#: population comes back (in `RequestOutput.kv_transfer_params`) or only a summary.
-REQUEST_KEYS = frozenset({PREFIX + "potential", PREFIX + "potential_args", PREFIX + "return_population"})
+#: `smc_*` keys of a lead that are not SMCParams: the potential's name, its JSON arguments, the directory of a learned
+#: twist, exact samples of the target (lists of token ids), and whether the whole population comes back (in
+#: `RequestOutput.kv_transfer_params`) or only a summary.
+REQUEST_KEYS = frozenset(
+    PREFIX + name for name in ("potential", "potential_args", "twist", "exact", "return_population")
+)

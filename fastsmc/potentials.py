@@ -4,7 +4,7 @@ The vocabulary is genlm-control's: `prefix` scores an unfinished sequence, `comp
 next token at once. A potential sees all N particles of a group in one call, as tensors on the worker's device.
 
 First the base classes, then the potentials that come with fastsmc: `Lexicon`, `Regex`, `Infill`, `TextPotential`,
-`Product`, and `resolve`, which builds one from a registered name and JSON arguments.
+`Product`, `Final`, and `resolve`, which builds one from a registered name and JSON arguments.
 """
 
 from __future__ import annotations
@@ -47,6 +47,9 @@ class State:
         hidden: (N, H) last hidden state of the base model at the position whose logits came last (in `logw_next`: of
             the last token; in `prefix` and `complete`: of the token before the one just drawn), zero for particles
             that ended earlier; None when the engine has none.
+        rows: (N,) int64, which of the R distinct histories that the model has just seen is a particle's own (without
+            the token just drawn, as in `hidden`); -1 for particles that ended earlier.
+        hidden_rows: (R, H) hidden states of those, so that `hidden` is hidden_rows[rows]; or None.
         step: int, t.
         prompt: list of int, the prompt's tokens.
         max_tokens: int, the longest continuation.
@@ -58,6 +61,8 @@ class State:
     lengths: Tensor
     finished: Tensor
     hidden: Tensor | None
+    rows: Tensor
+    hidden_rows: Tensor | None
     step: int
     prompt: list[int]
     max_tokens: int
@@ -73,6 +78,7 @@ class Engine:
         vocab_size: int V, columns of `logw_next`.
         hidden_size: int H, or None.
         model: the base model as the engine runs it, or None.
+        model_name: its name or path, or None.
     """
 
     tokenizer: Any
@@ -80,6 +86,7 @@ class Engine:
     vocab_size: int
     hidden_size: int | None
     model: Any
+    model_name: str | None
 
     def continuation_log_prob(self, token_ids: list[int]) -> Tensor:
         """(N,) float64 log p0(token_ids | prompt, particle) at the group's temperature, by the engine's own KV cache.
@@ -103,6 +110,9 @@ class Potential:
     capturable: bool = False
     #: tokens beyond a particle's end that `Engine.continuation_log_prob` may be asked for
     lookahead: int = 0
+    #: `logw_next` only shapes the proposal: weights are exact for whatever it gives, and `prefix` is the target's ψ.
+    #: Such a group draws, weighs and then resamples.
+    proposal_only: bool = False
 
     def prepare(self, tokenizer: Any) -> None:
         """Called in the front end, before `lookahead` is read; tokenizer: as `Engine.tokenizer`. Default: nothing."""
@@ -153,7 +163,7 @@ def _tokenizer_of(engine: Engine, who: str) -> Any:
     return engine.tokenizer
 
 
-def _token_list(name: str, ids: Any) -> list[int]:
+def token_list(name: str, ids: Any) -> list[int]:
     """`ids` as a list of int. ValueError, naming `name`, if it is none."""
     if isinstance(ids, (str, bytes)) or not isinstance(ids, (Sequence, np.ndarray)):
         raise ValueError(f"{name}={ids!r}: must be a list of token ids")
@@ -209,7 +219,7 @@ class Lexicon(Potential):
         if isinstance(words, str) or not all(isinstance(w, str) and w.strip() for w in words or ()):
             raise ValueError(f"words={words!r}: must be a list of words")
         self.words = [w.strip() for w in words or ()]
-        self.token_ids = _token_list("token_ids", token_ids or [])
+        self.token_ids = token_list("token_ids", token_ids or [])
         if not self.words and not self.token_ids:
             raise ValueError("Lexicon: give words, token_ids or both")
         self.weight = float(weight)
@@ -512,7 +522,7 @@ class Infill(Potential):
 
     def __init__(self, continuation: str | Sequence[int], every_step: bool = False) -> None:
         self.continuation, self.every_step = continuation, bool(every_step)
-        self._ids = [] if isinstance(continuation, str) else _token_list("continuation", continuation)
+        self._ids = [] if isinstance(continuation, str) else token_list("continuation", continuation)
         if not len(continuation):
             raise ValueError("Infill: the continuation is empty")
         self.lookahead = len(self._ids)
@@ -607,6 +617,10 @@ class Product(Potential):
     def capturable(self) -> bool:  # type: ignore[override]
         return all(f.capturable for f in self.factors)
 
+    @property
+    def proposal_only(self) -> bool:  # type: ignore[override]
+        return any(f.proposal_only for f in self.factors)
+
     def prepare(self, tokenizer: Any) -> None:
         for f in self.factors:
             f.prepare(tokenizer)
@@ -642,6 +656,38 @@ class Product(Potential):
             one, other = a.values[pairs // len(b.values)], b.values[pairs % len(b.values)]
             total = Rows(one.float() + other.float(), index)
         return total
+
+
+class Final(Potential):
+    """Another potential's φ without its ψ: what particles are weighed with when they end, and nothing before.
+
+    Groups work on copies, so the other potential is copied with it.
+    """
+
+    def __init__(self, potential: Potential) -> None:
+        self.potential = potential
+
+    def __copy__(self) -> Final:
+        return Final(copy.copy(self.potential))
+
+    @property
+    def lookahead(self) -> int:  # type: ignore[override]
+        return self.potential.lookahead
+
+    def prepare(self, tokenizer: Any) -> None:
+        self.potential.prepare(tokenizer)
+
+    def setup(self, engine: Engine) -> None:
+        self.potential.setup(engine)
+
+    def reset(self, n_particles: int, prompt: list[int]) -> None:
+        self.potential.reset(n_particles, prompt)
+
+    def reindex(self, ancestors: Tensor) -> None:
+        self.potential.reindex(ancestors)
+
+    def complete(self, state: State) -> Tensor:
+        return self.potential.complete(state)
 
 
 # -- by name -----------------------------------------------------------------------------------------------------------

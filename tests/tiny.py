@@ -6,6 +6,7 @@ is the `RowModel` over that table, so that a group can be stepped without any en
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from pathlib import Path
 
@@ -131,6 +132,25 @@ def run_table(tiny: TinyLlama, params: SMCParams, potential: Potential | None):
     while not group.done:
         group.step()
     return group.population()
+
+
+class TableLLM:
+    """`smc` as `fastsmc.LLM` has it, over the table."""
+
+    def __init__(self, tiny: TinyLlama) -> None:
+        self.tiny = tiny
+
+    def smc(self, prompts, params, potential, *, twist=None, exact=None):
+        assert twist is None
+        populations = []
+        for i, prompt in enumerate(prompts):
+            own = dataclasses.replace(params, group=params.group + i)
+            kept = None if exact is None else exact[i]
+            group = Group(own, TableRows(self.tiny, own.n_particles), potential, prompt, self.tiny.stop, exact=kept)
+            while not group.done:
+                group.step()
+            populations.append(group.population())
+        return populations
 
 
 class TableTwist(Potential):

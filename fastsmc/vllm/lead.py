@@ -79,6 +79,8 @@ class Lead:
     params: SMCParams
     potential: str | None
     potential_args: str
+    twist: str | None
+    exact: list[list[int]] | None
     return_population: bool
 
     @classmethod
@@ -114,10 +116,20 @@ class Lead:
                 raise ValueError
         except (TypeError, ValueError, RecursionError):
             raise ValueError(f"smc_potential_args={str(args)[:200]!r}: must be a JSON object") from None
+        twist = extra.get(PREFIX + "twist")
+        if twist is not None and (not isinstance(twist, str) or potential is None):
+            raise ValueError(
+                f"smc_twist={twist!r}: must be the directory of a twist, and needs smc_potential beside it"
+            )
+        exact = extra.get(PREFIX + "exact")
+        if exact is not None:
+            if not isinstance(exact, list) or not exact:
+                raise ValueError(f"smc_exact={exact!r}: must be a list of lists of token ids")
+            exact = [potentials.token_list(f"smc_exact[{i}]", ids) for i, ids in enumerate(exact)]
         whole = extra.get(PREFIX + "return_population", False)
         if whole not in (True, False):
             raise ValueError(f"smc_return_population={whole!r}: must be true or false")
-        return cls(params, potential, args, bool(whole))
+        return cls(params, potential, args, twist, exact, bool(whole))
 
     def lookahead(self) -> int:
         """Tokens beyond a particle's end that its potential scores, known from name and arguments alone.
@@ -190,6 +202,8 @@ class GroupStart:
     stop_token_ids: frozenset[int]
     potential: str | None
     potential_args: str
+    twist: str | None
+    exact: list[list[int]] | None
     lookahead: int
     return_population: bool
 

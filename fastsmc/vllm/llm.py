@@ -15,6 +15,7 @@ from vllm import RequestOutput, SamplingParams
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 
+from fastsmc import twists
 from fastsmc.group import SMCError
 from fastsmc.params import PREFIX, SMCParams
 from fastsmc.population import Population
@@ -83,6 +84,8 @@ class LLM(vllm.LLM):
         params: SMCParams | None = None,
         potential: Potential | Sequence[Potential | None] | None = None,
         *,
+        twist: str | os.PathLike | None = None,
+        exact: Sequence | None = None,
         use_tqdm: bool = False,
     ) -> Population | list[Population]:
         """Samples p0(s | prompt)·φ(s)/Z with N weighted particles.
@@ -93,6 +96,10 @@ class LLM(vllm.LLM):
             params: None is `SMCParams()`.
             potential: φ and its twists, evaluated in the worker process: a `Potential`, or one for each prompt. None:
                 plain ancestral sampling, log Z = 0.
+            twist: directory of a learned twist (`fastsmc.twists`), which guides the particles towards the potential;
+                the target stays p0·φ. Without a potential, the one that the twist was trained for, by its name.
+            exact: exact samples of the target, as lists of token ids: a list of one makes the group conditional, of
+                n_particles has them weighed (see `fastsmc.group`). With several prompts, one such list for each.
             use_tqdm: a progress bar over particle steps.
 
         Raises:
@@ -108,9 +115,14 @@ class LLM(vllm.LLM):
         if not items:
             return []
         inputs = [self._prompt(item) for item in items]
+        if twist is not None and potential is None:
+            potential = twists.card_potential(twist)
         chosen = list(potential) if isinstance(potential, (list, tuple)) else [potential] * len(items)
         if len(chosen) != len(items):
             raise ValueError(f"potential: {len(chosen)} potentials for {len(items)} prompts")
+        exact = [exact] if single and exact is not None else exact
+        if exact is not None and len(exact) != len(items):
+            raise ValueError(f"exact: samples for {len(exact)} prompts, but there are {len(items)}")
         names: dict[int, str | None] = {id(None): None}
         own: list[str] = []
         try:
@@ -119,7 +131,14 @@ class LLM(vllm.LLM):
                     names[id(one)] = self.register_potential(one)
                     own.append(names[id(one)])
             leads = [
-                self.lead_params(params, names[id(one)], group=i, return_population=True)
+                self.lead_params(
+                    params,
+                    names[id(one)],
+                    group=i,
+                    twist=twist,
+                    exact=None if exact is None else exact[i],
+                    return_population=True,
+                )
                 for i, one in enumerate(chosen)
             ]
             outputs = self._run_leads(inputs, leads, params, use_tqdm)
@@ -142,19 +161,32 @@ class LLM(vllm.LLM):
         return populations[0] if single else populations
 
     def lead_params(
-        self, params: SMCParams, potential: str | None = None, *, group: int = 0, return_population: bool = False
+        self,
+        params: SMCParams,
+        potential: str | None = None,
+        *,
+        group: int = 0,
+        twist: str | os.PathLike | None = None,
+        exact: Sequence[Sequence[int]] | None = None,
+        return_population: bool = False,
     ) -> SamplingParams:
         """SamplingParams of a lead, for `generate`: the request's text is then one posterior sample.
 
         Args:
             potential: a registered name (`register_potential`, or an entry point in `fastsmc.potentials`).
             group: added to `params.group`.
+            twist: directory of a learned twist, as the worker sees it.
+            exact: exact samples of the target: one, or n_particles of them.
             return_population: the whole population comes back with the output, for `population(output)`.
         """
         extra = params.to_extra_args()
         extra[PREFIX + "group"] += group
         if potential is not None:
             extra[PREFIX + "potential"] = potential
+        if twist is not None:
+            extra[PREFIX + "twist"] = os.path.abspath(twist)
+        if exact is not None:
+            extra[PREFIX + "exact"] = [[int(v) for v in ids] for ids in exact]
         if return_population:
             extra[PREFIX + "return_population"] = True
         return SamplingParams(

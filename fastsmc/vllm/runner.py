@@ -21,6 +21,7 @@ from fastsmc import ops, potentials
 from fastsmc.group import Group, GroupEngine, SMCError
 from fastsmc.paging import Paging
 from fastsmc.potentials import Potential
+from fastsmc.twists import Twist, card_stamp
 from fastsmc.vllm import compat
 from fastsmc.vllm.lead import OBJECT, GroupResult, GroupStart, GroupTick, Tick, last_position
 
@@ -190,7 +191,7 @@ class ParticleRunner:
                     config.tokenizer, revision=config.tokenizer_revision, trust_remote_code=config.trust_remote_code
                 )
             self._engine = GroupEngine(
-                tokenizer, self.model.device, config.get_vocab_size(), config.get_hidden_size(), self._net
+                tokenizer, self.model.device, config.get_vocab_size(), config.get_hidden_size(), self._net, config.model
             )
         return self._engine
 
@@ -208,6 +209,23 @@ class ParticleRunner:
         self._potentials.pop(name, None)
 
     def _potential(self, start: GroupStart) -> Potential | None:
+        target = self._target(start)
+        return target if start.twist is None else self._twist(start.twist).guide(target)
+
+    def _twist(self, path: str) -> Twist:
+        """The twist saved at `path`, kept as long as its card does not change."""
+        key = f"twist {path} {card_stamp(path)}"
+        if key not in self._potentials:
+            self._make_room()
+            self.put_potential(key, Twist.load(path))
+        return self._potentials[key]
+
+    def _make_room(self) -> None:
+        named = [known for known in self._potentials if not known.startswith(OBJECT)]
+        if len(named) >= _MAX_NAMED:
+            self.drop_potential(named[0])
+
+    def _target(self, start: GroupStart) -> Potential | None:
         name = start.potential
         if name is None:
             return None
@@ -217,9 +235,7 @@ class ParticleRunner:
             return self._potentials[name]
         key = f"{name} {start.potential_args}"
         if key not in self._potentials:
-            named = [known for known in self._potentials if not known.startswith(OBJECT)]
-            if len(named) >= _MAX_NAMED:
-                self.drop_potential(named[0])
+            self._make_room()
             self.put_potential(key, potentials.resolve(name, json.loads(start.potential_args)))
         return self._potentials[key]
 
@@ -264,6 +280,7 @@ class ParticleRunner:
                 part.start.stop_token_ids,
                 self.model.device,
                 self._engine,
+                part.start.exact,
             )
             self.groups[part.request_id] = (group, part.start)
         group, start = self.groups[part.request_id]

@@ -222,6 +222,8 @@ class _SMCMixin:
                 stop_token_ids=frozenset(stop),
                 potential=group.lead.potential,
                 potential_args=group.lead.potential_args,
+                twist=group.lead.twist,
+                exact=group.lead.exact,
                 lookahead=group.lookahead,
                 return_population=group.lead.return_population,
             )

@@ -1,0 +1,442 @@
+"""How good is a sampler: bounds on log Z, divergences, effective sample sizes, and plain sampling at equal cost.
+
+`llm` is `fastsmc.LLM` or `fastsmc.hf.HFEngine`; `exact` are exact samples of the target σ = p0·φ/Z as lists of token
+ids (`rejection` makes some where φ <= 1). Everything random is keyed by `params.seed` and
+`params.group`; run r of a function takes group + r, the next kind of run the groups after that.
+
+    log_z_bounds    E[log Ẑ] <= log Z <= E[log Ẑ*], by ordinary and by conditional SMC
+    kl              KL(q‖σ) and KL(σ‖q) of the proposal q that `params` and `potential` make
+    baselines       rejection and best-of-n with the tokens that SMC would have used
+    report          all of it, as JSON values; `table` and `plot` show a report
+
+Sources: Grosse et al. 2015 (arXiv 1511.02543), Zhao et al. 2024 (arXiv 2404.17546), Bennett 1976.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from fastsmc.params import SMCParams
+from fastsmc.population import Population
+from fastsmc.potentials import Potential
+
+#: two-sided 95 % of a normal distribution
+Z95 = 1.959963984540054
+
+
+def _check(exact: Any, runs: int) -> list[list[int]]:
+    if isinstance(runs, bool) or not hasattr(runs, "__index__") or runs < 2:
+        raise ValueError(f"runs={runs!r}: must be an integer of at least 2, for a standard error")
+    if exact is None or isinstance(exact, str) or not len(exact):
+        raise ValueError(f"exact={exact!r}: needs at least one exact sample of the target, as a list of token ids")
+    return [[int(v) for v in ids] for ids in exact]
+
+
+def _run(
+    llm: Any, prompt: Any, params: SMCParams, potential: Potential | None, twist: Any, runs: int, first: int, exact=None
+) -> list[Population]:
+    """`runs` groups of one prompt, numbered from params.group + first."""
+    ids = llm.get_tokenizer().encode(prompt) if isinstance(prompt, str) else [int(v) for v in prompt]
+    params = dataclasses.replace(params, group=params.group + first)
+    return llm.smc([ids] * runs, params, potential, twist=twist, exact=exact)
+
+
+def _mean(values: np.ndarray, clusters: np.ndarray | None = None) -> tuple[float, float]:
+    """Mean and its standard error; values of one cluster are taken for one observation."""
+    mean = float(np.mean(values))
+    if not math.isfinite(mean):
+        return mean, math.nan
+    if clusters is not None:
+        n = len(set(clusters.tolist()))
+        if n == 1:
+            return mean, math.nan
+        sums = np.bincount(clusters, values - mean, minlength=n)
+        return mean, float(np.sqrt(np.square(sums).sum() * n / (n - 1)) / len(values))
+    return mean, float(np.std(values, ddof=1) / math.sqrt(len(values)))
+
+
+# -- bounds ------------------------------------------------------------------------------------------------------------
+@dataclasses.dataclass(eq=False, repr=False)
+class LogZBounds:
+    """Two-sided bounds on log Z.
+
+    Attributes:
+        lower: (R,) float64, log Ẑ of ordinary runs; their mean is at most log Z, and exp(lower) is unbiased for Z.
+        upper: (R,) float64, log Ẑ* of conditional runs; their mean is at least log Z, and exp(-upper) is unbiased for
+            1/Z.
+        sample: (R,) int64, which exact sample each conditional run kept.
+        ess: (R, T) float64, effective sample sizes of the ordinary runs; those that ended early stay as they ended.
+        n_particles: N.
+    """
+
+    lower: np.ndarray
+    upper: np.ndarray
+    sample: np.ndarray
+    ess: np.ndarray
+    n_particles: int
+
+    @property
+    def lower_mean(self) -> float:
+        return _mean(self.lower)[0]
+
+    @property
+    def lower_se(self) -> float:
+        return _mean(self.lower)[1]
+
+    @property
+    def upper_mean(self) -> float:
+        return _mean(self.upper)[0]
+
+    @property
+    def upper_se(self) -> float:
+        """Runs that kept the same exact sample count as one observation; NaN with a single sample."""
+        return _mean(self.upper, self.sample)[1]
+
+    @property
+    def gap(self) -> float:
+        """Upper less lower: at least the symmetrised KL divergence of one returned sample."""
+        return self.upper_mean - self.lower_mean
+
+    @property
+    def gap_se(self) -> float:
+        return math.hypot(self.lower_se, self.upper_se)
+
+    def interval(self) -> tuple[float, float]:
+        """From the lower bound less 1.96 standard errors to the upper bound plus 1.96."""
+        return self.lower_mean - Z95 * self.lower_se, self.upper_mean + Z95 * self.upper_se
+
+    def log_z(self) -> tuple[float, float]:
+        """log Z and its standard error from both sides; see `bridge`."""
+        return bridge(self.lower, self.upper)
+
+    def to_dict(self) -> dict[str, Any]:
+        log_z, se = self.log_z()
+        return {
+            "n_particles": self.n_particles,
+            "runs": len(self.lower),
+            "lower": self.lower_mean,
+            "lower_se": self.lower_se,
+            "upper": self.upper_mean,
+            "upper_se": self.upper_se,
+            "gap": self.gap,
+            "gap_se": self.gap_se,
+            "log_z": log_z,
+            "log_z_se": se,
+            "lower_runs": self.lower.tolist(),
+            "upper_runs": self.upper.tolist(),
+        }
+
+    def __repr__(self) -> str:
+        return (
+            f"LogZBounds(N={self.n_particles}, R={len(self.lower)}, lower={self.lower_mean:.4f}±{self.lower_se:.4f}, "
+            f"upper={self.upper_mean:.4f}±{self.upper_se:.4f})"
+        )
+
+
+def log_z_bounds(
+    llm: Any,
+    prompt: str | Sequence[int],
+    params: SMCParams,
+    potential: Potential | None,
+    *,
+    exact: Sequence[Sequence[int]],
+    runs: int = 16,
+    twist: str | os.PathLike | None = None,
+) -> LogZBounds:
+    """Bounds on log Z from `runs` ordinary and `runs` conditional runs; conditional run r keeps exact[r % len(exact)].
+
+    Conditional runs resample multinomially whatever `params.resampling` says (see `fastsmc.group`), so their bound is
+    looser than systematic resampling's would be, never wrong.
+
+    Raises:
+        ValueError: no exact samples, or fewer than 2 runs.
+        SMCError: a run failed; also if an exact sample has weight zero.
+    """
+    exact = _check(exact, runs)
+    ordinary = _run(llm, prompt, params, potential, twist, runs, 0)
+    sample = np.arange(runs) % len(exact)
+    kept = _run(llm, prompt, params, potential, twist, runs, runs, [[exact[i]] for i in sample])
+    return LogZBounds(
+        np.array([p.log_z for p in ordinary]),
+        np.array([p.log_z for p in kept]),
+        sample,
+        _ess_curves(ordinary),
+        params.n_particles,
+    )
+
+
+def _ess_curves(populations: Sequence[Population]) -> np.ndarray:
+    longest = max(p.T for p in populations)
+    return np.stack([np.append(p.ess, np.full(longest - p.T, p.ess[-1])) for p in populations])
+
+
+def bridge(lower: np.ndarray, upper: np.ndarray) -> tuple[float, float]:
+    """log Z and its standard error from log weights under the proposal and under the target.
+
+    `lower` are log(σ̃/q) of draws from q, `upper` of draws from σ; SMC's log Ẑ and log Ẑ* are such weights on the space
+    of all particles. Bennett's acceptance ratio, the estimator of least variance from both: the c at which
+    n₀ E_q[f(c' − w)] = n₁ E_σ[f(w − c')] with f the logistic function and c' = c + log(n₁/n₀).
+    """
+    lower, upper = np.asarray(lower, float), np.asarray(upper, float)
+    shift = math.log(len(upper) / len(lower))
+
+    def parts(c: float) -> tuple[np.ndarray, np.ndarray]:
+        with np.errstate(over="ignore"):
+            # the share of σ in the mixture at a draw of q, and of q at a draw of σ
+            return 1 / (1 + np.exp(c - shift - lower)), 1 / (1 + np.exp(upper - c + shift))
+
+    finite = np.concatenate([lower[np.isfinite(lower)], upper])
+    low, high = finite.min() - 50.0, finite.max() + 50.0
+    for _ in range(200):
+        c = (low + high) / 2
+        of_q, of_target = parts(c)
+        low, high = (c, high) if of_q.sum() > of_target.sum() else (low, c)
+    of_q, of_target = parts(c)
+    relative = sum(np.mean(f**2) / np.mean(f) ** 2 / len(f) - 1 / len(f) for f in (of_q, of_target))
+    return float(c), float(math.sqrt(max(relative, 0.0)))
+
+
+# -- divergences -------------------------------------------------------------------------------------------------------
+@dataclasses.dataclass(frozen=True)
+class KL:
+    """Divergences in nats between the proposal q and the target σ, with standard errors.
+
+    Attributes:
+        q_sigma, q_sigma_se: KL(q‖σ) = log Z − E_q[log p0 φ / q]; infinite if a draw of q has φ = 0.
+        sigma_q, sigma_q_se: KL(σ‖q) = E_σ[log p0 φ / q] − log Z.
+        log_z, log_z_se: what log Z was taken to be.
+        draws, samples: number of draws from q, and of exact samples.
+    """
+
+    q_sigma: float
+    q_sigma_se: float
+    sigma_q: float
+    sigma_q_se: float
+    log_z: float
+    log_z_se: float
+    draws: int
+    samples: int
+
+
+def kl(
+    llm: Any,
+    prompt: str | Sequence[int],
+    params: SMCParams,
+    potential: Potential | None,
+    *,
+    exact: Sequence[Sequence[int]],
+    runs: int = 16,
+    twist: str | os.PathLike | None = None,
+    log_z: float | None = None,
+    bounds: LogZBounds | None = None,
+) -> KL:
+    """KL(q‖σ) and KL(σ‖q), with q the law of one particle that is never resampled.
+
+    q is the proposal of `params`: p0·ψ normalised token by token, or p0. It is sampled with `runs` groups of
+    n_particles; every exact sample is weighed once.
+
+    Args:
+        log_z: log Z where it is known; else it comes from `bounds`, and else from `log_z_bounds` with these arguments.
+
+    Raises:
+        As `log_z_bounds`.
+    """
+    exact = _check(exact, runs)
+    log_z_se = 0.0
+    if log_z is None:
+        if bounds is None:
+            bounds = log_z_bounds(llm, prompt, params, potential, exact=exact, runs=runs, twist=twist)
+        log_z, log_z_se = bounds.log_z()
+    params = dataclasses.replace(params, ess_threshold=0.0)
+    drawn = _run(llm, prompt, params, potential, twist, runs, 2 * runs)
+    # a run's particles share strata, so runs are what is independent
+    of_q, of_q_se = _mean(np.array([p.log_weights.mean() for p in drawn]))
+    weights = weigh(llm, prompt, params, potential, exact, twist)
+    of_sigma, of_sigma_se = _mean(weights) if len(weights) > 1 else (float(weights[0]), math.nan)
+    return KL(
+        q_sigma=log_z - of_q,
+        q_sigma_se=math.hypot(of_q_se, log_z_se) if math.isfinite(of_q) else math.nan,
+        sigma_q=of_sigma - log_z,
+        sigma_q_se=math.hypot(of_sigma_se, log_z_se),
+        log_z=log_z,
+        log_z_se=log_z_se,
+        draws=runs * params.n_particles,
+        samples=len(exact),
+    )
+
+
+def weigh(
+    llm: Any,
+    prompt: str | Sequence[int],
+    params: SMCParams,
+    potential: Potential | None,
+    exact: Sequence[Sequence[int]],
+    twist: str | os.PathLike | None = None,
+) -> np.ndarray:
+    """(K,) float64 log p0 φ / q of given complete sequences, n_particles of them a group."""
+    size = min(params.n_particles, len(exact))
+    chunks = [list(exact[i : i + size]) for i in range(0, len(exact), size)]
+    fill = size - len(chunks[-1])
+    chunks[-1] = chunks[-1] + chunks[-1][:1] * fill
+    params = dataclasses.replace(params, n_particles=size, ess_threshold=0.0)
+    populations = _run(llm, prompt, params, potential, twist, len(chunks), 0, chunks)
+    return np.concatenate([p.log_weights for p in populations])[: len(exact)]
+
+
+# -- plain sampling ----------------------------------------------------------------------------------------------------
+def baselines(
+    llm: Any, prompt: str | Sequence[int], params: SMCParams, potential: Potential | None, runs: int = 4
+) -> dict[str, float | None]:
+    """What plain sampling makes of as many tokens as SMC has: N particles a run, drawn from p0.
+
+    Returns:
+        acceptance: E[φ] / max(1, largest φ seen): the share of draws that rejection sampling keeps (exact for φ <= 1).
+        accepted_per_run: how many of N that is.
+        log_phi_best_of_n: mean over runs of the largest log φ of N draws; log_prob_best_of_n: their log p0.
+        log_phi_base: mean log φ of a draw; None if it is −inf.
+    """
+    free = dataclasses.replace(params, ess_threshold=0.0, proposal="base")
+    populations = _run(llm, prompt, free, potential, None, runs, 4 * runs)
+    log_phi = np.stack([p.log_weights for p in populations])
+    log_p = np.stack([p.log_probs for p in populations])
+    best = log_phi.argmax(axis=1)
+    rows = np.arange(runs)
+    top = max(0.0, float(log_phi.max()))
+    acceptance = float(np.exp(log_phi - top).mean())
+    mean = float(log_phi.mean())
+    return {
+        "acceptance": acceptance,
+        "accepted_per_run": acceptance * params.n_particles,
+        "log_phi_best_of_n": _plain(log_phi[rows, best].mean()),
+        "log_prob_best_of_n": _plain(log_p[rows, best].mean()),
+        "log_phi_base": _plain(mean),
+    }
+
+
+def _plain(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def rejection(
+    llm: Any,
+    prompt: str | Sequence[int],
+    params: SMCParams,
+    potential: Potential,
+    count: int,
+    *,
+    max_draws: int = 1 << 20,
+) -> list[list[int]]:
+    """`count` exact samples of p0·φ/Z for a φ of at most 1: draws of p0, n_particles a group, each kept with chance φ.
+
+    Raises:
+        ValueError: a draw has φ > 1, or fewer than `count` of `max_draws` draws were kept; says how many.
+    """
+    free = dataclasses.replace(params, ess_threshold=0.0, proposal="base")
+    rng = np.random.default_rng([params.seed, params.group])
+    kept: list[list[int]] = []
+    for first in range(-(-max_draws // params.n_particles)):
+        population = _run(llm, prompt, free, potential, None, 1, first)[0]
+        kept += accept(population, rng)
+        if len(kept) >= count:
+            return kept[:count]
+    raise ValueError(f"rejection: {len(kept)} of {max_draws} draws were kept, {count} are wanted; φ is too small")
+
+
+def accept(population: Population, rng: np.random.Generator) -> list[list[int]]:
+    """Of draws from p0 that carry their log φ as weights, those kept with chance φ. ValueError: a φ is above 1."""
+    log_phi = population.log_weights
+    if (log_phi > 1e-6).any():
+        raise ValueError(f"rejection: a draw has log φ = {log_phi.max():.4g}; φ must be at most 1")
+    hits = np.flatnonzero(np.log(rng.random(len(log_phi))) < log_phi)
+    return [population.token_ids[i] for i in hits]
+
+
+# -- the whole ---------------------------------------------------------------------------------------------------------
+def report(
+    llm: Any,
+    prompt: str | Sequence[int],
+    params: SMCParams,
+    potential: Potential,
+    *,
+    exact: Sequence[Sequence[int]],
+    runs: int = 16,
+    twist: str | os.PathLike | None = None,
+) -> dict[str, Any]:
+    """The evaluation of one sampler, beside the base proposal's and plain sampling, in plain JSON values.
+
+    `samplers` has an entry each for the sampler asked about and for `base` (draws from p0), with bounds, divergences
+    and the mean ESS curve.
+    """
+    ways = {"base": (dataclasses.replace(params, proposal="base"), None)}
+    if params.proposal == "twisted":
+        ways["twisted"] = (params, twist)
+    samplers = {}
+    for name, (own, guide) in ways.items():
+        bounds = log_z_bounds(llm, prompt, own, potential, exact=exact, runs=runs, twist=guide)
+        divergence = kl(llm, prompt, own, potential, exact=exact, runs=runs, twist=guide, bounds=bounds)
+        samplers[name] = {
+            "bounds": bounds.to_dict(),
+            "kl": {k: v if math.isfinite(v) else None for k, v in dataclasses.asdict(divergence).items()},
+            "ess": bounds.ess.mean(axis=0).tolist(),
+        }
+    return {
+        "params": dataclasses.asdict(params),
+        "exact_samples": len(exact),
+        "runs": runs,
+        "samplers": samplers,
+        "baselines": baselines(llm, prompt, params, potential),
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """A report as lines of text."""
+
+    def cell(value: float | None, se: float | None = None) -> str:
+        if value is None:
+            return "inf"
+        return f"{value:.3f}" + (f" ± {Z95 * se:.3f}" if se is not None and math.isfinite(se) else "")
+
+    lines = [f"{'':<10}{'log Z from below':>20}{'from above':>20}{'gap':>10}{'KL(q‖σ)':>18}{'KL(σ‖q)':>18}"]
+    for name, sampler in result["samplers"].items():
+        b, d = sampler["bounds"], sampler["kl"]
+        lines.append(
+            f"{name:<10}{cell(b['lower'], b['lower_se']):>20}{cell(b['upper'], b['upper_se']):>20}"
+            f"{cell(b['gap']):>10}{cell(d['q_sigma'], d['q_sigma_se']):>18}{cell(d['sigma_q'], d['sigma_q_se']):>18}"
+        )
+    plain, n = result["baselines"], result["params"]["n_particles"]
+    lines.append("")
+    lines.append(
+        f"rejection keeps {plain['acceptance']:.3%} of draws, {plain['accepted_per_run']:.2f} of {n}; the best of {n} "
+        f"draws has log φ {cell(plain['log_phi_best_of_n'])}"
+    )
+    lines.append(f"N = {n}, {result['runs']} runs, {result['exact_samples']} exact samples; ± is 95 %, in nats")
+    return "\n".join(lines)
+
+
+def plot(result: dict[str, Any], path: str | os.PathLike | None = None) -> Any:
+    """Bounds of the samplers beside their ESS curves; a matplotlib Figure, written to `path` if given."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    n = result["params"]["n_particles"]
+    for i, (name, sampler) in enumerate(result["samplers"].items()):
+        b = sampler["bounds"]
+        left.plot([i, i], [b["lower"], b["upper"]], color=f"C{i}", lw=6, alpha=0.3, solid_capstyle="butt")
+        for side, marker in (("lower", "^"), ("upper", "v")):
+            se = b[f"{side}_se"]
+            left.errorbar(i, b[side], yerr=0.0 if math.isnan(se) else Z95 * se, color=f"C{i}", marker=marker, capsize=4)
+        right.plot(np.arange(1, len(sampler["ess"]) + 1), sampler["ess"], color=f"C{i}", marker=".", label=name)
+    left.set(xticks=range(len(result["samplers"])), xticklabels=list(result["samplers"]), ylabel="log Z")
+    left.set(title=f"bounds, N = {n}", xlim=(-0.5, len(result["samplers"]) - 0.5))
+    right.set(xlabel="step", ylabel="mean ESS", ylim=(0, 1.04 * n), title="effective sample size")
+    right.legend(frameon=False)
+    if path is not None:
+        figure.savefig(path, dpi=110)
+    return figure

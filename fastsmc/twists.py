@@ -1,0 +1,385 @@
+"""Learned twists: log ψ_{t+1}(s, v) of every next token v from the last hidden state, as a potential.
+
+    hidden state (R, H) → features (R, r) → ·outᵀ + bias → log ψ (R, V) → weigh, draw
+
+`Head` is the part after the hidden state, `Twist` the potential around it. Kinds of twists differ in where the hidden
+state comes from and how it becomes features:
+
+    linear   the base model's own; features are the hidden state
+    mlp      the base model's own; features are a two-layer perceptron's, of rank r
+    lora     of a copy of the base model with low-rank adapters, then an mlp head
+    model    of a separate, smaller Hugging Face model with the same vocabulary, then an mlp head
+
+A twist says nothing about φ: `twist.guide(potential)` is a product whose φ is the potential's and whose ψ is the
+twist's. A twist was trained either to be all of ψ (the default), or to `compose` with the potential's own, as with a
+mask: then log weights of both add up. Whatever the twist says, weights stay exact.
+
+The contract wants log ψ_{t+1}(s, v) − log ψ_t(s). The subtraction is part of the matrix product: the features get
+(1, −log ψ_t) as two further columns, `out` gets (bias, 1).
+
+On disk a twist is a directory: `card.json` and `twist.safetensors`; kind `model` has the model in `trunk/`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastsmc.hf import Trunk
+from fastsmc.potentials import Engine, Final, Potential, Product, Rows, State, resolve
+
+FORMAT, VERSION = "fastsmc.twist", 1
+KINDS = ("linear", "mlp", "lora", "model")
+LOSSES = ("ctl", "rl", "sixo", "fudge", "dpg")
+
+
+# -- the card ----------------------------------------------------------------------------------------------------------
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Card:
+    """What a twist is for and how it was made.
+
+    Args:
+        kind: one of `KINDS`.
+        loss: one of `LOSSES`. `dpg` makes a twist proposal-only: its ψ has a free constant in every prefix.
+        base_model: name or path of the model p0; another model is told by its last path component.
+        vocab_size, hidden_size: of the base model.
+        tokenizer: `tokenizer_hash` of its tokenizer, or None.
+        input_size: size of the hidden state that the head reads: the base model's but for kind `model`.
+        rank: features r.
+        prompt: the prompt's text or tokens that it was trained for, for the record.
+        potential, potential_args: registered name and arguments of what it was trained for; None if it has no name.
+        temperature: of p0.
+        compose: it was trained beside the potential's own ψ, not in its place.
+        steps: gradient steps.
+        lora_rank, lora_alpha: of kind `lora`, else 0.
+        settings: the whole training configuration, for the record.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+
+    kind: str
+    loss: str
+    base_model: str
+    vocab_size: int
+    hidden_size: int
+    tokenizer: str | None
+    input_size: int
+    rank: int
+    prompt: Any = None
+    potential: str | None = None
+    potential_args: dict[str, Any] = dataclasses.field(default_factory=dict)
+    temperature: float = 1.0
+    compose: bool = False
+    steps: int = 0
+    lora_rank: int = 0
+    lora_alpha: float = 0.0
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, choices in (("kind", KINDS), ("loss", LOSSES)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r}: must be one of {', '.join(map(repr, choices))}")
+        for name in ("vocab_size", "hidden_size", "input_size", "rank"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name}={value!r}: must be an integer of at least 1")
+
+    @property
+    def bounded(self) -> bool:
+        """FUDGE's ψ is a probability: log ψ = log sigmoid of what the head gives."""
+        return self.loss == "fudge"
+
+    @classmethod
+    def read(cls, path: str | os.PathLike) -> Card:
+        """The card of the twist in directory `path`.
+
+        Raises:
+            ValueError: there is none, or it is none; names the path.
+        """
+        file = Path(path) / "card.json"
+        try:
+            fields = json.loads(file.read_text())
+            if fields.pop("format", None) != FORMAT:
+                raise ValueError("it is not the card of a fastsmc twist")
+            if (version := fields.pop("version", None)) != VERSION:
+                raise ValueError(f"its version is {version!r}; this fastsmc reads {VERSION}")
+            return cls(**fields)
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"twist {os.fspath(path)!r}: cannot read {file.name}: {error}") from None
+
+    def write(self, path: Path) -> None:
+        fields = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}
+        (path / "card.json").write_text(json.dumps(fields, indent=1) + "\n")
+
+
+def card_potential(path: str | os.PathLike) -> Potential:
+    """The potential that a saved twist was trained for, by its registered name. ValueError: it has no name."""
+    card = Card.read(path)
+    if card.potential is None:
+        raise ValueError(f"twist {os.fspath(path)!r}: was trained for a potential without a name; give potential=")
+    return resolve(card.potential, card.potential_args)
+
+
+def card_stamp(path: str | os.PathLike) -> int:
+    """When the card was written, so that a twist that was trained anew is loaded anew; 0 if there is none."""
+    try:
+        return (Path(path) / "card.json").stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
+def tokenizer_hash(tokenizer: Any) -> str | None:
+    """SHA-256 of a tokenizer's vocabulary with its ids; None for None."""
+    if tokenizer is None:
+        return None
+    entries = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
+    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
+
+
+def _last_part(name: str | None) -> str | None:
+    return None if name is None else os.path.basename(str(name).rstrip("/"))
+
+
+# -- the head ----------------------------------------------------------------------------------------------------------
+class Head(nn.Module):
+    """Hidden state (…, H) → log ψ before the link, (…, V). At the start it is 0 everywhere.
+
+    Args:
+        input_size: H.
+        vocab_size: V.
+        rank: r, the features of a perceptron; None: linear, the features are the hidden state.
+    """
+
+    def __init__(self, input_size: int, vocab_size: int, rank: int | None) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(vocab_size))
+        if rank is None:
+            self.features: nn.Module = nn.Identity()
+            self.out = nn.Parameter(torch.zeros(vocab_size, input_size))
+        else:
+            last = nn.Linear(rank, rank)
+            nn.init.zeros_(last.weight), nn.init.zeros_(last.bias)
+            self.features = nn.Sequential(nn.LayerNorm(input_size), nn.Linear(input_size, rank), nn.GELU(), last)
+            self.out = nn.Parameter(torch.randn(vocab_size, rank) / math.sqrt(rank))
+
+    def start_from(self, unembedding: Tensor) -> None:
+        """Lets a perceptron's `out` begin as the model's (V, H) output embedding, projected: like tokens share ψ."""
+        if isinstance(self.features, nn.Identity):
+            return
+        rank = self.out.shape[1]
+        with torch.no_grad():
+            e = unembedding.float() - unembedding.float().mean(0)
+            projected = e @ torch.randn(e.shape[1], rank, device=e.device)
+            self.out.copy_(projected / projected.norm(dim=1).mean().clamp(min=1e-6))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return F.linear(self.features(hidden), self.out, self.bias)
+
+    def score(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """(…, H), tokens (…) → (…): `forward` at these tokens alone."""
+        return (self.features(hidden) * self.out[tokens]).sum(-1) + self.bias[tokens]
+
+
+# -- LoRA --------------------------------------------------------------------------------------------------------------
+class LoraLinear(nn.Module):
+    """A frozen linear layer W and its low-rank change (alpha / r) · B A; B is 0 at the start.
+
+    Source: Hu et al. 2021 (arXiv 2106.09685).
+    """
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float) -> None:
+        super().__init__()
+        self.base, self.scale = base.requires_grad_(False), alpha / rank
+        weight = base.weight
+        self.a = nn.Parameter(torch.randn(rank, weight.shape[1], device=weight.device) / math.sqrt(weight.shape[1]))
+        self.b = nn.Parameter(torch.zeros(weight.shape[0], rank, device=weight.device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + F.linear(F.linear(x, self.a.to(x.dtype)), self.b.to(x.dtype)) * self.scale
+
+
+def add_lora(model: nn.Module, rank: int, alpha: float) -> dict[str, LoraLinear]:
+    """Freezes a model and puts an adapter on every linear layer but the output embedding; the adapters by name."""
+    model.requires_grad_(False)
+    unembed = model.get_output_embeddings()
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not unembed]
+    if not names:
+        raise ValueError(f"LoRA: {type(model).__name__} has no torch.nn.Linear layers")
+    added = {}
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        owner = model.get_submodule(parent)
+        added[name] = LoraLinear(getattr(owner, child), rank, alpha)
+        setattr(owner, child, added[name])
+    return added
+
+
+# -- the potential -----------------------------------------------------------------------------------------------------
+class Twist(Potential):
+    """A learned twist; multiply it with the potential that says what φ is.
+
+    Args:
+        card: what it is.
+        head: its head.
+        trunk: of kinds `lora` and `model`: where the hidden state comes from.
+    """
+
+    def __init__(self, card: Card, head: Head, trunk: Trunk | None = None) -> None:
+        self.card, self.head, self.trunk = card, head, trunk
+        self.proposal_only = card.loss == "dpg"  # type: ignore[misc]
+        self._lora: dict[str, Tensor] | None = None
+        self._trunk_path: str | None = None
+
+    # ------------------------------------------------------------------------------------------------------ files
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the directory `path`; what was there of a twist is replaced."""
+        from safetensors.torch import save_file
+
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        tensors = {f"head.{name}": value.detach().cpu().contiguous() for name, value in self.head.state_dict().items()}
+        if self.card.kind == "lora":
+            for name, module in self.trunk.model.named_modules():
+                if isinstance(module, LoraLinear):
+                    tensors[f"lora.{name}.a"] = module.a.detach().cpu().contiguous()
+                    tensors[f"lora.{name}.b"] = module.b.detach().cpu().contiguous()
+        if self.card.kind == "model":
+            self.trunk.model.save_pretrained(path / "trunk")
+        save_file(tensors, path / "twist.safetensors")
+        self.card.write(path)  # last: a directory with a card is whole
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Twist:
+        """What `save` wrote. The trunk of kind `lora` and `model` is loaded by `setup`.
+
+        Raises:
+            ValueError: naming the path and what is wrong with it.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        card = Card.read(path)
+        try:
+            tensors = load_file(Path(path) / "twist.safetensors")
+            head = Head(card.input_size, card.vocab_size, None if card.kind == "linear" else card.rank)
+            head.load_state_dict({k.removeprefix("head."): v for k, v in tensors.items() if k.startswith("head.")})
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise ValueError(f"twist {os.fspath(path)!r}: {error}") from None
+        twist = cls(card, head)
+        twist._lora = {k.removeprefix("lora."): v for k, v in tensors.items() if k.startswith("lora.")}
+        twist._trunk_path = os.path.join(os.path.abspath(path), "trunk")
+        return twist
+
+    # ------------------------------------------------------------------------------------------- as a potential
+    def guide(self, potential: Potential) -> Product:
+        """The potential's φ with this twist, and with the potential's own ψ if the twist was trained beside it."""
+        return Product(self, potential if self.card.compose else Final(potential))
+
+    def setup(self, engine: Engine) -> None:
+        """Refuses an engine that the twist was not trained for, and moves it there.
+
+        Raises:
+            ValueError: naming what does not match, the card's value and the engine's.
+        """
+        card = self.card
+        for what, mine, theirs in (
+            ("base_model", _last_part(card.base_model), _last_part(engine.model_name)),
+            ("vocab_size", card.vocab_size, engine.vocab_size),
+            ("hidden_size", card.hidden_size, engine.hidden_size),
+            ("tokenizer", card.tokenizer, tokenizer_hash(engine.tokenizer)),
+        ):
+            if mine != theirs and not (what == "tokenizer" and None in (mine, theirs)):
+                raise ValueError(f"the twist was trained for {what}={mine!r}, this engine has {theirs!r}")
+        if self.trunk is None and card.kind in ("lora", "model"):
+            self.trunk = self._load_trunk(engine)
+        self.head.to(engine.device).float()
+        ones = torch.ones(card.vocab_size, 1, device=engine.device)
+        with torch.no_grad():
+            self._weight = torch.cat([self.head.out, self.head.bias[:, None], ones], dim=1)
+
+    def _load_trunk(self, engine: Engine) -> Trunk:
+        if self.card.kind == "model":
+            return Trunk.load(self._trunk_path, device=str(engine.device))
+        trunk = Trunk.load(engine.model_name, device=str(engine.device))
+        scale = self.card.lora_alpha / self.card.lora_rank
+        with torch.no_grad():
+            for name in {key.rpartition(".")[0] for key in self._lora}:
+                weight = trunk.model.get_submodule(name).weight
+                a, b = (self._lora[f"{name}.{which}"].to(weight) for which in "ab")
+                weight += scale * b @ a
+        return trunk
+
+    def reset(self, n_particles: int, prompt: list[int]) -> None:
+        self._before: tuple[Tensor, Tensor, Tensor] | None = None  # features (R, r + 2), log ψ (R,), rows (N,)
+        self._cache: Any = None
+
+    def reindex(self, ancestors: Tensor) -> None:
+        if self._before is not None:
+            features, log_psi, rows = self._before
+            self._before = features, log_psi, rows[ancestors]
+
+    def _advance(self, state: State, done: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Features (R, r) of the distinct histories of `done` tokens, and log ψ (R,) of these histories.
+
+        Returns:
+            features, log ψ float32, a particle of each history (R,).
+        """
+        rows, own = state.rows, torch.nonzero(state.rows >= 0).squeeze(1)
+        n_rows = int(rows.max()) + 1 if done else 1
+        particle = torch.zeros(n_rows, dtype=torch.int64, device=rows.device)
+        particle[rows[own]] = own
+        log_psi = torch.zeros(n_rows, dtype=torch.float32, device=rows.device)
+        if done:
+            features, before, parents = self._before
+            parent, last = parents[particle], state.tokens[particle, done - 1]
+            log_psi = before[parent] + self._link((features[parent] * self._weight[last]).sum(1))
+        if self.trunk is None:
+            if state.hidden_rows is None:
+                raise ValueError(f"a twist of kind {self.card.kind!r} needs hidden states, and this engine gives none")
+            hidden = state.hidden_rows
+        elif done == 0:
+            hidden, self._cache = self.trunk.start(state.prompt)
+        else:
+            hidden, self._cache = self.trunk.next(self._cache, parent, last)
+        return self.head.features(hidden.float()), log_psi, particle
+
+    def _link(self, raw: Tensor) -> Tensor:
+        return F.logsigmoid(raw) if self.card.bounded else raw
+
+    @torch.no_grad()
+    def logw_next(self, state: State) -> Rows:
+        features, log_psi, _ = self._advance(state, state.step)
+        bounded = self.card.bounded
+        shift = torch.zeros_like(log_psi) if bounded else log_psi  # a link comes before the subtraction
+        features = torch.cat([features, torch.ones_like(log_psi)[:, None], -shift[:, None]], dim=1)
+        values = F.linear(features, self._weight)
+        if bounded:
+            values = F.logsigmoid(values).sub_(log_psi[:, None])
+        self._before = features, shift, state.rows
+        return Rows(values, state.rows.clamp(min=0))
+
+    @torch.no_grad()
+    def prefix(self, state: State) -> Tensor:
+        """log ψ_t of the tokens drawn, the last one included: asked after a draw from the base proposal."""
+        zeros = torch.zeros(len(state.finished), dtype=torch.float64, device=state.finished.device)
+        if state.step == 0 or self.proposal_only:
+            return zeros
+        features, log_psi, _ = self._advance(state, state.step - 1)
+        features = torch.cat([features, torch.ones(len(features), 1, device=features.device)], dim=1)
+        features = F.pad(features, (0, 1))
+        self._before = features, torch.zeros_like(log_psi), state.rows
+        rows, last = state.rows.clamp(min=0), state.tokens[:, -1].clamp(min=0)
+        return self._link((features[rows] * self._weight[last]).sum(1)).double()
+
+    def complete(self, state: State) -> Tensor:
+        return torch.zeros(len(state.finished), dtype=torch.float64, device=state.finished.device)

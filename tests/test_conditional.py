@@ -1,0 +1,177 @@
+"""Conditional groups and proposal-only potentials, over the enumerated table of a tiny Llama."""
+
+import numpy as np
+import pytest
+from tiny import PROMPT, TableRows, TableTwist, TinyLlama, make_llama, value_table
+
+from fastsmc import SMCParams
+from fastsmc.group import Group, SMCError
+
+VOCAB, STEPS, STOP = 6, 3, 5
+POTENTIAL = TableTwist(value_table(STEPS, VOCAB, seed=4))
+
+
+class Guide(TableTwist):
+    """The same φ, with a twist that only shapes the proposal: it has a constant of its own in every prefix."""
+
+    proposal_only = True
+
+    def prefix(self, state):
+        return 0.0 * self._so_far(state)
+
+    def logw_next(self, state):
+        return super().logw_next(state) + state.lengths[:, None] * 1.7 - 40.0
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return TinyLlama(make_llama(tmp_path_factory.mktemp("tiny"), VOCAB), VOCAB, STEPS, frozenset([STOP]))
+
+
+def run(tiny, params, potential, exact=None):
+    group = Group(params, TableRows(tiny, params.n_particles), potential, PROMPT, tiny.stop, exact=exact)
+    while not group.done:
+        group.step()
+    return group
+
+
+def posterior_samples(tiny, potential, k, seed=0):
+    posterior = tiny.posterior(potential.log_phi)
+    sequences = list(posterior)
+    picks = np.random.default_rng(seed).choice(len(sequences), size=k, p=list(posterior.values()))
+    return [list(sequences[i]) for i in picks]
+
+
+def params_of(n, threshold, proposal="twisted", **more):
+    return SMCParams(n_particles=n, max_tokens=STEPS, ess_threshold=threshold, proposal=proposal, **more)
+
+
+#: positive everywhere: what an ordinary run loses when all its weights are zero, 1/Ẑ* loses too
+POSITIVE = np.where(np.isinf(value_table(STEPS, VOCAB, seed=4)), -1.0, value_table(STEPS, VOCAB, seed=4))
+
+
+@pytest.mark.parametrize("kind", ["twisted", "base", "guided"])
+@pytest.mark.parametrize("threshold", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("n", [1, 4, 64])
+def test_mean_of_the_reciprocal(tiny, n, threshold, kind):
+    """With s* ~ σ kept, E[1/Ẑ*] = 1/Z, and E[log Ẑ*] >= log Z."""
+    potential = (Guide if kind == "guided" else TableTwist)(POSITIVE)
+    log_z, runs = tiny.log_z(potential.log_phi), 300 if n < 64 else 100
+    params = params_of(n, threshold, "base" if kind == "base" else "twisted", resampling="multinomial")
+    upper = []
+    for i, exact in enumerate(posterior_samples(tiny, potential, runs)):
+        group = run(tiny, SMCParams(**{**vars(params), "group": i}), potential, [exact])
+        upper.append(group.population().log_z)
+        kept = int(group._kept)
+        assert group.population().token_ids[kept] == exact
+    ratio = np.exp(log_z - np.array(upper))
+    error = ratio.std(ddof=1) / np.sqrt(runs)
+    assert abs(ratio.mean() - 1) <= 3.5 * error + 1e-6, (ratio.mean(), error)  # 27 cases
+    assert np.mean(upper) >= log_z - 3 * np.std(upper, ddof=1) / np.sqrt(runs) - 1e-6
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.7, 1.0])
+def test_conditional_law_of_the_others(tiny, threshold):
+    """E*[f(others) / Ẑ*] · Z = E[f(others)] of an ordinary multinomial run: f counts the first tokens of all rows."""
+    n, runs = 3, 1500
+    log_z = tiny.log_z(POTENTIAL.log_phi)
+    params = params_of(n, threshold, resampling="multinomial", seed=3)
+    ordinary = np.array(
+        [count_first(run(tiny, SMCParams(**{**vars(params), "group": i}), POTENTIAL), 1.0) for i in range(runs)]
+    )
+    kept = []
+    for i, exact in enumerate(posterior_samples(tiny, POTENTIAL, runs, seed=7)):
+        group = run(tiny, SMCParams(**{**vars(params), "group": runs + i}), POTENTIAL, [exact])
+        kept.append(count_first(group, np.exp(log_z - group.population().log_z)))
+    kept = np.array(kept)
+    error = np.sqrt((ordinary.var(axis=0, ddof=1) + kept.var(axis=0, ddof=1)) / runs)
+    assert np.all(np.abs(ordinary.mean(axis=0) - kept.mean(axis=0)) <= 3.5 * error)
+
+
+def count_first(group, factor):
+    tokens = group.population().token_ids
+    return factor * np.bincount([t[0] for t in tokens], minlength=VOCAB)
+
+
+def test_the_slot_is_uniform_and_follows_resampling(tiny):
+    params = params_of(4, 1.0)
+    exact = posterior_samples(tiny, POTENTIAL, 1)[0]
+    slots = []
+    for i in range(400):
+        group = Group(SMCParams(**{**vars(params), "group": i}), TableRows(tiny, 4), POTENTIAL, PROMPT, tiny.stop,
+                      exact=[exact])  # fmt: skip
+        path = [int(group._kept)]
+        while not group.done:
+            group.step()
+            path.append(int(group._kept))
+        lineage = group.population().lineage(path[-1])
+        assert [int(group._tokens[t][row]) for t, row in enumerate(lineage)][: len(exact)] == exact
+        slots.append(path[: len(exact)])
+    for column in np.array(slots).T:
+        assert np.all(np.abs(np.bincount(column, minlength=4) - 100) <= 4 * np.sqrt(400 * 0.25 * 0.75))
+
+
+@pytest.mark.parametrize("kind", ["twisted", "base", "guided"])
+def test_weighing_exact_samples(tiny, kind):
+    """N exact samples for N particles at threshold 0: log weights are log p0 φ / q of each, as enumerated."""
+    potential = Guide(value_table(STEPS, VOCAB, seed=4)) if kind == "guided" else POTENTIAL
+    exact = posterior_samples(tiny, potential, 16)
+    group = run(tiny, params_of(16, 0.0, "base" if kind == "base" else "twisted"), potential, exact)
+    population = group.population()
+    assert population.token_ids == exact
+    value = potential.value.numpy()
+    for tokens, got, log_p in zip(exact, population.log_weights, population.log_probs, strict=True):
+        log_q = 0.0
+        for t, v in enumerate(tokens):
+            x = tiny.table[tuple(tokens[:t])] + (0.0 if kind == "base" else potential.share * value[t])
+            log_q += x[v] - np.logaddexp.reduce(x)
+        want = tiny.log_p[tuple(tokens)] + potential.log_phi(tuple(tokens)) - log_q
+        assert abs(got - want) < 2e-5 and abs(log_p - tiny.log_p[tuple(tokens)]) < 2e-5
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.7, 1.0])
+def test_a_proposal_only_potential_is_unbiased(tiny, threshold):
+    """Its free constants enter neither Ẑ nor the resampling."""
+    guide = Guide(value_table(STEPS, VOCAB, seed=4))
+    populations = [run(tiny, params_of(6, threshold, seed=1, group=i), guide).population() for i in range(600)]
+    ratio = np.exp([p.log_z - tiny.log_z(guide.log_phi) for p in populations])
+    assert abs(ratio.mean() - 1) <= 3 * ratio.std(ddof=1) / np.sqrt(len(ratio))
+    if threshold == 1.0:
+        assert all(p.resampled[1:].all() for p in populations if p.T > 1)
+
+
+@pytest.mark.parametrize("kind", ["base", "guided"])
+def test_resampling_to_finished_particles_only(tiny, kind):
+    """Where a resampling leaves no unfinished particle, the population holds what it chose: E[Ẑ W f] = Z E_σ[f]."""
+    value = np.zeros((STEPS, VOCAB))
+    value[0, STOP], value[1, STOP] = 2.0, 1.0
+    potential = (Guide if kind == "guided" else TableTwist)(value)
+    populations = [
+        run(tiny, params_of(3, 1.0, "base" if kind == "base" else "twisted", group=i), potential).population()
+        for i in range(1000)
+    ]
+    early = [p for p in populations if p.T < STEPS or (p.tokens[-1] < 0).all()]
+    assert any((p.tokens[-1] < 0).all() for p in early)
+    z, posterior = np.exp(tiny.log_z(potential.log_phi)), tiny.posterior(potential.log_phi)
+    for length in range(1, STEPS + 1):
+        got = np.array([np.mean(np.exp(p.log_weights) * [len(t) == length for t in p.token_ids]) for p in populations])
+        want = z * sum(p for s, p in posterior.items() if len(s) == length)
+        assert abs(got.mean() - want) <= 3.5 * got.std(ddof=1) / np.sqrt(len(got)), length
+
+
+def test_refusals(tiny):
+    exact = posterior_samples(tiny, POTENTIAL, 4)
+    params = params_of(4, 0.5)
+    for bad, why in (
+        (exact[:2], "give one"),
+        (exact, "ess_threshold"),
+        ([[0, 1]], "no complete sequence"),
+        ([[STOP, 0, 0]], "no complete sequence"),
+        ([[]], "no complete sequence"),
+        ([[0, 0, 77]], "outside the vocabulary"),
+        ([[0, 2, 0]], "rules out|weight zero"),  # the potential forbids token 2 at step 1
+    ):
+        with pytest.raises(SMCError, match=why):
+            run(tiny, params, POTENTIAL, bad)
+    with pytest.raises(SMCError, match="proposal-only"):
+        run(tiny, params_of(4, 0.5, "base"), Guide(value_table(STEPS, VOCAB)))
