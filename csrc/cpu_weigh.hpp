@@ -11,7 +11,11 @@
 #include "fastsmc/weigh.cuh"
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#pragma GCC diagnostic push  // GCC 12 takes the undefined vectors in its own headers for mistakes
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 #endif
 
 namespace fastsmc::cpu {
