@@ -436,8 +436,7 @@ class Trainer:
         config = self.config
         frozen, wants_base = self.twist.trunk is None, config.loss in ("rl", "dpg")
         if frozen or wants_base:
-            parts = sequences.tokens.split(1024)
-            hidden = torch.cat([self.engine.trunk.hidden(self.prompt, part).float() for part in parts])
+            hidden = self.engine.trunk.frozen_hidden(self.prompt, sequences.tokens).float()
             sequences.hidden = hidden if frozen else None
             sequences.base_hidden = hidden if wants_base else None
         return sequences
