@@ -33,9 +33,9 @@ FACTOR = 30
 def run(
     json_path: str | None = None,
     model: str = "smollm2",
-    steps: int = 240,
+    steps: int = 80,
     seeds: int = 1,
-    runs: int = 16,
+    runs: int = 12,
     samples: int = 48,
     quick: bool = False,
 ) -> list[dict]:
@@ -103,7 +103,7 @@ def run(
                 dataclasses.replace(params, n_particles=n),
                 potential,
                 exact=exact,
-                runs=runs,
+                runs=4 * runs,  # they are cheap
                 twist=directory,
             )
             for n in PARTICLES
@@ -168,7 +168,7 @@ def main() -> None:
     parser.add_argument("--json", help="write the result here")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=240)
+    parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--quick", action="store_true", help="one task, few steps")
     args = parser.parse_args()
     run(args.json, args.model, steps=args.steps, seeds=args.seeds, quick=args.quick)
