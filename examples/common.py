@@ -28,7 +28,7 @@ def arguments(description: str) -> argparse.Namespace:
     return parser.parse_args()
 
 
-def study(name, args, prompt, params, potential, config, exact_count):
+def study(name, args, prompt, params, potential, config, exact_count, samples=1024):
     """Trains, evaluates, prints and draws.
 
     Args:
@@ -37,6 +37,8 @@ def study(name, args, prompt, params, potential, config, exact_count):
             evaluated.
         exact_count: exact samples by rejection for the upper bound; 0: φ is too rare, or not at most 1, and log Ẑ and
             ESS are compared instead.
+        samples: of each set that is trained on. With too few, hardly any of which φ likes, the twist comes to repeat
+            the first that it saw: `positive_ess` in metrics.jsonl stays near 1 then.
     """
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -48,7 +50,7 @@ def study(name, args, prompt, params, potential, config, exact_count):
     path = resolve(args.model)
     directory = Path(tempfile.mkdtemp(prefix=f"twist-{name}-"))
     hf = HFEngine(path, device=args.device)
-    many = dataclasses.replace(params, n_particles=8 * params.n_particles)
+    many = dataclasses.replace(params, n_particles=samples)
     trainer = Trainer(hf, prompt, many, potential, config, directory)
     trainer.run(progress=True)
     del hf, trainer

@@ -29,4 +29,4 @@ if __name__ == "__main__":
         eval_every=10 if args.quick else 250,
         eval_runs=2,
     )
-    study("constrained", args, PROMPT, params, Regex(PATTERN), config, exact_count=0)
+    study("constrained", args, PROMPT, params, Regex(PATTERN), config, exact_count=0, samples=64 if args.quick else 512)

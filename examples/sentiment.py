@@ -40,4 +40,13 @@ if __name__ == "__main__":
         eval_runs=4,
     )
     potential = TextPotential(classifier(args.classifier, 1) if args.classifier else vader())
-    study("sentiment", args, "This movie was", params, potential, config, exact_count=8)
+    study(
+        "sentiment",
+        args,
+        "This movie was",
+        params,
+        potential,
+        config,
+        exact_count=8,
+        samples=256 if args.quick else 1024,
+    )

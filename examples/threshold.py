@@ -47,4 +47,13 @@ if __name__ == "__main__":
     )
     score = classifier(args.classifier, 0) if args.classifier else vader()
     potential = TextPotential(lambda texts: beyond(score(texts)))
-    study("threshold", args, "Once upon a time, there was a", params, potential, config, exact_count=8)
+    study(
+        "threshold",
+        args,
+        "Once upon a time, there was a",
+        params,
+        potential,
+        config,
+        exact_count=8,
+        samples=256 if args.quick else 1024,
+    )

@@ -479,7 +479,9 @@ class Trainer:
             positive = batch if own else self._batch(self._positives)
             if own:
                 w = self._weights(batch.log_ratio[:, -1] + batch.log_phi)
-                extra["positive_ess"] = float(1 / w.square().sum()) if bool(w.sum() > 0) else 0.0
+                if not bool(w.any()):  # nothing of σ among them: nothing to learn from
+                    return self._log_psi(batch).sum() * 0.0, {"positive_ess": 0.0}
+                extra["positive_ess"] = float(1 / w.square().sum())
             else:
                 w = torch.full((len(positive),), 1 / len(positive), device=mask.device)
         if config.loss == "dpg":
