@@ -1,4 +1,4 @@
-"""The command line: `fastsmc run`, `fastsmc bench`, `fastsmc info`.
+"""The command line: `fastsmc run`, `train-twist`, `evaluate`, `bench`, `info`.
 
 Everything that can be refused is refused before an engine starts, in one line on stderr and with exit status 2; a
 group that fails gives status 1. Nothing heavy is imported before it is needed.
@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 from fastsmc.params import PROPOSALS, RESAMPLING_SCHEMES, SMCParams
 
-BENCHES = ("ops", "smc", "step")
+BENCHES = ("ops", "smc", "step", "twist", "infill")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -33,27 +33,45 @@ class _Parser(argparse.ArgumentParser):
 def make_parser() -> argparse.ArgumentParser:
     default = SMCParams()
     parser = _Parser(prog="fastsmc", description="Sequential Monte Carlo with language models, inside vLLM.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{run,bench,info}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{run,train-twist,evaluate,bench,info}")
 
     run = commands.add_parser("run", help="run one group of particles and show its best texts")
-    run.add_argument("--model", default="smollm2", help="name or path, as for vLLM (default: %(default)s)")
-    run.add_argument("--prompt", required=True)
-    run.add_argument("--particles", type=int, default=default.n_particles, metavar="N", help="default: %(default)s")
-    run.add_argument("--max-tokens", type=int, default=default.max_tokens, metavar="T", help="default: %(default)s")
-    run.add_argument("--potential", metavar="NAME", help="a registered potential; `fastsmc info` lists them")
-    run.add_argument("--potential-args", metavar="JSON", default="{}", help='for instance \'{"pattern": "yes|no"}\'')
-    run.add_argument("--temperature", type=float, default=default.temperature, help="default: %(default)s")
+    _add_task(run, default)
+    run.add_argument("--twist", metavar="DIR", help="a learned twist; brings its own potential if none is given")
     run.add_argument("--ess-threshold", type=float, default=default.ess_threshold, help="default: %(default)s")
     run.add_argument("--resampling", choices=RESAMPLING_SCHEMES, default=default.resampling)
     run.add_argument("--proposal", choices=PROPOSALS, default=default.proposal)
-    run.add_argument("--ignore-eos", action="store_true", help="particles go on past the end-of-sequence token")
-    run.add_argument("--seed", type=int, default=default.seed, help="default: %(default)s")
     run.add_argument("--best", type=int, default=10, metavar="K", help="texts in the table (default: %(default)s)")
     run.add_argument("--json", metavar="FILE", help="write everything about the result there")
     run.add_argument("--save", metavar="FILE", help="write the population there, for Population.load")
     run.add_argument("--plot", metavar="FILE", help="draw weights there and the genealogy beside it")
     run.add_argument("--engine-args", metavar="JSON", default="{}", help="further arguments of vllm.LLM")
     run.set_defaults(call=command_run)
+
+    train = commands.add_parser("train-twist", help="learn a twist for a potential; needs no vLLM")
+    _add_task(train, default)
+    train.add_argument("--out", required=True, metavar="DIR", help="where the twist and the run's files go")
+    train.add_argument(
+        "--config",
+        metavar="JSON",
+        default="{}",
+        help='fields of fastsmc.training.TwistConfig, for instance \'{"loss": "ctl", "steps": 500}\'',
+    )
+    train.add_argument("--exact", metavar="FILE", help="JSON list of exact samples (lists of token ids)")
+    train.add_argument("--device", default="cpu", help="default: %(default)s")
+    train.set_defaults(call=command_train)
+
+    judge = commands.add_parser("evaluate", help="bounds on log Z, divergences, ESS; against plain sampling")
+    _add_task(judge, default)
+    judge.add_argument("--twist", metavar="DIR", help="a learned twist; brings its own potential if none is given")
+    judge.add_argument("--ess-threshold", type=float, default=default.ess_threshold, help="default: %(default)s")
+    judge.add_argument("--exact", metavar="FILE", help="JSON list of exact samples (lists of token ids)")
+    judge.add_argument("--rejection", type=int, default=32, metavar="K", help="else so many by rejection (%(default)s)")
+    judge.add_argument("--runs", type=int, default=16, metavar="R", help="of each kind (default: %(default)s)")
+    judge.add_argument("--json", metavar="FILE", help="write the report there")
+    judge.add_argument("--plot", metavar="FILE", help="draw bounds and ESS curves there")
+    judge.add_argument("--engine-args", metavar="JSON", default="{}", help="further arguments of vllm.LLM")
+    judge.set_defaults(call=command_evaluate)
 
     bench = commands.add_parser("bench", help="run a benchmark of the source tree")
     bench.add_argument("which", choices=BENCHES)
@@ -64,6 +82,20 @@ def make_parser() -> argparse.ArgumentParser:
     info.add_argument("--json", action="store_true", help="as JSON")
     info.set_defaults(call=command_info)
     return parser
+
+
+def _add_task(parser: argparse.ArgumentParser, default: SMCParams) -> None:
+    """The options that say what is sampled: model, prompt, potential, length."""
+    add = parser.add_argument
+    add("--model", default="smollm2", help="name or path, as for vLLM (default: %(default)s)")
+    add("--prompt", required=True)
+    add("--particles", type=int, default=default.n_particles, metavar="N", help="default: %(default)s")
+    add("--max-tokens", type=int, default=default.max_tokens, metavar="T", help="default: %(default)s")
+    add("--potential", metavar="NAME", help="a registered potential; `fastsmc info` lists them")
+    add("--potential-args", metavar="JSON", default="{}", help='for instance \'{"pattern": "yes|no"}\'')
+    add("--temperature", type=float, default=default.temperature, help="default: %(default)s")
+    add("--ignore-eos", action="store_true", help="particles go on past the end-of-sequence token")
+    add("--seed", type=int, default=default.seed, help="default: %(default)s")
 
 
 # -- run ---------------------------------------------------------------------------------------------------------------
@@ -78,22 +110,14 @@ def command_run(args: argparse.Namespace) -> int:
         ignore_eos=args.ignore_eos,
         seed=args.seed,
     )
-    if not args.prompt:
-        raise ValueError("--prompt: is empty")
     if args.best < 0:
         raise ValueError(f"--best {args.best}: must be at least 0")
-    potential_args = _json_object("--potential-args", args.potential_args)
     engine_args = _json_object("--engine-args", args.engine_args)
     for option in ("json", "save", "plot"):
         _check_writable(f"--{option}", getattr(args, option))
     plots = _plot_paths(args.plot) if args.plot else None
-    potential = None
-    if args.potential is not None:
-        from fastsmc.potentials import resolve
-
-        potential = resolve(args.potential, potential_args)
-    elif potential_args:
-        raise ValueError("--potential-args: given without --potential")
+    potential, potential_args = _potential(args)
+    more = {} if args.twist is None else {"twist": _twist(args.twist)}
 
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # read when vLLM is imported
     from fastsmc import LLM, models
@@ -102,7 +126,7 @@ def command_run(args: argparse.Namespace) -> int:
         engine_args.setdefault("max_num_seqs", params.n_particles)
     llm = LLM(models.resolve(args.model), **engine_args)
     start = time.perf_counter()
-    population = llm.smc(args.prompt, params, potential=potential, use_tqdm=sys.stderr.isatty())
+    population = llm.smc(args.prompt, params, potential=potential, use_tqdm=sys.stderr.isatty(), **more)
     seconds = time.perf_counter() - start
     speed = sum(map(len, population.token_ids)) / seconds
 
@@ -141,6 +165,129 @@ def format_result(population: Any, k: int, seconds: float, width: int) -> str:
     resamplings = int(population.resampled.sum())
     lines.append(f"{tokens} tokens in {seconds:.2f} s: {tokens / seconds:.0f} tokens/s, {resamplings} resamplings")
     return "\n".join(lines)
+
+
+def _potential(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    """The potential that the options name (or None) and its arguments; the prompt is checked with them."""
+    from fastsmc.potentials import resolve
+
+    if not args.prompt:
+        raise ValueError("--prompt: is empty")
+    given = _json_object("--potential-args", args.potential_args)
+    if args.potential is not None:
+        return resolve(args.potential, given), given
+    if given:
+        raise ValueError("--potential-args: given without --potential")
+    return None, given
+
+
+def _twist(path: str) -> str:
+    from fastsmc.twists import Card
+
+    Card.read(path)  # refused here rather than when an engine runs
+    return path
+
+
+def _exact(path: str | None) -> list[list[int]] | None:
+    """Exact samples from a JSON file: a list of lists of token ids."""
+    if path is None:
+        return None
+    from fastsmc.potentials import token_list
+
+    try:
+        value = json.loads(Path(path).read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--exact {path}: is not JSON: {error}") from None
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"--exact {path}: must be a list of lists of token ids")
+    return [token_list(f"--exact {path}: entry {i}", ids) for i, ids in enumerate(value)]
+
+
+# -- twists ------------------------------------------------------------------------------------------------------------
+def command_train(args: argparse.Namespace) -> int:
+    params = SMCParams(
+        n_particles=args.particles,
+        max_tokens=args.max_tokens,
+        temperature=args.temperature,
+        ignore_eos=args.ignore_eos,
+        seed=args.seed,
+    )
+    potential, potential_args = _potential(args)
+    if potential is None:
+        raise ValueError("--potential: is missing; a twist is learned for one")
+    from fastsmc.training import Trainer, TwistConfig
+
+    settings = _json_object("--config", args.config)
+    try:
+        config = TwistConfig(**settings)
+    except TypeError as error:
+        raise ValueError(f"--config: {error}") from None
+    exact = _exact(args.exact)
+
+    from fastsmc import models
+    from fastsmc.hf import HFEngine
+
+    engine = HFEngine(models.resolve(args.model), device=args.device)
+    trainer = Trainer(
+        engine,
+        args.prompt,
+        params,
+        potential,
+        config,
+        args.out,
+        exact=exact,
+        name=args.potential,
+        args=potential_args,
+    )
+    trainer.run(progress=sys.stderr.isatty())
+    last = trainer.history[-1]
+    print(f"{config.kind} twist by {config.loss} after {config.steps} steps in {args.out}; loss {last['loss']:.5g}")
+    if "lower" in last:
+        upper = f", {last['upper']:.4f} from above" if "upper" in last else ""
+        print(f"log Z with N = {config.eval_particles}: {last['lower']:.4f} from below{upper}")
+    return 0
+
+
+def command_evaluate(args: argparse.Namespace) -> int:
+    params = SMCParams(
+        n_particles=args.particles,
+        max_tokens=args.max_tokens,
+        temperature=args.temperature,
+        ess_threshold=args.ess_threshold,
+        ignore_eos=args.ignore_eos,
+        seed=args.seed,
+    )
+    potential, _ = _potential(args)
+    twist = None if args.twist is None else _twist(args.twist)
+    if potential is None:
+        if twist is None:
+            raise ValueError("--potential: is missing, and there is no --twist that would bring one")
+        from fastsmc.twists import card_potential
+
+        potential = card_potential(twist)
+    if args.runs < 2:
+        raise ValueError(f"--runs {args.runs}: must be at least 2")
+    for option in ("json", "plot"):
+        _check_writable(f"--{option}", getattr(args, option))
+    exact = _exact(args.exact)
+    engine_args = _json_object("--engine-args", args.engine_args)
+
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # read when vLLM is imported
+    from fastsmc import LLM, evaluate, models
+
+    if params.n_particles > 1024:  # what the engine takes by itself
+        engine_args.setdefault("max_num_seqs", params.n_particles)
+    llm = LLM(models.resolve(args.model), **engine_args)
+    if exact is None:
+        exact = evaluate.rejection(llm, args.prompt, params, potential, args.rejection)
+    result = evaluate.report(llm, args.prompt, params, potential, exact=exact, runs=args.runs, twist=twist)
+    result = {"model": args.model, "prompt": args.prompt, "twist": twist, **result}
+    if args.json:
+        Path(args.json).write_text(json.dumps(result, allow_nan=False) + "\n")
+    if args.plot:
+        evaluate.plot(result, args.plot)
+    print(evaluate.table(result))
+    return 0
 
 
 def _json_object(option: str, text: str) -> dict[str, Any]:

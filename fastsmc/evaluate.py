@@ -31,8 +31,8 @@ Z95 = 1.959963984540054
 
 
 def _check(exact: Any, runs: int) -> list[list[int]]:
-    if isinstance(runs, bool) or not hasattr(runs, "__index__") or runs < 2:
-        raise ValueError(f"runs={runs!r}: must be an integer of at least 2, for a standard error")
+    if isinstance(runs, bool) or not hasattr(runs, "__index__") or runs < 1:
+        raise ValueError(f"runs={runs!r}: must be an integer of at least 1")
     if exact is None or isinstance(exact, str) or not len(exact):
         raise ValueError(f"exact={exact!r}: needs at least one exact sample of the target, as a list of token ids")
     return [[int(v) for v in ids] for ids in exact]
@@ -48,9 +48,9 @@ def _run(
 
 
 def _mean(values: np.ndarray, clusters: np.ndarray | None = None) -> tuple[float, float]:
-    """Mean and its standard error; values of one cluster are taken for one observation."""
+    """Mean and its standard error, NaN for a single value; values of one cluster are taken for one observation."""
     mean = float(np.mean(values))
-    if not math.isfinite(mean):
+    if not math.isfinite(mean) or len(values) == 1:
         return mean, math.nan
     if clusters is not None:
         n = len(set(clusters.tolist()))
@@ -116,10 +116,9 @@ class LogZBounds:
         return bridge(self.lower, self.upper)
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; a number that JSON lacks is None."""
         log_z, se = self.log_z()
-        return {
-            "n_particles": self.n_particles,
-            "runs": len(self.lower),
+        numbers = {
             "lower": self.lower_mean,
             "lower_se": self.lower_se,
             "upper": self.upper_mean,
@@ -128,8 +127,13 @@ class LogZBounds:
             "gap_se": self.gap_se,
             "log_z": log_z,
             "log_z_se": se,
-            "lower_runs": self.lower.tolist(),
-            "upper_runs": self.upper.tolist(),
+        }
+        return {
+            "n_particles": self.n_particles,
+            "runs": len(self.lower),
+            **{name: _plain(value) for name, value in numbers.items()},
+            "lower_runs": [_plain(value) for value in self.lower],
+            "upper_runs": [_plain(value) for value in self.upper],
         }
 
     def __repr__(self) -> str:
@@ -155,7 +159,7 @@ def log_z_bounds(
     looser than systematic resampling's would be, never wrong.
 
     Raises:
-        ValueError: no exact samples, or fewer than 2 runs.
+        ValueError: no exact samples, or no runs.
         SMCError: a run failed; also if an exact sample has weight zero.
     """
     exact = _check(exact, runs)
@@ -181,9 +185,12 @@ def bridge(lower: np.ndarray, upper: np.ndarray) -> tuple[float, float]:
 
     `lower` are log(σ̃/q) of draws from q, `upper` of draws from σ; SMC's log Ẑ and log Ẑ* are such weights on the space
     of all particles. Bennett's acceptance ratio, the estimator of least variance from both: the c at which
-    n₀ E_q[f(c' − w)] = n₁ E_σ[f(w − c')] with f the logistic function and c' = c + log(n₁/n₀).
+    n₀ E_q[f(w − c')] = n₁ E_σ[f(c' − w)] with f the logistic function and c' = c − log(n₁/n₀). NaN if no draw from q
+    has any weight.
     """
     lower, upper = np.asarray(lower, float), np.asarray(upper, float)
+    if not np.isfinite(lower).any():
+        return math.nan, math.nan
     shift = math.log(len(upper) / len(lower))
 
     def parts(c: float) -> tuple[np.ndarray, np.ndarray]:
@@ -258,7 +265,7 @@ def kl(
     # a run's particles share strata, so runs are what is independent
     of_q, of_q_se = _mean(np.array([p.log_weights.mean() for p in drawn]))
     weights = weigh(llm, prompt, params, potential, exact, twist)
-    of_sigma, of_sigma_se = _mean(weights) if len(weights) > 1 else (float(weights[0]), math.nan)
+    of_sigma, of_sigma_se = _mean(weights)
     return KL(
         q_sigma=log_z - of_q,
         q_sigma_se=math.hypot(of_q_se, log_z_se) if math.isfinite(of_q) else math.nan,
@@ -399,8 +406,8 @@ def table(result: dict[str, Any]) -> str:
 
     def cell(value: float | None, se: float | None = None) -> str:
         if value is None:
-            return "inf"
-        return f"{value:.3f}" + (f" ± {Z95 * se:.3f}" if se is not None and math.isfinite(se) else "")
+            return "–"
+        return f"{value:.3f}" + (f" ± {Z95 * se:.3f}" if se is not None else "")
 
     lines = [f"{'':<10}{'log Z from below':>20}{'from above':>20}{'gap':>10}{'KL(q‖σ)':>18}{'KL(σ‖q)':>18}"]
     for name, sampler in result["samplers"].items():
@@ -427,11 +434,12 @@ def plot(result: dict[str, Any], path: str | os.PathLike | None = None) -> Any:
     left, right = figure.subplots(1, 2)
     n = result["params"]["n_particles"]
     for i, (name, sampler) in enumerate(result["samplers"].items()):
-        b = sampler["bounds"]
+        b = {k: math.nan if v is None else v for k, v in sampler["bounds"].items()}
         left.plot([i, i], [b["lower"], b["upper"]], color=f"C{i}", lw=6, alpha=0.3, solid_capstyle="butt")
         for side, marker in (("lower", "^"), ("upper", "v")):
-            se = b[f"{side}_se"]
-            left.errorbar(i, b[side], yerr=0.0 if math.isnan(se) else Z95 * se, color=f"C{i}", marker=marker, capsize=4)
+            left.errorbar(
+                i, b[side], yerr=Z95 * np.nan_to_num(b[f"{side}_se"]), color=f"C{i}", marker=marker, capsize=4
+            )
         right.plot(np.arange(1, len(sampler["ess"]) + 1), sampler["ess"], color=f"C{i}", marker=".", label=name)
     left.set(xticks=range(len(result["samplers"])), xticklabels=list(result["samplers"]), ylabel="log Z")
     left.set(title=f"bounds, N = {n}", xlim=(-0.5, len(result["samplers"]) - 0.5))

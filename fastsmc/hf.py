@@ -26,6 +26,8 @@ from fastsmc.potentials import Potential
 
 #: logits elements that scoring may hold at once
 SCORE_ELEMENTS = 1 << 25
+#: sequences that go through a frozen trunk at once
+CHUNK = 1024
 
 
 def fork(cache: Any) -> Any:
@@ -92,6 +94,22 @@ class Trunk:
         start = torch.tensor(prompt, device=self.device).expand(len(tokens), -1)
         ids = torch.cat([start, tokens[:, :-1].clamp(min=0)], dim=1)
         return self._body(input_ids=ids, use_cache=False).last_hidden_state[:, len(prompt) - 1 :]
+
+    @torch.no_grad()
+    def frozen_hidden(self, prompt: list[int], tokens: Tensor) -> Tensor:
+        """As `hidden`, without gradients: the prompt goes through the trunk once, and so does each distinct history."""
+        padded = torch.cat([torch.zeros_like(tokens[:, :1]), tokens[:, :-1].clamp(min=0)], dim=1)  # never 0 columns
+        histories, which = torch.unique(padded, dim=0, return_inverse=True)
+        first, cache = self.start(prompt)
+        parts = []
+        for part in histories[:, 1:].split(CHUNK):
+            before = first[:, None].expand(len(part), -1, -1)
+            if part.shape[1]:
+                parents = torch.zeros(len(part), dtype=torch.int64, device=self.device)
+                after, _ = self.next(fork(cache), parents, part)
+                before = torch.cat([before, after], dim=1)
+            parts.append(before)
+        return torch.cat(parts)[which]
 
 
 class TrunkRows:

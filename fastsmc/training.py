@@ -436,8 +436,7 @@ class Trainer:
         config = self.config
         frozen, wants_base = self.twist.trunk is None, config.loss in ("rl", "dpg")
         if frozen or wants_base:
-            parts = sequences.tokens.split(1024)
-            hidden = torch.cat([self.engine.trunk.hidden(self.prompt, part).float() for part in parts])
+            hidden = self.engine.trunk.frozen_hidden(self.prompt, sequences.tokens).float()
             sequences.hidden = hidden if frozen else None
             sequences.base_hidden = hidden if wants_base else None
         return sequences
@@ -480,7 +479,9 @@ class Trainer:
             positive = batch if own else self._batch(self._positives)
             if own:
                 w = self._weights(batch.log_ratio[:, -1] + batch.log_phi)
-                extra["positive_ess"] = float(1 / w.square().sum()) if bool(w.sum() > 0) else 0.0
+                if not bool(w.any()):  # nothing of σ among them: nothing to learn from
+                    return self._log_psi(batch).sum() * 0.0, {"positive_ess": 0.0}
+                extra["positive_ess"] = float(1 / w.square().sum())
             else:
                 w = torch.full((len(positive),), 1 / len(positive), device=mask.device)
         if config.loss == "dpg":

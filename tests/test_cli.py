@@ -181,3 +181,67 @@ def test_info_without_vllm_and_without_the_extension():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["extension_built"] is False
+
+
+# -- twists ------------------------------------------------------------------------------------------------------------
+TRAIN = '{"loss": "ctl", "kind": "linear", "steps": 6, "refresh": 3, "batch_size": 64, "eval_every": 3, "eval_runs": 2}'
+
+
+@pytest.fixture
+def tiny_model(tmp_path):
+    """A random Llama with a tokenizer of eight words."""
+    from tiny import make_llama
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    path = make_llama(tmp_path / "model", 8)
+    inner = Tokenizer(models.WordLevel({f"w{i}": i for i in range(8)}, unk_token="w0"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="w7").save_pretrained(path)
+    return str(path)
+
+
+def test_train_twist_and_evaluate(tiny_model, tmp_path, capsys, monkeypatch):
+    """Both commands on a real, tiny model; evaluation over Hugging Face in the place of vLLM."""
+    from fastsmc.hf import HFEngine
+
+    task = ["--model", tiny_model, "--prompt", "w1 w2", "--max-tokens", "3", "--particles", "64"]
+    lexicon = ["--potential", "lexicon", "--potential-args", '{"token_ids": [1, 2], "weight": -1.5}']
+    out = str(tmp_path / "twist")
+    assert cli.main(["train-twist", *task, *lexicon, "--out", out, "--config", TRAIN]) == 0
+    assert "linear twist by ctl after 6 steps" in capsys.readouterr().out
+    card = json.loads((tmp_path / "twist" / "card.json").read_text())
+    assert (card["potential"], card["potential_args"]["weight"], card["steps"]) == ("lexicon", -1.5, 6)
+    assert (tmp_path / "twist" / "bounds.png").exists()
+
+    monkeypatch.setitem(vars(fastsmc), "LLM", HFEngine)
+    report, picture = tmp_path / "report.json", tmp_path / "report.png"
+    arguments = ["evaluate", *task, "--twist", out, "--runs", "4", "--rejection", "5"]
+    assert cli.main([*arguments, "--json", str(report), "--plot", str(picture)]) == 0
+    assert "KL(q‖σ)" in capsys.readouterr().out and picture.exists()
+    result = json.loads(report.read_text())
+    assert result["exact_samples"] == 5 and set(result["samplers"]) == {"base", "twisted"}
+    assert len(result["samplers"]["twisted"]["bounds"]["upper_runs"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (["train-twist", "--out", "x"], "--potential: is missing"),
+        (["train-twist", "--out", "x", "--potential", "no"], "unknown"),
+        (["train-twist", "--out", "x", "--potential", "infill", "--potential-args", '{"continuation": "a"}',
+          "--config", '{"loss": "no"}'], "loss='no'"),
+        (["train-twist", "--out", "x", "--potential", "infill", "--potential-args", '{"continuation": "a"}',
+          "--config", '{"no": 1}'], "--config"),
+        (["evaluate"], "--potential: is missing"),
+        (["evaluate", "--twist", "nowhere"], "card.json"),
+        (["run", "--twist", "nowhere"], "card.json"),
+        (["evaluate", "--potential", "infill", "--potential-args", '{"continuation": "a"}', "--runs", "1"], "--runs 1"),
+        (["evaluate", "--potential", "infill", "--potential-args", '{"continuation": "a"}', "--exact", "nowhere"],
+         "nowhere"),
+    ],
+)  # fmt: skip
+def test_twist_commands_refuse(fake, capsys, arguments, why):
+    assert cli.main([arguments[0], "--prompt", "p", *arguments[1:]]) == 2
+    error = capsys.readouterr().err
+    assert why in error and error.count("\n") == 1 and fake.calls == []

@@ -1,5 +1,6 @@
 """Bounds and divergences against enumeration, over the table of a tiny Llama."""
 
+import json
 import math
 
 import numpy as np
@@ -111,8 +112,26 @@ def test_report_table_and_plot(tiny, tmp_path):
     assert 0 < plain["acceptance"] <= 1.2 * want
 
 
+def test_runs_without_any_weight(tiny):
+    """A base proposal that hardly ever meets what φ allows: bounds of −inf, no NaN where a number is known, JSON."""
+    value = np.full((STEPS, VOCAB), -np.inf)
+    rare = min(tiny.log_p, key=tiny.log_p.get)
+    for t, v in enumerate(rare):
+        value[t, v] = 0.0
+    potential = TableTwist(value, share=1.0)
+    params = SMCParams(n_particles=1, max_tokens=STEPS, proposal="base", ess_threshold=0.0)
+    bounds = evaluate.log_z_bounds(TableLLM(tiny), PROMPT, params, potential, exact=[list(rare)], runs=3)
+    assert np.all(bounds.lower == -np.inf) and np.isfinite(bounds.upper).all() and bounds.lower_mean == -np.inf
+    plain = bounds.to_dict()
+    assert plain["lower"] is None and plain["log_z"] is None and plain["lower_runs"] == [None] * 3
+    result = evaluate.report(TableLLM(tiny), PROMPT, params, potential, exact=[list(rare)], runs=1)
+    assert "–" in evaluate.table(result)
+    json.dumps(result, allow_nan=False)
+    evaluate.plot(result)
+
+
 def test_refusals(tiny):
     params, llm = SMCParams(n_particles=4, max_tokens=STEPS), TableLLM(tiny)
-    for exact, runs, why in (([], 4, "exact="), (None, 4, "exact="), ([[0, 0, 0]], 1, "runs=1")):
+    for exact, runs, why in (([], 4, "exact="), (None, 4, "exact="), ([[0, 0, 0]], 0, "runs=0")):
         with pytest.raises(ValueError, match=why):
             evaluate.log_z_bounds(llm, PROMPT, params, POTENTIAL, exact=exact, runs=runs)

@@ -42,6 +42,9 @@ class MarkovTrunk(Trunk):
     def next(self, cache, parents, tokens):
         return self._state(cache + 1, tokens), cache + 1
 
+    def frozen_hidden(self, prompt, tokens):
+        return self.hidden(prompt, tokens)
+
     def hidden(self, prompt, tokens):
         before = torch.cat([torch.full_like(tokens[:, :1], V), tokens[:, :-1].clamp(min=0)], dim=1)
         return self._state(torch.arange(tokens.shape[1]), before)

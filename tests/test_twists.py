@@ -196,6 +196,14 @@ def test_continuations_in_the_hf_engine(hf, path):
     assert all(np.isfinite(s).all() for s in scores)
 
 
+def test_frozen_hidden_states(hf):
+    """With a KV cache and shared histories the same as by full recompute; one token long too."""
+    tokens = torch.tensor([[1, 2, 3], [1, 2, 4], [1, 7, -1], [0, -1, -1]])
+    for part in (tokens, tokens[:, :1]):
+        want = hf.trunk.hidden(PROMPT, part)
+        torch.testing.assert_close(hf.trunk.frozen_hidden(PROMPT, part), want, atol=1e-5, rtol=1e-5)
+
+
 def test_lora_starts_as_the_model(path):
     trunk, plain = Trunk.load(path), Trunk.load(path)
     adapters = add_lora(trunk.model, rank=3, alpha=3.0)
