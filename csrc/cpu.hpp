@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "fastsmc/attend.cuh"
 #include "fastsmc/reindex.cuh"
 #include "fastsmc/weigh.cuh"
 
@@ -44,5 +45,18 @@ int64_t not_in_place(const int64_t* ancestors, int64_t n);
 int64_t reindex(int32_t* table, int64_t stride, const int64_t* ancestors, int64_t n, int64_t n_shared, int64_t tail,
                 const bool* active, const std::vector<BlockCache>& caches,
                 const std::vector<std::vector<Span>>& spans);
+
+// A table (R, C) that `attend` reads, and its plan.
+struct Table {
+  const int32_t* blocks;
+  int64_t stride, n_rows, n_columns;
+};
+
+std::vector<Node> plan(const Table& table, int32_t* order);
+
+// query, out: (R, n_heads, D), rows `query_stride` and `out_stride` elements apart; all of one dtype, as the caches
+void attend(const void* query, int64_t query_stride, void* out, int64_t out_stride, int dtype, int64_t n_heads,
+            int64_t n_key_heads, const PagedKV& kv, const Table& table, int64_t length, const int32_t* order,
+            const Node* nodes, int64_t n_nodes, double scale);
 
 }  // namespace fastsmc::cpu
