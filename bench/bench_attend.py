@@ -129,7 +129,7 @@ def bench_ops(seconds: float, write_costs: bool) -> dict[str, Any]:
             for length in LENGTHS
             for n in ROWS
             for sharing in SHARING
-            if (n * length <= MAX_TOKENS or sharing == "prompt" and n <= 256)
+            if (n * length <= MAX_TOKENS or (sharing == "prompt" and n <= 256))
             and (n >= 16 or sharing != "tree")
             and (n > 1 or sharing == "none")
         ]
@@ -139,9 +139,9 @@ def bench_ops(seconds: float, write_costs: bool) -> dict[str, Any]:
             r["chosen"] = "attend" if r["predicted_ratio"] > 1 else "stock"
             r["chosen_over_stock"] = (r["attend_s"] if r["chosen"] == "attend" else r["stock_s"]) / r["stock_s"]
             print(
-                f"{r['dtype']:9s} {r['sharing']:6s} R={r['rows']:5d} L={r['length']:5d}  attend {1e3 * r['attend_s']:8.3f} "
-                f"ms  vLLM {1e3 * r['stock_s']:8.3f} ms  ratio {r['ratio']:5.2f}  predicted {r['predicted_ratio']:5.2f}  "
-                f"{r['attend_gmac_s']:6.1f} against {r['stock_gmac_s']:5.1f} GMAC/s",
+                f"{r['dtype']:9s} {r['sharing']:6s} R={r['rows']:5d} L={r['length']:5d}  ms: attend "
+                f"{1e3 * r['attend_s']:8.3f} vLLM {1e3 * r['stock_s']:8.3f}  ratio {r['ratio']:5.2f} predicted "
+                f"{r['predicted_ratio']:5.2f}  GMAC/s: {r['attend_gmac_s']:6.1f} against {r['stock_gmac_s']:5.1f}",
                 flush=True,
             )
         key = cost_key(cases[0]["isa"], dtype)
@@ -224,8 +224,8 @@ def bench_steps(n: int, prompts: tuple[int, ...], max_tokens: int, repeats: int)
         )
         r = records[-1]
         print(
-            f"N={n} prompt={prompt_len:5d}  step {1e3 * ours:7.1f} ms, with vLLM's attention {1e3 * stock:7.1f} ms, ratio "
-            f"{r['ratio']:.2f}; growth {r['growth']:.2f} : {r['stock_growth']:.2f}; rows {r['rows']}, attend in "
+            f"N={n} prompt={prompt_len:5d}  step {1e3 * ours:7.1f} ms, with vLLM's attention {1e3 * stock:7.1f} ms, "
+            f"ratio {r['ratio']:.2f}; growth {r['growth']:.2f} : {r['stock_growth']:.2f}; rows {r['rows']}, attend in "
             f"{r['attend_chosen']:.0%} of the steps",
             flush=True,
         )

@@ -88,9 +88,9 @@ def attend(
 ) -> Tensor:
     """softmax(scale · q · K) V of each row and head, over the first `length` tokens that the row's blocks hold.
 
-    Head h of the query reads key head h · Hk / Hq. bfloat16 stays so in the products where the CPU has AVX-512 BF16, and
-    softmax weights are rounded to it; everything else, and all sums, are float32. What lies in a block beyond `length` is
-    not read. NaN in a row's keys or query makes the row NaN.
+    Head h of the query reads key head h · Hk / Hq. bfloat16 stays so in the products where the CPU has AVX-512 BF16,
+    and softmax weights are rounded to it; everything else, and all sums, are float32. What lies in a block beyond
+    `length` does not matter. NaN in a row's keys or query makes the row NaN.
 
     Args:
         query: (R, Hq, D) float32, bfloat16 or float16, row by row as in plan.table; [r] contiguous.
@@ -126,8 +126,8 @@ def attend(
             )
         if cache.shape[3] != head_dim or cache.stride(3) != 1 or cache.stride(2) != head_dim:
             raise ValueError(
-                f"{name}: blocks must be contiguous with D={head_dim} as in query, got {tuple(cache.shape)} with strides "
-                f"{cache.stride()}"
+                f"{name}: blocks must be contiguous with D={head_dim} as in query, got {tuple(cache.shape)} with "
+                f"strides {cache.stride()}"
             )
     if key_cache.shape != value_cache.shape or key_cache.stride() != value_cache.stride():
         raise ValueError("value_cache: must have the shape and strides of key_cache")
@@ -139,7 +139,7 @@ def attend(
     check_choice("layout", layout, LAYOUTS)
     if layout == "tiled" and query.dtype == torch.float32:
         raise ValueError("layout='tiled': is of 16-bit elements, query is torch.float32")
-    if plan.table.shape[0] != n_rows or not 0 < length or -(-length // block_size) != plan.table.shape[1]:
+    if plan.table.shape[0] != n_rows or length < 1 or -(-length // block_size) != plan.table.shape[1]:
         raise ValueError(
             f"plan: of a table {tuple(plan.table.shape)}; R={n_rows} rows of length={length} need "
             f"({n_rows}, {-(-length // block_size)})"

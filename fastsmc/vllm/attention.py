@@ -19,12 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm import _custom_ops
+from vllm.logger import init_logger
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.attention.selector import _cached_get_attn_backend
 
 from fastsmc import ops
 from fastsmc.ops.attend import LANES, LAYOUTS, AttendPlan
+
+logger = init_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -118,20 +121,19 @@ class Attend:
             self.why_not = f"attend does not know the KV layout of vLLM's {layer.isa!r} kernels"
             return
         key = cost_key(layer.isa, cache.dtype)
-        costs = json.loads(COSTS.read_text())
-        if key not in costs:
-            self.why_not = f"no measured costs of {key!r}: bench/bench_attend.py measures them"
-            return
-        self._costs = costs[key]
+        self._costs = json.loads(COSTS.read_text()).get(key)
+        if self._costs is None:
+            logger.warning("attend is not used: no measured costs of %r; bench/bench_attend.py measures them", key)
 
     def pays(self, plan: AttendPlan, length: int) -> bool:
         """Whether `attend` is the faster for rows of `length` tokens with this plan."""
-        return self.ratio(plan, length) > 1.0
+        return self._costs is not None and self.ratio(plan, length) > 1.0
 
     def ratio(self, plan: AttendPlan, length: int) -> float:
         """How many times as long vLLM's attention takes, by the measured costs."""
-        attend, stock = features(plan, length, self._heads, self._key_heads, self._head_size, self._block_size)
-        return dot(self._costs["stock"], stock) / dot(self._costs["attend"], attend)
+        units = features(plan, length, self._heads, self._key_heads, self._head_size, self._block_size)
+        attend, stock = (dot(self._costs[who], of) for who, of in zip(("attend", "stock"), units, strict=True))
+        return stock / attend
 
 
 #: what bench/bench_attend.py measured: key → {"attend", "stock"} → seconds a unit of each of `features`
@@ -162,7 +164,7 @@ def dot(costs: Sequence[float], units: Sequence[float]) -> float:
 
 
 def split_cache(kv_cache: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values (n_blocks, Hk, B, D) of vLLM's CPU cache (n_blocks, Hk, B, 2 D): a block's keys, then its values."""
+    """Keys and values (n_blocks, Hk, B, D) of vLLM's CPU cache (n_blocks, Hk, B, 2 D): keys of a block, then values."""
     n_blocks, n_key_heads, block_size, width = kv_cache.shape
     return kv_cache.view(n_blocks, n_key_heads, 2 * block_size, width // 2).chunk(2, dim=2)
 

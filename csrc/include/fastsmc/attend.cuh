@@ -266,11 +266,11 @@ inline void multiply(const bf16* a, int64_t a_stride, const bf16* b, int64_t b_s
 
 constexpr int kRowBlock = 6, kColumnBlock = 4;  // 24 sums in registers
 
-// out[m][16 n ...] = keep[m] · out[m][16 n ...] + a b for `n_rows` rows and `n_groups` groups; keep null: 0.
+// out[m][16 n ...] = keep[m] · out[m][16 n ...] + a b, or, with keep null, factor · a b: MR rows and NR groups.
 // Not inlined: within a larger function its sums would not stay in registers.
 template <int MR, int NR, typename Packed>
 __attribute__((noinline)) void product_block(const Packed* a, int64_t a_stride, const Packed* b, int64_t b_step, int64_t depth,
-                          const float* keep, float* out, int64_t out_stride) {
+                          const float* keep, float factor, float* out, int64_t out_stride) {
   Floats sum[MR][NR];
   for (int m = 0; m < MR; ++m)
     for (int n = 0; n < NR; ++n) {
@@ -283,27 +283,30 @@ __attribute__((noinline)) void product_block(const Packed* a, int64_t a_stride, 
     }
   multiply<MR, NR>(a, a_stride, b, b_step, depth, sum);
   for (int m = 0; m < MR; ++m)
-    for (int n = 0; n < NR; ++n) memcpy(out + m * out_stride + n * kLanes, &sum[m][n], sizeof(Floats));
+    for (int n = 0; n < NR; ++n) {
+      if (!keep) sum[m][n] *= factor;
+      memcpy(out + m * out_stride + n * kLanes, &sum[m][n], sizeof(Floats));
+    }
 }
 
 template <int MR, typename Packed>
 inline void product_rows(const Packed* a, int64_t a_stride, const Packed* b, int64_t b_step, int64_t depth,
-                         const float* keep, float* out, int64_t out_stride, int64_t n_groups) {
+                         const float* keep, float factor, float* out, int64_t out_stride, int64_t n_groups) {
   int64_t n = 0;
   for (; n + kColumnBlock <= n_groups; n += kColumnBlock)
-    product_block<MR, kColumnBlock>(a, a_stride, b + n * b_step, b_step, depth, keep, out + n * kLanes, out_stride);
+    product_block<MR, kColumnBlock>(a, a_stride, b + n * b_step, b_step, depth, keep, factor, out + n * kLanes, out_stride);
   for (; n + 2 <= n_groups; n += 2)
-    product_block<MR, 2>(a, a_stride, b + n * b_step, b_step, depth, keep, out + n * kLanes, out_stride);
+    product_block<MR, 2>(a, a_stride, b + n * b_step, b_step, depth, keep, factor, out + n * kLanes, out_stride);
   if (n < n_groups)
-    product_block<MR, 1>(a, a_stride, b + n * b_step, b_step, depth, keep, out + n * kLanes, out_stride);
+    product_block<MR, 1>(a, a_stride, b + n * b_step, b_step, depth, keep, factor, out + n * kLanes, out_stride);
 }
 
 template <typename Packed>
 inline void product(const Packed* a, int64_t a_stride, int64_t n_rows, const Packed* b, int64_t b_step, int64_t depth,
-                    const float* keep, float* out, int64_t out_stride, int64_t n_groups) {
+                    const float* keep, float factor, float* out, int64_t out_stride, int64_t n_groups) {
   const auto rows = [&](auto count, int64_t m) {
     product_rows<decltype(count)::value>(a + m * a_stride, a_stride, b, b_step, depth, keep ? keep + m : nullptr,
-                                         out + m * out_stride, out_stride, n_groups);
+                                         factor, out + m * out_stride, out_stride, n_groups);
   };
   int64_t m = 0;
   for (; m + kRowBlock <= n_rows; m += kRowBlock) rows(std::integral_constant<int, kRowBlock>{}, m);
@@ -341,8 +344,7 @@ inline float fold(Floats x, F f) {
   return x[0];
 }
 
-// 2^t of 16 numbers t <= 0 (a little above by the rounding of a product of huge scores): 2^floor(t) · polynomial, the
-// polynomial minimax for 2^x on [0, 1). Relative error 9e-8, and 7.5e-5 where `Packed` is bfloat16, which rounds by 2e-3.
+// 2^t of 16 numbers t <= 0: 2^floor(t) · polynomial, the polynomial minimax for 2^x on [0, 1). Relative error 9e-8, and 7.5e-5 where `Packed` is bfloat16, which rounds by 2e-3.
 // NaN gives NaN, −inf gives 0.
 template <typename Packed>
 inline Floats exp2_lanes(Floats t) {
@@ -362,15 +364,16 @@ inline Floats exp2_lanes(Floats t) {
   }
   return (Floats)_mm512_scalef_ps((__m512)p, (__m512)t);  // 2^floor(t) · p
 #else
-  for (int i = 0; i < kLanes; ++i) t[i] = exp2_nonpositive(t[i] > 0.0f ? 0.0f : t[i]);
+  for (int i = 0; i < kLanes; ++i) t[i] = exp2_nonpositive(t[i]);
   return t;
 #endif
 }
 
-// One query and `n` (a multiple of 16) scores, `n_valid` of them real: weights relative to the running maximum, from
-// scores times `scale`, in units of log 2; returns what the output and the sum so far must be multiplied by.
+// One query and `n` (a multiple of 16) scores in units of log 2, `n_valid` of them real: weights relative to the running
+// maximum; returns what the output and the sum so far must be multiplied by. (Scores come scaled: a scaling fused with
+// the subtraction of the maximum could leave huge scores above it.)
 template <typename Packed>
-inline float soften(float* scores, int64_t n, int64_t n_valid, float scale, float* max, float* sum, Packed* weights) {
+inline float soften(float* scores, int64_t n, int64_t n_valid, float* max, float* sum, Packed* weights) {
   for (int64_t t = n_valid; t < n; ++t) scores[t] = kNegInf;
   const auto larger = [](Floats a, Floats b) { return a > b ? a : b; };
   Floats x, lanes = Floats{} + kNegInf, part = {};
@@ -378,11 +381,11 @@ inline float soften(float* scores, int64_t n, int64_t n_valid, float scale, floa
     memcpy(&x, scores + t, sizeof x);
     lanes = larger(x, lanes);
   }
-  const float top = std::max(*max, fold(lanes, larger) * scale);
+  const float top = std::max(*max, fold(lanes, larger));
   const float base = top == kNegInf ? 0.0f : top;  // no mass yet: weights 0, not NaN
   for (int64_t t = 0; t < n; t += kLanes) {
     memcpy(&x, scores + t, sizeof x);
-    x = exp2_lanes<Packed>(x * scale - base);
+    x = exp2_lanes<Packed>(x - base);
     part += x;
     store_lanes(x, weights + t);
   }
@@ -445,12 +448,12 @@ void attend_task(const T* query, int64_t query_stride, T* out, int64_t out_strid
       for (int64_t q = (first - row_begin) * G; q < (last - row_begin) * G; q += kQueries) {
         const int64_t m = std::min(kQueries, (last - row_begin) * G - q);
         for (int64_t t = 0; t < n_tokens; t += kColumnBlock * kLanes)  // keys of 64 tokens stay in the nearest cache
-          product(queries.data() + q * D, D, m, keys.data() + t * D, D * kLanes, D, nullptr, scores.data() + t, span,
+          product(queries.data() + q * D, D, m, keys.data() + t * D, D * kLanes, D, nullptr, scale, scores.data() + t, span,
                   std::min<int64_t>(kColumnBlock, (n_tokens - t) / kLanes));
         for (int64_t i = 0; i < m; ++i)
-          keep[i] = soften(scores.data() + i * span, n_tokens, n_valid, scale, &maxima[q + i], &sums[q + i],
+          keep[i] = soften(scores.data() + i * span, n_tokens, n_valid, &maxima[q + i], &sums[q + i],
                            weights.data() + i * span);
-        product(weights.data(), span, m, values.data(), span * kLanes, n_tokens, keep.data(), outputs.data() + q * D, D,
+        product(weights.data(), span, m, values.data(), span * kLanes, n_tokens, keep.data(), 1.0f, outputs.data() + q * D, D,
                 n_groups);
       }
     }
