@@ -1,10 +1,11 @@
-"""attend against vLLM's own attention: `python bench/bench_attend.py ops|steps --json FILE`.
+"""attend against vLLM's own attention: `python bench/bench_attend.py ops|steps|gpu --json FILE`.
 
     ops     one layer at a time on synthetic block tables: rows × length × how much is shared. Fits the costs that the
             engine's switch goes by; `--costs` puts them into fastsmc/vllm/attend_costs.json
     steps   a whole particle step of SmolLM2-135M, N = 256, by prompt length: steps of one group alternate between the
             engine as it is (switch included) and vLLM's attention, so that both meet the same rows and the same machine
-    gpu     the Triton kernel alone at Llama-3.1-8B's shapes beside PyTorch's paged gather + SDPA and a copy (target G7)
+    gpu     the Triton kernel alone at Llama-3.1-8B's shapes (N = 1024, 2048 prompt tokens, 512 generated), beside vLLM's
+            FlashAttention on the same table and a copy: target G7. Not run yet
 
 Everything is measured in turn (A B A B …); medians.
 """
@@ -233,11 +234,76 @@ def bench_steps(n: int, prompts: tuple[int, ...], max_tokens: int, repeats: int)
     return {"bench": "attend steps", "records": records}
 
 
+def bench_gpu(seconds: float) -> dict[str, Any]:
+    """One layer; a generated block is shared by 8 rows on the average, as after resampling, the tail by none."""
+    import torch
+    from vllm.vllm_flash_attn import flash_attn_varlen_func
+
+    from fastsmc import ops
+
+    heads, key_heads, size, block, layers = 32, 8, 128, 16, 32
+    records = []
+    for n_rows, prompt, generated in ((1024, 2048, 512), (1024, 2048, 16), (256, 4096, 128)):
+        length = prompt + generated
+        table = make_table("tree", n_rows, -(-length // block))
+        stem = prompt // block
+        table[:, :stem] = table[:1, :stem]
+        table = table.cuda()
+        n_blocks = int(table.max()) + 1
+        cache = torch.empty(n_blocks, block, key_heads, 2 * size, dtype=torch.bfloat16, device="cuda").normal_()
+        keys, values = cache.split(size, dim=3)
+        query = torch.randn(n_rows, heads, size, dtype=torch.bfloat16, device="cuda")
+        out = torch.empty_like(query)
+        starts = torch.arange(n_rows + 1, dtype=torch.int32, device="cuda")
+        lengths = torch.full((n_rows,), length, dtype=torch.int32, device="cuda")
+        plan, tokens = ops.plan_attend(table), lengths[:1]
+        ours = [t.transpose(1, 2) for t in (keys, values)]
+        twin, scale = torch.empty_like(cache), size**-0.5
+
+        def attend(plan=plan, ours=ours, tokens=tokens, query=query, out=out, scale=scale):
+            return ops.attend(query, *ours, plan, tokens, scale=scale, out=out)
+
+        def dense(keys=keys, values=values, query=query, table=table, starts=starts, lengths=lengths, length=length):
+            return flash_attn_varlen_func(
+                q=query, k=keys, v=values, max_seqlen_q=1, cu_seqlens_q=starts, max_seqlen_k=length,
+                seqused_k=lengths, softmax_scale=size**-0.5, causal=True, block_table=table,
+            )  # fmt: skip
+
+        def copy(twin=twin, cache=cache):
+            twin.copy_(cache)
+
+        def planning(table=table):
+            ops.plan_attend(table)
+
+        def on_gpu(f):
+            def timed():
+                f()
+                torch.cuda.synchronize()
+
+            return timed
+
+        difference = (attend() - dense()).float().norm() / dense().float().norm()
+        times = interleaved(*map(on_gpu, (attend, dense, copy, planning)), seconds=seconds)
+        distinct = int(sum(len(table[:, c].unique()) for c in range(table.shape[1])))
+        block_bytes = 2 * block * key_heads * size * 2
+        records.append(
+            {
+                "rows": n_rows, "prompt": prompt, "generated": generated, "attend_s": times[0], "flash_s": times[1],
+                "ratio": times[1] / times[0], "plan_s": times[3], "distinct_bytes": distinct * block_bytes,
+                "gb_s": distinct * block_bytes / times[0] / 1e9, "copy_gb_s": 2 * cache.nbytes / times[2] / 1e9,
+                "layers_attend_s": layers * times[0], "layers_flash_s": layers * times[1],
+                "relative_difference": float(difference),
+            }
+        )  # fmt: skip
+        print(records[-1], flush=True)
+    return {"bench": "attend gpu", "records": records}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("ops", "steps"))
+    parser.add_argument("what", choices=("ops", "steps", "gpu"))
     parser.add_argument("--json", help="write the result here")
-    parser.add_argument("--seconds", type=float, default=0.5, help="ops: for each case")
+    parser.add_argument("--seconds", type=float, default=0.5, help="ops, gpu: for each case")
     parser.add_argument("--costs", action="store_true", help="ops: the engine's switch goes by these from now on")
     parser.add_argument("--particles", type=int, default=256)
     parser.add_argument("--prompts", default=",".join(map(str, PROMPTS)))
@@ -246,6 +312,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.what == "ops":
         result = bench_ops(args.seconds, args.costs)
+    elif args.what == "gpu":
+        result = bench_gpu(args.seconds)
     else:
         prompts = tuple(int(x) for x in args.prompts.split(","))
         result = bench_steps(args.particles, prompts, args.max_tokens, args.repeats)

@@ -1,5 +1,10 @@
 """attend against float64: sharing of every shape, layouts, dtypes, sizes, what lies beyond the length, bad input."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastsmc import ops, reference
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+CUDA = torch.cuda.is_available() and not INTERPRETED
+BACKENDS = ("cpu", *(("triton",) if INTERPRETED or CUDA else ()))
+backends = pytest.mark.parametrize("backend", BACKENDS)
 
 #: per row and head: ‖got − want‖ / ‖want‖
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-3}
@@ -38,13 +48,11 @@ def lay_out(cache, layout, which):
     return cache.contiguous().view(n, heads, tokens, dims)
 
 
-def make_case(
-    table, length, *, heads=(6, 2), dim=64, block=32, dtype=torch.float32, layout="plain", seed=0, spread=1.0
-):
+def make_case(table, length, *, heads=(6, 2), dim=64, block=32, dtype=torch.float32, layout="plain", seed=0):
     """Arguments of ops.attend and what the reference says. Slots that no row may read hold NaN."""
     g = torch.Generator().manual_seed(seed)
     n_blocks = int(table.max()) + 3
-    query = (torch.randn(len(table), heads[0], dim, generator=g) * spread).to(dtype)
+    query = torch.randn(len(table), heads[0], dim, generator=g).to(dtype)
     caches = [torch.randn(n_blocks, heads[1], block, dim, generator=g).to(dtype) for _ in range(2)]
     written = torch.zeros(n_blocks, block, dtype=torch.bool)
     for c in range(table.shape[1]):
@@ -62,6 +70,13 @@ def check(got, want, tolerance):
     assert error.max() <= tolerance, error.max()
 
 
+def attend(args, table, length, *, scale, layout, backend="cpu"):
+    """ops.attend on a backend's device; the result on the CPU."""
+    device = "cuda" if backend == "triton" and CUDA else "cpu"
+    plan = ops.plan_attend(table.to(device), backend=backend)
+    return ops.attend(*(t.to(device) for t in args), plan, length, scale=scale, layout=layout).cpu()
+
+
 LAYOUTS = [
     (d, layout) for d in TOLERANCE for layout in ("plain", "vector", "tiled") if (d, layout) != (torch.float32, "tiled")
 ]
@@ -72,26 +87,31 @@ LAYOUTS = [
 def test_equals_float64(dtype, layout, length):
     table = family_table(23, -(-length // 32), (length // 32) // 2, seed=length)
     args, kwargs, want = make_case(table, length, dtype=dtype, layout=layout, seed=length)
-    check(ops.attend(*args, ops.plan_attend(table), length, **kwargs), want, TOLERANCE[dtype])
+    check(attend(args, table, length, **kwargs), want, TOLERANCE[dtype])
 
 
+@backends
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("heads", [(1, 1), (9, 3), (8, 8), (7, 1)])
 @pytest.mark.parametrize("dim, block", [(16, 16), (80, 32), (128, 48), (256, 32)])
-def test_shapes(dtype, heads, dim, block):
+def test_shapes(dtype, heads, dim, block, backend):
+    if backend == "triton" and INTERPRETED and heads in ((1, 1), (8, 8)):
+        pytest.skip("slow on the interpreter")
     length = 5 * block + 7
     table = family_table(11, 6, 3, seed=dim)
-    args, kwargs, want = make_case(
-        table, length, heads=heads, dim=dim, block=block, dtype=dtype, layout="vector", seed=1
-    )
-    check(ops.attend(*args, ops.plan_attend(table), length, **kwargs), want, TOLERANCE[dtype])
+    layout = "vector" if backend == "cpu" else "plain"
+    args, kwargs, want = make_case(table, length, heads=heads, dim=dim, block=block, dtype=dtype, layout=layout, seed=1)
+    check(attend(args, table, length, backend=backend, **kwargs), want, TOLERANCE[dtype])
 
 
+@backends
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("n_rows", [1, 2, 100, 257])
 @pytest.mark.parametrize("kind", ["prompt", "private", "one ancestor", "unordered"])
-def test_every_genealogy(dtype, n_rows, kind):
+def test_every_genealogy(dtype, n_rows, kind, backend):
     """A long shared prompt (several packed spans), no sharing, total sharing, and a table that is no genealogy."""
+    if backend == "triton" and INTERPRETED and n_rows > 100:
+        pytest.skip("slow on the interpreter")
     columns, length = 40, 39 * 32 + 5
     if kind == "prompt":
         table = family_table(n_rows, columns, 37, seed=3)
@@ -102,11 +122,54 @@ def test_every_genealogy(dtype, n_rows, kind):
         table = torch.randperm(columns).int().expand(n_rows, columns)
     else:
         columns, length = 6, 6 * 32
-        table = torch.randint(
-            0, 5, (n_rows, columns), dtype=torch.int32, generator=torch.Generator().manual_seed(n_rows)
-        )
-    args, kwargs, want = make_case(table, length, heads=(3, 1), dtype=dtype, layout="vector", seed=n_rows)
-    check(ops.attend(*args, ops.plan_attend(table), length, **kwargs), want, TOLERANCE[dtype])
+        g = torch.Generator().manual_seed(n_rows)
+        table = torch.randint(0, 5, (n_rows, columns), dtype=torch.int32, generator=g)
+    layout = "vector" if backend == "cpu" else "plain"
+    args, kwargs, want = make_case(table, length, heads=(3, 1), dtype=dtype, layout=layout, seed=n_rows)
+    check(attend(args, table, length, backend=backend, **kwargs), want, TOLERANCE[dtype])
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="needs a GPU or the interpreter")
+def test_plan_on_the_device_triton():
+    """The same neighbours and the same prefix as on the CPU; lengths that the host does not know; strided caches."""
+    for n_columns, n_prompt in ((1, 0), (1, 1), (2, 1), (7, 3), (16, 16)):
+        table = family_table(37, n_columns, n_prompt, seed=n_columns)
+        here, there = ops.plan_attend(table), ops.plan_attend(table.to("cuda" if CUDA else "cpu"), backend="triton")
+        assert int(there.n_shared) == here.n_shared
+        assert sorted(there.order.tolist()) == list(range(37))
+        for c in range(n_columns):
+            blocks = table[there.order.cpu().long(), c].unique_consecutive()
+            assert len(blocks) == len(blocks.unique())  # rows that share a block are neighbours
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="needs a GPU or the interpreter")
+def test_length_on_the_device_triton():
+    """A length that the host does not know, up to the table's; caches as vLLM's: keys beside values, tokens apart."""
+    device = "cuda" if CUDA else "cpu"
+    table = family_table(20, 6, 2, seed=6)
+    plan = ops.plan_attend(table.to(device), backend="triton")
+    for length in (1, 90, 160, 192):
+        columns = -(-length // 32)
+        (query, keys, values), kwargs, want = make_case(table[:, :columns], length, heads=(4, 2), dim=32)
+        keys, values = (torch.cat([t, t[:1].expand(int(table.max()) + 3 - len(t), -1, -1, -1)]) for t in (keys, values))
+        both = torch.cat([keys, values], dim=3).to(device)
+        tokens = torch.tensor([length], dtype=torch.int32, device=device)
+        got = ops.attend(query.to(device), *both.chunk(2, dim=3), plan, tokens, **kwargs)
+        check(got.cpu(), want, TOLERANCE[torch.float32])
+
+
+@pytest.mark.skipif("triton" in BACKENDS, reason="this is the process with the interpreter, or a GPU")
+def test_on_the_interpreter():
+    """Triton decides when it is imported whether it interprets: in a process of its own."""
+    pytest.importorskip("triton")
+    ran = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "-k", "triton", __file__],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0 and " passed" in ran.stdout, f"{ran.stdout}\n{ran.stderr}"
 
 
 @settings(max_examples=200, deadline=None)
@@ -168,34 +231,35 @@ def test_strides_and_out(dtype):
     check(out[:9], want, TOLERANCE[dtype])
 
 
+@backends
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_nan_stays_in_its_row(dtype):
+def test_nan_stays_in_its_row(dtype, backend):
     table, length = family_table(12, 3, 2, seed=2), 70
     (query, keys, values), kwargs, want = make_case(table, length, dtype=dtype)
     keys[table[4, 2], 0, 1] = float("nan")  # a private block of row 4: the first key head
     query[7, 5] = float("nan")
-    got = ops.attend(query, keys, values, ops.plan_attend(table), length, **kwargs)
+    got = attend((query, keys, values), table, length, backend=backend, **kwargs)
     bad = torch.zeros(12, 6, dtype=torch.bool)
     bad[4, :3], bad[7, 5] = True, True
     assert torch.equal(got.isnan().all(-1), bad) and torch.equal(got.isnan().any(-1), bad)
     check(got[~bad], want[~bad.numpy()], TOLERANCE[dtype])
 
 
+@backends
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_infinite_and_huge_scores(dtype):
+def test_infinite_and_huge_scores(dtype, backend):
     """A score of −inf has no weight, in whichever span it is; scores of 1e9 pick the largest."""
     table = torch.arange(40, dtype=torch.int32)[None].repeat(5, 1)
     length = 40 * 32
     (query, keys, values), kwargs, _ = make_case(table, length, heads=(2, 1), dtype=dtype)
-    plan = ops.plan_attend(table)
     query[:, :, 0] = 1.0
     keys[table[0, :20].long(), 0, :, 0] = -torch.inf  # the whole first span
     want = reference.attend(query.double(), keys.double(), values.double(), table, length, scale=kwargs["scale"])
-    check(ops.attend(query, keys, values, plan, length, **kwargs), want, TOLERANCE[dtype])
+    check(attend((query, keys, values), table, length, backend=backend, **kwargs), want, TOLERANCE[dtype])
     keys[:, :, :, 0] = 0.0
     huge = (query * 1e9).to(dtype)
     want = reference.attend(huge.double(), keys.double(), values.double(), table, length, scale=kwargs["scale"])
-    check(ops.attend(huge, keys, values, plan, length, **kwargs), want, TOLERANCE[dtype])
+    check(attend((huge, keys, values), table, length, backend=backend, **kwargs), want, TOLERANCE[dtype])
 
 
 QUERY, CACHE = torch.zeros(2, 4, 32), torch.zeros(5, 2, 16, 32)
