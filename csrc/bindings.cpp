@@ -1,5 +1,6 @@
 // fastsmc._C: pybind11 bindings. Addresses travel as integers, a matrix as (address, row stride in elements, dtype
 // code, address of its row index or 0). The GIL is released while the work runs. Only fastsmc/ops calls this module.
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -67,6 +68,12 @@ std::vector<BlockCache> block_caches(const std::vector<CacheArgs>& args) {
     caches.push_back({at<char>(base), stride, n_blocks, pieces, piece_size, slot_size, static_cast<int>(all & -all)});
   }
   return caches;
+}
+
+using TableArgs = std::tuple<Address, int64_t, int64_t, int64_t>;  // address, row stride, rows, columns
+
+cpu::Table table_of(const TableArgs& t) {
+  return {at<int32_t>(std::get<0>(t)), std::get<1>(t), std::get<2>(t), std::get<3>(t)};
 }
 
 }  // namespace
@@ -162,4 +169,27 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.attr("cuda_archs") = py::make_tuple();
 #endif
+
+  m.attr("BF16_PAIRS") = std::is_same_v<NarrowMath, PairMath>;
+
+  // nodes of a table: a list of (row_begin, row_end, column_begin, column_end) one after the other; fills order (R,)
+  m.def("plan", [](const TableArgs& table, Address order) {
+    std::vector<int32_t> flat;
+    for (const Node& n : cpu::plan(table_of(table), at<int32_t>(order)))
+      flat.insert(flat.end(), {n.row_begin, n.row_end, n.column_begin, n.column_end});
+    return py::array_t<int32_t>(static_cast<py::ssize_t>(flat.size()), flat.data());
+  });
+
+  // kv: key and value address, block and head stride in elements, block size, head dim, layout
+  m.def("attend", [](Address query, int64_t query_stride, Address out, int64_t out_stride, int dtype, int64_t n_heads,
+                     int64_t n_key_heads,
+                     const std::tuple<Address, Address, int64_t, int64_t, int64_t, int64_t, int>& kv,
+                     const TableArgs& table, int64_t length, Address order, Address nodes, int64_t n_nodes,
+                     double scale) {
+    py::gil_scoped_release release;
+    const auto& [key, value, block_stride, head_stride, block_size, head_dim, layout] = kv;
+    cpu::attend(at<void>(query), query_stride, at<void>(out), out_stride, dtype, n_heads, n_key_heads,
+                {at<void>(key), at<void>(value), block_stride, head_stride, block_size, head_dim, layout},
+                table_of(table), length, at<int32_t>(order), at<Node>(nodes), n_nodes, scale);
+  });
 }

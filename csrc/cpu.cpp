@@ -5,6 +5,8 @@
 // torch first. So torch.set_num_threads holds here too and no second thread pool appears.
 #include "cpu.hpp"
 
+#include <omp.h>
+
 #include <algorithm>
 #include <cstring>
 #include <limits>
@@ -207,6 +209,37 @@ void emulate_reindex(const Reindexing& r, const std::vector<BlockCache>& caches,
     const int thread = i % threads, part = i / threads % parts;
     reindex_row(r, caches.data(), static_cast<int>(caches.size()), i / threads / parts, part, parts, thread, threads);
   });
+}
+
+std::vector<Node> plan(const Table& table, int32_t* order) {
+  return plan_nodes(table.blocks, table.stride, table.n_rows, table.n_columns, order);
+}
+
+// A task holds so many queries that packing a span of keys is little beside multiplying it, and its queries and outputs
+// stay in the second-level cache: elements of a task's queries.
+constexpr int64_t kTaskElements = 512 * 64;
+
+void attend(const void* query, int64_t query_stride, void* out, int64_t out_stride, int dtype, int64_t n_heads,
+            int64_t n_key_heads, const PagedKV& kv, const Table& table, int64_t length, const int32_t* order,
+            const Node* nodes, int64_t n_nodes, double scale) {
+  const int64_t group = n_heads / n_key_heads, threads = omp_get_max_threads();
+  const int64_t fair = (2 * threads + n_key_heads - 1) / n_key_heads;  // two tasks a thread
+  const int64_t small = (table.n_rows * group * kv.head_dim + kTaskElements - 1) / kTaskElements;
+  const int64_t runs = std::min(table.n_rows, std::max(fair, small));
+  const float scale2 = static_cast<float>(scale / kLog2);
+  const auto task = [&](auto math, auto* typed, int64_t head, int64_t run) {
+    using T = std::remove_pointer_t<decltype(typed)>;
+    attend_task<decltype(math)>(static_cast<const T*>(query), query_stride, static_cast<T*>(out), out_stride, kv,
+                                table.blocks, table.stride, length, order, nodes, n_nodes, table.n_rows * run / runs,
+                                table.n_rows * (run + 1) / runs, head, group, scale2);
+  };
+#pragma omp parallel for collapse(2) schedule(dynamic, 1)
+  for (int64_t head = 0; head < n_key_heads; ++head)
+    for (int64_t run = 0; run < runs; ++run) {
+      if (dtype == kFloat32) task(FloatMath{}, static_cast<float*>(nullptr), head, run);
+      else if (dtype == kFloat16) task(FloatMath{}, static_cast<fp16*>(nullptr), head, run);
+      else task(NarrowMath{}, static_cast<bf16*>(nullptr), head, run);
+    }
 }
 
 }  // namespace fastsmc::cpu

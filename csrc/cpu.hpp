@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "fastsmc/attend.cuh"
 #include "fastsmc/reindex.cuh"
 #include "fastsmc/resample.cuh"
 #include "fastsmc/weigh.cuh"
@@ -50,5 +51,18 @@ void reindex(const Reindexing& r, const std::vector<BlockCache>& caches);
 void emulate_resample(const Resampling& first, int64_t groups, int threads, uint64_t seed);
 void emulate_reindex(const Reindexing& r, const std::vector<BlockCache>& caches, int parts, int threads,
                      uint64_t seed);
+
+// A table (R, C) that `attend` reads, and its plan.
+struct Table {
+  const int32_t* blocks;
+  int64_t stride, n_rows, n_columns;
+};
+
+std::vector<Node> plan(const Table& table, int32_t* order);
+
+// query, out: (R, n_heads, D), rows `query_stride` and `out_stride` elements apart; all of one dtype, as the caches
+void attend(const void* query, int64_t query_stride, void* out, int64_t out_stride, int dtype, int64_t n_heads,
+            int64_t n_key_heads, const PagedKV& kv, const Table& table, int64_t length, const int32_t* order,
+            const Node* nodes, int64_t n_nodes, double scale);
 
 }  // namespace fastsmc::cpu

@@ -242,3 +242,23 @@ def reindex(table, ancestors, *, position, block_size, caches, slot_dim=None, ge
             if slot_dim is not None:
                 slots[slot_dim - 1] = slice(0, used)
             cache[(table[i, tail], *slots)] = cache[(table[a, tail], *slots)]
+
+
+# -- attend ------------------------------------------------------------------------------------------------------------
+def attend(query, key_cache, value_cache, table, length, *, scale) -> Array:
+    """(R, Hq, D) from query (R, Hq, D), caches (n_blocks, Hk, B, D) and the rows' table (R, C): each row on its own."""
+    query, table = np.asarray(query, np.float64), np.asarray(table)
+    n_rows, n_heads, dim = query.shape
+    n_key_heads = key_cache.shape[1]
+    out = np.empty_like(query)
+    for r in range(n_rows):
+        keys, values = (  # (Hk, length, D)
+            np.asarray(cache, np.float64)[table[r]].transpose(1, 0, 2, 3).reshape(n_key_heads, -1, dim)[:, :length]
+            for cache in (key_cache, value_cache)
+        )
+        for h in range(n_heads):
+            g = h // (n_heads // n_key_heads)
+            scores = scale * keys[g] @ query[r, h]
+            p = np.exp(scores - scores.max())
+            out[r, h] = p @ values[g] / p.sum()
+    return out

@@ -1,4 +1,4 @@
-"""The ops of a step, `weigh → resample → reindex → draw`, and `uniforms`, on torch tensors.
+"""The ops of a step, `attend → weigh → resample → reindex → draw`, and `uniforms`, on torch tensors.
 
 Each op validates, picks a backend by device and calls it. Backends: 'cpu' (fastsmc._C, C++ and OpenMP) for CPU tensors,
 on GPUs 'triton' (fastsmc.kernels) for weigh and draw, 'cuda' (fastsmc._C, where it was built with CUDA) for uniforms,
@@ -8,6 +8,7 @@ resample and reindex; 'torch' (eager PyTorch) on any device. The oracle of all o
 # torch comes before fastsmc._C: its OpenMP runtime then is the one that both use
 import torch  # noqa: F401  # isort: skip
 
+from fastsmc.ops.attend import BF16_PAIRS, AttendPlan, attend, plan_attend
 from fastsmc.ops.draw import NO_TOKEN, Drawn, draw, stratify
 from fastsmc.ops.reindex import reindex
 from fastsmc.ops.resample import Resampled, ess_log_mean, resample
@@ -15,13 +16,17 @@ from fastsmc.ops.uniforms import uniforms
 from fastsmc.ops.weigh import TILE, Weighed, weigh
 
 __all__ = [
+    "BF16_PAIRS",
     "NO_TOKEN",
     "TILE",
+    "AttendPlan",
     "Drawn",
     "Resampled",
     "Weighed",
+    "attend",
     "draw",
     "ess_log_mean",
+    "plan_attend",
     "reindex",
     "resample",
     "stratify",

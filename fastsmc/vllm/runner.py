@@ -23,6 +23,7 @@ from fastsmc.paging import Paging
 from fastsmc.potentials import Potential
 from fastsmc.twists import Twist, card_stamp
 from fastsmc.vllm import compat
+from fastsmc.vllm.attention import Attend, AttendMetadata
 from fastsmc.vllm.lead import OBJECT, GroupResult, GroupStart, GroupTick, Tick, last_position
 
 logger = init_logger(__name__)
@@ -56,8 +57,19 @@ class Model:
                 f"KV cache tensors {odd}: their first dimension is not the block ({n_blocks})"
             )
         self.device = self.caches[0].device
+        self.attend = Attend([context[name] for name in self.layers])
+        if self.attend.why_not is not None:
+            logger.info("groups use vLLM's attention, which reads a shared block once a row: %s", self.attend.why_not)
 
-    def hidden(self, tokens: Tensor, position: int, table: Tensor, slots: Tensor, n_query: int = 1) -> Tensor:
+    def hidden(
+        self,
+        tokens: Tensor,
+        position: int,
+        table: Tensor,
+        slots: Tensor,
+        n_query: int = 1,
+        plan: ops.AttendPlan | None = None,
+    ) -> Tensor:
         """(R * n_query, H) last hidden states of R rows.
 
         Args:
@@ -65,8 +77,24 @@ class Model:
             position: of each row's first token.
             table: (R, C) int32 block table, covering position + n_query tokens.
             slots: (R * n_query,) int64 where the keys and values go.
+            plan: of the table, for n_query = 1: rows may read the blocks that they share together.
         """
         n_rows, length = table.shape[0], position + n_query
+        if plan is not None and self.attend.pays(plan, length):
+            built = AttendMetadata(plan, length, self.attend.layout)
+            metadata = dict.fromkeys(self.layers, built)
+        else:
+            metadata = self._stock_metadata(table, length, slots, n_query)
+        positions = torch.arange(position, length, device=self.device).repeat(n_rows)
+        with set_forward_context(
+            metadata, self._config, num_tokens=n_rows * n_query, slot_mapping=dict.fromkeys(self.layers, slots)
+        ):
+            return self._model(
+                input_ids=tokens.to(torch.int32), positions=positions, intermediate_tensors=None, inputs_embeds=None
+            )
+
+    def _stock_metadata(self, table: Tensor, length: int, slots: Tensor, n_query: int) -> dict[str, Any]:
+        n_rows = table.shape[0]
         starts = torch.arange(0, (n_rows + 1) * n_query, n_query, dtype=torch.int32)
         common = CommonAttentionMetadata(
             query_start_loc=starts.to(self.device),
@@ -84,13 +112,7 @@ class Model:
         for group in self.attention:
             built = group.get_metadata_builder().build(common_prefix_len=0, common_attn_metadata=common)
             metadata.update(dict.fromkeys(group.layer_names, built))
-        positions = torch.arange(position, length, device=self.device).repeat(n_rows)
-        with set_forward_context(
-            metadata, self._config, num_tokens=n_rows * n_query, slot_mapping=dict.fromkeys(self.layers, slots)
-        ):
-            return self._model(
-                input_ids=tokens.to(torch.int32), positions=positions, intermediate_tensors=None, inputs_embeds=None
-            )
+        return metadata
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(R, V) logits; every tensor-parallel rank gets them."""
@@ -120,6 +142,7 @@ class VllmRows:
             ahead=lookahead,
             device=model.device,
         )
+        self._plan: ops.AttendPlan | None = None
 
     def first(self) -> tuple[Tensor, Tensor]:
         """The prompt's last token once more, in a private block, because the prompt's own may be shared."""
@@ -136,7 +159,9 @@ class VllmRows:
     def next(self, tokens: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
         paging = self.paging
         table = paging.table[slots, : paging.tail + 1]
-        hidden = self._model.hidden(tokens, paging.position, table, paging.slots(slots))
+        if self._model.attend.why_not is None and (self._plan is None or not self._plan.fits(table)):
+            self._plan = ops.plan_attend(table)
+        hidden = self._model.hidden(tokens, paging.position, table, paging.slots(slots), plan=self._plan)
         paging.position += 1
         return self._model.logits(hidden), hidden
 

@@ -14,11 +14,16 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_worker import Worker
 
+from fastsmc.vllm import attention
 from fastsmc.vllm.runner import ParticleRunner
 
 
 class _SMCMixin:
     smc_runner: ParticleRunner
+
+    def load_model(self, *args: Any, **kwargs: Any) -> Any:
+        attention.register()
+        return super().load_model(*args, **kwargs)
 
     def compile_or_warm_up_model(self) -> Any:
         times = super().compile_or_warm_up_model()

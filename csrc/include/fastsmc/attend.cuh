@@ -1,0 +1,475 @@
+// attend: decode attention of R rows over paged keys and values, in which rows that share a block read it together.
+//
+//   out[r, h] = Σ_t p_t v_t,   p = softmax_t(scale · q[r, h] · k_t),   t < length, k and v through row r of the table
+//
+// The table is a forest. Rows that name the same block in a column (and in all columns before it) are particles with
+// the same history there, so the sorted rows of the table fall into nested runs. A *node* is such a run of rows with the
+// columns over which it stays together: the root holds the prompt and whatever else all rows share, a leaf the tail that
+// a row has for itself. `Plan` finds them once for a table; every layer of the model reuses it.
+//
+//   table                   order      nodes (rows of the order, columns)
+//   0: 7 8 3                0 2 1      [0, 3) × [0, 1)   block 7, three rows together
+//   1: 7 9 5                           [0, 2) × [1, 2)   block 8, rows 0 and 2 together
+//   2: 7 8 4                           [0, 1) × [2, 3)   block 3;  [1, 2) × [2, 3)  block 4;  [2, 3) × [1, 3)  9 and 5
+//
+// A task is a head of the keys and a run of rows. It walks the nodes from the root, kSpan tokens at a time: their keys
+// and values are packed once, for the dot products of all queries of the node (rows × query heads of one key head). Each
+// query carries its maximum, sum and output along: the parts of a row are joined by log-sum-exp as they come.
+//
+// Arithmetic: 16-bit brain floats stay that where the CPU multiplies them in pairs (AVX-512 BF16), weights p rounded to
+// the same; anything else is float32. Sums and exponentials are float32 in both.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <numeric>
+#include <vector>
+
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+#if defined(__AVX512BF16__) && defined(__AVX512BW__)
+#define FASTSMC_BF16_PAIRS 1
+#endif
+
+#include "weigh.cuh"
+
+namespace fastsmc {
+
+// How the elements of one block and head lie, (B, D) being tokens and dimensions. vLLM's CPU backend has the last two.
+enum KVLayout {
+  kPlain = 0,   // keys and values [B][D]
+  kVector = 1,  // keys [D][B], values [B][D]
+  kTiled = 2,   // keys [B / 16][D / 2][16][2], values [D / 16][B / 2][16][2]: what kernels that multiply pairs read
+};
+
+// Block b of head h starts at key (value) + b · block_stride + h · head_stride, in elements.
+struct PagedKV {
+  const void* key;
+  const void* value;
+  int64_t block_stride, head_stride, block_size, head_dim;
+  int layout;
+};
+
+// ---------------------------------------------------------------------------------------------------------------- plan
+struct Node {
+  int32_t row_begin, row_end, column_begin, column_end;
+};
+
+// Appends the nodes of sorted rows [begin, end) from `column` on, depth first: a node comes before those below it.
+inline void add_nodes(const int32_t* table, int64_t stride, const int32_t* order, int32_t begin, int32_t end,
+                      int32_t column, int32_t n_columns, std::vector<Node>& nodes) {
+  while (begin < end) {
+    const int32_t* first = table + order[begin] * stride;
+    int32_t stop = begin + 1, until = n_columns;  // rows [begin, stop) agree in columns [column, until)
+    for (; stop < end && table[order[stop] * stride + column] == first[column]; ++stop)
+      until = static_cast<int32_t>(
+          std::mismatch(first + column, first + until, table + order[stop] * stride + column).first - first);
+    nodes.push_back({begin, stop, column, until});
+    if (until < n_columns) add_nodes(table, stride, order, begin, stop, until, n_columns, nodes);
+    begin = stop;
+  }
+}
+
+// order: (R,) rows sorted by their blocks; nodes of a table (R, C).
+inline std::vector<Node> plan_nodes(const int32_t* table, int64_t stride, int64_t n_rows, int64_t n_columns,
+                                    int32_t* order) {
+  std::iota(order, order + n_rows, 0);
+  std::stable_sort(order, order + n_rows, [&](int32_t a, int32_t b) {
+    const int32_t *x = table + a * stride, *y = table + b * stride;
+    return std::lexicographical_compare(x, x + n_columns, y, y + n_columns);
+  });
+  std::vector<Node> nodes;
+  add_nodes(table, stride, order, 0, static_cast<int32_t>(n_rows), 0, static_cast<int32_t>(n_columns), nodes);
+  return nodes;
+}
+
+// ------------------------------------------------------------------------------------------------------------- packing
+// Operands of a product of MR rows and 16-wide groups of columns: element (i, j) of the right one, i in [0, K) summed
+// over, lies at [j / 16][i / P][j % 16][i % P], with P elements of a 32-bit lane: 2 bf16 or 1 float.
+constexpr int kLanes = 16;
+using Floats = float __attribute__((vector_size(64)));
+
+struct PairMath {
+  using Packed = bf16;
+  static constexpr int kPair = 2;
+};
+struct FloatMath {
+  using Packed = float;
+  static constexpr int kPair = 1;
+};
+
+#ifdef FASTSMC_BF16_PAIRS
+using NarrowMath = PairMath;
+#else
+using NarrowMath = FloatMath;
+#endif
+
+inline bf16 to_bf16(float x) {
+  const uint32_t bits = as_bits(x);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return {static_cast<uint16_t>((bits >> 16) | 0x40u)};  // NaN stays NaN
+  return {static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
+}
+inline fp16 to_fp16(float x) {
+  const uint32_t bits = as_bits(x), sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return {static_cast<uint16_t>(sign | 0x7e00u)};
+  if (magnitude >= 0x477ff000u) return {static_cast<uint16_t>(sign | 0x7c00u)};  // rounds to infinity
+  if (magnitude < 0x38800000u)  // subnormal: the addition rounds to a multiple of 2^-24
+    return {static_cast<uint16_t>(sign | (as_bits(as_float(magnitude) + 0.5f) - 0x3f000000u))};
+  return {static_cast<uint16_t>(sign | ((magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13))};
+}
+template <typename Packed, typename T>
+inline Packed pack_as(const T* p, int64_t i) {
+  if constexpr (std::is_same_v<Packed, T>) return p[i];
+  else if constexpr (std::is_same_v<Packed, float>) return load(p, i);
+  else return to_bf16(load(p, i));
+}
+
+// Element (token, dim) of a block's keys or values.
+inline int64_t key_at(int layout, int64_t block_size, int64_t head_dim, int64_t token, int64_t dim) {
+  if (layout == kPlain) return token * head_dim + dim;
+  if (layout == kVector) return dim * block_size + token;
+  return (token / 16) * 16 * head_dim + (dim / 2) * 32 + (token % 16) * 2 + dim % 2;
+}
+inline int64_t value_at(int layout, int64_t block_size, int64_t head_dim, int64_t token, int64_t dim) {
+  if (layout != kTiled) return token * head_dim + dim;
+  return (dim / 16) * 16 * block_size + (token / 2) * 32 + (dim % 16) * 2 + token % 2;
+}
+
+#ifdef FASTSMC_BF16_PAIRS
+// Rows of 32 elements a and b as two registers of pairs (a_i, b_i), i in [0, 16) and [16, 32).
+inline void interleave(const bf16* a, const bf16* b, bf16* low, bf16* high) {
+  alignas(64) static const uint16_t kLow[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                                8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+  const __m512i pick = _mm512_load_si512(kLow), x = _mm512_loadu_si512(a), y = _mm512_loadu_si512(b);
+  _mm512_storeu_si512(low, _mm512_permutex2var_epi16(x, pick, y));
+  _mm512_storeu_si512(high, _mm512_permutex2var_epi16(x, _mm512_add_epi16(pick, _mm512_set1_epi16(16)), y));
+}
+#endif
+
+// Packs the keys of the first `n_tokens` of a block, and up to 31 more: columns are tokens, summed over dims. `out`: its
+// groups of 16 tokens, D · 16 elements each.
+template <typename Math, typename T>
+void pack_keys(const T* block, const PagedKV& kv, int64_t n_tokens, typename Math::Packed* out) {
+  const int64_t B = kv.block_size, D = kv.head_dim;
+  constexpr int P = Math::kPair;
+  if constexpr (P == 2 && std::is_same_v<T, bf16>) {
+    if (kv.layout == kTiled) {
+      memcpy(out, block, sizeof(bf16) * n_tokens * D);
+      return;
+    }
+#ifdef FASTSMC_BF16_PAIRS
+    if (kv.layout == kVector && B % 32 == 0) {
+      for (int64_t d = 0; d < D; d += 2)
+        for (int64_t t = 0; t < n_tokens; t += 32) {
+          bf16* group = out + t * D + d * kLanes;
+          interleave(block + d * B + t, block + (d + 1) * B + t, group, group + kLanes * D);
+        }
+      return;
+    }
+#endif
+  }
+  if (P == 1 && kv.layout == kVector) {  // the same loops as below, contiguous
+    for (int64_t t = 0; t < n_tokens; t += kLanes)
+      for (int64_t d = 0; d < D; ++d)
+        for (int64_t lane = 0; lane < kLanes; ++lane)
+          out[t * D + d * kLanes + lane] = pack_as<typename Math::Packed>(block, d * B + t + lane);
+    return;
+  }
+  for (int64_t t = 0; t < n_tokens; t += kLanes)
+    for (int64_t d = 0; d < D; d += P)
+      for (int64_t lane = 0; lane < kLanes; ++lane)
+        for (int64_t p = 0; p < P; ++p)
+          out[t * D + d * kLanes + lane * P + p] =
+              pack_as<typename Math::Packed>(block, key_at(kv.layout, B, D, t + lane, d + p));
+}
+
+// Packs the values of the first `n_tokens` (even) of a block: columns are dims, summed over tokens. `out`: the block's
+// place in the first group of 16 dims, whose groups are `group_step` elements apart.
+template <typename Math, typename T>
+void pack_values(const T* block, const PagedKV& kv, int64_t n_tokens, int64_t group_step, typename Math::Packed* out) {
+  const int64_t B = kv.block_size, D = kv.head_dim;
+  constexpr int P = Math::kPair;
+  if constexpr (P == 2 && std::is_same_v<T, bf16>) {
+    if (kv.layout == kTiled) {
+      for (int64_t d = 0; d < D; d += kLanes)
+        memcpy(out + (d / kLanes) * group_step, block + d * B, sizeof(bf16) * kLanes * n_tokens);
+      return;
+    }
+#ifdef FASTSMC_BF16_PAIRS
+    if (D % 32 == 0) {
+      for (int64_t t = 0; t < n_tokens; t += 2)
+        for (int64_t d = 0; d < D; d += 32) {
+          bf16* group = out + (d / kLanes) * group_step + t * kLanes;
+          interleave(block + t * D + d, block + (t + 1) * D + d, group, group + group_step);
+        }
+      return;
+    }
+#endif
+  }
+  if (P == 1 && kv.layout != kTiled) {  // the same loops as below, contiguous
+    for (int64_t t = 0; t < n_tokens; ++t)
+      for (int64_t d = 0; d < D; d += kLanes)
+        for (int64_t lane = 0; lane < kLanes; ++lane)
+          out[(d / kLanes) * group_step + t * kLanes + lane] = pack_as<typename Math::Packed>(block, t * D + d + lane);
+    return;
+  }
+  for (int64_t t = 0; t < n_tokens; t += P)
+    for (int64_t d = 0; d < D; ++d)
+      for (int64_t p = 0; p < P; ++p)
+        out[(d / kLanes) * group_step + t * kLanes + (d % kLanes) * P + p] =
+            pack_as<typename Math::Packed>(block, value_at(kv.layout, B, D, t + p, d));
+}
+
+// Zeros for packed values of tokens [begin, end): no one wrote them, they may be NaN, and 0 · NaN is not 0.
+template <typename Math>
+void blank_values(int64_t begin, int64_t end, int64_t head_dim, int64_t group_step, typename Math::Packed* out) {
+  constexpr int P = Math::kPair;
+  for (int64_t d = 0; d < head_dim; d += kLanes, out += group_step) {
+    int64_t t = begin;
+    if (t % P != 0) {
+      for (int64_t lane = 0; lane < kLanes; ++lane) out[(t - t % P) * kLanes + lane * P + t % P] = {};
+      ++t;
+    }
+    std::fill(out + t * kLanes, out + end * kLanes, typename Math::Packed{});
+  }
+}
+
+// ------------------------------------------------------------------------------------------------------------ products
+// sum[m][n] += Σ_k a[m][k] · b[k][16 n : 16 n + 16], `depth` elements k; `b` packed, its groups b_step apart.
+template <int MR, int NR>
+inline void multiply(const float* a, int64_t a_stride, const float* b, int64_t b_step, int64_t depth,
+                     Floats (&sum)[MR][NR]) {
+  for (int64_t k = 0; k < depth; ++k) {
+    Floats right[NR];
+    for (int n = 0; n < NR; ++n) memcpy(&right[n], b + n * b_step + k * kLanes, sizeof(Floats));
+    for (int m = 0; m < MR; ++m)
+      for (int n = 0; n < NR; ++n) sum[m][n] += a[m * a_stride + k] * right[n];
+  }
+}
+#ifdef FASTSMC_BF16_PAIRS
+template <int MR, int NR>
+inline void multiply(const bf16* a, int64_t a_stride, const bf16* b, int64_t b_step, int64_t depth,
+                     Floats (&sum)[MR][NR]) {
+  for (int64_t k = 0; k < depth; k += 2) {
+    __m512bh right[NR];
+    for (int n = 0; n < NR; ++n) right[n] = (__m512bh)_mm512_loadu_si512(b + n * b_step + k * kLanes);
+    for (int m = 0; m < MR; ++m) {
+      int32_t pair;
+      memcpy(&pair, a + m * a_stride + k, sizeof pair);
+      const __m512bh left = (__m512bh)_mm512_set1_epi32(pair);
+      for (int n = 0; n < NR; ++n) sum[m][n] = (Floats)_mm512_dpbf16_ps((__m512)sum[m][n], left, right[n]);
+    }
+  }
+}
+#endif
+
+constexpr int kRowBlock = 6, kColumnBlock = 4;  // 24 sums in registers
+
+// out[m][16 n ...] = keep[m] · out[m][16 n ...] + a b, or, with keep null, factor · a b: MR rows and NR groups.
+// Not inlined: within a larger function its sums would not stay in registers.
+template <int MR, int NR, typename Packed>
+__attribute__((noinline)) void product_block(const Packed* a, int64_t a_stride, const Packed* b, int64_t b_step, int64_t depth,
+                          const float* keep, float factor, float* out, int64_t out_stride) {
+  Floats sum[MR][NR];
+  for (int m = 0; m < MR; ++m)
+    for (int n = 0; n < NR; ++n) {
+      if (keep) {
+        memcpy(&sum[m][n], out + m * out_stride + n * kLanes, sizeof(Floats));
+        sum[m][n] *= keep[m];
+      } else {
+        sum[m][n] = Floats{};
+      }
+    }
+  multiply<MR, NR>(a, a_stride, b, b_step, depth, sum);
+  for (int m = 0; m < MR; ++m)
+    for (int n = 0; n < NR; ++n) {
+      if (!keep) sum[m][n] *= factor;
+      memcpy(out + m * out_stride + n * kLanes, &sum[m][n], sizeof(Floats));
+    }
+}
+
+template <int MR, typename Packed>
+inline void product_rows(const Packed* a, int64_t a_stride, const Packed* b, int64_t b_step, int64_t depth,
+                         const float* keep, float factor, float* out, int64_t out_stride, int64_t n_groups) {
+  int64_t n = 0;
+  for (; n + kColumnBlock <= n_groups; n += kColumnBlock)
+    product_block<MR, kColumnBlock>(a, a_stride, b + n * b_step, b_step, depth, keep, factor, out + n * kLanes, out_stride);
+  for (; n + 2 <= n_groups; n += 2)
+    product_block<MR, 2>(a, a_stride, b + n * b_step, b_step, depth, keep, factor, out + n * kLanes, out_stride);
+  if (n < n_groups)
+    product_block<MR, 1>(a, a_stride, b + n * b_step, b_step, depth, keep, factor, out + n * kLanes, out_stride);
+}
+
+template <typename Packed>
+inline void product(const Packed* a, int64_t a_stride, int64_t n_rows, const Packed* b, int64_t b_step, int64_t depth,
+                    const float* keep, float factor, float* out, int64_t out_stride, int64_t n_groups) {
+  const auto rows = [&](auto count, int64_t m) {
+    product_rows<decltype(count)::value>(a + m * a_stride, a_stride, b, b_step, depth, keep ? keep + m : nullptr,
+                                         factor, out + m * out_stride, out_stride, n_groups);
+  };
+  int64_t m = 0;
+  for (; m + kRowBlock <= n_rows; m += kRowBlock) rows(std::integral_constant<int, kRowBlock>{}, m);
+  switch (n_rows - m) {
+    case 5: return rows(std::integral_constant<int, 5>{}, m);
+    case 4: return rows(std::integral_constant<int, 4>{}, m);
+    case 3: return rows(std::integral_constant<int, 3>{}, m);
+    case 2: return rows(std::integral_constant<int, 2>{}, m);
+    case 1: return rows(std::integral_constant<int, 1>{}, m);
+    default: return;
+  }
+}
+
+// ------------------------------------------------------------------------------------------------------------- softmax
+inline void store_lanes(Floats x, float* out) { memcpy(out, &x, sizeof x); }
+inline void store_lanes(Floats x, fp16* out) {
+  for (int i = 0; i < kLanes; ++i) out[i] = to_fp16(x[i]);
+}
+inline void store_lanes(Floats x, bf16* out) {
+#ifdef FASTSMC_BF16_PAIRS
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), (__m256i)_mm512_cvtneps_pbh((__m512)x));
+#else
+  for (int i = 0; i < kLanes; ++i) out[i] = to_bf16(x[i]);
+#endif
+}
+
+// f over the 16 lanes, halves first.
+template <typename F>
+inline float fold(Floats x, F f) {
+  using Ints = int32_t __attribute__((vector_size(64)));
+  x = f(x, __builtin_shuffle(x, Ints{8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7}));
+  x = f(x, __builtin_shuffle(x, Ints{4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11}));
+  x = f(x, __builtin_shuffle(x, Ints{2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13}));
+  x = f(x, __builtin_shuffle(x, Ints{1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14}));
+  return x[0];
+}
+
+// 2^t of 16 numbers t <= 0: 2^floor(t) · polynomial, the polynomial minimax for 2^x on [0, 1). Relative error 9e-8, and 7.5e-5 where `Packed` is bfloat16, which rounds by 2e-3.
+// NaN gives NaN, −inf gives 0.
+template <typename Packed>
+inline Floats exp2_lanes(Floats t) {
+#ifdef __AVX512DQ__
+  const Floats x = (Floats)_mm512_reduce_ps((__m512)t, 0x09);  // t − floor(t), and 0 for −inf
+  Floats p;
+  if constexpr (std::is_same_v<Packed, bf16>) {
+    p = x * 7.802452147006989e-2f + 2.2606715559959412e-1f;
+    p = p * x + 6.958335638046265e-1f;
+    p = p * x + 9.999251961708069e-1f;
+  } else {
+    p = x * 1.877577742561698e-3f + 8.989337831735611e-3f;
+    p = p * x + 5.582632124423981e-2f;
+    p = p * x + 2.4015361070632935e-1f;
+    p = p * x + 6.931530833244324e-1f;
+    p = p * x + 9.999999403953552e-1f;
+  }
+  return (Floats)_mm512_scalef_ps((__m512)p, (__m512)t);  // 2^floor(t) · p
+#else
+  for (int i = 0; i < kLanes; ++i) t[i] = exp2_nonpositive(t[i]);
+  return t;
+#endif
+}
+
+// One query and `n` (a multiple of 16) scores in units of log 2, `n_valid` of them real: weights relative to the running
+// maximum; returns what the output and the sum so far must be multiplied by. (Scores come scaled: a scaling fused with
+// the subtraction of the maximum could leave huge scores above it.)
+template <typename Packed>
+inline float soften(float* scores, int64_t n, int64_t n_valid, float* max, float* sum, Packed* weights) {
+  for (int64_t t = n_valid; t < n; ++t) scores[t] = kNegInf;
+  const auto larger = [](Floats a, Floats b) { return a > b ? a : b; };
+  Floats x, lanes = Floats{} + kNegInf, part = {};
+  for (int64_t t = 0; t < n; t += kLanes) {
+    memcpy(&x, scores + t, sizeof x);
+    lanes = larger(x, lanes);
+  }
+  const float top = std::max(*max, fold(lanes, larger));
+  const float base = top == kNegInf ? 0.0f : top;  // no mass yet: weights 0, not NaN
+  for (int64_t t = 0; t < n; t += kLanes) {
+    memcpy(&x, scores + t, sizeof x);
+    x = exp2_lanes<Packed>(x - base);
+    part += x;
+    store_lanes(x, weights + t);
+  }
+  const float keep = exp2_nonpositive(*max - base);
+  *max = top;
+  *sum = *sum * keep + fold(part, [](Floats a, Floats b) { return a + b; });
+  return keep;
+}
+
+// --------------------------------------------------------------------------------------------------------------- a task
+constexpr int64_t kSpan = 512;      // tokens packed at a time
+constexpr int64_t kQueries = 12;    // queries whose scores are held at a time
+
+// What a thread keeps between tasks: fresh memory for each would cost page faults.
+template <typename Packed>
+struct Scratch {
+  std::vector<Packed> queries, keys, values, weights;
+  std::vector<float> sums, maxima, outputs, scores, keep;
+
+  void prepare(int64_t n, int64_t head_dim, int64_t span) {
+    queries.resize(n * head_dim), keys.resize(span * head_dim), values.resize(span * head_dim);
+    weights.resize(kQueries * span), scores.resize(kQueries * span), keep.resize(kQueries);
+    sums.assign(n, 0.0f), maxima.assign(n, kNegInf), outputs.assign(n * head_dim, 0.0f);
+  }
+};
+
+// Attention of the queries of rows order[row_begin : row_end) that belong to key head `head`.
+//   query, out: (R, n_heads, D) with a stride per row in elements; table as in `plan_nodes`.
+template <typename Math, typename T>
+void attend_task(const T* query, int64_t query_stride, T* out, int64_t out_stride, const PagedKV& kv,
+                 const int32_t* table, int64_t table_stride, int64_t length, const int32_t* order, const Node* nodes,
+                 int64_t n_nodes, int64_t row_begin, int64_t row_end, int64_t head, int64_t heads_per_key,
+                 float scale) {
+  using Packed = typename Math::Packed;
+  const int64_t B = kv.block_size, D = kv.head_dim, G = heads_per_key, n = (row_end - row_begin) * G;
+  const int64_t span = std::max(B, kSpan / B * B), n_groups = D / kLanes;
+  static thread_local Scratch<Packed> scratch;
+  scratch.prepare(n, D, span);
+  auto& [queries, keys, values, weights, sums, maxima, outputs, scores, keep] = scratch;
+  for (int64_t r = row_begin; r < row_end; ++r) {
+    const T* from = query + order[r] * query_stride + head * G * D;
+    for (int64_t i = 0; i < G * D; ++i) queries[(r - row_begin) * G * D + i] = pack_as<Packed>(from, i);
+  }
+  for (int64_t k = 0; k < n_nodes; ++k) {
+    const int64_t first = std::max<int64_t>(nodes[k].row_begin, row_begin);
+    const int64_t last = std::min<int64_t>(nodes[k].row_end, row_end);
+    if (first >= last) continue;
+    const int32_t* blocks = table + order[first] * table_stride;
+    for (int64_t c = nodes[k].column_begin; c < nodes[k].column_end; c += span / B) {
+      const int64_t n_blocks = std::min<int64_t>(span / B, nodes[k].column_end - c);
+      const int64_t n_valid = std::min(n_blocks * B, length - c * B);
+      const int64_t n_tokens = (n_valid + kLanes - 1) / kLanes * kLanes;
+      for (int64_t b = 0; b < n_blocks; ++b) {
+        const int64_t at = blocks[c + b] * kv.block_stride + head * kv.head_stride, n_here = std::min(B, n_tokens - b * B);
+        pack_keys<Math>(static_cast<const T*>(kv.key) + at, kv, n_here, keys.data() + b * B * D);
+        pack_values<Math>(static_cast<const T*>(kv.value) + at, kv, n_here, span * kLanes,
+                          values.data() + b * B * kLanes);
+      }
+      blank_values<Math>(n_valid, n_tokens, D, span * kLanes, values.data());
+      for (int64_t q = (first - row_begin) * G; q < (last - row_begin) * G; q += kQueries) {
+        const int64_t m = std::min(kQueries, (last - row_begin) * G - q);
+        for (int64_t t = 0; t < n_tokens; t += kColumnBlock * kLanes)  // keys of 64 tokens stay in the nearest cache
+          product(queries.data() + q * D, D, m, keys.data() + t * D, D * kLanes, D, nullptr, scale, scores.data() + t, span,
+                  std::min<int64_t>(kColumnBlock, (n_tokens - t) / kLanes));
+        for (int64_t i = 0; i < m; ++i)
+          keep[i] = soften(scores.data() + i * span, n_tokens, n_valid, &maxima[q + i], &sums[q + i],
+                           weights.data() + i * span);
+        product(weights.data(), span, m, values.data(), span * kLanes, n_tokens, keep.data(), 1.0f, outputs.data() + q * D, D,
+                n_groups);
+      }
+    }
+  }
+  for (int64_t r = row_begin; r < row_end; ++r) {
+    for (int64_t i = 0; i < G; ++i) {
+      const int64_t q = (r - row_begin) * G + i;
+      T* to = out + order[r] * out_stride + (head * G + i) * D;
+      const float share = 1.0f / sums[q];
+      for (int64_t d = 0; d < D; d += kLanes) {
+        Floats x;
+        memcpy(&x, outputs.data() + q * D + d, sizeof x);
+        store_lanes(x * share, to + d);
+      }
+    }
+  }
+}
+
+}  // namespace fastsmc

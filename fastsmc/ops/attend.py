@@ -1,0 +1,196 @@
+"""attend: decode attention of rows that share paged KV; csrc/include/fastsmc/attend.cuh and kernels/attend.py.
+
+    plan_attend(table) -> AttendPlan      which rows read which blocks together; once for a table
+    attend(query, key_cache, value_cache, plan, length, scale=...) -> out      once for each layer
+
+Rows of equal length, one query each. Particles with a common history name the same blocks: what N rows read of a shared
+block is then one product of N × (query heads of a key head) queries with its keys, not N reads.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+
+import torch
+from torch import Tensor
+
+from fastsmc import _C
+from fastsmc.ops._tensors import DTYPE_CODES, check_choice
+
+#: how the elements of one block and head lie in memory: names of the codes in attend.cuh, (B, D) tokens and dimensions.
+#: plain: keys and values [B][D]. vector: keys [D][B], values [B][D]. tiled: keys [B / 16][D / 2][16][2], values
+#: [D / 16][B / 2][16][2], of 16-bit elements.
+LAYOUTS = ("plain", "vector", "tiled")
+#: whether this CPU multiplies bfloat16 without widening it
+BF16_PAIRS: bool = _C.BF16_PAIRS
+#: the head size must be a multiple of it, as must the block size
+LANES = 16
+
+
+BACKENDS = ("cpu", "triton")
+
+
+class AttendPlan:
+    """Who reads what together, for every layer that the table stands for.
+
+    Attributes:
+        backend: whose plan it is.
+        table: (R, C) int32, a copy.
+        order: (R,) int32, rows sorted by their blocks.
+        n_shared: columns on which all rows agree, the common prefix: an int, or for 'triton' (1,) int32 on the device.
+        nodes: 'cpu': (K, 4) int32 of (row_begin, row_end, column_begin, column_end), see attend.cuh: rows
+            order[row_begin:row_end) name the same blocks in these columns, and in all before. Depth first, so that a
+            row meets its columns in order.
+        n_reads: 'cpu': Σ over the nodes of their columns: block reads, where each row on its own makes R · C.
+        max_block: 'cpu': the largest block id.
+    """
+
+    def __init__(self, table: Tensor, backend: str) -> None:
+        self.backend, self.table = backend, table.contiguous().clone()
+        if backend == "triton":
+            from fastsmc.kernels import attend as kernel
+
+            self.order, self.n_shared = kernel.plan(self.table)
+            return
+        low, high = torch.aminmax(self.table)
+        if low < 0:
+            raise ValueError(f"table: has a negative block id {int(low)}")
+        self.max_block = int(high)
+        self.order = torch.empty(len(table), dtype=torch.int32)
+        nodes = torch.from_numpy(_C.plan(self._table_arguments(), self.order.data_ptr()))
+        self.nodes = nodes.view(-1, 4)
+        widths = self.nodes[:, 3] - self.nodes[:, 2]
+        self.n_reads = int(widths.sum())
+        self.n_shared = int(widths[0]) if int(self.nodes[0, 1]) == len(table) else 0
+
+    def _table_arguments(self) -> tuple[int, int, int, int]:
+        return self.table.data_ptr(), self.table.stride(0), *self.table.shape
+
+    def fits(self, table: Tensor) -> bool:
+        """Whether it is the plan of this table. On a GPU this waits for the device."""
+        return torch.equal(self.table, table)
+
+
+def plan_attend(table: Tensor, *, backend: str | None = None) -> AttendPlan:
+    """The plan of a table (R, C) int32 of block ids, both at least 1. Any table will do; it pays where rows share.
+
+    Args:
+        backend: 'cpu', 'triton' (CUDA tensors; others under TRITON_INTERPRET=1) or None for the device's own. Values of
+            the table are only checked by 'cpu': the other does not look at them.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    if not isinstance(table, Tensor) or table.dim() != 2 or table.dtype != torch.int32 or not table.numel():
+        got = f"{table.dtype} {tuple(table.shape)}" if isinstance(table, Tensor) else repr(table)
+        raise ValueError(f"table: must be an (R, C) int32 tensor, R and C at least 1, got {got}")
+    if backend is None:
+        backend = "cpu" if table.device.type == "cpu" else "triton"
+    check_choice("backend", backend, BACKENDS)
+    if backend == "cpu" and table.device.type != "cpu":
+        raise ValueError(f"backend='cpu': table is on {table.device}")
+    if backend == "triton" and table.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError("backend='triton': table is on cpu, which needs TRITON_INTERPRET=1 in the environment")
+    return AttendPlan(table, backend)
+
+
+def attend(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    plan: AttendPlan,
+    length: int | Tensor,
+    *,
+    scale: float,
+    layout: str = "plain",
+    out: Tensor | None = None,
+) -> Tensor:
+    """softmax(scale · q · K) V of each row and head, over the first `length` tokens that the row's blocks hold.
+
+    Head h of the query reads key head h · Hk / Hq. bfloat16 stays so in the products where the CPU has AVX-512 BF16, as
+    on a GPU do both 16-bit types, and softmax weights are rounded to it; everything else, and all sums, are float32.
+    What lies in a block beyond `length` does not matter. NaN in a row's keys or query makes the row NaN.
+
+    Args:
+        query: (R, Hq, D) float32, bfloat16 or float16, row by row as in plan.table; [r] contiguous.
+        key_cache, value_cache: (n_blocks, Hk, B, D) of the same dtype, with equal strides, Hq a multiple of Hk. On the
+            CPU [b, h] is contiguous, laid out as `layout` says whatever the shape says; D and B multiples of 16.
+        plan: of the rows' table, with C = ceil(length / B) columns.
+        length: tokens of every row, >= 1. For a plan of 'triton' also (1,) int32 on the device, up to C · B.
+        scale: > 0.
+        layout: one of LAYOUTS; 'plain' for 'triton'.
+        out: (R, Hq, D) to write to, as the query; default a new tensor.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    device = plan.table.device
+    if query.dim() != 3 or query.dtype not in DTYPE_CODES or query.device != device:
+        raise ValueError(
+            f"query: must be (R, Hq, D) of {', '.join(map(str, DTYPE_CODES))} on {device}, got {query.dtype} "
+            f"{tuple(query.shape)} on {query.device}"
+        )
+    n_rows, n_heads, head_dim = query.shape
+    if out is None:
+        out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    for name, rows in (("query", query), ("out", out)):
+        if rows.shape != query.shape or rows.dtype != query.dtype or rows.device != device:
+            raise ValueError(f"{name}: {rows.dtype} {tuple(rows.shape)} on {rows.device}, must be as query")
+        if rows.stride(2) != 1 or rows.stride(1) != head_dim:
+            raise ValueError(f"{name}: each row must be contiguous, strides are {rows.stride()}")
+    check_choice("layout", layout, LAYOUTS)
+    token_stride = head_dim if plan.backend == "cpu" else key_cache.stride(-2)
+    for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
+        if cache.dim() != 4 or cache.dtype != query.dtype or cache.device != device:
+            raise ValueError(
+                f"{name}: must be (n_blocks, Hk, B, D) {query.dtype} on {device}, got {cache.dtype} "
+                f"{tuple(cache.shape)} on {cache.device}"
+            )
+        if cache.shape[3] != head_dim or cache.stride(3) != 1 or cache.stride(2) != token_stride:
+            raise ValueError(
+                f"{name}: blocks must be contiguous with D={head_dim} as in query, got {tuple(cache.shape)} with "
+                f"strides {cache.stride()}"
+            )
+    if key_cache.shape != value_cache.shape or key_cache.stride() != value_cache.stride():
+        raise ValueError("value_cache: must have the shape and strides of key_cache")
+    n_blocks, n_key_heads, block_size, _ = key_cache.shape
+    if n_heads % n_key_heads:
+        raise ValueError(f"query: Hq={n_heads} must be a multiple of Hk={n_key_heads}")
+    if isinstance(length, Tensor):
+        if plan.backend != "triton" or length.dtype != torch.int32 or length.shape != (1,) or length.device != device:
+            raise ValueError(
+                f"length: must be an int, or (1,) int32 on the device of a plan of 'triton', got {length!r}"
+            )
+    elif plan.table.shape[0] != n_rows or length < 1 or -(-length // block_size) != plan.table.shape[1]:
+        raise ValueError(
+            f"plan: of a table {tuple(plan.table.shape)}; R={n_rows} rows of length={length} need "
+            f"({n_rows}, {-(-length // block_size)})"
+        )
+    if not (scale > 0 and math.isfinite(scale)):
+        raise ValueError(f"scale={scale!r}: must be positive and finite")
+    if plan.backend == "triton":
+        from fastsmc.kernels import attend as kernel
+
+        if layout != "plain":
+            raise ValueError(f"layout={layout!r}: 'triton' reads 'plain'")
+        if not isinstance(length, Tensor):
+            length = torch.tensor([length], dtype=torch.int32, device=device)
+        kernel.attend(query, key_cache, value_cache, plan.table, plan.order, plan.n_shared, length, scale, out)
+        return out
+    if head_dim % LANES or block_size % LANES:
+        raise ValueError(f"key_cache: D={head_dim} and B={block_size} must be multiples of {LANES}")
+    if layout == "tiled" and query.dtype == torch.float32:
+        raise ValueError("layout='tiled': is of 16-bit elements, query is torch.float32")
+    if plan.max_block >= n_blocks:
+        raise ValueError(f"plan: names block {plan.max_block}, key_cache has {n_blocks}")
+    kv = (
+        key_cache.data_ptr(), value_cache.data_ptr(), key_cache.stride(0), key_cache.stride(1), block_size, head_dim,
+        LAYOUTS.index(layout),
+    )  # fmt: skip
+    _C.attend(
+        query.data_ptr(), query.stride(0), out.data_ptr(), out.stride(0), DTYPE_CODES[query.dtype], n_heads,
+        n_key_heads, kv, plan._table_arguments(), length, plan.order.data_ptr(), plan.nodes.data_ptr(),
+        len(plan.nodes), scale,
+    )  # fmt: skip
+    return out

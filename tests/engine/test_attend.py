@@ -1,0 +1,192 @@
+"""Groups on `attend` inside the engine: log-probs by recompute, beside ordinary requests, and the switch to it."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from tiny import TableTwist, hf_log_probs, make_llama, value_table
+from vllm import SamplingParams
+
+from fastsmc import Potential, SMCParams, ops
+from fastsmc.vllm import attention, compat
+from fastsmc.vllm.attention import Attend, find_layout
+
+from .conftest import VOCAB, make_engine
+
+POSITIONS = 4200
+POTENTIAL = TableTwist(3 * value_table(100, VOCAB))
+
+
+class First(Potential):
+    """φ = 1 for sequences that start with a token, 0 for others."""
+
+    def __init__(self, token):
+        self.token = token
+
+    def prefix(self, state):
+        if state.tokens.shape[1] == 0:
+            return torch.zeros(len(state.finished), dtype=torch.float64)
+        keep = state.tokens[:, 0] == self.token
+        return torch.where(keep, 0.0, -torch.inf).double()
+
+    def complete(self, state):
+        return self.prefix(state)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return make_llama(tmp_path_factory.mktemp("long"), VOCAB, positions=POSITIONS)
+
+
+@pytest.fixture(scope="module")
+def long_engine(path):
+    return make_engine(path, max_model_len=POSITIONS)
+
+
+@pytest.fixture
+def always(monkeypatch):
+    """Every step goes through `attend`; (rows, common prefix, block reads) of each."""
+    seen = []
+
+    def pays(self, plan, length):
+        seen.append((len(plan.order), plan.n_shared, plan.n_reads))
+        return True
+
+    monkeypatch.setattr(Attend, "pays", pays)
+    return seen
+
+
+def runner_of(engine):
+    return engine.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.smc_runner
+
+
+def prompt_of(length, shift=0):
+    return [(3 * i + i // 7 + shift) % VOCAB for i in range(length)]
+
+
+def check_log_probs(path, prompt, population):
+    for i, want in enumerate(hf_log_probs(path, prompt, population.token_ids)):
+        assert np.abs(population.token_log_probs[i] - want).max() <= 5e-4
+
+
+@pytest.mark.parametrize("genealogy", ["never resampled", "every step", "one ancestor"])
+@pytest.mark.parametrize("length", [1, 31, 32, 33, 512, 4096])
+def test_log_probs_equal_a_full_recompute(long_engine, path, always, length, genealogy):
+    """40 steps over a block boundary or two, twelve rows; by recompute in float32."""
+    prompt, potential = prompt_of(length), POTENTIAL
+    params = SMCParams(n_particles=12, max_tokens=40, ess_threshold=1.0, resampling="multinomial", seed=3)
+    if genealogy == "never resampled":
+        params = SMCParams(n_particles=12, max_tokens=40, ess_threshold=0.0, seed=3)
+    elif genealogy == "one ancestor":
+        plain = long_engine.smc(prompt, SMCParams(n_particles=12, max_tokens=1, ess_threshold=0.0, seed=3))
+        tokens, counts = np.unique([t[0] for t in plain.token_ids], return_counts=True)
+        potential = First(int(tokens[counts.argmin()]))
+    population = long_engine.smc(prompt, params, potential)
+    assert population.resampled.any() == (genealogy != "never resampled")
+    check_log_probs(path, prompt, population)
+    assert len(always) >= 39 and max(rows for rows, _, _ in always) > 6
+    assert all(shared >= length // 32 for _, shared, _ in always)
+    columns = -(-(length + 39) // 32)
+    assert always[-1][2] < always[-1][0] * columns or length == 1  # fewer reads than each row on its own
+
+
+def test_beside_ordinary_requests(long_engine, path, always):
+    """Two groups and ordinary requests in one batch: each what it is alone."""
+    ordinary = [SamplingParams(max_tokens=50, temperature=1.0, seed=5, ignore_eos=True), SamplingParams(max_tokens=40)]
+    ordinary[1].temperature = 0.0
+    prompts = [prompt_of(40), prompt_of(100, 1)]
+    inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+    alone = long_engine.generate(inputs, ordinary, use_tqdm=False)
+    assert not always  # vLLM's own attention
+    name = long_engine.register_potential(POTENTIAL)
+    params = SMCParams(n_particles=9, max_tokens=40, ess_threshold=1.0, seed=7)
+    leads = [long_engine.lead_params(params, name, group=i, return_population=True) for i in range(2)]
+    outputs = long_engine.generate([inputs[0], *inputs, inputs[1]], [leads[0], *ordinary, leads[1]], use_tqdm=False)
+    long_engine.drop_potential(name)
+    for got, want in zip(outputs[1:3], alone, strict=True):
+        assert got.outputs[0].token_ids == want.outputs[0].token_ids
+    for output, prompt in zip((outputs[0], outputs[3]), prompts, strict=True):
+        check_log_probs(path, prompt, long_engine.population(output))
+    assert always
+
+
+def test_the_same_particles_as_with_vllms_attention(long_engine, monkeypatch):
+    params = SMCParams(n_particles=16, max_tokens=40, ess_threshold=0.7, seed=2)
+    runs = []
+    for pays in (True, False):
+        monkeypatch.setattr(Attend, "pays", lambda self, plan, length, pays=pays: pays)
+        runs.append(long_engine.smc(prompt_of(70), params, POTENTIAL))
+    ours, theirs = runs
+    assert ours.token_ids == theirs.token_ids and np.array_equal(ours.ancestors, theirs.ancestors)
+    assert np.allclose(ours.log_probs, theirs.log_probs, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------------- the switch
+def test_a_plan_serves_until_the_table_changes(long_engine, always, monkeypatch):
+    made = []
+    plan = ops.plan_attend
+    monkeypatch.setattr(ops, "plan_attend", lambda table: made.append(1) or plan(table))
+    long_engine.smc(prompt_of(65), SMCParams(n_particles=1, max_tokens=20, ess_threshold=0.0), None)
+    assert len(always) == 19 and len(made) == 1
+
+
+def shared_table(n_rows, n_columns):
+    table = torch.arange(n_columns, dtype=torch.int32).repeat(n_rows, 1)
+    table[:, -1] += torch.arange(n_rows, dtype=torch.int32)
+    return table
+
+
+def test_the_costs_decide(long_engine, monkeypatch):
+    """Many rows on a long prompt share it; one row has nobody to share with; without costs there is no choice."""
+    attend = runner_of(long_engine).model.attend
+    assert attend.why_not is None and attend.layout == "vector"
+    many, one = ops.plan_attend(shared_table(256, 65)), ops.plan_attend(shared_table(1, 1))
+    costs = {"attend": [1e-5, 1e-11, 1e-10, 1e-7], "stock": [5e-6, 4e-11, 1e-7]}
+    monkeypatch.setattr(attend, "_costs", costs)
+    assert attend.pays(many, 65 * 32) and not attend.pays(one, 20)
+    units, stock_units = attention.features(many, 65 * 32, 2, 1, 32, 32)
+    products = 2 * 256 * 2 * 65 * 32 * 32
+    assert units == (1.0, products, 2 * (64 + 256) * 32 * 32, 257.0) and stock_units == (1.0, products, 256.0)
+    want = (5e-6 + 4e-11 * products + 1e-7 * 256) / (1e-5 + 1e-11 * products + 1e-10 * units[2] + 1e-7 * 257)
+    assert abs(attend.ratio(many, 65 * 32) - want) < 1e-9
+    monkeypatch.setattr(attend, "_costs", None)
+    assert not attend.pays(many, 65 * 32)
+
+
+@pytest.mark.parametrize(
+    "change, name",
+    [
+        ({"sliding_window": 128}, "a sliding window"),
+        ({"alibi_slopes": torch.ones(2)}, "ALiBi"),
+        ({"logits_soft_cap": 30.0}, "a soft cap of logits"),
+        ({"sinks": torch.ones(2)}, "attention sinks"),
+        ({"is_fp8_kv_cache": True}, "a quantised KV cache"),
+        ({"head_size": 40}, "a head size of 40"),
+    ],
+)
+def test_what_attend_does_not_know_is_left_to_vllm_by_name(long_engine, change, name):
+    model = runner_of(long_engine).model
+    context = model._config.compilation_config.static_forward_context
+    layers = [copy.copy(context[layer]) for layer in model.layers]
+    for layer in layers:
+        layer.__dict__ = dict(layer.__dict__)
+        impl = copy.copy(layer.impl)
+        impl.__dict__.update(change)
+        layer.__dict__["impl"] = impl
+    assert Attend(layers).why_not == f"attend does not know {name}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("isa, layout", [("vec", "vector"), ("vec16", "vector"), ("amx", "tiled")])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_layouts_are_those_of_vllms_writer(long_engine, dtype, isa, layout, dim):
+    want = None if (isa, dtype) == ("amx", torch.float32) else layout
+    assert find_layout(isa, dtype, 32, dim) == want
+
+
+def test_names_of_vllm_are_checked(monkeypatch):
+    compat.check_attention()
+    monkeypatch.setitem(compat.ATTENTION_NAMES, "vllm._custom_ops", ("no_such_op",))
+    with pytest.raises(compat.UnsupportedError, match="vllm._custom_ops lacks no_such_op"):
+        compat.check_attention()

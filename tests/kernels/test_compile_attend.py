@@ -1,0 +1,70 @@
+"""Compile-only gates of attend's Triton kernels for an H100 (sm_90), without a GPU or a driver: matrix instructions, no
+spills, registers that leave two programs a multiprocessor."""
+
+import os
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("under the interpreter nothing is compiled", allow_module_level=True)
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from fastsmc.kernels import attend  # noqa: E402
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+def compiled(kernel, types, constants, options):
+    """(registers, spilled bytes, SASS); pointers and strides divisible by 16."""
+    names = kernel.arg_names
+    signature = {name: types.get(name, "constexpr") for name in names}
+    constexprs = {(i,): constants[name] for i, name in enumerate(names) if signature[name] == "constexpr"}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(names)
+        if signature[name].startswith("*") or name.endswith("_stride")
+    }
+    binary = triton.compile(
+        ASTSource(kernel, signature, constexprs, aligned), target=GPUTarget("cuda", 90, 32), options=options
+    )
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        usage, sass = (
+            subprocess.run([TOOLS / tool, option, file.name], check=True, capture_output=True, text=True).stdout
+            for tool, option in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
+        )
+    registers, stack, local = (int(re.search(rf"{word}:(\d+)", usage).group(1)) for word in ("REG", "STACK", "LOCAL"))
+    return registers, stack + local, sass
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("dim, group, size", [(128, 4, 16), (64, 3, 16), (64, 3, 32), (256, 8, 16), (80, 1, 16)])
+def test_tiles(dtype, dim, group, size):
+    dims, queries = triton.next_power_of_2(dim), attend.QUERIES if dim <= 128 else attend.QUERIES // 2
+    types = dict.fromkeys(("query", "keys", "values"), f"*{dtype}") | dict.fromkeys(("out", "lse"), "*fp32")
+    types |= dict.fromkeys(("table", "order", "shared", "length"), "*i32") | {"scale": "fp32", "n_rows": "i32"}
+    types |= dict.fromkeys(("query_stride", "block_stride", "head_stride", "token_stride", "table_stride"), "i32")
+    constants = dict(
+        PARTS=2, HEADS=8 * group, GROUP=group, ROWS=queries // group, QUERIES=queries,
+        TOKENS=attend.TOKENS if dim <= 128 else attend.TOKENS // 2, BLOCK=size, SIZE=size, DIM=dim,
+        DIMS=dims, WIDE=False,
+    )  # fmt: skip
+    registers, spilled, sass = compiled(attend.tiles, types, constants, attend.LAUNCH)
+    assert spilled == 0 and registers <= 255
+    assert re.search(r"\bH?GMMA\.|\bHMMA\.", sass)
+    assert re.search(r"\bLDG(?:STS)?\.E(?:\.\w+)*\.128\b", sass)
+
+
+def test_merge():
+    types = {"parts": "*fp32", "lse": "*fp32", "out": "*bf16", "out_stride": "i32", "n_rows": "i32"}
+    constants = {"PARTS": 8, "HEADS": 32, "DIM": 128, "DIMS": 128}
+    registers, spilled, _ = compiled(attend.merge, types, constants, {"num_warps": 1, "enable_fp_fusion": False})
+    assert spilled == 0 and registers <= 64

@@ -1,0 +1,316 @@
+"""attend against float64: sharing of every shape, layouts, dtypes, sizes, what lies beyond the length, bad input."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastsmc import ops, reference
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+CUDA = torch.cuda.is_available() and not INTERPRETED
+BACKENDS = ("cpu", *(("triton",) if INTERPRETED or CUDA else ()))
+backends = pytest.mark.parametrize("backend", BACKENDS)
+
+#: per row and head: ‖got − want‖ / ‖want‖
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-3}
+
+
+def family_table(n_rows, n_columns, n_prompt, seed):
+    """(R, C) int32: a prompt that all share, then a genealogy (each column resamples the rows), and a private tail."""
+    rng = np.random.default_rng(seed)
+    table = np.zeros((n_rows, n_columns), np.int32)
+    used = n_prompt
+    table[:, :n_prompt] = np.arange(n_prompt)
+    for c in range(n_prompt, n_columns):
+        if c > n_prompt:
+            table[:, :c] = table[rng.integers(0, n_rows, n_rows), :c]
+        table[:, c] = used + np.arange(n_rows)
+        used += n_rows
+    return torch.from_numpy(rng.permutation(used).astype(np.int32)[table])
+
+
+def lay_out(cache, layout, which):
+    """A cache (n_blocks, Hk, B, D) in plain order, as memory of `layout` under the same shape."""
+    n, heads, tokens, dims = cache.shape
+    if layout == "vector" and which == "key":
+        cache = cache.transpose(2, 3)
+    elif layout == "tiled" and which == "key":
+        cache = cache.view(n, heads, tokens // 16, 16, dims // 2, 2).transpose(3, 4)
+    elif layout == "tiled":
+        cache = cache.view(n, heads, tokens // 2, 2, dims // 16, 16).permute(0, 1, 4, 2, 5, 3)
+    return cache.contiguous().view(n, heads, tokens, dims)
+
+
+def make_case(table, length, *, heads=(6, 2), dim=64, block=32, dtype=torch.float32, layout="plain", seed=0):
+    """Arguments of ops.attend and what the reference says. Slots that no row may read hold NaN."""
+    g = torch.Generator().manual_seed(seed)
+    n_blocks = int(table.max()) + 3
+    query = torch.randn(len(table), heads[0], dim, generator=g).to(dtype)
+    caches = [torch.randn(n_blocks, heads[1], block, dim, generator=g).to(dtype) for _ in range(2)]
+    written = torch.zeros(n_blocks, block, dtype=torch.bool)
+    for c in range(table.shape[1]):
+        written[table[:, c].long(), : min(block, length - c * block)] = True
+    for cache in caches:
+        cache.transpose(1, 2)[~written] = float("nan")
+    want = reference.attend(query.double(), *(c.double() for c in caches), table, length, scale=dim**-0.5)
+    laid = [lay_out(c, layout, which) for c, which in zip(caches, ("key", "value"), strict=True)]
+    return (query, *laid), {"scale": dim**-0.5, "layout": layout}, want
+
+
+def check(got, want, tolerance):
+    got = got.double().numpy()
+    error = np.linalg.norm(got - want, axis=-1) / np.linalg.norm(want, axis=-1)
+    assert error.max() <= tolerance, error.max()
+
+
+def attend(args, table, length, *, scale, layout, backend="cpu"):
+    """ops.attend on a backend's device; the result on the CPU."""
+    device = "cuda" if backend == "triton" and CUDA else "cpu"
+    plan = ops.plan_attend(table.to(device), backend=backend)
+    return ops.attend(*(t.to(device) for t in args), plan, length, scale=scale, layout=layout).cpu()
+
+
+LAYOUTS = [
+    (d, layout) for d in TOLERANCE for layout in ("plain", "vector", "tiled") if (d, layout) != (torch.float32, "tiled")
+]
+
+
+@pytest.mark.parametrize("dtype, layout", LAYOUTS)
+@pytest.mark.parametrize("length", [1, 31, 32, 33, 64, 300])
+def test_equals_float64(dtype, layout, length):
+    table = family_table(23, -(-length // 32), (length // 32) // 2, seed=length)
+    args, kwargs, want = make_case(table, length, dtype=dtype, layout=layout, seed=length)
+    check(attend(args, table, length, **kwargs), want, TOLERANCE[dtype])
+
+
+@backends
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("heads", [(1, 1), (9, 3), (8, 8), (7, 1)])
+@pytest.mark.parametrize("dim, block", [(16, 16), (80, 32), (128, 48), (256, 32)])
+def test_shapes(dtype, heads, dim, block, backend):
+    if backend == "triton" and INTERPRETED and heads in ((1, 1), (8, 8)):
+        pytest.skip("slow on the interpreter")
+    length = 5 * block + 7
+    table = family_table(11, 6, 3, seed=dim)
+    layout = "vector" if backend == "cpu" else "plain"
+    args, kwargs, want = make_case(table, length, heads=heads, dim=dim, block=block, dtype=dtype, layout=layout, seed=1)
+    check(attend(args, table, length, backend=backend, **kwargs), want, TOLERANCE[dtype])
+
+
+@backends
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n_rows", [1, 2, 100, 257])
+@pytest.mark.parametrize("kind", ["prompt", "private", "one ancestor", "unordered"])
+def test_every_genealogy(dtype, n_rows, kind, backend):
+    """A long shared prompt (several packed spans), no sharing, total sharing, and a table that is no genealogy."""
+    if backend == "triton" and INTERPRETED and n_rows > 100:
+        pytest.skip("slow on the interpreter")
+    columns, length = 40, 39 * 32 + 5
+    if kind == "prompt":
+        table = family_table(n_rows, columns, 37, seed=3)
+    elif kind == "private":
+        columns, length = 4, 3 * 32 + 16
+        table = torch.randperm(n_rows * columns).int().view(n_rows, columns)
+    elif kind == "one ancestor":
+        table = torch.randperm(columns).int().expand(n_rows, columns)
+    else:
+        columns, length = 6, 6 * 32
+        g = torch.Generator().manual_seed(n_rows)
+        table = torch.randint(0, 5, (n_rows, columns), dtype=torch.int32, generator=g)
+    layout = "vector" if backend == "cpu" else "plain"
+    args, kwargs, want = make_case(table, length, heads=(3, 1), dtype=dtype, layout=layout, seed=n_rows)
+    check(attend(args, table, length, backend=backend, **kwargs), want, TOLERANCE[dtype])
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="needs a GPU or the interpreter")
+def test_plan_on_the_device_triton():
+    """The same neighbours and the same prefix as on the CPU; lengths that the host does not know; strided caches."""
+    for n_columns, n_prompt in ((1, 0), (1, 1), (2, 1), (7, 3), (16, 16)):
+        table = family_table(37, n_columns, n_prompt, seed=n_columns)
+        here, there = ops.plan_attend(table), ops.plan_attend(table.to("cuda" if CUDA else "cpu"), backend="triton")
+        assert int(there.n_shared) == here.n_shared
+        assert sorted(there.order.tolist()) == list(range(37))
+        for c in range(n_columns):
+            blocks = table[there.order.cpu().long(), c].unique_consecutive()
+            assert len(blocks) == len(blocks.unique())  # rows that share a block are neighbours
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="needs a GPU or the interpreter")
+def test_length_on_the_device_triton():
+    """A length that the host does not know, up to the table's; caches as vLLM's: keys beside values, tokens apart."""
+    device = "cuda" if CUDA else "cpu"
+    table = family_table(20, 6, 2, seed=6)
+    plan = ops.plan_attend(table.to(device), backend="triton")
+    for length in (1, 90, 160, 192):
+        columns = -(-length // 32)
+        (query, keys, values), kwargs, want = make_case(table[:, :columns], length, heads=(4, 2), dim=32)
+        keys, values = (torch.cat([t, t[:1].expand(int(table.max()) + 3 - len(t), -1, -1, -1)]) for t in (keys, values))
+        both = torch.cat([keys, values], dim=3).to(device)
+        tokens = torch.tensor([length], dtype=torch.int32, device=device)
+        got = ops.attend(query.to(device), *both.chunk(2, dim=3), plan, tokens, **kwargs)
+        check(got.cpu(), want, TOLERANCE[torch.float32])
+
+
+@pytest.mark.skipif("triton" in BACKENDS, reason="this is the process with the interpreter, or a GPU")
+def test_on_the_interpreter():
+    """Triton decides when it is imported whether it interprets: in a process of its own."""
+    pytest.importorskip("triton")
+    ran = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "-k", "triton", __file__],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0 and " passed" in ran.stdout, f"{ran.stdout}\n{ran.stderr}"
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_plan_covers_every_row_and_column_once(data):
+    n, c, ids = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 7)), data.draw(st.integers(1, 4))
+    table = np.array(data.draw(st.lists(st.integers(0, ids), min_size=n * c, max_size=n * c)), np.int32).reshape(n, c)
+    plan = ops.plan_attend(torch.from_numpy(table))
+    order, seen = plan.order.numpy(), np.zeros((n, c), int)
+    assert sorted(order) == list(range(n))
+    last = np.zeros(n, int)
+    for r0, r1, c0, c1 in plan.nodes.tolist():
+        rows = order[r0:r1]
+        assert (table[rows, :c1] == table[rows[0], :c1]).all()  # the same history
+        assert (last[rows] == c0).all()  # columns in order
+        last[rows] = c1
+        seen[rows, c0:c1] += 1
+    assert (seen == 1).all()
+    histories = {(k, tuple(row[: k + 1])) for row in table.tolist() for k in range(c)}
+    assert plan.n_reads == len(histories)  # each block of a genealogy is read once
+    shared = [k for k in range(c) if (table[:, : k + 1] == table[0, : k + 1]).all()]
+    assert plan.n_shared == len(shared)
+
+
+def test_plan_is_of_one_table():
+    table = family_table(8, 5, 2, seed=0)
+    plan = ops.plan_attend(table)
+    assert plan.fits(table.clone()) and not plan.fits(table[:, :4]) and not plan.fits(table[:7])
+    table[3, 4] += 1
+    assert not plan.fits(table)  # it holds a copy
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_same_with_one_thread(dtype):
+    table, length = family_table(70, 9, 5, seed=1), 270
+    args, kwargs, _ = make_case(table, length, dtype=dtype, layout="vector")
+    plan, threads = ops.plan_attend(table), torch.get_num_threads()
+    many = ops.attend(*args, plan, length, **kwargs)
+    try:
+        torch.set_num_threads(1)
+        one = ops.attend(*args, plan, length, **kwargs)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(one, many)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_strides_and_out(dtype):
+    """Rows and blocks with gaps between them, as in fused projections and in a cache of keys and values."""
+    table, length = family_table(9, 3, 1, seed=5), 80
+    (query, keys, values), kwargs, want = make_case(table, length, dtype=dtype)
+    wide = torch.zeros(9, 2 * query.shape[1] * 64, dtype=dtype)
+    wide[:, : query[0].numel()] = query.flatten(1)
+    rows = wide[:, : query[0].numel()].view(9, -1, 64)
+    both = torch.cat([keys, values], dim=2)
+    out = torch.full((12, query.shape[1], 64), 7.0, dtype=dtype)
+    got = ops.attend(rows, *both.chunk(2, dim=2), ops.plan_attend(table), length, out=out[:9], **kwargs)
+    assert got.data_ptr() == out.data_ptr() and bool((out[9:] == 7).all())
+    check(out[:9], want, TOLERANCE[dtype])
+
+
+@backends
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nan_stays_in_its_row(dtype, backend):
+    table, length = family_table(12, 3, 2, seed=2), 70
+    (query, keys, values), kwargs, want = make_case(table, length, dtype=dtype)
+    keys[table[4, 2], 0, 1] = float("nan")  # a private block of row 4: the first key head
+    query[7, 5] = float("nan")
+    got = attend((query, keys, values), table, length, backend=backend, **kwargs)
+    bad = torch.zeros(12, 6, dtype=torch.bool)
+    bad[4, :3], bad[7, 5] = True, True
+    assert torch.equal(got.isnan().all(-1), bad) and torch.equal(got.isnan().any(-1), bad)
+    check(got[~bad], want[~bad.numpy()], TOLERANCE[dtype])
+
+
+@backends
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_infinite_and_huge_scores(dtype, backend):
+    """A score of −inf has no weight, in whichever span it is; scores of 1e9 pick the largest."""
+    table = torch.arange(40, dtype=torch.int32)[None].repeat(5, 1)
+    length = 40 * 32
+    (query, keys, values), kwargs, _ = make_case(table, length, heads=(2, 1), dtype=dtype)
+    query[:, :, 0] = 1.0
+    keys[table[0, :20].long(), 0, :, 0] = -torch.inf  # the whole first span
+    want = reference.attend(query.double(), keys.double(), values.double(), table, length, scale=kwargs["scale"])
+    check(attend((query, keys, values), table, length, backend=backend, **kwargs), want, TOLERANCE[dtype])
+    keys[:, :, :, 0] = 0.0
+    huge = (query * 1e9).to(dtype)
+    want = reference.attend(huge.double(), keys.double(), values.double(), table, length, scale=kwargs["scale"])
+    check(attend((huge, keys, values), table, length, backend=backend, **kwargs), want, TOLERANCE[dtype])
+
+
+QUERY, CACHE = torch.zeros(2, 4, 32), torch.zeros(5, 2, 16, 32)
+PLAN = ops.plan_attend(torch.tensor([[0, 1], [0, 4]], dtype=torch.int32))
+GOOD = {"query": QUERY, "key_cache": CACHE, "value_cache": CACHE, "plan": PLAN, "length": 20, "scale": 0.1}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"query": QUERY.double()}, "query: must be .*float64"),
+        ({"query": QUERY[0]}, r"query: must be \(R, Hq, D\)"),
+        ({"query": torch.zeros(2, 32, 4).transpose(1, 2)}, "query: each row must be contiguous"),
+        ({"query": torch.zeros(2, 3, 32)}, "query: Hq=3 must be a multiple of Hk=2"),
+        ({"query": torch.zeros(3, 4, 32)}, r"plan: of a table \(2, 2\); R=3 rows of length=20"),
+        ({"out": torch.zeros(2, 4, 16)}, "out: .* must be as query"),
+        ({"key_cache": CACHE.bfloat16()}, "key_cache: must be .* torch.float32"),
+        ({"key_cache": torch.zeros(5, 2, 16, 16)}, "key_cache: blocks must be contiguous with D=32"),
+        ({"key_cache": torch.zeros(5, 2, 32, 16).transpose(2, 3)}, "key_cache: blocks must be contiguous"),
+        ({"value_cache": torch.zeros(6, 2, 16, 32)}, "value_cache: must have the shape"),
+        ({"key_cache": CACHE[:4], "value_cache": CACHE[:4]}, "plan: names block 4, key_cache has 4"),
+        ({"length": 16}, r"length=16 need \(2, 1\)"),
+        ({"length": 33}, r"length=33 need \(2, 3\)"),
+        ({"length": 0}, "length=0"),
+        ({"scale": 0.0}, "scale=0.0"),
+        ({"scale": float("nan")}, "scale=nan"),
+        ({"layout": "amx"}, "layout='amx': must be one of"),
+        ({"layout": "tiled"}, "layout='tiled': is of 16-bit elements"),
+    ],
+)
+def test_refuses(change, message):
+    args = {**GOOD, **change}
+    with pytest.raises(ValueError, match=message):
+        ops.attend(**args)
+
+
+@pytest.mark.parametrize(
+    "table, message",
+    [
+        (torch.zeros(2, 2), r"table: must be an \(R, C\) int32 tensor"),
+        (torch.zeros(0, 2, dtype=torch.int32), r"R and C at least 1"),
+        (torch.tensor([[0, -3]], dtype=torch.int32), "table: has a negative block id -3"),
+        (None, "table: must be .* got None"),
+    ],
+)
+def test_plan_refuses(table, message):
+    with pytest.raises(ValueError, match=message):
+        ops.plan_attend(table)
+
+
+def test_head_and_block_sizes_are_multiples_of_16():
+    odd = torch.zeros(5, 2, 16, 24)
+    with pytest.raises(ValueError, match="D=24 and B=16 must be multiples of 16"):
+        ops.attend(torch.zeros(2, 4, 24), odd, odd, PLAN, 20, scale=0.1)
