@@ -4,8 +4,8 @@
             engine's switch goes by; `--costs` puts them into fastsmc/vllm/attend_costs.json
     steps   a whole particle step of SmolLM2-135M, N = 256, by prompt length: steps of one group alternate between the
             engine as it is (switch included) and vLLM's attention, so that both meet the same rows and the same machine
-    gpu     the Triton kernel alone at Llama-3.1-8B's shapes (N = 1024, 2048 prompt tokens, 512 generated), beside vLLM's
-            FlashAttention on the same table and a copy: target G7. Not run yet
+    gpu     the Triton kernel alone at Llama-3.1-8B's shapes (N = 1024, 2048 prompt tokens, 512 generated), beside
+            vLLM's FlashAttention on the same table and a copy: target G7. Not run yet
 
 Everything is measured in turn (A B A B …); medians.
 """

@@ -3,9 +3,9 @@
 //   out[r, h] = Σ_t p_t v_t,   p = softmax_t(scale · q[r, h] · k_t),   t < length, k and v through row r of the table
 //
 // The table is a forest. Rows that name the same block in a column (and in all columns before it) are particles with
-// the same history there, so the sorted rows of the table fall into nested runs. A *node* is such a run of rows with the
-// columns over which it stays together: the root holds the prompt and whatever else all rows share, a leaf the tail that
-// a row has for itself. `Plan` finds them once for a table; every layer of the model reuses it.
+// the same history there, so the sorted rows of the table fall into nested runs. A *node* is such a run of rows with
+// the columns over which it stays together: the root holds the prompt and whatever else all rows share, a leaf the tail
+// that a row has for itself. `plan_nodes` finds them once for a table; every layer of the model reuses them.
 //
 //   table                   order      nodes (rows of the order, columns)
 //   0: 7 8 3                0 2 1      [0, 3) × [0, 1)   block 7, three rows together
@@ -13,11 +13,15 @@
 //   2: 7 8 4                           [0, 1) × [2, 3)   block 3;  [1, 2) × [2, 3)  block 4;  [2, 3) × [1, 3)  9 and 5
 //
 // A task is a head of the keys and a run of rows. It walks the nodes from the root, kSpan tokens at a time: their keys
-// and values are packed once, for the dot products of all queries of the node (rows × query heads of one key head). Each
+// and values are packed once, for the products of all queries of the node (rows × query heads of one key head). Each
 // query carries its maximum, sum and output along: the parts of a row are joined by log-sum-exp as they come.
 //
-// Arithmetic: 16-bit brain floats stay that where the CPU multiplies them in pairs (AVX-512 BF16), weights p rounded to
-// the same; anything else is float32. Sums and exponentials are float32 in both.
+// Arithmetic: bfloat16 stays that where the CPU multiplies it in pairs (AVX-512 BF16), weights p rounded to the same;
+// anything else is float32. Sums and exponentials are float32 in both. A row's result depends on how its columns fall
+// into nodes (by rounding only), not on the number of threads.
+//
+// Dead ends, on Zen 4: PyTorch's flash attention for CPUs on the gathered prefix is half as fast as this; sums of an
+// inlined product are spilled, which halves the speed too.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -147,8 +151,8 @@ inline void interleave(const bf16* a, const bf16* b, bf16* low, bf16* high) {
 }
 #endif
 
-// Packs the keys of the first `n_tokens` of a block, and up to 31 more: columns are tokens, summed over dims. `out`: its
-// groups of 16 tokens, D · 16 elements each.
+// Packs the keys of the first `n_tokens` of a block, and up to 31 more: columns are tokens, summed over dims. `out`:
+// its groups of 16 tokens, D · 16 elements each.
 template <typename Math, typename T>
 void pack_keys(const T* block, const PagedKV& kv, int64_t n_tokens, typename Math::Packed* out) {
   const int64_t B = kv.block_size, D = kv.head_dim;
@@ -269,8 +273,9 @@ constexpr int kRowBlock = 6, kColumnBlock = 4;  // 24 sums in registers
 // out[m][16 n ...] = keep[m] · out[m][16 n ...] + a b, or, with keep null, factor · a b: MR rows and NR groups.
 // Not inlined: within a larger function its sums would not stay in registers.
 template <int MR, int NR, typename Packed>
-__attribute__((noinline)) void product_block(const Packed* a, int64_t a_stride, const Packed* b, int64_t b_step, int64_t depth,
-                          const float* keep, float factor, float* out, int64_t out_stride) {
+__attribute__((noinline)) void product_block(const Packed* a, int64_t a_stride, const Packed* b, int64_t b_step,
+                                             int64_t depth, const float* keep, float factor, float* out,
+                                             int64_t out_stride) {
   Floats sum[MR][NR];
   for (int m = 0; m < MR; ++m)
     for (int n = 0; n < NR; ++n) {
@@ -294,7 +299,8 @@ inline void product_rows(const Packed* a, int64_t a_stride, const Packed* b, int
                          const float* keep, float factor, float* out, int64_t out_stride, int64_t n_groups) {
   int64_t n = 0;
   for (; n + kColumnBlock <= n_groups; n += kColumnBlock)
-    product_block<MR, kColumnBlock>(a, a_stride, b + n * b_step, b_step, depth, keep, factor, out + n * kLanes, out_stride);
+    product_block<MR, kColumnBlock>(a, a_stride, b + n * b_step, b_step, depth, keep, factor, out + n * kLanes,
+                                    out_stride);
   for (; n + 2 <= n_groups; n += 2)
     product_block<MR, 2>(a, a_stride, b + n * b_step, b_step, depth, keep, factor, out + n * kLanes, out_stride);
   if (n < n_groups)
@@ -344,8 +350,8 @@ inline float fold(Floats x, F f) {
   return x[0];
 }
 
-// 2^t of 16 numbers t <= 0: 2^floor(t) · polynomial, the polynomial minimax for 2^x on [0, 1). Relative error 9e-8, and 7.5e-5 where `Packed` is bfloat16, which rounds by 2e-3.
-// NaN gives NaN, −inf gives 0.
+// 2^t of 16 numbers t <= 0: 2^floor(t) · polynomial, the polynomial minimax for 2^x on [0, 1). Relative error 9e-8, and
+// 7.5e-5 where `Packed` is bfloat16, which rounds by 2e-3. NaN gives NaN, −inf gives 0.
 template <typename Packed>
 inline Floats exp2_lanes(Floats t) {
 #ifdef __AVX512DQ__
@@ -369,9 +375,9 @@ inline Floats exp2_lanes(Floats t) {
 #endif
 }
 
-// One query and `n` (a multiple of 16) scores in units of log 2, `n_valid` of them real: weights relative to the running
-// maximum; returns what the output and the sum so far must be multiplied by. (Scores come scaled: a scaling fused with
-// the subtraction of the maximum could leave huge scores above it.)
+// One query and `n` (a multiple of 16) scores in units of log 2, `n_valid` of them real: weights relative to the
+// running maximum; returns what the output and the sum so far must be multiplied by. (Scores come scaled: a scaling
+// fused with the subtraction of the maximum could leave huge scores above it.)
 template <typename Packed>
 inline float soften(float* scores, int64_t n, int64_t n_valid, float* max, float* sum, Packed* weights) {
   for (int64_t t = n_valid; t < n; ++t) scores[t] = kNegInf;
@@ -395,9 +401,9 @@ inline float soften(float* scores, int64_t n, int64_t n_valid, float* max, float
   return keep;
 }
 
-// --------------------------------------------------------------------------------------------------------------- a task
-constexpr int64_t kSpan = 512;      // tokens packed at a time
-constexpr int64_t kQueries = 12;    // queries whose scores are held at a time
+// -------------------------------------------------------------------------------------------------------------- a task
+constexpr int64_t kSpan = 512;    // tokens packed at a time: with a task's queries they fill half of a cache of 1 MB
+constexpr int64_t kQueries = 12;  // queries whose scores are held at a time, in the nearest cache
 
 // What a thread keeps between tasks: fresh memory for each would cost page faults.
 template <typename Packed>
@@ -439,7 +445,8 @@ void attend_task(const T* query, int64_t query_stride, T* out, int64_t out_strid
       const int64_t n_valid = std::min(n_blocks * B, length - c * B);
       const int64_t n_tokens = (n_valid + kLanes - 1) / kLanes * kLanes;
       for (int64_t b = 0; b < n_blocks; ++b) {
-        const int64_t at = blocks[c + b] * kv.block_stride + head * kv.head_stride, n_here = std::min(B, n_tokens - b * B);
+        const int64_t at = blocks[c + b] * kv.block_stride + head * kv.head_stride;
+        const int64_t n_here = std::min(B, n_tokens - b * B);
         pack_keys<Math>(static_cast<const T*>(kv.key) + at, kv, n_here, keys.data() + b * B * D);
         pack_values<Math>(static_cast<const T*>(kv.value) + at, kv, n_here, span * kLanes,
                           values.data() + b * B * kLanes);
@@ -448,13 +455,13 @@ void attend_task(const T* query, int64_t query_stride, T* out, int64_t out_strid
       for (int64_t q = (first - row_begin) * G; q < (last - row_begin) * G; q += kQueries) {
         const int64_t m = std::min(kQueries, (last - row_begin) * G - q);
         for (int64_t t = 0; t < n_tokens; t += kColumnBlock * kLanes)  // keys of 64 tokens stay in the nearest cache
-          product(queries.data() + q * D, D, m, keys.data() + t * D, D * kLanes, D, nullptr, scale, scores.data() + t, span,
-                  std::min<int64_t>(kColumnBlock, (n_tokens - t) / kLanes));
+          product(queries.data() + q * D, D, m, keys.data() + t * D, D * kLanes, D, nullptr, scale,
+                  scores.data() + t, span, std::min<int64_t>(kColumnBlock, (n_tokens - t) / kLanes));
         for (int64_t i = 0; i < m; ++i)
           keep[i] = soften(scores.data() + i * span, n_tokens, n_valid, &maxima[q + i], &sums[q + i],
                            weights.data() + i * span);
-        product(weights.data(), span, m, values.data(), span * kLanes, n_tokens, keep.data(), 1.0f, outputs.data() + q * D, D,
-                n_groups);
+        product(weights.data(), span, m, values.data(), span * kLanes, n_tokens, keep.data(), 1.0f,
+                outputs.data() + q * D, D, n_groups);
       }
     }
   }
