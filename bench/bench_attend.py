@@ -150,9 +150,17 @@ def bench_ops(seconds: float, write_costs: bool) -> dict[str, Any]:
         all_costs[key] = costs
         records += cases
     print("worst chosen : vLLM", worst)
+    left, right = torch.randn(768, 576).bfloat16(), torch.randn(576, 1536).bfloat16()
+    product_s = interleaved(lambda: left @ right, seconds=seconds)[0]
     if write_costs:
         COSTS.write_text(json.dumps(all_costs, indent=1) + "\n")
-    return {"bench": "attend ops", "costs": all_costs, "worst_chosen_over_stock": worst, "records": records}
+    return {
+        "bench": "attend ops",
+        "costs": all_costs,
+        "worst_chosen_over_stock": worst,
+        "product_gmac_s": 768 * 576 * 1536 / product_s / 1e9,
+        "records": records,
+    }
 
 
 def bench_steps(n: int, prompts: tuple[int, ...], max_tokens: int, repeats: int) -> dict[str, Any]:

@@ -1,22 +1,17 @@
 """attend against float64: sharing of every shape, layouts, dtypes, sizes, what lies beyond the length, bad input."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+from backends import BACKENDS as ALL
+from backends import CUDA, slow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastsmc import ops, reference
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-CUDA = torch.cuda.is_available() and not INTERPRETED
-BACKENDS = ("cpu", *(("triton",) if INTERPRETED or CUDA else ()))
-backends = pytest.mark.parametrize("backend", BACKENDS)
+BACKENDS = tuple(backend for backend in ALL if backend != "torch")
+on_each = pytest.mark.parametrize("backend", BACKENDS)
 
 #: per row and head: ‖got − want‖ / ‖want‖
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-3}
@@ -90,12 +85,12 @@ def test_equals_float64(dtype, layout, length):
     check(attend(args, table, length, **kwargs), want, TOLERANCE[dtype])
 
 
-@backends
+@on_each
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("heads", [(1, 1), (9, 3), (8, 8), (7, 1)])
 @pytest.mark.parametrize("dim, block", [(16, 16), (80, 32), (128, 48), (256, 32)])
 def test_shapes(dtype, heads, dim, block, backend):
-    if backend == "triton" and INTERPRETED and heads in ((1, 1), (8, 8)):
+    if slow(backend) and heads in ((1, 1), (8, 8)):
         pytest.skip("slow on the interpreter")
     length = 5 * block + 7
     table = family_table(11, 6, 3, seed=dim)
@@ -104,13 +99,13 @@ def test_shapes(dtype, heads, dim, block, backend):
     check(attend(args, table, length, backend=backend, **kwargs), want, TOLERANCE[dtype])
 
 
-@backends
+@on_each
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("n_rows", [1, 2, 100, 257])
 @pytest.mark.parametrize("kind", ["prompt", "private", "one ancestor", "unordered"])
 def test_every_genealogy(dtype, n_rows, kind, backend):
     """A long shared prompt (several packed spans), no sharing, total sharing, and a table that is no genealogy."""
-    if backend == "triton" and INTERPRETED and n_rows > 100:
+    if slow(backend) and n_rows > 100:
         pytest.skip("slow on the interpreter")
     columns, length = 40, 39 * 32 + 5
     if kind == "prompt":
@@ -156,20 +151,6 @@ def test_length_on_the_device_triton():
         tokens = torch.tensor([length], dtype=torch.int32, device=device)
         got = ops.attend(query.to(device), *both.chunk(2, dim=3), plan, tokens, **kwargs)
         check(got.cpu(), want, TOLERANCE[torch.float32])
-
-
-@pytest.mark.skipif("triton" in BACKENDS, reason="this is the process with the interpreter, or a GPU")
-def test_on_the_interpreter():
-    """Triton decides when it is imported whether it interprets: in a process of its own."""
-    pytest.importorskip("triton")
-    ran = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "-k", "triton", __file__],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-    )
-    assert ran.returncode == 0 and " passed" in ran.stdout, f"{ran.stdout}\n{ran.stderr}"
 
 
 @settings(max_examples=200, deadline=None)
@@ -231,7 +212,7 @@ def test_strides_and_out(dtype):
     check(out[:9], want, TOLERANCE[dtype])
 
 
-@backends
+@on_each
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nan_stays_in_its_row(dtype, backend):
     table, length = family_table(12, 3, 2, seed=2), 70
@@ -245,7 +226,7 @@ def test_nan_stays_in_its_row(dtype, backend):
     check(got[~bad], want[~bad.numpy()], TOLERANCE[dtype])
 
 
-@backends
+@on_each
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_infinite_and_huge_scores(dtype, backend):
     """A score of −inf has no weight, in whichever span it is; scores of 1e9 pick the largest."""
