@@ -119,7 +119,7 @@ def fit(records: list[dict[str, Any]], who: str) -> list[float]:
 def bench_ops(seconds: float, write_costs: bool) -> dict[str, Any]:
     import torch
 
-    from fastsmc.vllm.attention import COSTS, cost_key, dot
+    from fastsmc.vllm.attention import COSTS, MARGIN, cost_key, dot
 
     torch.manual_seed(0)
     torch.set_num_threads(1)  # both sides use threads alike, and their barriers would measure the neighbours
@@ -137,7 +137,7 @@ def bench_ops(seconds: float, write_costs: bool) -> dict[str, Any]:
         costs = {who: fit(cases, who) for who in ("attend", "stock")}
         for r in cases:
             r["predicted_ratio"] = dot(costs["stock"], r["stock_units"]) / dot(costs["attend"], r["attend_units"])
-            r["chosen"] = "attend" if r["predicted_ratio"] > 1 else "stock"
+            r["chosen"] = "attend" if r["predicted_ratio"] > MARGIN else "stock"
             r["chosen_over_stock"] = (r["attend_s"] if r["chosen"] == "attend" else r["stock_s"]) / r["stock_s"]
             print(
                 f"{r['dtype']:9s} {r['sharing']:6s} R={r['rows']:5d} L={r['length']:5d}  ms: attend "
