@@ -671,6 +671,10 @@ class Final(Potential):
         return Final(copy.copy(self.potential))
 
     @property
+    def capturable(self) -> bool:  # type: ignore[override]
+        return self.potential.capturable
+
+    @property
     def lookahead(self) -> int:  # type: ignore[override]
         return self.potential.lookahead
 
