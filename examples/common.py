@@ -37,8 +37,8 @@ def study(name, args, prompt, params, potential, config, exact_count, samples=10
             evaluated.
         exact_count: exact samples by rejection for the upper bound; 0: φ is too rare, or not at most 1, and log Ẑ and
             ESS are compared instead.
-        samples: of each set that is trained on. With too few, hardly any of which φ likes, the twist comes to repeat
-            the first that it saw: `positive_ess` in metrics.jsonl stays near 1 then.
+        samples: of each set that is trained on. With too few a step, hardly any of which φ likes, a twist may repeat
+            the first that it saw: `positive_ess` in metrics.jsonl is near 1 then, and KL(σ‖q) large.
     """
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -55,7 +55,7 @@ def study(name, args, prompt, params, potential, config, exact_count, samples=10
     trainer.run(progress=True)
     del hf, trainer
 
-    llm = LLM(path, dtype="float32", max_model_len=512, enforce_eager=True)
+    llm = LLM(path, dtype="float32", max_model_len=512, enforce_eager=True, kv_cache_memory_bytes=2 << 30)
     print(f"\n{prompt!r}: twist in {directory}")
     if exact_count:
         large = dataclasses.replace(params, n_particles=256, seed=params.seed + 1)

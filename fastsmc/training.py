@@ -74,7 +74,7 @@ class TwistConfig:
     kind: str = "mlp"
     rank: int = 256
     steps: int = 500
-    batch_size: int = 256
+    batch_size: int = 1024
     refresh: int = 1
     samples: str = "base"
     positives: str = "smc"
