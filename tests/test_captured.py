@@ -174,7 +174,7 @@ def test_no_weight_left(path):
             potential = Values(value)
             a, b = run_captured(path, params, potential, stop=()), run_group(path, params, potential, stop=())
             assert a.log_z == b.log_z == -math.inf and a.T == b.T
-            np.testing.assert_array_equal(a.ess, b.ess)
+            np.testing.assert_allclose(a.ess, b.ess, rtol=1e-5)  # a forward of fewer rows rounds otherwise
             np.testing.assert_array_equal(a.tokens, b.tokens)
 
     class Nothing(Values):
