@@ -57,14 +57,15 @@ def study(name, args, prompt, params, potential, config, exact_count, samples=10
 
     llm = LLM(path, dtype="float32", max_model_len=512, enforce_eager=True, kv_cache_memory_bytes=2 << 30)
     print(f"\n{prompt!r}: twist in {directory}")
+    runs = 4 if args.quick else 16
     if exact_count:
         large = dataclasses.replace(params, n_particles=256, seed=params.seed + 1)
         exact = evaluate.rejection(llm, prompt, large, potential, exact_count)
-        result = evaluate.report(llm, prompt, params, potential, exact=exact, runs=8, twist=directory)
+        result = evaluate.report(llm, prompt, params, potential, exact=exact, runs=runs, twist=directory)
         print(evaluate.table(result))
         figure = evaluate.plot(result)
     else:
-        figure = compare(llm, prompt, params, potential, directory)
+        figure = compare(llm, prompt, params, potential, directory, runs)
     for label, twist in (("without the twist", None), ("with the twist", directory)):
         population = llm.smc(prompt, params, potential, twist=twist)
         print(f"{label}: log Ẑ {population.log_z:.2f}, ESS {population.final_ess:.1f} of {population.n_particles}")
@@ -77,7 +78,7 @@ def study(name, args, prompt, params, potential, config, exact_count, samples=10
             shutil.copy(directory / "bounds.png", os.path.join(args.figures, f"{name}-training.png"))
 
 
-def compare(llm, prompt, params, potential, directory, runs=8):
+def compare(llm, prompt, params, potential, directory, runs):
     """log Ẑ and final ESS of `runs` groups without the twist and with it; a figure of them."""
     from matplotlib.figure import Figure
 

@@ -17,26 +17,26 @@ from fastsmc.training import TwistConfig
 
 
 def vader():
-    """texts → log sigmoid(6 · compound): VADER's score, -1 to 1, as a probability of "positive"."""
+    """texts → log sigmoid(8 · compound − 3): VADER's score, -1 to 1, as a probability of "positive"; 5 % when neutral."""
     from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
     analyser = SentimentIntensityAnalyzer()
-    return lambda texts: [-math.log1p(math.exp(-6.0 * analyser.polarity_scores(t)["compound"])) for t in texts]
+    return lambda texts: [-math.log1p(math.exp(3.0 - 8.0 * analyser.polarity_scores(t)["compound"])) for t in texts]
 
 
 if __name__ == "__main__":
     args = arguments(__doc__.splitlines()[0])
     params = SMCParams(
-        n_particles=32 if args.quick else 256, max_tokens=6 if args.quick else 20, ignore_eos=True, seed=args.seed
+        n_particles=16 if args.quick else 256, max_tokens=5 if args.quick else 20, ignore_eos=True, seed=args.seed
     )
     config = TwistConfig(
         loss="ctl",
         samples="twisted",
         rank=256,
-        steps=45 if args.quick else 3000,
-        refresh=5,
-        lr=3e-3,
-        eval_every=15 if args.quick else 250,
+        steps=80 if args.quick else 3000,
+        refresh=4,
+        lr=1e-3,
+        eval_every=40 if args.quick else 250,
         eval_runs=4,
     )
     potential = TextPotential(classifier(args.classifier, 1) if args.classifier else vader())

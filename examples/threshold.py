@@ -33,16 +33,16 @@ def vader():
 if __name__ == "__main__":
     args = arguments(__doc__.splitlines()[0])
     params = SMCParams(
-        n_particles=32 if args.quick else 256, max_tokens=6 if args.quick else 20, ignore_eos=True, seed=args.seed
+        n_particles=16 if args.quick else 256, max_tokens=5 if args.quick else 20, ignore_eos=True, seed=args.seed
     )
     config = TwistConfig(
         loss="ctl",
         samples="twisted",
         rank=256,
-        steps=45 if args.quick else 3000,
-        refresh=5,
-        lr=3e-3,
-        eval_every=15 if args.quick else 250,
+        steps=80 if args.quick else 3000,
+        refresh=4,
+        lr=1e-3,
+        eval_every=40 if args.quick else 250,
         eval_runs=4,
     )
     score = classifier(args.classifier, 0) if args.classifier else vader()
