@@ -17,11 +17,11 @@ from fastsmc.training import TwistConfig
 
 
 def vader():
-    """texts → log sigmoid(8 · compound − 3): VADER's score, -1 to 1, as a probability of "positive"; 5 % when neutral."""
+    """texts → log sigmoid(6 · compound): VADER's score, -1 to 1, as a probability of "positive"."""
     from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
     analyser = SentimentIntensityAnalyzer()
-    return lambda texts: [-math.log1p(math.exp(3.0 - 8.0 * analyser.polarity_scores(t)["compound"])) for t in texts]
+    return lambda texts: [-math.log1p(math.exp(-6.0 * analyser.polarity_scores(t)["compound"])) for t in texts]
 
 
 if __name__ == "__main__":
@@ -33,10 +33,10 @@ if __name__ == "__main__":
         loss="ctl",
         samples="twisted",
         rank=256,
-        steps=80 if args.quick else 3000,
-        refresh=4,
-        lr=1e-3,
-        eval_every=40 if args.quick else 250,
+        steps=45 if args.quick else 3000,
+        refresh=5,
+        lr=3e-3,
+        eval_every=45 if args.quick else 250,
         eval_runs=4,
     )
     potential = TextPotential(classifier(args.classifier, 1) if args.classifier else vader())
