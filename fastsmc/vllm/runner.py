@@ -49,14 +49,12 @@ class Model:
         self.max_logits_rows = max(1, _SCORE_ELEMENTS // self._config.model_config.get_vocab_size())
         context = self._config.compilation_config.static_forward_context
         unique = {context[name].kv_cache.data_ptr(): context[name].kv_cache for name in self.layers}
-        self.caches = list(unique.values())
-        n_blocks = model_runner.kv_cache_config.num_blocks
-        odd = {tuple(cache.shape) for cache in self.caches if cache.shape[0] != n_blocks}
-        if odd:
-            raise compat.UnsupportedError(
-                f"KV cache tensors {odd}: their first dimension is not the block ({n_blocks})"
-            )
+        self.caches, slot_dim = in_memory_order(
+            list(unique.values()), model_runner.kv_cache_config.num_blocks, self.block_size
+        )
         self.device = self.caches[0].device
+        # within a block vLLM's CPU kernels store keys and values as they please: blocks are copied whole there
+        self._slot_dim = None if self.device.type == "cpu" else slot_dim
         self.attend = Attend([context[name] for name in self.layers])
         if self.attend.why_not is not None:
             logger.info("groups use vLLM's attention, which reads a shared block once a row: %s", self.attend.why_not)
@@ -104,6 +102,7 @@ class Model:
             num_actual_tokens=n_rows * n_query,
             max_query_len=n_query,
             max_seq_len=length,
+            seq_lens_cpu_upper_bound=torch.full((n_rows,), length, dtype=torch.int32),
             block_table_tensor=table.contiguous(),
             slot_mapping=slots,
             causal=True,
@@ -118,13 +117,39 @@ class Model:
         """(R, V) logits; every tensor-parallel rank gets them."""
         return self._model.compute_logits(hidden)
 
-    def copy_block(self, source: int, targets: Tensor) -> None:
-        """Copies one block onto others (K,) int32, in every layer."""
+    def copy_block(self, source: int, target: Tensor, n_used: int) -> None:
+        """Copies the first `n_used` slots of one block onto another, (1,) int32, in every layer."""
         head = torch.tensor([source], dtype=torch.int32, device=self.device)
-        table = torch.cat([head, targets.to(torch.int32)])[:, None].contiguous()
-        ancestors = torch.zeros(len(table), dtype=torch.int64, device=self.device)
-        # to reindex, a tail that is not empty; which slots it uses is not said, so blocks are copied whole
-        ops.reindex(table, ancestors, position=1, block_size=2, caches=self.caches)
+        self.reindex(torch.cat([head, target])[:, None], torch.zeros(2, dtype=torch.int64, device=self.device), n_used)
+
+    def reindex(self, table: Tensor, ancestors: Tensor, position: int) -> None:
+        """`ops.reindex` of a table (N, C) int32 whose rows hold `position` tokens, and of the caches of all layers."""
+        ops.reindex(
+            table, ancestors, position=position, block_size=self.block_size, caches=self.caches, slot_dim=self._slot_dim
+        )
+
+
+def in_memory_order(caches: list[Tensor], n_blocks: int, block_size: int) -> tuple[list[Tensor], int]:
+    """vLLM's KV caches (blocks, heads, slots, channels) as `ops.reindex` takes them.
+
+    vLLM lays the slots of a block out before or behind its heads, and shows the same four dimensions either way. Here
+    they come in the order in which they lie in memory, so that a block is contiguous.
+
+    Returns:
+        the caches, as views; which dimension of them is the slot.
+
+    Raises:
+        UnsupportedError: another shape, or blocks with gaps.
+    """
+    order = sorted((1, 2, 3), key=caches[0].stride, reverse=True) if caches[0].dim() == 4 else []
+    for cache in caches:
+        known = cache.dim() == 4 and cache.shape[0] == n_blocks and cache.shape[2] == block_size
+        if not known or not cache.permute(0, *order)[0].is_contiguous():
+            raise compat.UnsupportedError(
+                f"a KV cache of shape {tuple(cache.shape)} and strides {cache.stride()}: groups need ({n_blocks} blocks"
+                f", heads, {block_size} slots, channels), of one order and without gaps within a block"
+            )
+    return [cache.permute(0, *order) for cache in caches], 1 + order.index(2)
 
 
 class VllmRows:
@@ -150,7 +175,7 @@ class VllmRows:
         position = paging.position - 1
         column = position // model.block_size
         scratch = paging.table[:1, paging.tail : paging.tail + 1]  # slot 0's own tail
-        model.copy_block(start.prompt_blocks[column], scratch[0])
+        model.copy_block(start.prompt_blocks[column], scratch[0], position % model.block_size)
         table = torch.cat([paging.table[:1, :column], scratch], dim=1)
         slots = scratch[0].long() * model.block_size + position % model.block_size
         hidden = model.hidden(torch.tensor(start.prompt[-1:], device=model.device), position, table, slots)
@@ -166,8 +191,7 @@ class VllmRows:
         return self._model.logits(hidden), hidden
 
     def reindex(self, ancestors: Tensor) -> None:
-        paging, model = self.paging, self._model
-        ops.reindex(paging.table, ancestors, position=paging.position, block_size=model.block_size, caches=model.caches)
+        self._model.reindex(self.paging.table, ancestors, self.paging.position)
 
     def continuation_log_prob(
         self, tokens: Tensor, slots: Tensor, continuation: list[int], temperature: float

@@ -54,6 +54,25 @@ def test_engine_core_in_its_own_process(process_engine, alone):
     check(process_engine, alone)
 
 
+def test_asynchronous_scheduling(tiny_path, alone, monkeypatch):
+    """As on a GPU: the next step is scheduled before the last one's result is there. vLLM's CPU platform switches that
+    off in its configuration, and so it is asked for here where the configuration is read."""
+    from vllm.config import VllmConfig
+
+    from fastsmc.vllm import scheduler
+
+    monkeypatch.setattr(VllmConfig, "max_concurrent_batches", property(lambda config: 2))
+    monkeypatch.setattr(scheduler, "SMCScheduler", scheduler.AsyncSMCScheduler)
+    engine = make_engine(tiny_path)
+    core = engine.llm_engine.engine_core.engine_core
+    assert isinstance(core.scheduler, scheduler.AsyncSMCScheduler)
+    assert core.step_fn == core.step_with_batch_queue
+    check(engine, alone)
+    assert not core.scheduler._groups and not core.scheduler.running
+    pool = core.scheduler.kv_cache_manager.block_pool
+    assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1  # vLLM's null block
+
+
 def test_chunked_prefill_and_prefix_cache(engine, process_engine):
     """A prompt prefilled in pieces, twice (the second time from the prefix cache): the same population."""
     prompt = prompt_of(150)
