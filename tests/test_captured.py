@@ -2,12 +2,15 @@
 over the same model, against enumeration, and against Hugging Face."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from paged import PagedLlama, SlotRows
 from tiny import PROMPT, TinyLlama, hf_log_probs, make_llama, value_table
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fastsmc import Potential, SMCParams
 from fastsmc.captured import CapturedGroup
@@ -100,6 +103,43 @@ def assert_same(a, b):
     for name in ("log_weights", "log_probs", "ess", "step_log_weights"):
         np.testing.assert_allclose(getattr(a, name), getattr(b, name), rtol=1e-5, atol=1e-5, err_msg=name)
     assert a.log_z == pytest.approx(b.log_z, abs=1e-5)
+
+
+class HostTensors(TorchDispatchMode):
+    """Operations that make or take a tensor on the host: on a GPU, copies that it would wait for."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if any(isinstance(x, torch.Tensor) and x.device.type == "cpu" for x in tree_leaves((args, kwargs, out))):
+            self.seen.append(str(func))
+        return out
+
+
+@pytest.mark.parametrize("potential", ["values", "next only", "lexicon", None])
+@pytest.mark.parametrize("proposal", ["twisted", "base"])
+def test_a_step_asks_the_device_nothing(path, proposal, potential):
+    """On PyTorch's device without data: reading a number there raises, as does mixing it with another device."""
+    device = torch.device("meta")
+    model = PagedLlama(path, 64, BLOCK, device)
+    if potential == "lexicon":
+        potential = Lexicon(token_ids=[0, 2], weight=-math.inf)
+        potential.setup(SimpleNamespace(vocab_size=VOCAB, device=device, tokenizer=None))
+    elif potential is not None:
+        potential = {"values": Values, "next only": NextOnly}[potential](value_table(STEPS, VOCAB), device=device)
+    params = SMCParams(n_particles=5, max_tokens=4 * BLOCK, ess_threshold=0.7, proposal=proposal)
+    blocks = list(range(-(-len(PROMPT) // BLOCK)))
+    pool = torch.arange(len(blocks), 64, dtype=torch.int32, device=device)
+    group = CapturedGroup(params, model, potential, PROMPT, blocks, pool, frozenset([STOP]))
+    with HostTensors() as host:
+        for _ in range(params.max_tokens):
+            group.advance()
+    assert not host.seen
+    with pytest.raises(RuntimeError, match="meta"):
+        group.population()
 
 
 @pytest.mark.parametrize("device", DEVICES)
