@@ -1,0 +1,123 @@
+"""Groups whose tensors are not on the host: nothing is mixed up, and how often the host waits for the device."""
+
+from collections import Counter
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from elsewhere import DEVICE, Elsewhere, Watch
+from test_potentials import EOS, V, tokenizer  # noqa: F401
+
+from fastsmc import Potential, SMCParams
+from fastsmc.group import Group, GroupEngine
+from fastsmc.potentials import Infill, Lexicon, Regex, Rows, TextPotential
+
+HIDDEN, STEPS = 3, 6
+
+
+class LastToken:
+    """A `RowModel` whose logits and hidden states depend on the last token."""
+
+    def __init__(self, n, device):
+        random = torch.Generator().manual_seed(0)
+        self.logits = torch.randn(V, V, generator=random).to(device)
+        self.hidden = torch.randn(V, HIDDEN, generator=random).to(device)
+
+    def first(self):
+        return self.logits[:1], self.hidden[:1]
+
+    def next(self, tokens, slots):
+        return self.logits[tokens], self.hidden[tokens]
+
+    def reindex(self, ancestors):
+        assert ancestors.device == self.logits.device
+
+    def continuation_log_prob(self, tokens, slots, continuation, temperature):
+        scores = (self.logits.double() / temperature).log_softmax(1)
+        later = sum(float(scores[a, b]) for a, b in pairwise(continuation))
+        return scores[tokens, continuation[0]] + later
+
+
+class ByHidden(Potential):
+    """A twist from the hidden states, as a learned one: one row of values a distinct history."""
+
+    def setup(self, engine):
+        self.weight = torch.linspace(-1, 1, HIDDEN * V, device=engine.device).view(HIDDEN, V)
+
+    def logw_next(self, state):
+        return Rows(state.hidden_rows @ self.weight, state.rows.clamp(min=0))
+
+    def prefix(self, state):
+        return torch.zeros(len(state.finished), dtype=torch.float64, device=state.finished.device)
+
+    def complete(self, state):
+        return state.lengths.double() / 3
+
+
+POTENTIALS = {
+    "none": lambda: None,
+    "lexicon": lambda: Lexicon(token_ids=[1, 2], weight=0.5),
+    "regex": lambda: Regex("(ab|b|a )*c"),
+    "text": lambda: TextPotential(lambda texts: [0.3 * len(text) for text in texts], every_step=True),
+    "infill": lambda: Infill([1, 2]),
+    "infill every step": lambda: Infill([1, 2], every_step=True),
+    "hidden": ByHidden,
+    "product": lambda: Regex("(ab|b|a )*c") * Lexicon(token_ids=[1, 2], weight=0.5),
+}
+
+
+@torch.inference_mode()
+def run(tokenizer, name, params, device, watch=None):  # noqa: F811
+    engine = GroupEngine(tokenizer, device, V, HIDDEN)
+    potential = POTENTIALS[name]()
+    if potential is not None:
+        potential.setup(engine)
+    waits = []
+    group = Group(params, LastToken(params.n_particles, device), potential, [1], {EOS}, device, engine)
+    assert isinstance(group.log_w, Elsewhere) == (device == DEVICE)
+    while not group.done:
+        before = len(watch.waits) if watch else 0
+        group.step()
+        waits.append(Counter(watch.waits[before:]) if watch else None)
+    return group.population(), waits
+
+
+@pytest.mark.parametrize("proposal", ["twisted", "base"])
+@pytest.mark.parametrize("name", POTENTIALS)
+def test_same_population_as_on_the_host(tokenizer, name, proposal):  # noqa: F811
+    for threshold, scheme in ((0.0, "systematic"), (0.5, "residual"), (1.0, "ssp")):
+        params = SMCParams(
+            n_particles=7, max_tokens=STEPS, ess_threshold=threshold, resampling=scheme, proposal=proposal, seed=3
+        )
+        want, _ = run(tokenizer, name, params, "cpu")
+        with Watch() as watch:
+            got, _ = run(tokenizer, name, params, DEVICE, watch)
+        assert got.token_ids == want.token_ids
+        np.testing.assert_array_equal(got.ancestors, want.ancestors)
+        np.testing.assert_allclose(got.log_weights, want.log_weights, rtol=1e-6, atol=1e-6)  # products in float32
+        np.testing.assert_allclose(got.log_z, want.log_z, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "proposal", "most"),
+    [("none", "base", 8), ("lexicon", "base", 10), ("lexicon", "twisted", 12), ("hidden", "twisted", 12)],
+)
+def test_how_often_a_step_waits_for_the_device(tokenizer, name, proposal, most):  # noqa: F811
+    """Distinct histories and their number, numbers that must not be, the ESS, who has ended."""
+    params = SMCParams(n_particles=7, max_tokens=STEPS, ess_threshold=1.0, proposal=proposal, ignore_eos=True)
+    with Watch() as watch:
+        _, waits = run(tokenizer, name, params, DEVICE, watch)
+    assert 1 <= max(sum(step.values()) for step in waits[:-1]) <= most, waits
+
+
+def test_the_device_is_one():
+    """The tests above can fail."""
+    with Watch() as watch:
+        with pytest.raises(RuntimeError, match="both sides"):
+            torch.zeros(3, device=DEVICE) + torch.ones(3)
+        x = torch.arange(3, device=DEVICE)
+        assert not watch.waits
+        assert int(x.sum()) == 3 and x.tolist() == [0, 1, 2] and len(x[x > 1]) == 1 and x.cpu().device.type == "cpu"
+        assert len(torch.nonzero(x)) == 2 and len(torch.unique(x)) == 3
+        assert len(watch.waits) == 6
