@@ -139,7 +139,12 @@ def run(
         )
     if json_path:
         Path(json_path).parent.mkdir(parents=True, exist_ok=True)
-        result = {"bench": "smc", "machine": machine(), "model": shapes or model, "engine": {k: str(v) for k, v in args.items()}}
+        result = {
+            "bench": "smc",
+            "machine": machine(),
+            "model": shapes or model,
+            "engine": {k: str(v) for k, v in args.items()},
+        }
         Path(json_path).write_text(json.dumps({**result, "records": records}, indent=1) + "\n")
     return records
 
