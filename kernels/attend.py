@@ -17,8 +17,8 @@ Nothing is read on the host: the length, the order and the width of the prefix l
 stays right when they change. Shapes (rows, columns of the table) are those of the capture.
 
 Scores are float32 in units of log 2; weights are rounded to the dtype of the query for the second product, as in
-attend.cuh; float32 is multiplied in float32, not in tf32. Caches in float8 (e4m3) are widened to the dtype of the query,
-which is exact; their scales go into the scale of the scores and into the output.
+attend.cuh; float32 is multiplied in float32, not in tf32. Caches in float8 (e4m3) are widened to the dtype of the
+query, which is exact; their scales go into the scale of the scores and into the output.
 """
 
 from __future__ import annotations
@@ -110,7 +110,8 @@ def tiles(
     query, query_stride, keys, values, block_stride, head_stride, token_stride, key_scale, value_scale, table,
     table_stride, order, shared, length, scale, n_rows, out, out_stride, lse, PARTS: tl.constexpr, HEADS: tl.constexpr,
     GROUP: tl.constexpr, ROWS: tl.constexpr, QUERIES: tl.constexpr, TOKENS: tl.constexpr, LANES: tl.constexpr,
-    SPAN: tl.constexpr, COLUMNS: tl.constexpr, SIZE: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr, WIDE: tl.constexpr,
+    SPAN: tl.constexpr, COLUMNS: tl.constexpr, SIZE: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     head, part = tl.program_id(1), tl.program_id(2)
     keys += head.to(tl.int64) * head_stride
@@ -248,4 +249,3 @@ def tile_shape(group: int, size: int, dim: int) -> dict[str, int]:
 #: not tuned: no GPU has run it. Nothing may be contracted: a scaling fused with the subtraction of the maximum would
 #: leave huge scores above it
 LAUNCH = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": False}
-

@@ -75,10 +75,6 @@ class AttendPlan:
     def _table_arguments(self) -> tuple[int, int, int, int]:
         return self.table.data_ptr(), self.table.stride(0), *self.table.shape
 
-    def fits(self, table: Tensor) -> bool:
-        """Whether it is the plan of this table. On a GPU this waits for the device."""
-        return torch.equal(self.table, table)
-
 
 def plan_attend(table: Tensor, *, backend: str | None = None, known_shared: int = 0) -> AttendPlan:
     """The plan of a table (R, C) int32 of block ids, both at least 1. Any table will do; it pays where rows share.
@@ -198,9 +194,7 @@ def attend(
             raise ValueError(f"layout={layout!r}: 'triton' reads 'plain'")
         if not isinstance(length, Tensor):
             length = torch.full((1,), length, dtype=torch.int32, device=device)  # waits for nothing
-        kernel.attend(
-            query, key_cache, value_cache, plan.table, plan.order, plan.n_shared, length, scale, out, *scales
-        )
+        kernel.attend(query, key_cache, value_cache, plan.table, plan.order, plan.n_shared, length, scale, out, *scales)
         return out
     if head_dim % LANES or block_size % LANES:
         raise ValueError(f"key_cache: D={head_dim} and B={block_size} must be multiples of {LANES}")

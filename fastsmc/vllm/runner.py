@@ -23,7 +23,7 @@ from fastsmc.paging import Paging
 from fastsmc.potentials import Potential
 from fastsmc.twists import Twist, card_stamp
 from fastsmc.vllm import compat
-from fastsmc.vllm.attention import Attend, AttendMetadata
+from fastsmc.vllm.attention import Attend
 from fastsmc.vllm.lead import OBJECT, GroupResult, GroupStart, GroupTick, Tick, last_position
 
 logger = init_logger(__name__)
@@ -32,6 +32,22 @@ logger = init_logger(__name__)
 _MAX_NAMED = 32
 #: logits elements that scoring a continuation may hold at once
 _SCORE_ELEMENTS = 1 << 27
+
+
+def in_memory_order(cache: Tensor) -> Tensor:
+    """A cache (n_blocks, ...) with the dimensions of a block permuted so that each block is contiguous.
+
+    vLLM's caches have one logical shape (n_blocks, heads, slots, content), in memory heads before slots on a CPU, slots
+    before heads on a GPU, unless VLLM_KV_CACHE_LAYOUT says otherwise.
+    """
+    order = sorted(range(1, cache.dim()), key=lambda dim: -cache.stride(dim))
+    cache = cache.permute(0, *order)
+    if not cache[0].is_contiguous():
+        raise compat.UnsupportedError(
+            f"a KV cache of shape {tuple(cache.shape)} and strides {cache.stride()}: the heads of a block are not "
+            "together in memory; set VLLM_KV_CACHE_LAYOUT=LBNHC"
+        )
+    return cache
 
 
 class Model:
@@ -49,15 +65,18 @@ class Model:
         self.max_logits_rows = max(1, _SCORE_ELEMENTS // self._config.model_config.get_vocab_size())
         context = self._config.compilation_config.static_forward_context
         unique = {context[name].kv_cache.data_ptr(): context[name].kv_cache for name in self.layers}
-        self.caches = list(unique.values())
         n_blocks = model_runner.kv_cache_config.num_blocks
-        odd = {tuple(cache.shape) for cache in self.caches if cache.shape[0] != n_blocks}
+        odd = {tuple(cache.shape) for cache in unique.values() if cache.shape[0] != n_blocks}
         if odd:
             raise compat.UnsupportedError(
                 f"KV cache tensors {odd}: their first dimension is not the block ({n_blocks})"
             )
+        self.caches = [in_memory_order(cache) for cache in unique.values()]
         self.device = self.caches[0].device
-        self.attend = Attend([context[name] for name in self.layers])
+        self.attend = Attend(
+            [context[name] for name in self.layers],
+            bool(self._config.compilation_config.pass_config.fuse_attn_quant),
+        )
         if self.attend.why_not is not None:
             logger.info("groups use vLLM's attention, which reads a shared block once a row: %s", self.attend.why_not)
 
@@ -81,8 +100,7 @@ class Model:
         """
         n_rows, length = table.shape[0], position + n_query
         if plan is not None and self.attend.pays(plan, length):
-            built = AttendMetadata(plan, length, self.attend.layout)
-            metadata = dict.fromkeys(self.layers, built)
+            metadata = dict.fromkeys(self.layers, self.attend.metadata(plan, length))
         else:
             metadata = self._stock_metadata(table, length, slots, n_query)
         positions = torch.arange(position, length, device=self.device).repeat(n_rows)
@@ -143,6 +161,8 @@ class VllmRows:
             device=model.device,
         )
         self._plan: ops.AttendPlan | None = None
+        self._planned_for: tuple[int, int, int] | None = None
+        self._n_moves = 0  # calls of reindex
 
     def first(self) -> tuple[Tensor, Tensor]:
         """The prompt's last token once more, in a private block, because the prompt's own may be shared."""
@@ -159,14 +179,17 @@ class VllmRows:
     def next(self, tokens: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
         paging = self.paging
         table = paging.table[slots, : paging.tail + 1]
-        if self._model.attend.why_not is None and (self._plan is None or not self._plan.fits(table)):
-            self._plan = ops.plan_attend(table)
+        # what the table hangs on: slots are ascending, and between moves rows can only drop out (RowModel.next)
+        seen = (self._n_moves, len(slots), paging.tail)
+        if self._model.attend.why_not is None and seen != self._planned_for:
+            self._plan, self._planned_for = self._model.attend.plan(table, paging.n_prompt_columns), seen
         hidden = self._model.hidden(tokens, paging.position, table, paging.slots(slots), plan=self._plan)
         paging.position += 1
         return self._model.logits(hidden), hidden
 
     def reindex(self, ancestors: Tensor) -> None:
         paging, model = self.paging, self._model
+        self._n_moves += 1
         ops.reindex(paging.table, ancestors, position=paging.position, block_size=model.block_size, caches=model.caches)
 
     def continuation_log_prob(
