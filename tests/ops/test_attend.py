@@ -7,6 +7,7 @@ from backends import BACKENDS as ALL
 from backends import CUDA, slow
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastsmc import ops, reference
 
@@ -140,6 +141,17 @@ def test_plan_on_the_device_triton():
         here, there = ops.plan_attend(table), ops.plan_attend(table.to("cuda" if CUDA else "cpu"), backend="triton")
         assert int(there.n_shared) == here.n_shared
         check_neighbours(table, there.order)
+
+
+def test_plan_asks_the_device_nothing():
+    """What a captured graph holds: with tensors that have shapes and no values, anything else would fail."""
+    kernel = pytest.importorskip("fastsmc.kernels.attend")
+    with FakeTensorMode():
+        for shape in ((1, 1), (1024, 160), (7, 5)):
+            for known in (0, shape[1] // 2, shape[1]):
+                order, n_shared = kernel.plan(torch.empty(shape, dtype=torch.int32), known)
+                assert order.shape == shape[:1] and n_shared.shape == (1,)
+                assert order.dtype == n_shared.dtype == torch.int32
 
 
 @pytest.mark.skipif("triton" not in BACKENDS, reason="needs a GPU or the interpreter")
