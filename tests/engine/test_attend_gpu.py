@@ -5,6 +5,7 @@ CPU's: vLLM's cache writer, its attention for ordinary requests and prompts, and
 over vLLM's own paging and the memory layout that it gives a GPU.
 """
 
+import copy
 import os
 import subprocess
 import sys
@@ -16,9 +17,11 @@ import torch
 from backends import CUDA, INTERPRETED
 from tiny import TableTwist, hf_log_probs, make_llama, value_table
 from vllm import SamplingParams
+from vllm.utils.import_utils import resolve_obj_by_qualname
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from fastsmc import SMCParams, ops
-from fastsmc.vllm import attention
+from fastsmc.vllm import attention, compat
 from fastsmc.vllm.attention import Attend
 from fastsmc.vllm.runner import Model
 
@@ -153,3 +156,94 @@ def test_the_kv_cache_is_a_gpus(gpu_engine):
     assert all(cache[0].is_contiguous() for cache in model.caches)
     plan = ops.plan_attend(torch.zeros(4, 2, dtype=torch.int32, device=model.device), backend="triton")
     assert not model.attend.pays(plan, 32)
+
+
+@runs
+def test_float8_cache(path, always, monkeypatch):
+    """Keys and values in e4m3 with scales: as vLLM's own attention reads them, and near to float32."""
+    args = {"block_size": BLOCK, "kv_cache_dtype": "fp8"}
+    if INTERPRETED:
+        from vllm.v1.attention.ops import triton_reshape_and_cache_flash as writer
+
+        monkeypatch.setattr(writer, "_is_supported_kv_cache_dtype", lambda dtype: True)  # of a Hopper
+        attention.BACKENDS["cpu"] = {"CPU_ATTN": attention.BACKENDS["cuda"]["TRITON_ATTN"]}
+        engine = make_engine(path, dtype="float32", **args)
+    else:
+        engine = make_engine(path, dtype="bfloat16", attention_backend="TRITON_ATTN", **args)
+    model = runner_of(engine).model
+    assert model.attend.why_not is None and {cache.dtype for cache in model.caches} == {torch.uint8}
+    context = model._config.compilation_config.static_forward_context
+    for i, name in enumerate(model.layers):
+        context[name]._k_scale.fill_(0.01 * (i + 1))
+        context[name]._v_scale.fill_(0.02 / (i + 1))
+    params = SMCParams(n_particles=4, max_tokens=6, ess_threshold=1.0, seed=2)
+    ours = engine.smc(prompt_of(14), params, POTENTIAL)
+    assert len(always) == 5
+    check_log_probs(path, prompt_of(14), ours, 0.3)
+    if INTERPRETED:  # on a GPU vLLM's attention quantises more than the cache
+        monkeypatch.setattr(Attend, "pays", lambda self, plan, length: False)
+        theirs = engine.smc(prompt_of(14), params, POTENTIAL)
+        assert ours.token_ids == theirs.token_ids
+        assert np.allclose(ours.log_probs, theirs.log_probs, atol=5e-4)
+
+
+@runs
+@pytest.mark.parametrize(
+    "change, name",
+    [
+        ({"sliding_window": (127, 0)}, "a sliding window"),
+        ({"alibi_slopes": torch.ones(2)}, "ALiBi"),
+        ({"logits_soft_cap": 30.0}, "a soft cap of logits"),
+        ({"sinks": torch.ones(2)}, "attention sinks"),
+        ({"chunk_lookback": 3}, "chunked attention"),
+        ({"dcp_world_size": 2}, "decode context parallelism"),
+        ({"attn_type": "encoder_only"}, "attention that is not a decoder's"),
+        ({"head_size": 512}, "a head size of 512"),
+    ],
+)
+def test_what_attend_does_not_know_is_left_to_vllm_by_name(gpu_engine, change, name):
+    layers = copies(gpu_engine[0])
+    for layer in layers:
+        layer.impl.__dict__.update(change)
+    assert Attend(layers).why_not == f"attend does not know {name}"
+
+
+@runs
+def test_unknown_caches_are_left_to_vllm_by_name(gpu_engine):
+    layers = copies(gpu_engine[0])
+    assert Attend(layers, fused_output=True).why_not == "attend does not know a quantised output (fuse_attn_quant)"
+    layers[1].__dict__["head_size_v"] = 16
+    assert Attend(layers).why_not == "attend does not know values of another size than keys"
+    layers = copies(gpu_engine[0])
+    for layer in layers:
+        layer.impl.kv_cache_dtype, layer.__dict__["kv_cache"] = "int8_per_token_head", layer.kv_cache.to(torch.int8)
+    assert Attend(layers).why_not == "attend does not know a KV cache in 'int8_per_token_head'"
+    layers = copies(gpu_engine[0])
+    layers[1].__dict__["_buffers"] = layers[1]._buffers | {"_k_scale": torch.ones(2)}
+    layers[1].__dict__["_k_scale"] = torch.ones(2)
+    assert Attend(layers).why_not == "attend does not know scales of the KV cache for each head"
+
+
+def copies(engine):
+    """The engine's attention layers, to be changed."""
+    model = runner_of(engine).model
+    context = model._config.compilation_config.static_forward_context
+    layers = [copy.copy(context[name]) for name in model.layers]
+    for layer in layers:
+        layer.__dict__ = dict(layer.__dict__)
+        layer.__dict__["impl"] = copy.copy(layer.impl)
+    return layers
+
+
+def test_the_names_are_of_vllms_backends():
+    """What is registered on a CUDA device: each a subclass of what vLLM has under that name, with its forward."""
+    for name, path in attention.BACKENDS["cuda"].items():
+        ours, theirs = resolve_obj_by_qualname(path), resolve_obj_by_qualname(AttentionBackendEnum[name].value)
+        assert issubclass(ours, theirs) and ours.get_name() == name
+        impl, base = ours.get_impl_cls(), theirs.get_impl_cls()
+        assert issubclass(impl, base) and issubclass(impl, attention.AttendImpl)
+        assert impl.do_kv_cache_update is base.do_kv_cache_update and not ours.forward_includes_kv_cache_update
+        assert ours.get_builder_cls() is theirs.get_builder_cls()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compat, "ATTENTION_NAMES", compat.ATTENTION_NAMES | compat.GPU_ATTENTION_NAMES)
+        compat.check_attention()
