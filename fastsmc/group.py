@@ -53,7 +53,10 @@ class RowModel(Protocol):
         """Logits (1, V) and hidden state (1, H) after the prompt, which slot 0 holds from now on."""
 
     def next(self, tokens: Tensor, slots: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Appends tokens (R,) int64 to distinct slots (R,) int64; their logits (R, V) and hidden states (R, H)."""
+        """Appends tokens (R,) int64 to distinct slots (R,) int64; their logits (R, V) and hidden states (R, H).
+
+        Slots are ascending. Unless `reindex` was called since the last call, they are among those of that call.
+        """
 
     def reindex(self, ancestors: Tensor) -> None:
         """Slot i becomes a copy of slot ancestors[i] (N,) int64; ancestors[ancestors[i]] == ancestors[i]."""
@@ -351,7 +354,8 @@ class Group:
         particle of `rows` is in. Particles outside `rows` lose their histories.
 
         Returns:
-            tokens (K,), slots (K,): the distinct histories, not yet appended; which (R,) of them each particle has.
+            tokens (K,), slots (K,) ascending: the distinct histories, not yet appended; which (R,) of them each
+            particle has.
         """
         span = int(self._last_tokens.max()) + 1
         keys, which = torch.unique(self._slot_of[rows] * span + self._last_tokens[rows], return_inverse=True)
@@ -366,6 +370,8 @@ class Group:
             ancestors = self._all_rows.clone()
             ancestors[slots] = parents
             self.model.reindex(ancestors)
+            slots, by = torch.sort(slots)
+            tokens, which = tokens[by], torch.argsort(by)[which]
         self._slot_of[rows] = slots[which]
         return tokens, slots, which
 

@@ -2,16 +2,23 @@
 
     plan     (once a table, PyTorch operations) rows in the order of their histories, so that those that share a block
              are neighbours; the number of columns on which all rows agree
-    tiles    program (tile of rows, key head, part of the columns): its queries (rows × query heads of the key head)
-             stay in registers. Columns of the common prefix are one dense product each. In a later column the distinct
-             blocks of the tile are read one after the other, each once, and only the rows that name it take part
-    merge    program (row, head): the parts of a row by log-sum-exp
+    tiles    program (tile of rows, key head, part of the tokens): its queries (rows × query heads of the key head) stay
+             in registers. 64 tokens of the common prefix are one dense product each. Later columns come in windows of
+             64 tokens, four columns of 16: rows of the tile that name the same blocks in all of a window are its
+             parties. Each party reads its window as one product, one party after the other
+    merge    program (row, head): the parts of a row by log-sum-exp; not needed where there is one part
+
+A party is found anew in each window, by comparing blocks, so any table is right. In a genealogy rows part for good: a
+block before the parting, in the window where it happens, is read by both sides, the second time from the cache. One
+column at a time would read no block twice, but a product of 16 tokens for a few rows waits for memory, not for data:
+of 64 tokens four times as many bytes are under way at once.
 
 Nothing is read on the host: the length, the order and the width of the prefix lie on the device, so a captured graph
 stays right when they change. Shapes (rows, columns of the table) are those of the capture.
 
-Scores are float32 in units of log 2; weights are rounded to the dtype of the cache for the second product, as in
-attend.cuh; float32 caches are multiplied in float32, not in tf32.
+Scores are float32 in units of log 2; weights are rounded to the dtype of the query for the second product, as in
+attend.cuh; float32 is multiplied in float32, not in tf32. Caches in float8 (e4m3) are widened to the dtype of the
+query, which is exact; their scales go into the scale of the scores and into the output.
 """
 
 from __future__ import annotations
@@ -27,24 +34,29 @@ from torch import Tensor
 QUERIES = 64
 #: tokens of the common prefix in one product
 TOKENS = 64
-#: programs that keep an H100's 132 multiprocessors busy: columns are split until there are as many
+#: tokens of the later columns in one product
+WINDOW = 64
+#: programs that keep an H100's 132 multiprocessors busy: tokens are split until there are as many
 PROGRAMS = 528
-#: parts of the columns that `merge` joins, at most
+#: parts of the tokens that `merge` joins, at most
 MAX_PARTS = 16
 LOG2E = 1.4426950408889634
 
 INF = tl.constexpr(float("inf"))
-#: larger than any block
-NO_BLOCK = tl.constexpr(2147483647)
 
 
-def plan(table: Tensor) -> tuple[Tensor, Tensor]:
+def plan(table: Tensor, known_shared: int = 0) -> tuple[Tensor, Tensor]:
     """(order (R,) int32, n_shared (1,) int32) of a table (R, C) int32, on its device and without looking at it.
 
     order: rows sorted by their blocks, column by column. Ranks of pairs of neighbouring columns are made from those of
-    the two columns, and so on up to the whole row: log2 C rounds, each one sort of all its columns.
+    the two columns, and so on up to the whole row: log2 C rounds, each one sort of all its columns. All rows agree on
+    the first `known_shared` columns, which need no sorting.
     """
     n_rows, device = table.shape[0], table.device
+    table = table[:, known_shared:]
+    if table.shape[1] == 0:
+        order = torch.arange(n_rows, dtype=torch.int32, device=device)
+        return order, torch.full((1,), known_shared, dtype=torch.int32, device=device)
     ranks = _dense(table.t().long())
     while len(ranks) > 1:
         if len(ranks) % 2:
@@ -52,7 +64,7 @@ def plan(table: Tensor) -> tuple[Tensor, Tensor]:
         ranks = _dense(ranks[::2] * n_rows + ranks[1::2])
     order = torch.sort(ranks[0], stable=True).indices.int()
     same = (table == table[:1]).all(0).int()
-    return order, same.cumprod(0).sum(0, keepdim=True).int()
+    return order, (same.cumprod(0).sum(0, keepdim=True) + known_shared).int()
 
 
 def _dense(keys: Tensor) -> Tensor:
@@ -80,7 +92,8 @@ def read(
     dim = tl.arange(0, DIMS)
     inside = written[:, None] & (dim < DIM)[None, :]
     at = at[:, None] + dim[None, :]
-    key = tl.load(keys + at, mask=inside, other=0.0)
+    key = tl.load(keys + at, mask=inside, other=0.0).to(query.dtype)
+    value = tl.load(values + at, mask=inside, other=0.0)  # on its way while the scores are made
     scores = tl.where(written[None, :], product(query, tl.trans(key), WIDE) * scale, -INF)
     if MASKED:
         scores = tl.where(here[:, None], scores, -INF)
@@ -88,17 +101,17 @@ def read(
     base = tl.where(higher == -INF, 0.0, higher)
     weights = tl.exp2(scores - base[:, None])
     keep = tl.exp2(top - base)
-    value = tl.load(values + at, mask=inside, other=0.0)
-    acc = acc * keep[:, None] + product(weights.to(value.dtype), value, WIDE)
+    acc = acc * keep[:, None] + product(weights.to(query.dtype), value.to(query.dtype), WIDE)
     return higher, total * keep + tl.sum(weights, 1), acc
 
 
 @triton.jit(do_not_specialize=["n_rows"])
 def tiles(
-    query, query_stride, keys, values, block_stride, head_stride, token_stride, table, table_stride, order, shared,
-    length, scale, n_rows, out, lse, PARTS: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr,
-    ROWS: tl.constexpr, QUERIES: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr, SIZE: tl.constexpr,
-    DIM: tl.constexpr, DIMS: tl.constexpr, WIDE: tl.constexpr,
+    query, query_stride, keys, values, block_stride, head_stride, token_stride, key_scale, value_scale, table,
+    table_stride, order, shared, length, scale, n_rows, out, out_stride, lse, PARTS: tl.constexpr, HEADS: tl.constexpr,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, QUERIES: tl.constexpr, TOKENS: tl.constexpr, LANES: tl.constexpr,
+    SPAN: tl.constexpr, COLUMNS: tl.constexpr, SIZE: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     head, part = tl.program_id(1), tl.program_id(2)
     keys += head.to(tl.int64) * head_stride
@@ -112,34 +125,50 @@ def tiles(
     inside = real[:, None] & (dim < DIM)[None, :]
     query_head = head * GROUP + i % GROUP
     q = tl.load(query + row[:, None] * query_stride + query_head[:, None] * DIM + dim[None, :], mask=inside, other=0.0)
+    if key_scale is not None:
+        scale *= tl.load(key_scale)
 
     tokens = tl.load(length)
-    n_columns = tl.cdiv(tokens, SIZE)
-    begin, end = n_columns * part // PARTS, n_columns * (part + 1) // PARTS
-    prefix = tl.minimum(tl.maximum(tl.load(shared), begin), end)
+    common = tl.minimum(tl.load(shared) * SIZE, tokens)
     top = tl.full((QUERIES,), -INF, tl.float32)
     total = tl.zeros((QUERIES,), tl.float32)
     acc = tl.zeros((QUERIES, DIMS), tl.float32)
-    for first in range(begin * SIZE, tl.minimum(prefix * SIZE, tokens), TOKENS):
-        token = first + tl.arange(0, TOKENS)
-        written = token < tl.minimum(prefix * SIZE, tokens)
+    chunks = tl.cdiv(common, TOKENS)
+    for chunk in range(chunks * part // PARTS, chunks * (part + 1) // PARTS):
+        token = chunk * TOKENS + tl.arange(0, TOKENS)
+        written = token < common
         block = tl.load(table + token // SIZE, mask=written, other=0).to(tl.int64)  # any row's
         at = block * block_stride + token % SIZE * token_stride
         top, total, acc = read(keys, values, at, written, real, q, top, total, acc, scale, False, DIM, DIMS, WIDE)
-    token = tl.arange(0, BLOCK)
-    for column in range(prefix, end):
-        blocks = tl.load(table + row * table_stride + column, mask=real, other=NO_BLOCK)
-        written = (token < SIZE) & (column * SIZE + token < tokens)
-        block = tl.min(blocks)
-        while block < NO_BLOCK:
-            here = blocks == block
-            at = block.to(tl.int64) * block_stride + token * token_stride
+    windows = tl.cdiv(tokens - common, SPAN)
+    for window in range(windows * part // PARTS, windows * (part + 1) // PARTS):
+        first = common + window * SPAN
+        stop = tl.minimum(first + SPAN, tokens)
+        token = first + tl.arange(0, LANES)
+        written = token < stop
+        column = first // SIZE + tl.arange(0, COLUMNS)
+        named = column < tl.cdiv(stop, SIZE)
+        blocks = tl.load(
+            table + row[:, None] * table_stride + column[None, :], mask=real[:, None] & named[None, :], other=0
+        )
+        left = tl.where(real, i, QUERIES)  # the queries that have not had their turn
+        leader = tl.min(left)
+        while leader < QUERIES:
+            leaders = table + tl.load(order + tl.program_id(0) * ROWS + leader // GROUP).to(tl.int64) * table_stride
+            same = blocks == tl.load(leaders + column, mask=named, other=0)[None, :]
+            here = real & (tl.min(same.to(tl.int32), 1) == 1)
+            block = tl.load(leaders + token // SIZE, mask=written, other=0).to(tl.int64)
+            at = block * block_stride + token % SIZE * token_stride
             top, total, acc = read(keys, values, at, written, here, q, top, total, acc, scale, True, DIM, DIMS, WIDE)
-            blocks = tl.where(here, NO_BLOCK, blocks)
-            block = tl.min(blocks)
-    at = (part.to(tl.int64) * n_rows + row) * HEADS + query_head
-    tl.store(lse + at, top + tl.log2(total), mask=real)  # no column here, or all scores −inf: −inf
-    tl.store(out + at[:, None] * DIM + dim[None, :], acc / total[:, None], mask=inside)
+            left = tl.where(here, QUERIES, left)
+            leader = tl.min(left)
+    rest = acc / total[:, None]
+    if value_scale is not None:
+        rest *= tl.load(value_scale)
+    at = part.to(tl.int64) * n_rows * HEADS * DIM + row * out_stride + query_head * DIM
+    tl.store(out + at[:, None] + dim[None, :], rest.to(out.dtype.element_ty), mask=inside)
+    if PARTS > 1:  # no token here, or all scores −inf: −inf
+        tl.store(lse + (part.to(tl.int64) * n_rows + row) * HEADS + query_head, top + tl.log2(total), mask=real)
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -171,40 +200,52 @@ def attend(
     length: Tensor,
     scale: float,
     out: Tensor,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
 ) -> None:
-    """As fastsmc.ops.attend; caches (n_blocks, Hk, B, D) of any strides but D's. length: (1,) int32 on the device.
+    """As fastsmc.ops.attend; caches (n_blocks, Hk, B, D) of any strides but D's. length: (1,) int32 on the device, as
+    are the scales, float32 of one element.
 
     The first call for a new set of shapes compiles, so it must come before a CUDA graph is captured.
     """
     n_rows, n_heads, dim = query.shape
     _, n_key_heads, size, _ = key_cache.shape
-    group = n_heads // n_key_heads
-    dims, queries = triton.next_power_of_2(dim), max(QUERIES if dim <= 128 else QUERIES // 2, group_tile(group))
-    rows = queries // group
-    grid = (-(-n_rows // rows), n_key_heads)
+    constants = tile_shape(n_heads // n_key_heads, size, dim)
+    grid = (-(-n_rows // constants["ROWS"]), n_key_heads)
     parts = max(1, min(MAX_PARTS, PROGRAMS // (grid[0] * grid[1]), table.shape[1]))
-    some = torch.empty(parts, n_rows, n_heads, dim, dtype=torch.float32, device=query.device)
-    lse = torch.empty(parts, n_rows, n_heads, dtype=torch.float32, device=query.device)
+    lse, rest = None, out
+    if parts > 1:
+        rest = torch.empty(parts, n_rows, n_heads, dim, dtype=torch.float32, device=query.device)
+        lse = torch.empty(parts, n_rows, n_heads, dtype=torch.float32, device=query.device)
     # the interpreter multiplies the bits of bfloat16
     wide = query.dtype == torch.float32 or os.environ.get("TRITON_INTERPRET") == "1"
     tiles[(*grid, parts)](
         query, query.stride(0), key_cache, value_cache, key_cache.stride(0), key_cache.stride(1), key_cache.stride(2),
-        table, table.stride(0), order, n_shared, length, scale * LOG2E, n_rows, some, lse,
-        PARTS=parts, HEADS=n_heads, GROUP=group, ROWS=rows, QUERIES=queries,
-        TOKENS=TOKENS if dim <= 128 else TOKENS // 2, BLOCK=max(16, triton.next_power_of_2(size)), SIZE=size, DIM=dim,
-        DIMS=dims, WIDE=wide, **LAUNCH,
+        key_scale, value_scale, table, table.stride(0), order, n_shared, length, scale * LOG2E, n_rows, rest,
+        rest.stride(-3), lse, PARTS=parts, HEADS=n_heads, **constants, WIDE=wide, **LAUNCH,
     )  # fmt: skip
-    merge[(n_rows, n_heads)](
-        some, lse, out, out.stride(0), n_rows, PARTS=parts, HEADS=n_heads, DIM=dim, DIMS=dims, num_warps=1,
-        enable_fp_fusion=False,
-    )  # fmt: skip
+    if parts > 1:
+        merge[(n_rows, n_heads)](
+            rest, lse, out, out.stride(0), n_rows, PARTS=parts, HEADS=n_heads, DIM=dim, DIMS=constants["DIMS"],
+            num_warps=1, enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+def tile_shape(group: int, size: int, dim: int) -> dict[str, int]:
+    """Constants of `tiles` for blocks of `size` tokens, by the query heads of a key head and the head size."""
+    small = dim > 128
+    queries = max(QUERIES // 2 if small else QUERIES, triton.next_power_of_2(group))
+    window = WINDOW // 2 if small else WINDOW
+    whole = window // size  # blocks in a window
+    # a larger block is read in several windows, of which one may begin in a block and end in the next
+    columns = triton.next_power_of_2(whole) if whole else 1 if size % window == 0 else 2
+    return {
+        "GROUP": group, "ROWS": queries // group, "QUERIES": queries, "TOKENS": TOKENS // 2 if small else TOKENS,
+        "LANES": window, "SPAN": whole * size if whole else window, "COLUMNS": columns, "SIZE": size, "DIM": dim,
+        "DIMS": triton.next_power_of_2(dim),
+    }  # fmt: skip
 
 
 #: not tuned: no GPU has run it. Nothing may be contracted: a scaling fused with the subtraction of the maximum would
 #: leave huge scores above it
 LAUNCH = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": False}
-
-
-def group_tile(group: int) -> int:
-    """The least number of queries of a tile that holds all query heads of a key head."""
-    return triton.next_power_of_2(group)

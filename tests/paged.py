@@ -1,8 +1,8 @@
 """A small real Llama over paged keys and values, in plain PyTorch: `captured.PagedModel` with the weights of a Hugging
 Face checkpoint. Every shape is fixed and nothing is asked of the device, so that a CUDA graph can hold its forward.
 
-Blocks are (2, heads, slots, head size): keys, then values, of one layer; attention gathers all columns of the table and
-masks what lies beyond the position.
+Blocks are (2, heads, slots, head size): keys, then values, of one layer. Attention is `attend` in Triton, which reads
+each block that rows share once, or plain: it gathers all columns of the table and masks what lies beyond the position.
 """
 
 from __future__ import annotations
@@ -14,15 +14,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastsmc import ops
+
 
 class PagedLlama:
-    """Args: path of a Llama checkpoint; blocks in the cache; tokens a block."""
+    """Args: path of a Llama checkpoint; blocks in the cache; tokens a block; whether `attend` reads them."""
 
     slot_dim = 3
 
-    def __init__(self, path: Path | str, n_blocks: int, block_size: int, device: str = "cpu") -> None:
+    def __init__(
+        self, path: Path | str, n_blocks: int, block_size: int, device: str = "cpu", attends: bool = False
+    ) -> None:
         from transformers import AutoModelForCausalLM
 
+        self.attends = attends
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval().to(device)
         self.config, self.net, self.block_size = model.config, model, block_size
         c = model.config
@@ -46,17 +51,23 @@ class PagedLlama:
         n, columns = table.shape
         block = table.long().index_select(1, (position // self.block_size)[None])[:, 0]
         slot = (position % self.block_size)[None].expand(n)
-        seen = torch.arange(columns * self.block_size, device=tokens.device) <= position
+        if self.attends:
+            plan, length = ops.plan_attend(table, backend="triton"), (position + 1).int()[None]
+        else:
+            seen = torch.arange(columns * self.block_size, device=tokens.device) <= position
         x = self.net.model.embed_tokens(tokens)
         for layer, cache in zip(self.net.model.layers, self.caches, strict=True):
             h, attention = self._norm(x, layer.input_layernorm.weight), layer.self_attn
             q, k, v = (p(h).view(n, -1, self.head_size) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
             q, k = self._rotate(q, position), self._rotate(k, position)
             cache[block, 0, :, slot], cache[block, 1, :, slot] = k, v
-            # (N, C, 2, heads, slots, size) → (2, N, heads, C·slots, size)
-            keys, values = cache[table.long()].permute(2, 0, 3, 1, 4, 5).flatten(3, 4)
-            keys, values = (torch.where(seen[:, None], kv, 0.0) for kv in (keys, values))
-            out = F.scaled_dot_product_attention(q[:, :, None], keys, values, seen[None, :], enable_gqa=True)
+            if self.attends:
+                out = ops.attend(q, cache[:, 0], cache[:, 1], plan, length, scale=self.head_size**-0.5)
+            else:
+                # (N, C, 2, heads, slots, size) → (2, N, heads, C·slots, size)
+                keys, values = cache[table.long()].permute(2, 0, 3, 1, 4, 5).flatten(3, 4)
+                keys, values = (torch.where(seen[:, None], kv, 0.0) for kv in (keys, values))
+                out = F.scaled_dot_product_attention(q[:, :, None], keys, values, seen[None, :], enable_gqa=True)
             x = x + attention.o_proj(out.reshape(n, -1))
             x = x + layer.mlp(self._norm(x, layer.post_attention_layernorm.weight))
         hidden = self._norm(x, self.net.model.norm.weight)

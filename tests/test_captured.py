@@ -2,11 +2,16 @@
 over the same model, against enumeration, and against Hugging Face."""
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from backends import INTERPRETED
 from paged import PagedLlama, SlotRows
 from tiny import PROMPT, TinyLlama, hf_log_probs, make_llama, value_table
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -78,9 +83,11 @@ def tiny(path):
     return TinyLlama(path, VOCAB, STEPS, frozenset([STOP]))
 
 
-def run_captured(path, params, potential, prompt=PROMPT, device="cpu", pool=None, block=BLOCK, stop=(STOP,)):
+def run_captured(
+    path, params, potential, prompt=PROMPT, device="cpu", pool=None, block=BLOCK, stop=(STOP,), attends=False
+):
     own = params.n_particles * ((len(prompt) + params.max_tokens) // block + 1)
-    model = PagedLlama(path, len(prompt) + own, block, device)
+    model = PagedLlama(path, len(prompt) + own, block, device, attends)
     blocks = model.prefill(prompt)
     ids = torch.arange(len(blocks), len(blocks) + own, dtype=torch.int32, device=device)[:pool]
     return CapturedGroup(params, model, potential, prompt, blocks, ids, frozenset(stop)).run()
@@ -276,14 +283,76 @@ def test_refusals(path):
         group.advance()
 
 
+# --------------------------------------------------------------------------------------------- attend in the step
+@pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()), reason="needs a GPU or the interpreter")
+@pytest.mark.parametrize("threshold", [0.0, 1.0])
+@pytest.mark.parametrize("prompt_len", [3, 8])
+def test_attend_in_the_step(path, prompt_len, threshold):
+    """Its plan and its kernels are of the step, as tables and lengths of the device change; without a graph, and on a
+    GPU with one. The same particles as with attention that gathers, and log-probs of Hugging Face."""
+    device, prompt = "cpu" if INTERPRETED else "cuda", [1, 3, 2, 5, 4, 0, 1, 2][:prompt_len]
+    params = SMCParams(n_particles=6, max_tokens=11, ess_threshold=threshold, seed=4)
+    potential = Values(value_table(11, VOCAB) * 3, device=device)
+    ours = run_captured(path, params, potential, prompt, device, stop=(), attends=True)
+    assert_same(ours, run_captured(path, params, potential, prompt, device, stop=()))
+    assert ours.resampled.any() == (threshold > 0)
+    want = hf_log_probs(path, prompt, ours.token_ids)
+    np.testing.assert_allclose(ours.token_log_probs, np.array(want), atol=2e-5)
+
+
+ASKING = ("item", "_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "unique", "_unique2")
+
+
+class NoAnswer(TorchDispatchMode):
+    """Refuses what turns a tensor of a device into a number or a shape of the host."""
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op.overloadpacket.__name__ in ASKING:
+            raise AssertionError(f"{op} waits for the device")
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="on a GPU its own synchronisation check does it")
+def test_attend_asks_the_device_nothing(path):
+    """A graph replays what was launched; numbers of the host would be those of the capture."""
+    model = PagedLlama(path, 40, BLOCK, attends=True)
+    table, position = torch.arange(8, dtype=torch.int32).view(4, 2), torch.tensor(5)
+    with torch.inference_mode(), NoAnswer():
+        for _ in range(2):  # the same call for another position
+            model.forward(torch.arange(4), position, table)
+            position += 1
+        with pytest.raises(AssertionError, match="waits for the device"):
+            int(position)
+
+
+@pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="this is the process with it, or there is a GPU")
+def test_on_the_interpreter():
+    pytest.importorskip("triton")
+    command = [
+        sys.executable,
+        *["-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "-k", "attend"],
+        __file__,
+    ]
+    ran = subprocess.run(
+        command,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, f"on the interpreter:\n{ran.stdout}\n{ran.stderr}"
+    assert " passed" in ran.stdout
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+@pytest.mark.parametrize("attends", [False, True])
 @pytest.mark.parametrize("proposal", ["twisted", "base"])
-def test_graph_replays_without_synchronisation(path, proposal):
+def test_graph_replays_without_synchronisation(path, proposal, attends):
     """100 replays of one graph, each with random numbers of its own, and no step that waits for the device."""
     steps, n = 102, 256
     params = SMCParams(n_particles=n, max_tokens=steps, ess_threshold=0.9, proposal=proposal, seed=7)
     potential = Values(value_table(steps, VOCAB), device="cuda")
-    model = PagedLlama(path, n * 30, BLOCK, "cuda")
+    model = PagedLlama(path, n * 30, BLOCK, "cuda", attends)
     pool = torch.arange(2, n * 30, dtype=torch.int32, device="cuda")
     group = CapturedGroup(params, model, potential, PROMPT, model.prefill(PROMPT), pool)
     group.advance(), group.advance()

@@ -19,8 +19,17 @@ from fastsmc.group import Group
 PROMPT = [1, 3, 2, 5, 4]
 
 
-def make_llama(path: Path, vocab: int, *, seed: int = 0, scale: float = 0.15, positions: int = 512) -> Path:
-    """Saves a random 2-layer Llama without tokenizer; `scale` is the spread of its weights: larger is less uniform."""
+def make_llama(
+    path: Path,
+    vocab: int,
+    *,
+    seed: int = 0,
+    scale: float = 0.15,
+    positions: int = 512,
+    heads: tuple[int, int] = (2, 1),
+) -> Path:
+    """Saves a random 2-layer Llama without tokenizer, with heads of size 32 for queries and keys; `scale` is the spread
+    of its weights: larger is less uniform."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -28,8 +37,9 @@ def make_llama(path: Path, vocab: int, *, seed: int = 0, scale: float = 0.15, po
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
+        num_attention_heads=heads[0],
+        num_key_value_heads=heads[1],
+        head_dim=32,
         max_position_embeddings=positions,
         tie_word_embeddings=False,
         initializer_range=scale,

@@ -3,6 +3,8 @@
     plan_attend(table) -> AttendPlan      which rows read which blocks together; once for a table
     attend(query, key_cache, value_cache, plan, length, scale=...) -> out      once for each layer
 
+On a GPU neither asks the device anything, so both may be part of a captured CUDA graph.
+
 Rows of equal length, one query each. Particles with a common history name the same blocks: what N rows read of a shared
 block is then one product of N × (query heads of a key head) queries with its keys, not N reads.
 """
@@ -22,6 +24,8 @@ from fastsmc.ops._tensors import DTYPE_CODES, check_choice
 #: plain: keys and values [B][D]. vector: keys [D][B], values [B][D]. tiled: keys [B / 16][D / 2][16][2], values
 #: [D / 16][B / 2][16][2], of 16-bit elements.
 LAYOUTS = ("plain", "vector", "tiled")
+#: of caches that the Triton backend reads beside those of the query's dtype
+FLOAT8 = torch.float8_e4m3fn
 #: whether this CPU multiplies bfloat16 without widening it
 BF16_PAIRS: bool = _C.BF16_PAIRS
 #: the head size must be a multiple of it, as must the block size
@@ -42,16 +46,20 @@ class AttendPlan:
         nodes: 'cpu': (K, 4) int32 of (row_begin, row_end, column_begin, column_end), see attend.cuh: rows
             order[row_begin:row_end) name the same blocks in these columns, and in all before. Depth first, so that a
             row meets its columns in order.
-        n_reads: 'cpu': Σ over the nodes of their columns: block reads, where each row on its own makes R · C.
+        n_nodes, n_reads: number of nodes K and Σ of their columns: block reads, where each row on its own makes R · C.
+            For 'triton' what the host knows: as if rows shared no more than the columns that they are known to share.
         max_block: 'cpu': the largest block id.
     """
 
-    def __init__(self, table: Tensor, backend: str) -> None:
+    def __init__(self, table: Tensor, backend: str, known_shared: int = 0) -> None:
         self.backend, self.table = backend, table.contiguous().clone()
         if backend == "triton":
             from fastsmc.kernels import attend as kernel
 
-            self.order, self.n_shared = kernel.plan(self.table)
+            self.order, self.n_shared = kernel.plan(self.table, known_shared)
+            n_rows, n_columns = table.shape
+            self.n_nodes = n_rows * (n_columns > known_shared) + (known_shared > 0)
+            self.n_reads = known_shared + n_rows * (n_columns - known_shared)
             return
         low, high = torch.aminmax(self.table)
         if low < 0:
@@ -61,21 +69,19 @@ class AttendPlan:
         nodes = torch.from_numpy(_C.plan(self._table_arguments(), self.order.data_ptr()))
         self.nodes = nodes.view(-1, 4)
         widths = self.nodes[:, 3] - self.nodes[:, 2]
-        self.n_reads = int(widths.sum())
+        self.n_nodes, self.n_reads = len(self.nodes), int(widths.sum())
         self.n_shared = int(widths[0]) if int(self.nodes[0, 1]) == len(table) else 0
 
     def _table_arguments(self) -> tuple[int, int, int, int]:
         return self.table.data_ptr(), self.table.stride(0), *self.table.shape
 
-    def fits(self, table: Tensor) -> bool:
-        """Whether it is the plan of this table. On a GPU this waits for the device."""
-        return torch.equal(self.table, table)
 
-
-def plan_attend(table: Tensor, *, backend: str | None = None) -> AttendPlan:
+def plan_attend(table: Tensor, *, backend: str | None = None, known_shared: int = 0) -> AttendPlan:
     """The plan of a table (R, C) int32 of block ids, both at least 1. Any table will do; it pays where rows share.
 
     Args:
+        known_shared: in [0, C], columns on which all rows agree, as far as the caller knows; there may be more. 'cpu'
+            finds out by itself.
         backend: 'cpu', 'triton' (CUDA tensors; others under TRITON_INTERPRET=1) or None for the device's own. Values of
             the table are only checked by 'cpu': the other does not look at them.
 
@@ -85,6 +91,8 @@ def plan_attend(table: Tensor, *, backend: str | None = None) -> AttendPlan:
     if not isinstance(table, Tensor) or table.dim() != 2 or table.dtype != torch.int32 or not table.numel():
         got = f"{table.dtype} {tuple(table.shape)}" if isinstance(table, Tensor) else repr(table)
         raise ValueError(f"table: must be an (R, C) int32 tensor, R and C at least 1, got {got}")
+    if not 0 <= known_shared <= table.shape[1]:
+        raise ValueError(f"known_shared={known_shared!r}: must be in [0, {table.shape[1]}], the columns of table")
     if backend is None:
         backend = "cpu" if table.device.type == "cpu" else "triton"
     check_choice("backend", backend, BACKENDS)
@@ -92,7 +100,7 @@ def plan_attend(table: Tensor, *, backend: str | None = None) -> AttendPlan:
         raise ValueError(f"backend='cpu': table is on {table.device}")
     if backend == "triton" and table.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError("backend='triton': table is on cpu, which needs TRITON_INTERPRET=1 in the environment")
-    return AttendPlan(table, backend)
+    return AttendPlan(table, backend, known_shared)
 
 
 def attend(
@@ -105,6 +113,8 @@ def attend(
     scale: float,
     layout: str = "plain",
     out: Tensor | None = None,
+    k_scale: float | Tensor | None = None,
+    v_scale: float | Tensor | None = None,
 ) -> Tensor:
     """softmax(scale · q · K) V of each row and head, over the first `length` tokens that the row's blocks hold.
 
@@ -115,12 +125,15 @@ def attend(
     Args:
         query: (R, Hq, D) float32, bfloat16 or float16, row by row as in plan.table; [r] contiguous.
         key_cache, value_cache: (n_blocks, Hk, B, D) of the same dtype, with equal strides, Hq a multiple of Hk. On the
-            CPU [b, h] is contiguous, laid out as `layout` says whatever the shape says; D and B multiples of 16.
+            CPU [b, h] is contiguous, laid out as `layout` says whatever the shape says; D and B multiples of 16. For
+            'triton' they may be float8_e4m3fn, whatever the query: widened to its dtype in the products.
         plan: of the rows' table, with C = ceil(length / B) columns.
         length: tokens of every row, >= 1. For a plan of 'triton' also (1,) int32 on the device, up to C · B.
         scale: > 0.
         layout: one of LAYOUTS; 'plain' for 'triton'.
         out: (R, Hq, D) to write to, as the query; default a new tensor.
+        k_scale, v_scale: of float8 caches: what a key and a value are multiplied by, a number or a float32 tensor of
+            one element on the device, which the host does not read; default 1.
 
     Raises:
         ValueError: naming the argument.
@@ -141,10 +154,12 @@ def attend(
             raise ValueError(f"{name}: each row must be contiguous, strides are {rows.stride()}")
     check_choice("layout", layout, LAYOUTS)
     token_stride = head_dim if plan.backend == "cpu" else key_cache.stride(-2)
+    float8 = plan.backend == "triton" and key_cache.dtype == FLOAT8
+    cache_dtype = FLOAT8 if float8 else query.dtype
     for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
-        if cache.dim() != 4 or cache.dtype != query.dtype or cache.device != device:
+        if cache.dim() != 4 or cache.dtype != cache_dtype or cache.device != device:
             raise ValueError(
-                f"{name}: must be (n_blocks, Hk, B, D) {query.dtype} on {device}, got {cache.dtype} "
+                f"{name}: must be (n_blocks, Hk, B, D) {cache_dtype} on {device}, got {cache.dtype} "
                 f"{tuple(cache.shape)} on {cache.device}"
             )
         if cache.shape[3] != head_dim or cache.stride(3) != 1 or cache.stride(2) != token_stride:
@@ -162,6 +177,8 @@ def attend(
             raise ValueError(
                 f"length: must be an int, or (1,) int32 on the device of a plan of 'triton', got {length!r}"
             )
+        if plan.table.shape[0] != n_rows:
+            raise ValueError(f"plan: of a table {tuple(plan.table.shape)}, query has R={n_rows} rows")
     elif plan.table.shape[0] != n_rows or length < 1 or -(-length // block_size) != plan.table.shape[1]:
         raise ValueError(
             f"plan: of a table {tuple(plan.table.shape)}; R={n_rows} rows of length={length} need "
@@ -169,14 +186,15 @@ def attend(
         )
     if not (scale > 0 and math.isfinite(scale)):
         raise ValueError(f"scale={scale!r}: must be positive and finite")
+    scales = [_cache_scale(name, s, float8, device) for name, s in (("k_scale", k_scale), ("v_scale", v_scale))]
     if plan.backend == "triton":
         from fastsmc.kernels import attend as kernel
 
         if layout != "plain":
             raise ValueError(f"layout={layout!r}: 'triton' reads 'plain'")
         if not isinstance(length, Tensor):
-            length = torch.tensor([length], dtype=torch.int32, device=device)
-        kernel.attend(query, key_cache, value_cache, plan.table, plan.order, plan.n_shared, length, scale, out)
+            length = torch.full((1,), length, dtype=torch.int32, device=device)  # waits for nothing
+        kernel.attend(query, key_cache, value_cache, plan.table, plan.order, plan.n_shared, length, scale, out, *scales)
         return out
     if head_dim % LANES or block_size % LANES:
         raise ValueError(f"key_cache: D={head_dim} and B={block_size} must be multiples of {LANES}")
@@ -194,3 +212,21 @@ def attend(
         len(plan.nodes), scale,
     )  # fmt: skip
     return out
+
+
+def _cache_scale(name: str, scale: float | Tensor | None, float8: bool, device: torch.device) -> Tensor | None:
+    """A scale of a cache as float32 of one element on the device; None: of a cache that has none, or of 1."""
+    if scale is None:
+        return None
+    if not float8:
+        raise ValueError(f"{name}: is of caches of {FLOAT8}, with a plan of 'triton'")
+    if isinstance(scale, Tensor):
+        if scale.dtype != torch.float32 or scale.numel() != 1 or scale.device != device:
+            raise ValueError(
+                f"{name}: must be a number or one float32 on {device}, got {scale.dtype} {tuple(scale.shape)} on "
+                f"{scale.device}"
+            )
+        return scale
+    if not (scale > 0 and math.isfinite(scale)):
+        raise ValueError(f"{name}={scale!r}: must be positive and finite")
+    return torch.full((1,), scale, dtype=torch.float32, device=device)

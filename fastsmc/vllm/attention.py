@@ -1,9 +1,11 @@
 """Groups' own attention inside vLLM: `attend` where it is worth it, vLLM's kernels for everything else.
 
-    register()         before the model is loaded: vLLM's CPU backend, under its own name, becomes the subclass below
+    register()         before the model is loaded: vLLM's backends, under their own names, become the subclasses of
+                       `BACKENDS`: its CPU backend, on a CUDA device FlashAttention and Triton (attention_gpu.py)
     Attend(layers)     after that: says whether and how `attend` can run on this model
-    .metadata(...)     per step: `AttendMetadata` for a group's rows, or None where vLLM's attention is the faster one
-    AttendCPUImpl      per layer: runs `attend` if the metadata is ours, vLLM's own forward if not
+    .plan(...)         once for a table: who reads what together
+    .metadata(...)     per step: `AttendMetadata` for a group's rows, in place of vLLM's
+    AttendImpl         per layer: runs `attend` if the metadata is ours, vLLM's own forward if not
 
 Ordinary requests never see any of it: their metadata is vLLM's, and so is the code that they run.
 """
@@ -20,6 +22,8 @@ import torch
 from torch import Tensor
 from vllm import _custom_ops
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
+from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.attention.selector import _cached_get_attn_backend
@@ -29,18 +33,38 @@ from fastsmc.ops.attend import LANES, LAYOUTS, AttendPlan
 
 logger = init_logger(__name__)
 
+#: device type → vLLM's name of a backend → ours. Strings: what a backend imports need not be there on another device
+BACKENDS = {
+    "cpu": {"CPU_ATTN": f"{__name__}.AttendCPUBackend"},
+    "cuda": {
+        "FLASH_ATTN": f"{__name__}_gpu.AttendFlashBackend",
+        "TRITON_ATTN": f"{__name__}_gpu.AttendTritonBackend",
+    },
+}
+
 
 @dataclass(frozen=True)
 class AttendMetadata:
-    """Attention metadata of a group's rows, one query each, all of one length; the same for every layer."""
+    """Attention metadata of a group's rows, one query each, all of one length; the same for every layer.
+
+    Attributes:
+        length: tokens of each row; for a plan of 'triton' (1,) int32 on the device.
+    """
 
     plan: AttendPlan
-    length: int
+    length: int | Tensor
     layout: str
 
 
-class AttendCPUImpl(CPUAttentionBackendImpl):
-    """vLLM's CPU attention, and `attend` for rows that come with `AttendMetadata`."""
+class AttendImpl:
+    """What comes before one of vLLM's implementations among the bases of ours: `attend` for rows that come with
+    `AttendMetadata`, vLLM's own forward for all others.
+
+    Attributes:
+        backend: of ops.plan_attend.
+    """
+
+    backend: str
 
     def forward(
         self,
@@ -56,19 +80,66 @@ class AttendCPUImpl(CPUAttentionBackendImpl):
     ) -> Tensor:
         if not isinstance(attn_metadata, AttendMetadata):
             return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
-        keys, values = split_cache(kv_cache)
-        n_rows = len(attn_metadata.plan.order)
-        ops.attend(
-            query[:n_rows],
-            keys,
-            values,
-            attn_metadata.plan,
-            attn_metadata.length,
-            scale=self.scale,
-            layout=attn_metadata.layout,
-            out=output[:n_rows],
-        )
+        if any(scale is not None for scale in (*args, *kwargs.values())):  # `Attend` has refused the model
+            raise NotImplementedError("attend does not quantise its output")
+        n_rows = len(attn_metadata.plan.order)  # the batch may be padded
+        self.attend(layer, query[:n_rows], kv_cache, attn_metadata, output[:n_rows].view(n_rows, *query.shape[1:]))
         return output
+
+    def attend(self, layer: Any, query: Tensor, kv_cache: Tensor, metadata: AttendMetadata, out: Tensor) -> None:
+        """ops.attend of queries (R, Hq, D) over a layer's cache, to `out` of their shape."""
+        raise NotImplementedError
+
+    @staticmethod
+    def unknown(layers: Sequence[Any]) -> dict[str, bool]:
+        """Names of what `attend` would do wrong → whether these layers have it."""
+        raise NotImplementedError
+
+    @staticmethod
+    def find_layout(layer: Any) -> str | None:
+        """How vLLM lays the cache out, one of ops.attend's layouts; None: as none of them."""
+        raise NotImplementedError
+
+    @staticmethod
+    def kernels(layer: Any) -> str:
+        """Name of vLLM's kernels, by which costs are told apart."""
+        raise NotImplementedError
+
+
+class AttendCPUImpl(AttendImpl, CPUAttentionBackendImpl):
+    """vLLM's CPU attention, and `attend` in C++."""
+
+    backend = "cpu"
+
+    def attend(self, layer: Any, query: Tensor, kv_cache: Tensor, metadata: AttendMetadata, out: Tensor) -> None:
+        ops.attend(
+            query,
+            *split_cache(kv_cache),
+            metadata.plan,
+            metadata.length,
+            scale=self.scale,
+            layout=metadata.layout,
+            out=out,
+        )
+
+    @staticmethod
+    def unknown(layers: Sequence[Any]) -> dict[str, bool]:
+        impl, block_size = layers[0].impl, layers[0].kv_cache.shape[2]
+        return {
+            "a sliding window": any(one.impl.sliding_window != -1 for one in layers),
+            "a quantised KV cache": any(one.impl.is_fp8_kv_cache for one in layers),
+            f"a head size of {impl.head_size}": impl.head_size % LANES != 0,
+            f"a block size of {block_size}": block_size % LANES != 0,
+            "attention layers that differ": len({one.isa for one in layers}) > 1,
+        }
+
+    @staticmethod
+    def find_layout(layer: Any) -> str | None:
+        return find_layout(layer.isa, layer.kv_cache.dtype, layer.kv_cache.shape[2], layer.impl.head_size)
+
+    @staticmethod
+    def kernels(layer: Any) -> str:
+        return layer.isa
 
 
 class AttendCPUBackend(CPUAttentionBackend):
@@ -78,8 +149,9 @@ class AttendCPUBackend(CPUAttentionBackend):
 
 
 def register() -> None:
-    """Puts the subclass in the place of vLLM's CPU backend, for models loaded in this process from now on."""
-    register_backend(AttentionBackendEnum.CPU_ATTN, f"{__name__}.{AttendCPUBackend.__name__}")
+    """Puts our subclasses in the place of vLLM's backends, for models loaded in this process from now on."""
+    for name, path in BACKENDS.get(current_platform.device_type, {}).items():
+        register_backend(AttentionBackendEnum[name], path)
     _cached_get_attn_backend.cache_clear()  # an engine that started earlier in this process
 
 
@@ -88,42 +160,54 @@ class Attend:
 
     Args:
         layers: vLLM's attention layers, after the KV cache is there.
+        fused_output: whether vLLM may ask attention for an output that is quantised already.
 
     Attributes:
         why_not: None, or why groups use vLLM's own attention here.
+        backend: of ops.plan_attend.
+        layout: of the KV cache, one of ops.attend's.
     """
 
-    def __init__(self, layers: Sequence[Any]) -> None:
+    def __init__(self, layers: Sequence[Any], fused_output: bool = False) -> None:
         self.why_not: str | None = None
         layer = layers[0]
-        if not isinstance(layer.impl, AttendCPUImpl):
+        if not isinstance(layer.impl, AttendImpl):
             self.why_not = f"no kernel for {type(layer.impl).__name__}"
             return
         impl, cache = layer.impl, layer.kv_cache
         self._heads, self._key_heads, self._head_size = impl.num_heads, impl.num_kv_heads, impl.head_size
-        self._block_size = cache.shape[2]
+        self._block_size, self.backend = cache.shape[2], impl.backend
+        kinds = {(type(one.impl), one.kv_cache.shape, one.kv_cache.dtype, one.impl.kv_cache_dtype) for one in layers}
         for name, other in {
-            "a sliding window": any(one.impl.sliding_window != -1 for one in layers),
+            "attention that is not a decoder's": any(one.impl.attn_type != AttentionType.DECODER for one in layers),
             "ALiBi": any(one.impl.alibi_slopes is not None for one in layers),
             "a soft cap of logits": any(one.impl.logits_soft_cap for one in layers),
             "attention sinks": any(one.impl.sinks is not None for one in layers),
-            "a quantised KV cache": any(one.impl.is_fp8_kv_cache for one in layers),
-            f"a head size of {self._head_size}": self._head_size % LANES != 0,
-            f"a block size of {self._block_size}": self._block_size % LANES != 0,
-            "attention layers that differ": len({(one.isa, one.kv_cache.shape, one.kv_cache.dtype) for one in layers})
-            > 1,
+            "attention layers that differ": len(kinds) > 1,
+            "a quantised output (fuse_attn_quant)": fused_output,
+            **impl.unknown(layers),
         }.items():
             if other:
                 self.why_not = f"attend does not know {name}"
                 return
-        self.layout = find_layout(layer.isa, cache.dtype, self._block_size, self._head_size)
+        self.layout = impl.find_layout(layer)
         if self.layout is None:
-            self.why_not = f"attend does not know the KV layout of vLLM's {layer.isa!r} kernels"
+            self.why_not = f"attend does not know the KV layout of vLLM's {impl.kernels(layer)!r} kernels"
             return
-        key = cost_key(layer.isa, cache.dtype)
+        key = cost_key(impl.kernels(layer), cache.dtype)
         self._costs = json.loads(COSTS.read_text()).get(key)
         if self._costs is None:
             logger.warning("attend is not used: no measured costs of %r; bench/bench_attend.py measures them", key)
+
+    def plan(self, table: Tensor, known_shared: int) -> AttendPlan:
+        """As ops.plan_attend."""
+        return ops.plan_attend(table, backend=self.backend, known_shared=known_shared)
+
+    def metadata(self, plan: AttendPlan, length: int) -> AttendMetadata:
+        """For the rows of a plan, `length` tokens each."""
+        if plan.backend == "triton":  # a number would be written to the device once a layer
+            return AttendMetadata(plan, torch.full((1,), length, dtype=torch.int32, device=plan.table.device), "plain")
+        return AttendMetadata(plan, length, self.layout)
 
     def pays(self, plan: AttendPlan, length: int) -> bool:
         """Whether `attend` is the faster for rows of `length` tokens with this plan."""
@@ -158,7 +242,7 @@ def features(
     n_rows = len(plan.order)
     products = 2.0 * n_rows * heads * length * head_size
     packed = 2.0 * plan.n_reads * block_size * key_heads * head_size
-    return (1.0, products, packed, float(len(plan.nodes) * key_heads)), (1.0, products, float(n_rows * key_heads))
+    return (1.0, products, packed, float(plan.n_nodes * key_heads)), (1.0, products, float(n_rows * key_heads))
 
 
 def dot(costs: Sequence[float], units: Sequence[float]) -> float:

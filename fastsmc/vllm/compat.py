@@ -1,7 +1,8 @@
 """What fastsmc takes for granted about vLLM, named and checked at start-up. Fail closed: say which, never run wrong.
 
-Everything private that this package uses is in `SCHEDULER_NAMES`, `RUNNER_NAMES` and `ATTENTION_NAMES`. A vLLM outside
-`SUPPORTED`, a missing name or a feature that the particle runner does not know is refused by name.
+Everything private that this package uses is in `SCHEDULER_NAMES`, `RUNNER_NAMES`, `ATTENTION_NAMES` and
+`GPU_ATTENTION_NAMES`. A vLLM outside `SUPPORTED`, a missing name or a feature that the particle runner does not know is
+refused by name.
 """
 
 from __future__ import annotations
@@ -36,14 +37,19 @@ SCHEDULER_ATTRIBUTES = (
 )
 #: of the model runner, after the KV cache is there
 RUNNER_NAMES = ("model", "attn_groups", "kv_cache_config", "vllm_config")
-#: what fastsmc.vllm.attention takes from vLLM's CPU attention, by module
+#: what fastsmc.vllm.attention takes from vLLM's attention, by module
 ATTENTION_NAMES = {
     "vllm._custom_ops": ("cpu_attn_reshape_and_cache",),
     "vllm.v1.attention.backends.cpu_attn": ("CPUAttentionBackend", "CPUAttentionBackendImpl"),
     "vllm.v1.attention.backends.registry": ("AttentionBackendEnum", "register_backend"),
     "vllm.v1.attention.selector": ("_cached_get_attn_backend",),
 }
-#: of CPUAttentionBackendImpl.forward, in this order
+#: and fastsmc.vllm.attention_gpu, beside it, on a CUDA device
+GPU_ATTENTION_NAMES = {
+    "vllm.v1.attention.backends.flash_attn": ("FlashAttentionBackend", "FlashAttentionImpl"),
+    "vllm.v1.attention.backends.triton_attn": ("TritonAttentionBackend", "TritonAttentionImpl"),
+}
+#: of every implementation's forward, in this order
 ATTENTION_FORWARD = ("self", "layer", "query", "key", "value", "kv_cache", "attn_metadata", "output")
 
 
@@ -175,15 +181,18 @@ def check_kv_cache(kv_cache_config: Any) -> None:
 
 def check_attention() -> None:
     """Refuses a vLLM whose attention backends cannot be told apart and replaced as fastsmc.vllm.attention does."""
-    for name, wanted in ATTENTION_NAMES.items():
+    from vllm.platforms import current_platform
+
+    names = ATTENTION_NAMES | (GPU_ATTENTION_NAMES if current_platform.device_type == "cuda" else {})
+    for name, wanted in names.items():
         module = importlib.import_module(name)
         missing = [member for member in wanted if not hasattr(module, member)]
         if missing:
             raise UnsupportedError(f"vLLM {vllm_version()}: {name} lacks {', '.join(missing)}")
-    impl = importlib.import_module("vllm.v1.attention.backends.cpu_attn").CPUAttentionBackendImpl
-    found = tuple(inspect.signature(impl.forward).parameters)[: len(ATTENTION_FORWARD)]
-    if found != ATTENTION_FORWARD:
-        raise UnsupportedError(f"vLLM {vllm_version()}: {impl.__name__}.forward takes {', '.join(found)}")
+        for impl in (getattr(module, member) for member in wanted if member.endswith("Impl")):
+            found = tuple(inspect.signature(impl.forward).parameters)[: len(ATTENTION_FORWARD)]
+            if found != ATTENTION_FORWARD:
+                raise UnsupportedError(f"vLLM {vllm_version()}: {impl.__name__}.forward takes {', '.join(found)}")
 
 
 def check_runner(runner: Any) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from vllm.forward_context import set_forward_context
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
 from fastsmc import ops, potentials
 from fastsmc.group import Group, GroupEngine, SMCError
@@ -23,7 +24,7 @@ from fastsmc.paging import Paging
 from fastsmc.potentials import Potential
 from fastsmc.twists import Twist, card_stamp
 from fastsmc.vllm import compat
-from fastsmc.vllm.attention import Attend, AttendMetadata
+from fastsmc.vllm.attention import Attend
 from fastsmc.vllm.lead import OBJECT, GroupResult, GroupStart, GroupTick, Tick, last_position
 
 logger = init_logger(__name__)
@@ -54,8 +55,12 @@ class Model:
         )
         self.device = self.caches[0].device
         # within a block vLLM's CPU kernels store keys and values as they please: blocks are copied whole there
-        self._slot_dim = None if self.device.type == "cpu" else slot_dim
-        self.attend = Attend([context[name] for name in self.layers])
+        packed = isinstance(context[self.layers[0]].impl, CPUAttentionBackendImpl)
+        self._slot_dim = None if packed else slot_dim
+        self.attend = Attend(
+            [context[name] for name in self.layers],
+            bool(self._config.compilation_config.pass_config.fuse_attn_quant),
+        )
         if self.attend.why_not is not None:
             logger.info("groups use vLLM's attention, which reads a shared block once a row: %s", self.attend.why_not)
 
@@ -79,8 +84,7 @@ class Model:
         """
         n_rows, length = table.shape[0], position + n_query
         if plan is not None and self.attend.pays(plan, length):
-            built = AttendMetadata(plan, length, self.attend.layout)
-            metadata = dict.fromkeys(self.layers, built)
+            metadata = dict.fromkeys(self.layers, self.attend.metadata(plan, length))
         else:
             metadata = self._stock_metadata(table, length, slots, n_query)
         positions = torch.arange(position, length, device=self.device).repeat(n_rows)
@@ -147,7 +151,8 @@ def in_memory_order(caches: list[Tensor], n_blocks: int, block_size: int) -> tup
         if not known or not cache.permute(0, *order)[0].is_contiguous():
             raise compat.UnsupportedError(
                 f"a KV cache of shape {tuple(cache.shape)} and strides {cache.stride()}: groups need ({n_blocks} blocks"
-                f", heads, {block_size} slots, channels), of one order and without gaps within a block"
+                f", heads, {block_size} slots, channels), of one order and without gaps within a block, as with "
+                "VLLM_KV_CACHE_LAYOUT=LBNHC"
             )
     return [cache.permute(0, *order) for cache in caches], 1 + order.index(2)
 
@@ -168,6 +173,8 @@ class VllmRows:
             device=model.device,
         )
         self._plan: ops.AttendPlan | None = None
+        self._planned_for: tuple[int, int, int] | None = None
+        self._n_moves = 0  # calls of reindex
 
     def first(self) -> tuple[Tensor, Tensor]:
         """The prompt's last token once more, in a private block, because the prompt's own may be shared."""
@@ -184,13 +191,16 @@ class VllmRows:
     def next(self, tokens: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
         paging = self.paging
         table = paging.table[slots, : paging.tail + 1]
-        if self._model.attend.why_not is None and (self._plan is None or not self._plan.fits(table)):
-            self._plan = ops.plan_attend(table)
+        # what the table hangs on: slots are ascending, and between moves rows can only drop out (RowModel.next)
+        seen = (self._n_moves, len(slots), paging.tail)
+        if self._model.attend.why_not is None and seen != self._planned_for:
+            self._plan, self._planned_for = self._model.attend.plan(table, paging.n_prompt_columns), seen
         hidden = self._model.hidden(tokens, paging.position, table, paging.slots(slots), plan=self._plan)
         paging.position += 1
         return self._model.logits(hidden), hidden
 
     def reindex(self, ancestors: Tensor) -> None:
+        self._n_moves += 1
         self._model.reindex(self.paging.table, ancestors, self.paging.position)
 
     def continuation_log_prob(

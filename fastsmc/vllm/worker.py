@@ -14,7 +14,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_worker import Worker
 
-from fastsmc.vllm import attention
+from fastsmc.vllm import attention, compat
 from fastsmc.vllm.runner import ParticleRunner
 
 
@@ -22,6 +22,7 @@ class _SMCMixin:
     smc_runner: ParticleRunner
 
     def load_model(self, *args: Any, **kwargs: Any) -> Any:
+        compat.check_attention()
         attention.register()
         return super().load_model(*args, **kwargs)
 

@@ -7,6 +7,9 @@ from contextlib import contextmanager
 
 import pytest
 
+if os.environ.get("TRITON_INTERPRET") == "1":
+    import interpreted_vllm  # noqa: F401  before vLLM looks for Triton
+
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from tiny import make_llama

@@ -11,6 +11,7 @@ from vllm import SamplingParams
 from fastsmc import Potential, SMCParams, ops
 from fastsmc.vllm import attention, compat
 from fastsmc.vllm.attention import Attend, find_layout
+from fastsmc.vllm.runner import Model
 
 from .conftest import VOCAB, make_engine
 
@@ -55,6 +56,18 @@ def always(monkeypatch):
 
     monkeypatch.setattr(Attend, "pays", pays)
     return seen
+
+
+@pytest.fixture(autouse=True)
+def plans_fit(monkeypatch):
+    """A plan that is used again is that of the table."""
+    hidden = Model.hidden
+
+    def checked(self, tokens, position, table, slots, n_query=1, plan=None):
+        assert plan is None or torch.equal(plan.table, table)
+        return hidden(self, tokens, position, table, slots, n_query, plan)
+
+    monkeypatch.setattr(Model, "hidden", checked)
 
 
 def runner_of(engine):
@@ -126,9 +139,15 @@ def test_the_same_particles_as_with_vllms_attention(long_engine, monkeypatch):
 def test_a_plan_serves_until_the_table_changes(long_engine, always, monkeypatch):
     made = []
     plan = ops.plan_attend
-    monkeypatch.setattr(ops, "plan_attend", lambda table: made.append(1) or plan(table))
+    monkeypatch.setattr(ops, "plan_attend", lambda table, **kw: made.append(len(table)) or plan(table, **kw))
     long_engine.smc(prompt_of(65), SMCParams(n_particles=1, max_tokens=20, ess_threshold=0.0), None)
     assert len(always) == 19 and len(made) == 1
+    made.clear(), always.clear()
+    rows = long_engine.smc(prompt_of(65), SMCParams(n_particles=9, max_tokens=20, ess_threshold=0.0, seed=1), None)
+    parted = sum(len({tuple(t[:n]) for t in rows.token_ids}) < 9 for n in range(1, 20))
+    assert len(always) == 19 and len(made) == max(
+        1, parted + 1
+    )  # one for each step until all histories differ, no more
 
 
 def shared_table(n_rows, n_columns):
