@@ -143,8 +143,8 @@ COSTS = Path(__file__).with_name("attend_costs.json")
 
 
 def cost_key(isa: str, dtype: torch.dtype) -> str:
-    """What costs depend on beside the shapes: vLLM's kernels, the dtype, and whether the CPU multiplies bfloat16."""
-    return f"{isa} {str(dtype).removeprefix('torch.')}{' pairs' if ops.BF16_PAIRS else ''}"
+    """What costs depend on beside the shapes: vLLM's kernels, the dtype, and how our products are computed."""
+    return f"{isa} {str(dtype).removeprefix('torch.')} {ops.BF16_MATH}"
 
 
 def features(
