@@ -2,7 +2,8 @@
 
     register()         before the model is loaded: vLLM's CPU backend, under its own name, becomes the subclass below
     Attend(layers)     after that: says whether and how `attend` can run on this model
-    .metadata(...)     per step: `AttendMetadata` for a group's rows, or None where vLLM's attention is the faster one
+    .measure(...)      at start-up, where fastsmc/vllm/attend_costs.json does not say when it pays on such a machine
+    .pays(...)         per step: whether it is faster than vLLM's attention; .metadata(...) then is what the layers get
     AttendCPUImpl      per layer: runs `attend` if the metadata is ours, vLLM's own forward if not
 
 Ordinary requests never see any of it: their metadata is vLLM's, and so is the code that they run.
@@ -10,10 +11,10 @@ Ordinary requests never see any of it: their metadata is vLLM's, and so is the c
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+import itertools
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from vllm.v1.attention.selector import _cached_get_attn_backend
 
 from fastsmc import ops
 from fastsmc.ops.attend import LANES, LAYOUTS, AttendPlan
+from fastsmc.vllm import attend_costs, compat
 
 logger = init_logger(__name__)
 
@@ -91,6 +93,9 @@ class Attend:
 
     Attributes:
         why_not: None, or why groups use vLLM's own attention here.
+        shape: of the layers.
+        layout: of their KV cache.
+        costs: by which `pays` decides: those committed, None if there are none and `measure` has not found any.
     """
 
     def __init__(self, layers: Sequence[Any]) -> None:
@@ -100,69 +105,101 @@ class Attend:
             self.why_not = f"no kernel for {type(layer.impl).__name__}"
             return
         impl, cache = layer.impl, layer.kv_cache
-        self._heads, self._key_heads, self._head_size = impl.num_heads, impl.num_kv_heads, impl.head_size
-        self._block_size = cache.shape[2]
+        self.shape = attend_costs.Shape(impl.num_heads, impl.num_kv_heads, impl.head_size, cache.shape[2])
         for name, other in {
             "a sliding window": any(one.impl.sliding_window != -1 for one in layers),
             "ALiBi": any(one.impl.alibi_slopes is not None for one in layers),
             "a soft cap of logits": any(one.impl.logits_soft_cap for one in layers),
             "attention sinks": any(one.impl.sinks is not None for one in layers),
             "a quantised KV cache": any(one.impl.is_fp8_kv_cache for one in layers),
-            f"a head size of {self._head_size}": self._head_size % LANES != 0,
-            f"a block size of {self._block_size}": self._block_size % LANES != 0,
+            f"a head size of {self.shape.head_size}": self.shape.head_size % LANES != 0,
+            f"a block size of {self.shape.block_size}": self.shape.block_size % LANES != 0,
             "attention layers that differ": len({(one.isa, one.kv_cache.shape, one.kv_cache.dtype) for one in layers})
             > 1,
         }.items():
             if other:
                 self.why_not = f"attend does not know {name}"
                 return
-        self.layout = find_layout(layer.isa, cache.dtype, self._block_size, self._head_size)
+        self.layout = find_layout(layer.isa, cache.dtype, self.shape.block_size, self.shape.head_size)
         if self.layout is None:
             self.why_not = f"attend does not know the KV layout of vLLM's {layer.isa!r} kernels"
             return
-        key = cost_key(layer.isa, cache.dtype)
-        self._costs = json.loads(COSTS.read_text()).get(key)
-        if self._costs is None:
-            logger.warning("attend is not used: no measured costs of %r; bench/bench_attend.py measures them", key)
+        self._key = attend_costs.cost_key(layer.isa, cache.dtype)
+        self.costs = attend_costs.committed(self._key)
+
+    def measure(
+        self,
+        layers: Mapping[str, Any],
+        stock_metadata: Callable[[Tensor, int], Mapping[str, Any]],
+        max_rows: int,
+        max_length: int,
+    ) -> None:
+        """Sets costs that are not committed: from the user's cache, or by timing the forward of the layers.
+
+        Only reads their KV caches, in which no request has written yet: one after the other, as a step does, so that
+        one layer's keys and values have left the processor's cache when its turn comes again.
+
+        Args:
+            layers: by name, all of one shape.
+            stock_metadata: (block table, length) → vLLM's metadata by layer.
+            max_rows, max_length: what a group can have in this engine.
+        """
+        cache, shape = next(iter(layers.values())).kv_cache, self.shape
+        device = cache.device
+        cases = attend_costs.candidates(max_rows, max_length, len(cache), shape.block_size)
+
+        def prepare(table: Tensor, length: int) -> attend_costs.Timed:
+            table = table.to(device)
+            plan, theirs = ops.plan_attend(table), stock_metadata(table, length)
+            query = torch.ones(len(table), shape.heads, shape.head_size, dtype=cache.dtype, device=device)
+            key = torch.ones(len(table), shape.key_heads, shape.head_size, dtype=cache.dtype, device=device)
+            out = torch.empty_like(query)
+
+            def forward(metadata: Mapping[str, Any]) -> Callable[[], None]:
+                turn = itertools.cycle(layers.items())
+
+                def call() -> None:
+                    name, layer = next(turn)
+                    layer.impl.forward(layer, query, key, key, layer.kv_cache, metadata[name], out)
+
+                return call
+
+            ours = forward(dict.fromkeys(layers, self.metadata(plan, length)))
+            stock = forward(theirs)
+            for _ in range(len(layers) // 2):  # or it would find what ours has just read
+                stock()
+            return attend_costs.Timed(ours, stock, *self._counts(plan))
+
+        def measure() -> attend_costs.Costs | None:
+            start = time.perf_counter()
+            synchronize = torch.cuda.synchronize if device.type == "cuda" else None
+            costs = attend_costs.measure(cases, prepare, shape, synchronize)
+            spent = time.perf_counter() - start
+            logger.info("attend: costs of %s measured in %.1f s: %s", self._key, spent, costs)
+            return costs
+
+        threads = torch.get_num_threads() if device.type == "cpu" else 0
+        key = {
+            "device": attend_costs.device_name(device), "threads": threads, "kernels": self._key, **shape._asdict(),
+            "cases": f"{len(cases)} to {cases[-1]}", "vllm": compat.vllm_version(), "recipe": attend_costs.RECIPE,
+        }  # fmt: skip
+        self.costs = attend_costs.kept(", ".join(f"{name} {value}" for name, value in key.items()), measure)
+        if self.costs is None:
+            logger.warning("attend is not used: this engine has too few KV blocks to measure what it costs")
+
+    def metadata(self, plan: AttendPlan, length: int) -> AttendMetadata:
+        return AttendMetadata(plan, length, self.layout)
 
     def pays(self, plan: AttendPlan, length: int) -> bool:
         """Whether `attend` is the faster for rows of `length` tokens with this plan."""
-        return self._costs is not None and self.ratio(plan, length) > MARGIN
+        if self.costs is None:
+            return False
+        units = attend_costs.features(len(plan.order), length, *self._counts(plan), self.shape)
+        return attend_costs.pays(self.costs, units)
 
-    def ratio(self, plan: AttendPlan, length: int) -> float:
-        """How many times as long vLLM's attention takes, by the measured costs."""
-        units = features(plan, length, self._heads, self._key_heads, self._head_size, self._block_size)
-        attend, stock = (dot(self._costs[who], of) for who, of in zip(("attend", "stock"), units, strict=True))
-        return stock / attend
-
-
-#: `attend` must be faster by this much: about what the costs are wrong by at worst
-MARGIN = 1.1
-#: what bench/bench_attend.py measured: key → {"attend", "stock"} → seconds a unit of each of `features`
-COSTS = Path(__file__).with_name("attend_costs.json")
-
-
-def cost_key(isa: str, dtype: torch.dtype) -> str:
-    """What costs depend on beside the shapes: vLLM's kernels, the dtype, and how our products are computed."""
-    return f"{isa} {str(dtype).removeprefix('torch.')} {ops.BF16_MATH}"
-
-
-def features(
-    plan: AttendPlan, length: int, heads: int, key_heads: int, head_size: int, block_size: int
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """What the seconds of `attend` and of vLLM's attention are linear in, for one layer.
-
-    attend: 1; multiplications; elements of keys and values that are packed; nodes × key heads.
-    stock: 1; multiplications; rows × key heads.
-    """
-    n_rows = len(plan.order)
-    products = 2.0 * n_rows * heads * length * head_size
-    packed = 2.0 * plan.n_reads * block_size * key_heads * head_size
-    return (1.0, products, packed, float(len(plan.nodes) * key_heads)), (1.0, products, float(n_rows * key_heads))
-
-
-def dot(costs: Sequence[float], units: Sequence[float]) -> float:
-    return sum(c * u for c, u in zip(costs, units, strict=True))
+    def _counts(self, plan: AttendPlan) -> tuple[int, int]:
+        """Block reads and nodes, as far as the host knows them."""
+        return plan.n_reads, len(plan.nodes)
 
 
 def split_cache(kv_cache: Tensor) -> tuple[Tensor, Tensor]:
