@@ -1,7 +1,8 @@
 """attend against vLLM's own attention: `python bench/bench_attend.py ops|steps|gpu --json FILE`.
 
     ops     one layer at a time on synthetic block tables: rows × length × how much is shared. Fits the costs that the
-            engine's switch goes by; `--costs` puts them into fastsmc/vllm/attend_costs.json
+            engine's switch goes by, and judges it on cases that were not fitted: other rows and lengths, another kind
+            of sharing, another model's shape. `--costs` puts them into fastsmc/vllm/attend_costs.json
     steps   a whole particle step of SmolLM2-135M, N = 256, by prompt length: steps of one group alternate between the
             engine as it is (switch included) and vLLM's attention, so that both meet the same rows and the same machine
     gpu     the Triton kernel alone at Llama-3.1-8B's shapes (N = 1024, 2048 prompt tokens, 512 generated), beside
@@ -13,90 +14,93 @@ Everything is measured in turn (A B A B …); medians.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from machine import machine
 
-#: SmolLM2-135M
-HEADS, KEY_HEADS, HEAD_SIZE, BLOCK = 9, 3, 64, 32
-ROWS, LENGTHS, SHARING = (1, 2, 4, 16, 64, 256, 1024), (24, 136, 520, 2056, 4104), ("prompt", "tree", "none")
-#: tokens that a synthetic cache may hold: 200 MB
-MAX_TOKENS = 1 << 18
+from fastsmc.vllm import attend_costs
+from fastsmc.vllm.attend_costs import Shape, interleaved, make_table
+
+#: SmolLM2-135M, Llama-3.1-8B, GPT-2, Qwen2.5-0.5B: heads, key heads, head size, block size
+SMOLLM2, LLAMA, GPT2, QWEN = Shape(9, 3, 64, 32), Shape(32, 8, 128, 32), Shape(12, 12, 64, 32), Shape(14, 2, 64, 32)
+#: what costs are fitted on: shape → rows, lengths, sharing
+FITTED = {
+    SMOLLM2: ((1, 2, 4, 16, 64, 256, 1024), (24, 136, 520, 2056, 4104), ("prompt", "tree", "none")),
+    LLAMA: ((1, 8, 80), (24, 160, 1000), ("prompt", "none")),
+    GPT2: ((1, 8, 80), (24, 160, 1000), ("prompt", "none")),
+}
+#: what they are judged on
+HELD_OUT = {
+    SMOLLM2: ((3, 12, 48, 130, 700), (70, 300, 1500, 3000), ("prompt", "tree", "none", "genealogy")),
+    LLAMA: ((1, 5, 24, 60), (50, 400, 1300), ("prompt", "none", "genealogy")),
+    QWEN: ((1, 6, 100), (50, 400, 1300), ("prompt", "none", "genealogy")),
+}
+#: elements that a synthetic cache may hold: 200 MB of bfloat16
+MAX_ELEMENTS = 100 << 20
+#: as many caches as a model has layers, or of so many bytes together, are used in turn: a layer's keys and values are
+#: not in the processor's cache when it reads them
+LAYERS, CACHE_BYTES = 30, 64 << 20
 PROMPTS = (8, 512, 1024, 4096)
 
 
-def make_table(sharing: str, n_rows: int, n_columns: int) -> Any:
-    """(R, C) block table. prompt: all columns but the last are shared; tree: so is the first half of them, then groups
-    of 8 rows share; none: every row has its own."""
-    import torch
-
-    if sharing == "none":
-        return torch.randperm(n_rows * n_columns).int().view(n_rows, n_columns)
-    stem = n_columns - 1 if sharing == "prompt" else n_columns // 2
-    branch = torch.arange(n_rows)[:, None] // 8 * n_columns + torch.arange(n_columns)
-    leaf = torch.arange(n_rows)[:, None] + torch.zeros(n_columns, dtype=torch.int64)
-    table = torch.empty(n_rows, n_columns, dtype=torch.int64)
-    table[:, :stem] = torch.arange(stem)
-    table[:, stem:] = n_columns + branch[:, stem:]
-    table[:, -1:] = n_columns + n_columns * (n_rows // 8 + 1) + leaf[:, -1:]
-    _, ids = torch.unique(table, return_inverse=True)
-    return torch.randperm(int(ids.max()) + 1).int()[ids]
+def grid(cases: dict[Shape, tuple[Any, Any, Any]]) -> list[tuple[Shape, str, int, int]]:
+    """(shape, sharing, rows, length) that fit into the cache and differ."""
+    return [
+        (shape, sharing, n, length)
+        for shape, (rows, lengths, sharings) in cases.items()
+        for length in lengths
+        for n in rows
+        for sharing in sharings
+        if (2 * n * length * shape.key_heads * shape.head_size <= MAX_ELEMENTS or (sharing == "prompt" and n <= 256))
+        and (n >= 12 or sharing not in ("tree", "genealogy"))
+        and (n > 1 or sharing == "none")
+    ]
 
 
-def interleaved(*functions: Callable[[], Any], seconds: float, least: int = 9) -> list[float]:
-    """Lower-quartile seconds of each function, called in turn: what a case takes while no neighbour disturbs it."""
-    rounds: list[list[float]] = []
-    stop = time.perf_counter() + seconds
-    while len(rounds) < least or time.perf_counter() < stop:
-        times = []
-        for f in functions:
-            start = time.perf_counter()
-            f()
-            times.append(time.perf_counter() - start)
-        rounds.append(times)
-    return [statistics.quantiles(column, n=4)[0] for column in zip(*rounds[1:], strict=True)]
-
-
-def bench_case(sharing: str, n_rows: int, length: int, dtype: Any, seconds: float) -> dict[str, Any]:
+def bench_case(shape: Shape, sharing: str, n_rows: int, length: int, dtype: Any, seconds: float) -> dict[str, Any]:
     import torch
     from vllm import _custom_ops
     from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
     from fastsmc import ops
-    from fastsmc.vllm.attention import features, find_layout, split_cache
+    from fastsmc.vllm.attention import find_layout, split_cache
 
-    table = make_table(sharing, n_rows, -(-length // BLOCK))
-    cache = torch.empty(int(table.max()) + 1, KEY_HEADS, BLOCK, 2 * HEAD_SIZE, dtype=dtype).normal_()
-    keys, values = split_cache(cache)
-    isa = _get_attn_isa(dtype, BLOCK, HEAD_SIZE)
-    layout = find_layout(isa, dtype, BLOCK, HEAD_SIZE)
-    query = torch.randn(n_rows, HEADS, HEAD_SIZE).to(dtype)
+    heads, key_heads, size, block = shape
+    table = make_table(sharing, n_rows, -(-length // block))
+    cache = torch.empty(int(table.max()) + 1, key_heads, block, 2 * size, dtype=dtype).normal_()
+    caches = [cache, *(cache.clone() for _ in range(min(LAYERS, -(-CACHE_BYTES // cache.nbytes)) - 1))]
+    layers = [split_cache(cache) for cache in caches]
+    isa = _get_attn_isa(dtype, block, size)
+    layout = find_layout(isa, dtype, block, size)
+    query = torch.randn(n_rows, heads, size).to(dtype)
     out, theirs = torch.empty_like(query), torch.empty_like(query)
     starts = torch.arange(n_rows + 1, dtype=torch.int32)
     lengths = torch.full((n_rows,), length, dtype=torch.int32)
     schedule = _custom_ops.cpu_attn_get_scheduler_metadata(
-        num_reqs=n_rows, num_heads=HEADS, num_kv_heads=KEY_HEADS, head_dim=HEAD_SIZE, seq_lens=lengths, dtype=dtype,
+        num_reqs=n_rows, num_heads=heads, num_kv_heads=key_heads, head_dim=size, seq_lens=lengths, dtype=dtype,
         query_start_loc=starts, causal=True, sliding_window_size=-1, isa=isa, enable_kv_split=True,
     )  # fmt: skip
-    plan, scale = ops.plan_attend(table), HEAD_SIZE**-0.5
+    plan, scale = ops.plan_attend(table), size**-0.5
+    turn, their_turn = itertools.cycle(layers), itertools.cycle(layers[len(layers) // 2 :] + layers[: len(layers) // 2])
     ours_s, theirs_s, plan_s = interleaved(
-        lambda: ops.attend(query, keys, values, plan, length, scale=scale, layout=layout, out=out),
+        lambda: ops.attend(query, *next(turn), plan, length, scale=scale, layout=layout, out=out),
         lambda: _custom_ops.cpu_attention_with_kv_cache(
-            query, keys, values, theirs, starts, lengths, scale, True, None, -1, table, 0, schedule, None
+            query, *next(their_turn), theirs, starts, lengths, scale, True, None, -1, table, 0, schedule, None
         ),
         lambda: ops.plan_attend(table),
         seconds=seconds,
     )  # fmt: skip
-    ours_units, theirs_units = features(plan, length, HEADS, KEY_HEADS, HEAD_SIZE, BLOCK)
+    ours_units, theirs_units = attend_costs.features(n_rows, length, plan.n_reads, len(plan.nodes), shape)
     return {
-        "isa": isa, "dtype": str(dtype).removeprefix("torch."), "sharing": sharing, "rows": n_rows, "length": length,
+        "isa": isa, "dtype": str(dtype).removeprefix("torch."), "shape": shape, "sharing": sharing, "rows": n_rows,
+        "length": length,
         "attend_s": ours_s, "stock_s": theirs_s, "ratio": theirs_s / ours_s, "plan_s": plan_s,
         "attend_gmac_s": ours_units[1] / ours_s / 1e9, "stock_gmac_s": ours_units[1] / theirs_s / 1e9,
         "relative_difference": float((out - theirs).float().norm() / theirs.float().norm()),
@@ -104,56 +108,41 @@ def bench_case(sharing: str, n_rows: int, length: int, dtype: Any, seconds: floa
     }  # fmt: skip
 
 
-def fit(records: list[dict[str, Any]], who: str) -> list[float]:
-    """Seconds a unit, non-negative, by least squares of relative errors."""
-    import numpy as np
-    from scipy.optimize import nnls
-
-    seconds = np.array([r[f"{who}_s"] for r in records])
-    units = np.array([r[f"{who}_units"] for r in records])
-    size = units.max(axis=0)
-    costs, _ = nnls(units / size / seconds[:, None], np.ones(len(seconds)))
-    return (costs / size).tolist()
-
-
 def bench_ops(seconds: float, write_costs: bool) -> dict[str, Any]:
     import torch
 
-    from fastsmc.vllm.attention import COSTS, MARGIN, cost_key, dot
-
     torch.manual_seed(0)
     torch.set_num_threads(1)  # both sides use threads alike, and their barriers would measure the neighbours
-    records, all_costs, worst = [], json.loads(COSTS.read_text()), {}
+    records, all_costs, worst = [], json.loads(attend_costs.COSTS.read_text()), {}
     for dtype in (torch.bfloat16, torch.float32):
-        cases = [
-            bench_case(sharing, n, length, dtype, seconds)
-            for length in LENGTHS
-            for n in ROWS
-            for sharing in SHARING
-            if (n * length <= MAX_TOKENS or (sharing == "prompt" and n <= 256))
-            and (n >= 16 or sharing != "tree")
-            and (n > 1 or sharing == "none")
-        ]
-        costs = {who: fit(cases, who) for who in ("attend", "stock")}
-        for r in cases:
-            r["predicted_ratio"] = dot(costs["stock"], r["stock_units"]) / dot(costs["attend"], r["attend_units"])
-            r["chosen"] = "attend" if r["predicted_ratio"] > MARGIN else "stock"
+        fitted, held_out = ([bench_case(*case, dtype, seconds) for case in grid(of)] for of in (FITTED, HELD_OUT))
+        costs = attend_costs.fit(
+            [(r["attend_units"], r["stock_units"]) for r in fitted], [(r["attend_s"], r["stock_s"]) for r in fitted]
+        )
+        for r in fitted + held_out:
+            units = (r["attend_units"], r["stock_units"])
+            r["predicted_ratio"] = attend_costs.ratio(costs, units)
+            r["chosen"] = "attend" if attend_costs.pays(costs, units) else "stock"
             r["chosen_over_stock"] = (r["attend_s"] if r["chosen"] == "attend" else r["stock_s"]) / r["stock_s"]
             print(
-                f"{r['dtype']:9s} {r['sharing']:6s} R={r['rows']:5d} L={r['length']:5d}  ms: attend "
-                f"{1e3 * r['attend_s']:8.3f} vLLM {1e3 * r['stock_s']:8.3f}  ratio {r['ratio']:5.2f} predicted "
-                f"{r['predicted_ratio']:5.2f}  GMAC/s: {r['attend_gmac_s']:6.1f} against {r['stock_gmac_s']:5.1f}",
+                f"{r['dtype']:9s} {'/'.join(map(str, r['shape'][:3])):9s} {r['sharing']:9s} R={r['rows']:5d} "
+                f"L={r['length']:5d}  ms: attend {1e3 * r['attend_s']:8.3f} vLLM {1e3 * r['stock_s']:8.3f}  ratio "
+                f"{r['ratio']:5.2f} predicted {r['predicted_ratio']:5.2f}  GMAC/s: {r['attend_gmac_s']:6.1f} against "
+                f"{r['stock_gmac_s']:5.1f}",
                 flush=True,
             )
-        key = cost_key(cases[0]["isa"], dtype)
-        worst[key] = max(r["chosen_over_stock"] for r in cases)
+        key = attend_costs.cost_key(fitted[0]["isa"], dtype)
+        worst[key] = {
+            name: max(r["chosen_over_stock"] for r in cases)
+            for name, cases in (("fitted", fitted), ("held_out", held_out))
+        }
         all_costs[key] = costs
-        records += cases
+        records += [{"set": "fitted", **r} for r in fitted] + [{"set": "held out", **r} for r in held_out]
     print("worst chosen : vLLM", worst)
     left, right = torch.randn(768, 576).bfloat16(), torch.randn(576, 1536).bfloat16()
     product_s = interleaved(lambda: left @ right, seconds=seconds)[0]
     if write_costs:
-        COSTS.write_text(json.dumps(all_costs, indent=1) + "\n")
+        attend_costs.COSTS.write_text(json.dumps(all_costs, indent=1) + "\n")
     return {
         "bench": "attend ops",
         "costs": all_costs,

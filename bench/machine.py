@@ -13,14 +13,11 @@ def machine() -> dict:
     import psutil
     import torch
 
+    from fastsmc.vllm.attend_costs import device_name
     from fastsmc.vllm.compat import vllm_version
 
-    cpu, info = platform.processor(), Path("/proc/cpuinfo")
-    if info.exists():
-        lines = info.read_text().splitlines()
-        cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
     return {
-        "cpu": cpu,
+        "cpu": device_name(torch.device("cpu")),
         "cores": psutil.cpu_count(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

@@ -170,7 +170,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda_archs") = py::make_tuple();
 #endif
 
-  m.attr("BF16_PAIRS") = std::is_same_v<NarrowMath, PairMath>;
+  m.attr("BF16_MATH") = may_use_tiles() ? "tiles" : std::is_same_v<NarrowMath, PairMath> ? "pairs" : "floats";
 
   // nodes of a table: a list of (row_begin, row_end, column_begin, column_end) one after the other; fills order (R,)
   m.def("plan", [](const TableArgs& table, Address order) {

@@ -227,6 +227,7 @@ void attend(const void* query, int64_t query_stride, void* out, int64_t out_stri
   const int64_t small = (table.n_rows * group * kv.head_dim + kTaskElements - 1) / kTaskElements;
   const int64_t runs = std::min(table.n_rows, std::max(fair, small));
   const float scale2 = static_cast<float>(scale / kLog2);
+  [[maybe_unused]] const bool tiles = may_use_tiles();
   const auto task = [&](auto math, auto* typed, int64_t head, int64_t run) {
     using T = std::remove_pointer_t<decltype(typed)>;
     attend_task<decltype(math)>(static_cast<const T*>(query), query_stride, static_cast<T*>(out), out_stride, kv,
@@ -238,6 +239,12 @@ void attend(const void* query, int64_t query_stride, void* out, int64_t out_stri
     for (int64_t run = 0; run < runs; ++run) {
       if (dtype == kFloat32) task(FloatMath{}, static_cast<float*>(nullptr), head, run);
       else if (dtype == kFloat16) task(FloatMath{}, static_cast<fp16*>(nullptr), head, run);
+#ifdef FASTSMC_BF16_TILES
+      else if (tiles) {
+        TileRegisters registers;
+        task(TileMath{}, static_cast<bf16*>(nullptr), head, run);
+      }
+#endif
       else task(NarrowMath{}, static_cast<bf16*>(nullptr), head, run);
     }
 }

@@ -8,7 +8,7 @@ resample and reindex; 'torch' (eager PyTorch) on any device. The oracle of all o
 # torch comes before fastsmc._C: its OpenMP runtime then is the one that both use
 import torch  # noqa: F401  # isort: skip
 
-from fastsmc.ops.attend import BF16_PAIRS, AttendPlan, attend, plan_attend
+from fastsmc.ops.attend import BF16_MATH, AttendPlan, attend, plan_attend
 from fastsmc.ops.draw import NO_TOKEN, Drawn, draw, stratify
 from fastsmc.ops.reindex import reindex
 from fastsmc.ops.resample import Resampled, ess_log_mean, resample
@@ -16,7 +16,7 @@ from fastsmc.ops.uniforms import uniforms
 from fastsmc.ops.weigh import TILE, Weighed, weigh
 
 __all__ = [
-    "BF16_PAIRS",
+    "BF16_MATH",
     "NO_TOKEN",
     "TILE",
     "AttendPlan",

@@ -26,8 +26,8 @@ from fastsmc.ops._tensors import DTYPE_CODES, check_choice
 LAYOUTS = ("plain", "vector", "tiled")
 #: of caches that the Triton backend reads beside those of the query's dtype
 FLOAT8 = torch.float8_e4m3fn
-#: whether this CPU multiplies bfloat16 without widening it
-BF16_PAIRS: bool = _C.BF16_PAIRS
+#: how the CPU backend multiplies bfloat16: 'tiles' (AMX), 'pairs' (AVX-512 BF16), or widened, as 'floats'
+BF16_MATH: str = _C.BF16_MATH
 #: the head size must be a multiple of it, as must the block size
 LANES = 16
 
@@ -118,9 +118,9 @@ def attend(
 ) -> Tensor:
     """softmax(scale · q · K) V of each row and head, over the first `length` tokens that the row's blocks hold.
 
-    Head h of the query reads key head h · Hk / Hq. bfloat16 stays so in the products where the CPU has AVX-512 BF16, as
-    on a GPU do both 16-bit types, and softmax weights are rounded to it; everything else, and all sums, are float32.
-    What lies in a block beyond `length` does not matter. NaN in a row's keys or query makes the row NaN.
+    Head h of the query reads key head h · Hk / Hq. bfloat16 stays so in the products where the CPU has AVX-512 BF16 or
+    AMX, as on a GPU do both 16-bit types, and softmax weights are rounded to it; everything else, and all sums, are
+    float32. What lies in a block beyond `length` does not matter. NaN in a row's keys or query makes the row NaN.
 
     Args:
         query: (R, Hq, D) float32, bfloat16 or float16, row by row as in plan.table; [r] contiguous.

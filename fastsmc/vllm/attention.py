@@ -3,8 +3,9 @@
     register()         before the model is loaded: vLLM's backends, under their own names, become the subclasses of
                        `BACKENDS`: its CPU backend, on a CUDA device FlashAttention and Triton (attention_gpu.py)
     Attend(layers)     after that: says whether and how `attend` can run on this model
+    .measure(...)      at start-up, where fastsmc/vllm/attend_costs.json does not say when it pays on such a machine
     .plan(...)         once for a table: who reads what together
-    .metadata(...)     per step: `AttendMetadata` for a group's rows, in place of vLLM's
+    .pays(...)         per step: whether it is faster than vLLM's attention; .metadata(...) then is what the layers get
     AttendImpl         per layer: runs `attend` if the metadata is ours, vLLM's own forward if not
 
 Ordinary requests never see any of it: their metadata is vLLM's, and so is the code that they run.
@@ -12,10 +13,10 @@ Ordinary requests never see any of it: their metadata is vLLM's, and so is the c
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+import itertools
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from vllm.v1.attention.selector import _cached_get_attn_backend
 
 from fastsmc import ops
 from fastsmc.ops.attend import LANES, LAYOUTS, AttendPlan
+from fastsmc.vllm import attend_costs, compat
 
 logger = init_logger(__name__)
 
@@ -101,8 +103,8 @@ class AttendImpl:
         raise NotImplementedError
 
     @staticmethod
-    def kernels(layer: Any) -> str:
-        """Name of vLLM's kernels, by which costs are told apart."""
+    def cost_key(layer: Any) -> str:
+        """What costs depend on beside the shapes: the kernels, vLLM's and ours, and the dtypes."""
         raise NotImplementedError
 
 
@@ -138,8 +140,8 @@ class AttendCPUImpl(AttendImpl, CPUAttentionBackendImpl):
         return find_layout(layer.isa, layer.kv_cache.dtype, layer.kv_cache.shape[2], layer.impl.head_size)
 
     @staticmethod
-    def kernels(layer: Any) -> str:
-        return layer.isa
+    def cost_key(layer: Any) -> str:
+        return attend_costs.cost_key(layer.isa, layer.kv_cache.dtype)
 
 
 class AttendCPUBackend(CPUAttentionBackend):
@@ -165,7 +167,9 @@ class Attend:
     Attributes:
         why_not: None, or why groups use vLLM's own attention here.
         backend: of ops.plan_attend.
-        layout: of the KV cache, one of ops.attend's.
+        shape: of the layers.
+        layout: of their KV cache, one of ops.attend's.
+        costs: by which `pays` decides: those committed, None if there are none and `measure` has not found any.
     """
 
     def __init__(self, layers: Sequence[Any], fused_output: bool = False) -> None:
@@ -175,8 +179,8 @@ class Attend:
             self.why_not = f"no kernel for {type(layer.impl).__name__}"
             return
         impl, cache = layer.impl, layer.kv_cache
-        self._heads, self._key_heads, self._head_size = impl.num_heads, impl.num_kv_heads, impl.head_size
-        self._block_size, self.backend = cache.shape[2], impl.backend
+        self.shape = attend_costs.Shape(impl.num_heads, impl.num_kv_heads, impl.head_size, cache.shape[2])
+        self.backend = impl.backend
         kinds = {(type(one.impl), one.kv_cache.shape, one.kv_cache.dtype, one.impl.kv_cache_dtype) for one in layers}
         for name, other in {
             "attention that is not a decoder's": any(one.impl.attn_type != AttentionType.DECODER for one in layers),
@@ -190,14 +194,76 @@ class Attend:
             if other:
                 self.why_not = f"attend does not know {name}"
                 return
+        self._key = impl.cost_key(layer)
         self.layout = impl.find_layout(layer)
         if self.layout is None:
-            self.why_not = f"attend does not know the KV layout of vLLM's {impl.kernels(layer)!r} kernels"
+            self.why_not = f"attend does not know the KV layout of vLLM's kernels for {self._key!r}"
             return
-        key = cost_key(impl.kernels(layer), cache.dtype)
-        self._costs = json.loads(COSTS.read_text()).get(key)
-        if self._costs is None:
-            logger.warning("attend is not used: no measured costs of %r; bench/bench_attend.py measures them", key)
+        self.costs = attend_costs.committed(self._key)
+
+    def measure(
+        self,
+        layers: Mapping[str, Any],
+        stock_metadata: Callable[[Tensor, int], Mapping[str, Any]],
+        max_rows: int,
+        max_length: int,
+    ) -> None:
+        """Sets costs that are not committed: from the user's cache, or by timing the forward of the layers.
+
+        Only reads their KV caches, in which no request has written yet: one after the other, as a step does, so that
+        one layer's keys and values have left the processor's cache when its turn comes again.
+
+        Args:
+            layers: by name, all of one shape.
+            stock_metadata: (block table, length) → vLLM's metadata by layer.
+            max_rows, max_length: what a group can have in this engine.
+        """
+        first, shape = next(iter(layers.values())), self.shape
+        cache, dtype, device = first.kv_cache, first.dtype, first.kv_cache.device
+        if cache.dtype != dtype:  # its queries come quantised, which only vLLM's layer does
+            logger.warning("attend is not used: there are no costs of %s", self._key)
+            return
+        cases = attend_costs.candidates(max_rows, max_length, len(cache), shape.block_size)
+
+        def prepare(table: Tensor, length: int) -> attend_costs.Timed:
+            known_shared = int((table == table[:1]).all(0).long().cumprod(0).sum())
+            table = table.to(device)
+            plan, theirs = self.plan(table, known_shared), stock_metadata(table, length)
+            query = torch.ones(len(table), shape.heads, shape.head_size, dtype=dtype, device=device)
+            key = torch.ones(len(table), shape.key_heads, shape.head_size, dtype=dtype, device=device)
+            out = torch.empty_like(query)
+
+            def forward(metadata: Mapping[str, Any]) -> Callable[[], None]:
+                turn = itertools.cycle(layers.items())
+
+                def call() -> None:
+                    name, layer = next(turn)
+                    layer.impl.forward(layer, query, key, key, layer.kv_cache, metadata[name], out)
+
+                return call
+
+            ours = forward(dict.fromkeys(layers, self.metadata(plan, length)))
+            stock = forward(theirs)
+            for _ in range(len(layers) // 2):  # or it would find what ours has just read
+                stock()
+            return attend_costs.Timed(ours, stock, plan.n_reads, plan.n_nodes)
+
+        def measure() -> attend_costs.Costs | None:
+            start = time.perf_counter()
+            synchronize = torch.cuda.synchronize if device.type == "cuda" else None
+            costs = attend_costs.measure(cases, prepare, shape, synchronize)
+            spent = time.perf_counter() - start
+            logger.info("attend: costs of %s measured in %.1f s: %s", self._key, spent, costs)
+            return costs
+
+        threads = torch.get_num_threads() if device.type == "cpu" else 0
+        key = {
+            "device": attend_costs.device_name(device), "threads": threads, "kernels": self._key, **shape._asdict(),
+            "cases": f"{len(cases)} to {cases[-1]}", "vllm": compat.vllm_version(), "recipe": attend_costs.RECIPE,
+        }  # fmt: skip
+        self.costs = attend_costs.kept(", ".join(f"{name} {value}" for name, value in key.items()), measure)
+        if self.costs is None:
+            logger.warning("attend is not used: too few cases could be timed in this engine to know what it costs")
 
     def plan(self, table: Tensor, known_shared: int) -> AttendPlan:
         """As ops.plan_attend."""
@@ -211,42 +277,10 @@ class Attend:
 
     def pays(self, plan: AttendPlan, length: int) -> bool:
         """Whether `attend` is the faster for rows of `length` tokens with this plan."""
-        return self._costs is not None and self.ratio(plan, length) > MARGIN
-
-    def ratio(self, plan: AttendPlan, length: int) -> float:
-        """How many times as long vLLM's attention takes, by the measured costs."""
-        units = features(plan, length, self._heads, self._key_heads, self._head_size, self._block_size)
-        attend, stock = (dot(self._costs[who], of) for who, of in zip(("attend", "stock"), units, strict=True))
-        return stock / attend
-
-
-#: `attend` must be faster by this much: about what the costs are wrong by at worst
-MARGIN = 1.1
-#: what bench/bench_attend.py measured: key → {"attend", "stock"} → seconds a unit of each of `features`
-COSTS = Path(__file__).with_name("attend_costs.json")
-
-
-def cost_key(isa: str, dtype: torch.dtype) -> str:
-    """What costs depend on beside the shapes: vLLM's kernels, the dtype, and whether the CPU multiplies bfloat16."""
-    return f"{isa} {str(dtype).removeprefix('torch.')}{' pairs' if ops.BF16_PAIRS else ''}"
-
-
-def features(
-    plan: AttendPlan, length: int, heads: int, key_heads: int, head_size: int, block_size: int
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """What the seconds of `attend` and of vLLM's attention are linear in, for one layer.
-
-    attend: 1; multiplications; elements of keys and values that are packed; nodes × key heads.
-    stock: 1; multiplications; rows × key heads.
-    """
-    n_rows = len(plan.order)
-    products = 2.0 * n_rows * heads * length * head_size
-    packed = 2.0 * plan.n_reads * block_size * key_heads * head_size
-    return (1.0, products, packed, float(plan.n_nodes * key_heads)), (1.0, products, float(n_rows * key_heads))
-
-
-def dot(costs: Sequence[float], units: Sequence[float]) -> float:
-    return sum(c * u for c, u in zip(costs, units, strict=True))
+        if self.costs is None:
+            return False
+        units = attend_costs.features(len(plan.order), length, plan.n_reads, plan.n_nodes, self.shape)
+        return attend_costs.pays(self.costs, units)
 
 
 def split_cache(kv_cache: Tensor) -> tuple[Tensor, Tensor]:

@@ -71,9 +71,9 @@ class AttendGPUImpl(AttendImpl):
         return "plain"
 
     @staticmethod
-    def kernels(layer: Any) -> str:
-        name = layer.attn_backend.get_name()
-        return f"{name} {torch.cuda.get_device_name(layer.kv_cache.device)}" if layer.kv_cache.is_cuda else name
+    def cost_key(layer: Any) -> str:
+        device = torch.cuda.get_device_name(layer.kv_cache.device) if layer.kv_cache.is_cuda else "interpreter"
+        return f"{layer.attn_backend.get_name()} {device} {layer.dtype} {layer.impl.kv_cache_dtype}"
 
 
 class AttendFlashImpl(AttendGPUImpl, FlashAttentionImpl):

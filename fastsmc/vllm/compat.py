@@ -37,8 +37,9 @@ SCHEDULER_ATTRIBUTES = (
 )
 #: of the model runner, after the KV cache is there
 RUNNER_NAMES = ("model", "attn_groups", "kv_cache_config", "vllm_config")
-#: what fastsmc.vllm.attention takes from vLLM's attention, by module
+#: what fastsmc.vllm.attention and the measuring of its costs take from vLLM, by module
 ATTENTION_NAMES = {
+    "vllm.distributed": ("get_tp_group",),
     "vllm._custom_ops": ("cpu_attn_reshape_and_cache",),
     "vllm.v1.attention.backends.cpu_attn": ("CPUAttentionBackend", "CPUAttentionBackendImpl"),
     "vllm.v1.attention.backends.registry": ("AttentionBackendEnum", "register_backend"),

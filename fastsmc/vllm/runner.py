@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from vllm.distributed import get_tp_group
 from vllm.forward_context import set_forward_context
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -63,6 +64,22 @@ class Model:
         )
         if self.attend.why_not is not None:
             logger.info("groups use vLLM's attention, which reads a shared block once a row: %s", self.attend.why_not)
+        elif self.attend.costs is None:
+            self._measure_attend({name: context[name] for name in self.layers})
+
+    @torch.inference_mode()
+    def _measure_attend(self, layers: dict[str, Any]) -> None:
+        """Costs of `attend` that nobody has committed; of several ranks the first measures, and all decide alike."""
+
+        def stock_metadata(table: Tensor, length: int) -> dict[str, Any]:
+            slots = table[:, -1].long() * self.block_size + (length - 1) % self.block_size
+            return self._stock_metadata(table, length, slots, 1)
+
+        ranks, config = get_tp_group(), self._config
+        if ranks.rank_in_group == 0:
+            max_rows, max_length = config.scheduler_config.max_num_seqs, config.model_config.max_model_len
+            self.attend.measure(layers, stock_metadata, max_rows, max_length)
+        self.attend.costs = ranks.broadcast_object(self.attend.costs, src=0)
 
     def hidden(
         self,

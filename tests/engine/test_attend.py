@@ -1,6 +1,7 @@
 """Groups on `attend` inside the engine: log-probs by recompute, beside ordinary requests, and the switch to it."""
 
 import copy
+import json
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from tiny import TableTwist, hf_log_probs, make_llama, value_table
 from vllm import SamplingParams
 
 from fastsmc import Potential, SMCParams, ops
-from fastsmc.vllm import attention, compat
+from fastsmc.vllm import attend_costs, compat
 from fastsmc.vllm.attention import Attend, find_layout
 from fastsmc.vllm.runner import Model
 
@@ -161,16 +162,56 @@ def test_the_costs_decide(long_engine, monkeypatch):
     attend = runner_of(long_engine).model.attend
     assert attend.why_not is None and attend.layout == "vector"
     many, one = ops.plan_attend(shared_table(256, 65)), ops.plan_attend(shared_table(1, 1))
-    costs = {"attend": [1e-5, 1e-11, 1e-10, 1e-7], "stock": [5e-6, 4e-11, 1e-7]}
-    monkeypatch.setattr(attend, "_costs", costs)
+    costs = {"attend": [1e-5, 1e-11, 1e-10, 1e-7], "stock": [5e-6, 4e-11, 0.0, 1e-11, 1e-7], "margin": 1.2}
+    monkeypatch.setattr(attend, "costs", costs)
     assert attend.pays(many, 65 * 32) and not attend.pays(one, 20)
-    units, stock_units = attention.features(many, 65 * 32, 2, 1, 32, 32)
+    units, stock_units = attend_costs.features(256, 65 * 32, many.n_reads, len(many.nodes), attend.shape)
     products = 2 * 256 * 2 * 65 * 32 * 32
-    assert units == (1.0, products, 2 * (64 + 256) * 32 * 32, 257.0) and stock_units == (1.0, products, 256.0)
-    want = (5e-6 + 4e-11 * products + 1e-7 * 256) / (1e-5 + 1e-11 * products + 1e-10 * units[2] + 1e-7 * 257)
-    assert abs(attend.ratio(many, 65 * 32) - want) < 1e-9
-    monkeypatch.setattr(attend, "_costs", None)
+    distinct = 2 * (64 + 256) * 32 * 32
+    assert units == (1.0, products, distinct, 257.0)
+    assert stock_units == (1.0, products, 2 * 256 * 65 * 32 * 32, distinct, 256.0)
+    theirs = 5e-6 + 4e-11 * products + 1e-11 * distinct + 1e-7 * 256
+    want = theirs / (1e-5 + 1e-11 * products + 1e-10 * distinct + 1e-7 * 257)
+    assert abs(attend_costs.ratio(costs, (units, stock_units)) - want) < 1e-9
+    monkeypatch.setattr(attend, "costs", {**costs, "margin": want * 0.999})
+    assert attend.pays(many, 65 * 32)
+    monkeypatch.setattr(attend, "costs", {**costs, "margin": want * 1.001})
     assert not attend.pays(many, 65 * 32)
+    monkeypatch.setattr(attend, "costs", None)
+    assert not attend.pays(many, 65 * 32)
+
+
+def test_costs_that_nobody_committed_are_measured_at_the_start(path, tmp_path, monkeypatch):
+    """float16: an engine measures, through its own layers, and keeps the costs; one that starts later reads them."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    engine = make_engine(path, max_model_len=POSITIONS, dtype="float16")
+    runner = runner_of(engine)
+    costs, kept = runner.model.attend.costs, tmp_path / "fastsmc" / "attend_costs.json"
+    ((key, value),) = json.loads(kept.read_text()).items()
+    assert value == costs and "kernels vec float16" in key and "head_size 32" in key
+    assert sum(costs["attend"]) > 0 and sum(costs["stock"]) > 0 and costs["margin"] >= attend_costs.MARGIN
+    assert all(not cache.any() for cache in runner.model.caches)  # nothing was written
+    monkeypatch.setattr(attend_costs, "measure", None)  # not called again
+    again = Model(engine.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner)
+    assert again.attend.costs == costs
+    seen = []
+    monkeypatch.setattr(attend_costs, "pays", lambda of, units: seen.append(of) or True)
+    population = engine.smc(prompt_of(64), SMCParams(n_particles=8, max_tokens=10, seed=1), POTENTIAL)
+    assert seen and all(of == costs for of in seen) and population.log_z > -np.inf
+
+
+def test_a_pool_too_small_to_measure_leaves_vllms_attention(long_engine, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    model = runner_of(long_engine).model
+    attend = copy.copy(model.attend)
+    context = model._config.compilation_config.static_forward_context
+    layers = {name: copy.copy(context[name]) for name in model.layers}
+    for layer in layers.values():
+        layer.__dict__ = {**layer.__dict__, "kv_cache": layer.kv_cache[:2]}
+    attend.measure(layers, lambda table, length: model._stock_metadata(table, length, table[:, -1].long(), 1), 64, 512)
+    assert attend.costs is None and "too few cases" in caplog.text
+    assert not attend.pays(ops.plan_attend(shared_table(256, 65)), 65 * 32)
+    assert not (tmp_path / "fastsmc").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,14 @@
 """attend against float64: sharing of every shape, layouts, dtypes, sizes, what lies beyond the length, bad input."""
 
+import ctypes
+import math
+import os
+import platform
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -384,3 +393,187 @@ def test_head_and_block_sizes_are_multiples_of_16():
     odd = torch.zeros(5, 2, 16, 24)
     with pytest.raises(ValueError, match="D=24 and B=16 must be multiples of 16"):
         ops.attend(torch.zeros(2, 4, 24), odd, odd, PLAN, 20, scale=0.1)
+
+
+# ------------------------------------------------------------------------------------------------------- tiles (AMX)
+ROOT = Path(__file__).resolve().parents[2]
+SOURCE = Path(__file__).with_name("attend_tiles.cpp")
+on_x86 = pytest.mark.skipif(
+    platform.machine() != "x86_64" or shutil.which("g++") is None, reason="needs an x86-64 and its g++"
+)
+
+
+def compile_tiles(*options):
+    include = [f"-I{ROOT / folder}" for folder in ("csrc/include", "csrc", "tests/ops")]
+    command = ["g++", "-std=c++17", "-O3", "-mprefer-vector-width=512", "-Wno-unknown-pragmas", *include, *options]
+    subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def tiles(tmp_path_factory):
+    """attend_tiles.cpp on tiles in software, for the CPU that the extension is made for."""
+    path = tmp_path_factory.mktemp("tiles") / "attend_tiles.so"
+    march = f"-march={os.environ.get('FASTSMC_MARCH', 'native')}"
+    compile_tiles("-DEMULATE", march, "-shared", "-fPIC", SOURCE, "-o", path)
+    library = ctypes.CDLL(str(path))
+    library.tile_products.restype = ctypes.c_int64
+    return library
+
+
+def address(t):
+    return ctypes.c_void_p(t.data_ptr())
+
+
+def integers(*values):
+    return [ctypes.c_int64(v) for v in values]
+
+
+def tiles_attend(library, args, table, length, *, scale, layout, runs=2):
+    """ops.attend in tiles."""
+    query, keys, values = args
+    plan, out = ops.plan_attend(table), torch.empty_like(query)
+    n_key_heads, block, dim = keys.shape[1:]
+    failed = library.attend_in_tiles(
+        address(query), address(out), address(keys), address(values),
+        *integers(keys.stride(0), keys.stride(1), block, dim), ("plain", "vector", "tiled").index(layout),
+        address(plan.table), *integers(*table.shape, length), address(plan.order), address(plan.nodes),
+        *integers(len(plan.nodes), n_key_heads, query.shape[1] // n_key_heads), ctypes.c_float(scale / math.log(2)),
+        *integers(runs),
+    )  # fmt: skip
+    assert not failed
+    return out
+
+
+@on_x86
+def test_a_step_of_tiles_is_that_of_the_manual(tiles):
+    """Even and odd elements summed apart, from zero, rounded once each; subnormal numbers are 0; shapes that misfit."""
+    one, tiny = 1.0, 2.0**-130  # bfloat16 has subnormals down to 2^-133
+    left, right = torch.zeros(16, 32).bfloat16(), torch.zeros(16, 16, 2).bfloat16()
+    total = torch.zeros(16, 16)
+    left[0, :4] = torch.tensor([2.0**24, one, one, one])
+    right[:2, 0] = torch.tensor([[one, one], [one, -one]])  # even: 2^24 + 1 = 2^24, odd: 1 - 1
+    left[1, :2], right[0, 1] = torch.tensor([2.0**24, -(2.0**24)]), torch.tensor([one, one])
+    total[1, 1] = 0.5  # the pair cancels before it meets the old sum
+    left[2, 0], right[0, 2, 0], total[2, 3] = tiny, 2.0**100, tiny
+    left[3, 4], right[2, 4, 0] = float("nan"), one
+    left[4, 4], right[2, 5, 0] = float("inf"), 0.0
+    step = [address(t) for t in (total, left, right)]
+    assert tiles.tile_step(*step, 64, 16) == 0
+    assert total[0, 0] == 2.0**24 and total[1, 1] == 0.5 and total[2, 2] == 0 and total[2, 3] == 0
+    assert total[3].isnan().all() or (total[3, 4].isnan() and total[3].isnan().sum() == 16)
+    assert total[4, 5].isnan() and total[4, 4] == float("inf")
+    for left_bytes, right_rows in ((64, 8), (32, 16), (68, 16), (64, 17), (0, 16)):
+        assert tiles.tile_step(*step, left_bytes, right_rows) == 1
+
+
+@on_x86
+@pytest.mark.parametrize("n_rows", [1, 3, 15, 16, 17, 31, 32, 33, 48])
+@pytest.mark.parametrize("depth, n_groups", [(16, 1), (32, 2), (48, 3), (64, 4), (80, 5), (128, 8), (256, 3)])
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_product_in_tiles(tiles, n_rows, depth, n_groups, keep):
+    """By float64 from the same bfloat16: rounding of float32 sums is all that differs; nothing is written outside."""
+    g = torch.Generator().manual_seed(n_rows * depth + n_groups)
+    readable = -(-n_rows // 16) * 16
+    a = torch.full((readable, depth + 8), float("nan")).bfloat16()  # rows beyond n_rows may be anything
+    a[:n_rows, :depth] = torch.randn(n_rows, depth, generator=g).bfloat16()
+    dense = torch.randn(depth, 16 * n_groups, generator=g).bfloat16()
+    b = dense.view(depth // 2, 2, n_groups, 16).permute(2, 0, 3, 1).contiguous()
+    out = torch.randn(n_rows + 2, 16 * n_groups + 5, generator=g)
+    factors = torch.rand(n_rows, generator=g)
+    before = out.clone()
+    failed = tiles.product_in_tiles(
+        address(a), *integers(depth + 8, n_rows), address(b), *integers(depth * 16, depth),
+        address(factors) if keep else None, ctypes.c_float(0.7), address(out), *integers(16 * n_groups + 5, n_groups),
+    )  # fmt: skip
+    assert not failed
+    left, right, width = a[:n_rows, :depth].double(), dense.double(), 16 * n_groups
+    old = before[:n_rows, :width].double() * factors[:, None].double()
+    want = left @ right + old if keep else left @ right * float(np.float32(0.7))
+    size = left.abs() @ right.abs() + old.abs()
+    assert ((out[:n_rows, :width].double() - want).abs() <= (depth + 4) * 2.0**-24 * size).all()
+    out[:n_rows, :width] = before[:n_rows, :width]
+    assert torch.equal(out, before)
+
+
+@on_x86
+@pytest.mark.parametrize("layout", ["plain", "vector", "tiled"])
+@pytest.mark.parametrize("dim, block, heads", [(16, 16, (1, 1)), (48, 32, (6, 2)), (64, 32, (9, 3)), (80, 32, (4, 4)),
+                                               (128, 48, (7, 1))])  # fmt: skip
+@pytest.mark.parametrize("length", [1, 17, 96, 300, 701])
+def test_tiles_equal_float64_and_pairs(tiles, layout, dim, block, heads, length):
+    columns = -(-length // block)
+    table = family_table(23, columns, columns // 2, seed=length)
+    args, kwargs, want = make_case(table, length, heads=heads, dim=dim, block=block, dtype=torch.bfloat16,
+                                   layout=layout, seed=length)  # fmt: skip
+    before = tiles.tile_products()
+    got = tiles_attend(tiles, args, table, length, **kwargs)
+    assert tiles.tile_products() > before
+    check(got, want, TOLERANCE[torch.bfloat16])
+    check(got, attend(args, table, length, **kwargs).double().numpy(), TOLERANCE[torch.bfloat16])
+
+
+@on_x86
+@pytest.mark.parametrize("kind", ["prompt", "private", "one ancestor", "unordered"])
+@pytest.mark.parametrize("runs", [1, 5])
+def test_tiles_of_every_genealogy(tiles, kind, runs):
+    n_rows, columns = 100, 12
+    if kind == "prompt":
+        table = family_table(n_rows, columns, 9, seed=3)
+    elif kind == "private":
+        table = torch.randperm(n_rows * columns).int().view(n_rows, columns)
+    elif kind == "one ancestor":
+        table = torch.randperm(columns).int().expand(n_rows, columns).contiguous()
+    else:
+        table = torch.randint(0, 5, (n_rows, columns), dtype=torch.int32, generator=torch.Generator().manual_seed(1))
+    args, kwargs, want = make_case(table, 32 * columns - 5, heads=(3, 1), dtype=torch.bfloat16, layout="tiled", seed=4)
+    got = tiles_attend(tiles, args, table, 32 * columns - 5, runs=runs, **kwargs)
+    check(got, want, TOLERANCE[torch.bfloat16])
+    assert torch.equal(got, tiles_attend(tiles, args, table, 32 * columns - 5, runs=1, **kwargs))
+
+
+@on_x86
+def test_tiles_keep_nan_in_its_row(tiles):
+    table, length = family_table(12, 3, 2, seed=2), 70
+    (query, keys, values), kwargs, want = make_case(table, length, dim=80, dtype=torch.bfloat16)
+    keys[table[4, 2], 0, 1] = float("nan")  # a private block of row 4: the first key head
+    query[7, 5] = float("nan")
+    got = tiles_attend(tiles, (query, keys, values), table, length, runs=1, **kwargs)
+    bad = torch.zeros(12, 6, dtype=torch.bool)
+    bad[4, :3], bad[7, 5] = True, True
+    assert torch.equal(got.isnan().all(-1), bad) and torch.equal(got.isnan().any(-1), bad)
+    check(got[~bad], want[~bad.numpy()], TOLERANCE[torch.bfloat16])
+
+
+@on_x86
+def test_tiles_with_infinite_and_huge_scores(tiles):
+    table = torch.arange(40, dtype=torch.int32)[None].repeat(5, 1)
+    length = 40 * 32
+    (query, keys, values), kwargs, _ = make_case(table, length, heads=(2, 1), dim=48, dtype=torch.bfloat16)
+    query[:, :, 0] = 1.0
+    keys[table[0, :20].long(), 0, :, 0] = -torch.inf  # the first spans
+    want = reference.attend(query.double(), keys.double(), values.double(), table, length, scale=kwargs["scale"])
+    check(tiles_attend(tiles, (query, keys, values), table, length, **kwargs), want, TOLERANCE[torch.bfloat16])
+    keys[:, :, :, 0] = 0.0
+    huge = (query * 1e9).bfloat16()
+    want = reference.attend(huge.double(), keys.double(), values.double(), table, length, scale=kwargs["scale"])
+    check(tiles_attend(tiles, (huge, keys, values), table, length, **kwargs), want, TOLERANCE[torch.bfloat16])
+
+
+@on_x86
+def test_machine_code_for_amx(tmp_path):
+    """What g++ makes for a CPU with AMX: the backend compiles; products are tile instructions, sums stay in tiles."""
+    if shutil.which("objdump") is None:
+        pytest.skip("needs objdump")
+    compile_tiles("-march=sapphirerapids", "-fopenmp", "-fsyntax-only", ROOT / "csrc" / "cpu.cpp")
+    path = tmp_path / "amx.so"
+    compile_tiles("-march=sapphirerapids", "-shared", "-fPIC", SOURCE, "-o", path)
+    text = subprocess.run(["objdump", "-dC", "--no-show-raw-insn", path], check=True, capture_output=True, text=True)
+    functions = dict(re.findall(r"^[0-9a-f]+ <(.*)>:\n((?:.+\n)+)", text.stdout, re.MULTILINE))
+    blocks = {name: code for name, code in functions.items() if "tdpbf16ps" in code}
+    assert len(blocks) == 4 and all("tile_block" in name for name in blocks)
+    for name, code in blocks.items():
+        rows, columns = map(int, re.search(r"<(\d), (\d)>", name).groups())
+        count = {what: len(re.findall(rf"\b{what}\b", code)) for what in ("tdpbf16ps", "tileloadd", "tilestored")}
+        loads = rows + columns + (rows == columns == 2)
+        tiles = rows * columns  # of sums; the body of the loop and the tail
+        assert count == {"tdpbf16ps": 2 * tiles, "tileloadd": 2 * loads, "tilestored": tiles}

@@ -16,9 +16,11 @@
 // and values are packed once, for the products of all queries of the node (rows × query heads of one key head). Each
 // query carries its maximum, sum and output along: the parts of a row are joined by log-sum-exp as they come.
 //
-// Arithmetic: bfloat16 stays that where the CPU multiplies it in pairs (AVX-512 BF16), weights p rounded to the same;
-// anything else is float32. Sums and exponentials are float32 in both. A row's result depends on how its columns fall
-// into nodes (by rounding only), not on the number of threads.
+// Arithmetic: bfloat16 stays that where the CPU multiplies it in pairs (AVX-512 BF16) or in tiles (AMX), weights p
+// rounded to the same; anything else is float32. Sums and exponentials are float32 in all. A row's result depends on how
+// its columns fall into nodes (by rounding only), not on the number of threads.
+//
+// Tiles have only run in an emulation so far (tests/ops/tiles.hpp); their kSpan and kQueries are derived, not measured.
 //
 // Dead ends, on Zen 4: PyTorch's flash attention for CPUs on the gathered prefix is half as fast as this; sums of an
 // inlined product are spilled, which halves the speed too.
@@ -34,6 +36,13 @@
 #endif
 #if defined(__AVX512BF16__) && defined(__AVX512BW__)
 #define FASTSMC_BF16_PAIRS 1
+#endif
+#if defined(__AMX_TILE__) && defined(__AMX_BF16__)
+#define FASTSMC_BF16_TILES 1
+#endif
+#ifdef FASTSMC_BF16_TILES
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 #include "weigh.cuh"
@@ -94,13 +103,23 @@ inline std::vector<Node> plan_nodes(const int32_t* table, int64_t stride, int64_
 constexpr int kLanes = 16;
 using Floats = float __attribute__((vector_size(64)));
 
+// kSpan: tokens packed at a time; with a task's queries they fill half of the second-level cache.
+// kQueries: queries whose scores are held at a time: with their weights, in the nearest cache.
 struct PairMath {
   using Packed = bf16;
   static constexpr int kPair = 2;
+  static constexpr int64_t kSpan = 512, kQueries = 12;
 };
 struct FloatMath {
   using Packed = float;
   static constexpr int kPair = 1;
+  static constexpr int64_t kSpan = 512, kQueries = 12;
+};
+// Two rows of tiles: each tile of keys or values that is loaded serves 32 queries. The shorter span makes room for them.
+struct TileMath {
+  using Packed = bf16;
+  static constexpr int kPair = 2;
+  static constexpr int64_t kSpan = 256, kQueries = 32;
 };
 
 #ifdef FASTSMC_BF16_PAIRS
@@ -240,6 +259,17 @@ void blank_values(int64_t begin, int64_t end, int64_t head_dim, int64_t group_st
 }
 
 // ------------------------------------------------------------------------------------------------------------ products
+// Whether this process may use tiles: the kernel wants to be asked once. The CPU was known when this was compiled.
+inline bool may_use_tiles() {
+#ifdef FASTSMC_BF16_TILES
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  static const bool granted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return granted;
+#else
+  return false;
+#endif
+}
+
 // sum[m][n] += Σ_k a[m][k] · b[k][16 n : 16 n + 16], `depth` elements k; `b` packed, its groups b_step apart.
 template <int MR, int NR>
 inline void multiply(const float* a, int64_t a_stride, const float* b, int64_t b_step, int64_t depth,
@@ -307,9 +337,121 @@ inline void product_rows(const Packed* a, int64_t a_stride, const Packed* b, int
     product_block<MR, 1>(a, a_stride, b + n * b_step, b_step, depth, keep, factor, out + n * kLanes, out_stride);
 }
 
-template <typename Packed>
+#ifdef FASTSMC_BF16_TILES
+// The same in tiles (AMX): a register holds 16 rows of 64 bytes, and one instruction adds the product of 16 rows of 32
+// elements a with 16 pairs × 16 columns of b to 16 × 16 sums. Packed operands are such tiles as they lie: a group of b
+// is 64 bytes a pair, `depth` / 2 pairs long.
+//
+//   registers   0 1   sums of 2 × 2 tiles     4  a     6  the last 16 of a depth that is no multiple of 32: its a,
+//               2 3                           5  b     7  and its b
+//
+// All shapes are of one configuration, so that nothing is set up within a task. Rows beyond n_rows are read (n_rows
+// rounded up to 16 must be readable) and not written: sums go through a buffer, from which the real rows are taken.
+struct alignas(64) TileShapes {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 32, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 8};
+};
+
+// A thread's registers, as long as it lives. oneDNN and vLLM configure theirs anew before they use them.
+struct TileRegisters {
+  TileRegisters() {
+    static const TileShapes shapes;
+    _tile_loadconfig(&shapes);
+  }
+  ~TileRegisters() { _tile_release(); }
+};
+
+// sums of MT × NT tiles into out, rows of 32.
+template <int MT, int NT>
+__attribute__((noinline)) void tile_block(const bf16* a, int64_t a_stride, const bf16* b, int64_t b_step, int64_t depth,
+                                          float* out) {
+  constexpr int64_t kDepth = 32, kTileRows = 16;
+  const int64_t a_bytes = a_stride * sizeof(bf16), b_bytes = 64, out_bytes = 2 * kLanes * sizeof(float);
+  asm volatile("" ::: "memory");  // the compiler does not know that tile loads read memory: all is written by now
+  _tile_zero(0);
+  if constexpr (NT == 2) _tile_zero(1);
+  if constexpr (MT == 2) _tile_zero(2);
+  if constexpr (MT == 2 && NT == 2) _tile_zero(3);
+  int64_t k = 0;
+  for (; k + kDepth <= depth; k += kDepth) {
+    const bf16 *left = a + k, *below = left + kTileRows * a_stride, *right = b + k * kLanes;
+    _tile_loadd(4, left, a_bytes);
+    _tile_loadd(5, right, b_bytes);
+    _tile_dpbf16ps(0, 4, 5);
+    if constexpr (MT == 2) {
+      _tile_loadd(4, below, a_bytes);
+      _tile_dpbf16ps(2, 4, 5);
+    }
+    if constexpr (NT == 2) {
+      _tile_loadd(5, right + b_step, b_bytes);
+      if constexpr (MT == 2) {
+        _tile_dpbf16ps(3, 4, 5);
+        _tile_loadd(4, left, a_bytes);
+      }
+      _tile_dpbf16ps(1, 4, 5);
+    }
+  }
+  if (k < depth) {
+    const bf16 *left = a + k, *below = left + kTileRows * a_stride, *right = b + k * kLanes;
+    _tile_loadd(6, left, a_bytes);
+    _tile_loadd(7, right, b_bytes);
+    _tile_dpbf16ps(0, 6, 7);
+    if constexpr (MT == 2) {
+      _tile_loadd(6, below, a_bytes);
+      _tile_dpbf16ps(2, 6, 7);
+    }
+    if constexpr (NT == 2) {
+      _tile_loadd(7, right + b_step, b_bytes);
+      if constexpr (MT == 2) {
+        _tile_dpbf16ps(3, 6, 7);
+        _tile_loadd(6, left, a_bytes);
+      }
+      _tile_dpbf16ps(1, 6, 7);
+    }
+  }
+  _tile_stored(0, out, out_bytes);
+  if constexpr (NT == 2) _tile_stored(1, out + kLanes, out_bytes);
+  if constexpr (MT == 2) _tile_stored(2, out + kTileRows * 2 * kLanes, out_bytes);
+  if constexpr (MT == 2 && NT == 2) _tile_stored(3, out + kTileRows * 2 * kLanes + kLanes, out_bytes);
+}
+
+// As `product` below; depth and n_groups · 16 are multiples of 16.
+inline void tile_product(const bf16* a, int64_t a_stride, int64_t n_rows, const bf16* b, int64_t b_step, int64_t depth,
+                         const float* keep, float factor, float* out, int64_t out_stride, int64_t n_groups) {
+  alignas(64) float sums[32 * 2 * kLanes];
+  for (int64_t m = 0; m < n_rows; m += 32) {
+    const int64_t n_here = std::min<int64_t>(32, n_rows - m);
+    for (int64_t n = 0; n < n_groups; n += 2) {
+      const bool two = n + 1 < n_groups;
+      const auto block = n_here > 16 ? (two ? tile_block<2, 2> : tile_block<2, 1>)
+                                     : (two ? tile_block<1, 2> : tile_block<1, 1>);
+      block(a + m * a_stride, a_stride, b + n * b_step, b_step, depth, sums);
+      for (int64_t i = 0; i < n_here; ++i)
+        for (int64_t j = 0; j < (two ? 2 : 1); ++j) {
+          float* to = out + (m + i) * out_stride + (n + j) * kLanes;
+          Floats x, old;
+          memcpy(&x, sums + (2 * i + j) * kLanes, sizeof x);
+          if (keep) {
+            memcpy(&old, to, sizeof old);
+            x += old * keep[m + i];
+          } else {
+            x *= factor;
+          }
+          memcpy(to, &x, sizeof x);
+        }
+    }
+  }
+}
+#endif
+
+template <typename Math, typename Packed>
 inline void product(const Packed* a, int64_t a_stride, int64_t n_rows, const Packed* b, int64_t b_step, int64_t depth,
                     const float* keep, float factor, float* out, int64_t out_stride, int64_t n_groups) {
+#ifdef FASTSMC_BF16_TILES
+  if constexpr (std::is_same_v<Math, TileMath>)
+    return tile_product(a, a_stride, n_rows, b, b_step, depth, keep, factor, out, out_stride, n_groups);
+#endif
   const auto rows = [&](auto count, int64_t m) {
     product_rows<decltype(count)::value>(a + m * a_stride, a_stride, b, b_step, depth, keep ? keep + m : nullptr,
                                          factor, out + m * out_stride, out_stride, n_groups);
@@ -402,23 +544,23 @@ inline float soften(float* scores, int64_t n, int64_t n_valid, float* max, float
 }
 
 // -------------------------------------------------------------------------------------------------------------- a task
-constexpr int64_t kSpan = 512;    // tokens packed at a time: with a task's queries they fill half of a cache of 1 MB
-constexpr int64_t kQueries = 12;  // queries whose scores are held at a time, in the nearest cache
-
 // What a thread keeps between tasks: fresh memory for each would cost page faults.
-template <typename Packed>
+template <typename Math>
 struct Scratch {
-  std::vector<Packed> queries, keys, values, weights;
+  static constexpr int64_t kQueries = Math::kQueries;
+  std::vector<typename Math::Packed> queries, keys, values, weights;
   std::vector<float> sums, maxima, outputs, scores, keep;
 
   void prepare(int64_t n, int64_t head_dim, int64_t span) {
-    queries.resize(n * head_dim), keys.resize(span * head_dim), values.resize(span * head_dim);
+    queries.resize((n + kQueries) * head_dim);  // tiles read whole
+    keys.resize(span * head_dim), values.resize(span * head_dim);
     weights.resize(kQueries * span), scores.resize(kQueries * span), keep.resize(kQueries);
     sums.assign(n, 0.0f), maxima.assign(n, kNegInf), outputs.assign(n * head_dim, 0.0f);
   }
 };
 
-// Attention of the queries of rows order[row_begin : row_end) that belong to key head `head`.
+// Attention of the queries of rows order[row_begin : row_end) that belong to key head `head`. For TileMath the thread
+// holds TileRegisters.
 //   query, out: (R, n_heads, D) with a stride per row in elements; table as in `plan_nodes`.
 template <typename Math, typename T>
 void attend_task(const T* query, int64_t query_stride, T* out, int64_t out_stride, const PagedKV& kv,
@@ -427,8 +569,9 @@ void attend_task(const T* query, int64_t query_stride, T* out, int64_t out_strid
                  float scale) {
   using Packed = typename Math::Packed;
   const int64_t B = kv.block_size, D = kv.head_dim, G = heads_per_key, n = (row_end - row_begin) * G;
-  const int64_t span = std::max(B, kSpan / B * B), n_groups = D / kLanes;
-  static thread_local Scratch<Packed> scratch;
+  constexpr int64_t kQueries = Math::kQueries;
+  const int64_t span = std::max(B, Math::kSpan / B * B), n_groups = D / kLanes;
+  static thread_local Scratch<Math> scratch;
   scratch.prepare(n, D, span);
   auto& [queries, keys, values, weights, sums, maxima, outputs, scores, keep] = scratch;
   for (int64_t r = row_begin; r < row_end; ++r) {
@@ -455,13 +598,13 @@ void attend_task(const T* query, int64_t query_stride, T* out, int64_t out_strid
       for (int64_t q = (first - row_begin) * G; q < (last - row_begin) * G; q += kQueries) {
         const int64_t m = std::min(kQueries, (last - row_begin) * G - q);
         for (int64_t t = 0; t < n_tokens; t += kColumnBlock * kLanes)  // keys of 64 tokens stay in the nearest cache
-          product(queries.data() + q * D, D, m, keys.data() + t * D, D * kLanes, D, nullptr, scale,
-                  scores.data() + t, span, std::min<int64_t>(kColumnBlock, (n_tokens - t) / kLanes));
+          product<Math>(queries.data() + q * D, D, m, keys.data() + t * D, D * kLanes, D, nullptr, scale,
+                        scores.data() + t, span, std::min<int64_t>(kColumnBlock, (n_tokens - t) / kLanes));
         for (int64_t i = 0; i < m; ++i)
           keep[i] = soften(scores.data() + i * span, n_tokens, n_valid, &maxima[q + i], &sums[q + i],
                            weights.data() + i * span);
-        product(weights.data(), span, m, values.data(), span * kLanes, n_tokens, keep.data(), 1.0f,
-                outputs.data() + q * D, D, n_groups);
+        product<Math>(weights.data(), span, m, values.data(), span * kLanes, n_tokens, keep.data(), 1.0f,
+                      outputs.data() + q * D, D, n_groups);
       }
     }
   }

@@ -1,0 +1,285 @@
+"""What `attend` and vLLM's attention cost: seconds of a layer, linear in a few numbers that the host knows.
+
+    features(rows, length, reads, nodes, shape)      those numbers
+    COSTS        committed seconds a unit by `cost_key`: what `bench/bench_attend.py ops --costs` measured
+    measure()    where COSTS has none: at start-up, through the model's own layer, in about SECONDS of timed calls
+    kept()       the same, from the user's cache if an earlier start has measured the same thing
+
+Measured costs are kept because the switch decides by them, and the two attentions round differently: costs that came
+out anew at each start could, at an equal seed, change tokens from one start to the next. Whoever wants costs measured
+again deletes ~/.cache/fastsmc/attend_costs.json; who needs equal tokens on several machines copies it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypedDict
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastsmc import ops
+from fastsmc.models import cache_dir, locked
+
+logger = logging.getLogger(__name__)
+
+#: committed: `cost_key` → `Costs`
+COSTS = Path(__file__).with_name("attend_costs.json")
+#: at least so much faster must `attend` be, by costs that overrate it by more in one case of CASES_BEYOND at most
+MARGIN, CASES_BEYOND = 1.1, 40
+#: Part of the key of kept costs; raise it when `attend`, or how it is measured, has become another.
+RECIPE = 1
+#: of timed calls, for all cases together
+SECONDS = 1.5
+#: rows and lengths to measure, as far as the engine has them
+ROWS, LENGTHS = (1, 4, 16, 64, 256, 1024), (32, 200, 1000, 4000)
+#: fewer say too little about four unknowns
+LEAST_CASES = 8
+
+
+class Costs(TypedDict):
+    """Seconds a unit of each of `features`, and how many times as fast `attend` must be by them to be chosen."""
+
+    attend: list[float]
+    stock: list[float]
+    margin: float
+
+
+class Shape(NamedTuple):
+    """Of a layer's attention."""
+
+    heads: int
+    key_heads: int
+    head_size: int
+    block_size: int
+
+
+def cost_key(isa: str, dtype: torch.dtype) -> str:
+    """What costs depend on beside the shapes: vLLM's kernels, the dtype, and how our products are computed."""
+    return f"{isa} {str(dtype).removeprefix('torch.')} {ops.BF16_MATH}"
+
+
+def committed(key: str) -> Costs | None:
+    return json.loads(COSTS.read_text()).get(key)
+
+
+def features(
+    n_rows: int, length: int, n_reads: int, n_nodes: int, shape: Shape
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """What the seconds of `attend` and of vLLM's attention are linear in, for one layer.
+
+    attend: 1; multiplications; elements of keys and values that are read, each once, and packed; nodes × key heads.
+    stock: 1; multiplications; elements of keys and values that are read; of these, those read for the first time, from
+    memory; rows × key heads.
+
+    Args:
+        n_reads, n_nodes: `AttendPlan.n_reads` and the number of its nodes, or bounds of them.
+    """
+    products = 2.0 * n_rows * shape.heads * length * shape.head_size
+    token = 2.0 * shape.key_heads * shape.head_size
+    distinct = n_reads * shape.block_size * token
+    ours = (1.0, products, distinct, float(n_nodes * shape.key_heads))
+    return ours, (1.0, products, n_rows * length * token, distinct, float(n_rows * shape.key_heads))
+
+
+def dot(costs: Sequence[float], units: Sequence[float]) -> float:
+    return sum(c * u for c, u in zip(costs, units, strict=True))
+
+
+def ratio(costs: Costs, units: tuple[Sequence[float], Sequence[float]]) -> float:
+    """How many times as long as `attend` vLLM's attention takes, by these costs."""
+    return dot(costs["stock"], units[1]) / dot(costs["attend"], units[0])
+
+
+def pays(costs: Costs, units: tuple[Sequence[float], Sequence[float]]) -> bool:
+    """Whether `attend` is the faster, by these costs and beyond their errors."""
+    return ratio(costs, units) > costs["margin"]
+
+
+def fit(units: Sequence[tuple[Sequence[float], Sequence[float]]], seconds: Sequence[Sequence[float]]) -> Costs:
+    """Costs from cases: `features` and the seconds of `attend` and vLLM's attention.
+
+    The margin is what the ratio is overrated by, but for one case in CASES_BEYOND.
+    """
+    ours, stock = (fit_seconds([u[i] for u in units], [s[i] for s in seconds]) for i in range(2))
+    costs = Costs(attend=ours, stock=stock, margin=MARGIN)
+    overrated = [ratio(costs, u) * s[0] / s[1] for u, s in zip(units, seconds, strict=True)]
+    costs["margin"] = max(MARGIN, float(np.quantile(overrated, 1 - 1 / CASES_BEYOND)))
+    return costs
+
+
+def fit_seconds(units: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[float]:
+    """Seconds a unit, non-negative, by least squares of relative errors.
+
+    The best non-negative costs are plain least squares on the units whose costs are positive; of these few units every
+    subset is tried.
+    """
+    matrix = np.array(units)
+    size = matrix.max(axis=0)
+    matrix = matrix / size / np.array(seconds)[:, None]
+    best, least = None, np.inf
+    width = matrix.shape[1]
+    for chosen in itertools.chain.from_iterable(itertools.combinations(range(width), k) for k in range(1, width + 1)):
+        costs = np.zeros(width)
+        costs[list(chosen)] = np.linalg.lstsq(matrix[:, chosen], np.ones(len(matrix)), rcond=None)[0]
+        error = float(((matrix @ costs - 1) ** 2).sum())
+        if costs.min() >= 0 and error < least:
+            best, least = costs, error
+    assert best is not None  # a single unit alone always has a positive cost
+    return (best / size).tolist()
+
+
+# ----------------------------------------------------------------------------------------------------------- measuring
+def make_table(sharing: str, n_rows: int, n_columns: int, generator: torch.Generator | None = None) -> Tensor:
+    """(R, C) int32 block table with ids from 0, in a random order.
+
+    prompt: all columns but the last are shared. tree: so is the first half of them, then groups of 8 rows share.
+    none: every row has its own. genealogy: a quarter is shared; then, before each column, half of the rows are drawn
+    and each of them goes on twice.
+    """
+    if sharing == "none":
+        return torch.randperm(n_rows * n_columns, generator=generator).int().view(n_rows, n_columns)
+    table = torch.empty(n_rows, n_columns, dtype=torch.int64)
+    rows, columns = torch.arange(n_rows)[:, None], torch.arange(n_columns)
+    if sharing == "genealogy":
+        stem = n_columns // 4
+        for c in range(stem, n_columns):
+            half = torch.randperm(n_rows, generator=generator)[: -(-n_rows // 2)]
+            table[:, stem:c] = table[half.repeat(2)[:n_rows], stem:c]
+            table[:, c : c + 1] = n_columns + c * n_rows + rows
+    else:
+        stem = n_columns - 1 if sharing == "prompt" else n_columns // 2
+        table[:, stem:] = n_columns + rows // 8 * n_columns + columns[stem:]
+        table[:, -1:] = n_columns + n_columns * (n_rows // 8 + 1) + rows
+    table[:, :stem] = columns[:stem]
+    _, ids = torch.unique(table, return_inverse=True)
+    return torch.randperm(int(ids.max()) + 1, generator=generator).int()[ids]
+
+
+def interleaved(
+    *functions: Callable[[], Any], seconds: float, least: int = 9, synchronize: Callable[[], Any] | None = None
+) -> list[float]:
+    """Lower-quartile seconds of each function, called in turn: what a case takes while no neighbour disturbs it.
+
+    Args:
+        seconds: to go on for; `least` rounds come first. The first of them is not counted.
+        synchronize: waits for a device, so that what a function started belongs to it.
+    """
+    rounds: list[list[float]] = []
+    stop = time.perf_counter() + seconds
+    while len(rounds) < least or time.perf_counter() < stop:
+        times = []
+        for f in functions:
+            start = time.perf_counter()
+            f()
+            if synchronize is not None:
+                synchronize()
+            times.append(time.perf_counter() - start)
+        rounds.append(times)
+    return [statistics.quantiles(column, n=4)[0] for column in zip(*rounds[1:], strict=True)]
+
+
+class Timed(NamedTuple):
+    """A case to time: rows that share what a plan says."""
+
+    ours: Callable[[], Any]
+    stock: Callable[[], Any]
+    n_reads: int
+    n_nodes: int
+
+
+def candidates(max_rows: int, max_length: int, n_blocks: int, block_size: int) -> list[tuple[int, int, str]]:
+    """(rows, length, sharing) that an engine with so many KV blocks can have, small ones first."""
+    cases = []
+    for length in sorted({min(length, max_length) for length in LENGTHS}):
+        columns = -(-length // block_size)
+        for n in ROWS:
+            if n <= max_rows and n * columns <= n_blocks:
+                cases.append((n, length, "none"))
+            if 1 < n <= max_rows and n + columns - 1 <= n_blocks:
+                cases.append((n, length, "prompt"))
+    return sorted(cases, key=lambda case: case[0] * case[1])
+
+
+def measure(
+    cases: Sequence[tuple[int, int, str]],
+    prepare: Callable[[Tensor, int], Timed],
+    shape: Shape,
+    synchronize: Callable[[], Any] | None = None,
+) -> Costs | None:
+    """Costs by timing cases, until SECONDS are spent or the next would take too long; None of too few.
+
+    Args:
+        cases: (rows, length, sharing), small ones first, as of `candidates`.
+        prepare: makes a case of a block table (R, C) on the CPU, and a length.
+    """
+    spent, units, times, generator = 0.0, [], [], torch.Generator().manual_seed(0)
+    for n_rows, length, sharing in cases:
+        timed = prepare(make_table(sharing, n_rows, -(-length // shape.block_size), generator), length)
+        case = features(n_rows, length, timed.n_reads, timed.n_nodes, shape)
+        if times and spent + 6 * sum(times[-1]) * case[0][1] / units[-1][0][1] > SECONDS:  # by the multiplications
+            break
+        timed.ours(), timed.stock()  # what is compiled, or allocated, at the first call
+        start = time.perf_counter()
+        pair = interleaved(timed.ours, timed.stock, seconds=SECONDS / len(cases) / 2, least=5, synchronize=synchronize)
+        spent += time.perf_counter() - start
+        times.append(pair)
+        units.append(case)
+    if len(times) < LEAST_CASES:
+        return None
+    return fit(units, times)
+
+
+# ------------------------------------------------------------------------------------------------------------- keeping
+def device_name(device: torch.device) -> str:
+    """The CPU's or the GPU's name, as its maker gives it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
+
+
+def kept(key: str, measure: Callable[[], Costs | None]) -> Costs | None:
+    """Costs of `key` from the user's cache, else measured and put there; of several that measure at once, the first's.
+
+    Raises:
+        RuntimeError: the file is there and cannot be read as costs.
+    """
+    path = cache_dir() / "attend_costs.json"
+    if (costs := _read(path).get(key)) is not None:
+        return costs
+    if (costs := measure()) is None:
+        return None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with locked(path.with_name(f".{path.name}.lock")):
+            known = {key: costs} | _read(path)
+            with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
+                file.write(json.dumps(known, indent=1) + "\n")
+            os.replace(file.name, path)
+    except OSError as error:
+        logger.warning("costs of attend cannot be kept, so the next start may decide otherwise: %s", error)
+        return costs
+    return known[key]
+
+
+def _read(path: Path) -> dict[str, Costs]:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise RuntimeError(f"{path}: cannot be read ({error}); delete it, and costs are measured again") from error
