@@ -177,6 +177,20 @@ def test_costs_that_cannot_be_kept_are_used_and_said(monkeypatch, caplog):
     assert "costs of attend cannot be kept, so the next start may decide otherwise" in caplog.text
 
 
+@pytest.mark.parametrize(
+    "math, dtype, key",
+    [
+        ("tiles", torch.bfloat16, "amx bfloat16 tiles"),
+        ("tiles", torch.float32, "amx float32 pairs"),
+        ("pairs", torch.bfloat16, "amx bfloat16 pairs"),
+        ("floats", torch.float16, "amx float16 floats"),
+    ],
+)
+def test_keys(monkeypatch, math, dtype, key):
+    monkeypatch.setattr(ops, "BF16_MATH", math)
+    assert attend_costs.cost_key("amx", dtype) == key
+
+
 def test_committed_costs_can_decide():
     """What is committed has the form of `Costs`."""
     for costs in json.loads(attend_costs.COSTS.read_text()).values():

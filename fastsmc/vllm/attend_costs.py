@@ -65,8 +65,12 @@ class Shape(NamedTuple):
 
 
 def cost_key(isa: str, dtype: torch.dtype) -> str:
-    """What costs depend on beside the shapes: vLLM's kernels, the dtype, and how our products are computed."""
-    return f"{isa} {str(dtype).removeprefix('torch.')} {ops.BF16_MATH}"
+    """What costs depend on beside the shapes: vLLM's kernels, the dtype, and how our products are computed.
+
+    Tiles are of bfloat16 only: with other dtypes a CPU that has them is like one that has pairs.
+    """
+    math = "pairs" if ops.BF16_MATH == "tiles" and dtype != torch.bfloat16 else ops.BF16_MATH
+    return f"{isa} {str(dtype).removeprefix('torch.')} {math}"
 
 
 def committed(key: str) -> Costs | None:
