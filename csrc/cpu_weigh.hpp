@@ -58,12 +58,19 @@ inline float max_of(const Four& v) {
   return _mm512_reduce_max_ps(_mm512_max_ps(_mm512_max_ps(v[0], v[1]), _mm512_max_ps(v[2], v[3])));
 }
 
-// 64 elements, whole vectors
-template <typename T>
+// 64 elements; `ordered`: in their order, as another matrix's may ask for
+template <bool ordered, typename T>
 inline Four load64(const T* p) {
   Four v;
   each([&](int i) { v[i] = load16(p + 16 * i, 0xffff); });
   return v;
+}
+template <bool ordered>
+inline Four load64(const bf16* p) {
+  if (ordered) return load64<ordered, bf16>(p);
+  const __m512i odd = _mm512_set1_epi32(0xffff0000), first = _mm512_loadu_si512(p), second = _mm512_loadu_si512(p + 32);
+  return {{_mm512_castsi512_ps(_mm512_slli_epi32(first, 16)), _mm512_castsi512_ps(_mm512_and_si512(first, odd)),
+           _mm512_castsi512_ps(_mm512_slli_epi32(second, 16)), _mm512_castsi512_ps(_mm512_and_si512(second, odd))}};
 }
 
 // Asks for 64 elements of the next tile while this one is summed: hardware prefetchers stop at the end of a page, and
@@ -169,7 +176,7 @@ class TileWeigher {
     SumExp2 base(scale, base_.frame), both(1.0f, reweighs ? both_.frame : 0.0f);
     for (int i = 0; i < kTile; i += 64) {
       prefetch64(logits + kTile + i);
-      Four x = load64(logits + i);
+      Four x = load64<reweighs>(logits + i);
       base.add(x);
       if constexpr (reweighs) {
         if constexpr (!std::is_same<Psi, NoTwist>::value) prefetch64(psi + kTile + i);
@@ -226,7 +233,7 @@ class TileWeigher {
     const __m512 shift = _mm512_set1_ps(max == kNegInf ? 0.0f : max);
     SumExp2 sum(1.0f, 0.0f);
     for (int i = 0; i < kTile; i += 64) {
-      Four t = load64(x + i);
+      Four t = load64<false>(x + i);
       each([&](int j) { t[j] = _mm512_sub_ps(t[j], shift); });
       sum.add(t);
     }

@@ -67,7 +67,7 @@ def values_are_checked(device: torch.device) -> bool:
 def custom_op(name: str, mutates_args: Sequence[str] = ()) -> Callable:
     """As torch.library.custom_op, which torch.compile and CUDA graphs take; the result is called with a device first.
 
-    On the CPU, where nothing traces, a call goes to the function itself: the dispatcher takes longer than the arithmetic
+    On the CPU, where nothing traces, calls go to the function itself: the dispatcher takes longer than the arithmetic
     of a small group. No gradient flows either way.
     """
 
