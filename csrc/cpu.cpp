@@ -67,7 +67,7 @@ void weigh(const Matrix& logits, const Matrix& psi, const Matrix& mask, int64_t 
     using Psi = std::remove_pointer_t<decltype(twist)>;
 #pragma omp parallel if (n_rows * vocab > kSerial)
     {
-      std::vector<float> base_max(n_tiles), psi_max(n_tiles);
+      std::vector<float> base_shifts(n_tiles), shifts(n_tiles);
       std::vector<double> base_mass(n_tiles);
 #pragma omp for schedule(dynamic, 4)  // cores may be shared with others
       for (int64_t r = 0; r < n_rows; ++r) {
@@ -78,8 +78,8 @@ void weigh(const Matrix& logits, const Matrix& psi, const Matrix& mask, int64_t 
           continue;
         }
         with_mask(mask, r, [&](auto* words) {
-          weigh_row(kWeighTile, row, row_of<Psi>(psi, r), words, vocab, scale, base_max.data(), base_mass.data(), psi_max.data(),
-                    lse + r, lse_psi + r, tile_mass + r * n_tiles, max_psi + r);
+          weigh_row(TileWeigher(), row, row_of<Psi>(psi, r), words, vocab, scale, base_shifts.data(), base_mass.data(),
+                    shifts.data(), lse + r, lse_psi + r, tile_mass + r * n_tiles, max_psi + r);
         });
       }
     }

@@ -64,6 +64,25 @@ def values_are_checked(device: torch.device) -> bool:
     return device.type == "cpu" and not torch.compiler.is_compiling()
 
 
+def custom_op(name: str, mutates_args: Sequence[str] = ()) -> Callable:
+    """As torch.library.custom_op, which torch.compile and CUDA graphs take; the result is called with a device first.
+
+    On the CPU, where nothing traces, calls go to the function itself: the dispatcher takes longer than the arithmetic
+    of a small group. No gradient flows either way.
+    """
+
+    def decorate(function: Callable) -> Callable:
+        op = torch.library.custom_op(name, function, mutates_args=mutates_args)
+
+        def call(device: torch.device, *args: Any) -> Any:
+            return (function if values_are_checked(device) else op)(*args)
+
+        call.register_fake = op.register_fake
+        return call
+
+    return decorate
+
+
 def split_scalar(name: str, value: int | Tensor, device: torch.device) -> tuple[int, Tensor | None]:
     """An integer that may be a 0-dim int64 tensor on `device`: (its value where it can be seen, else 0; the tensor)."""
     if not isinstance(value, Tensor):

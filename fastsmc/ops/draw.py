@@ -20,6 +20,7 @@ from fastsmc.ops._tensors import (
     check_temperature,
     check_uniforms,
     check_vector,
+    custom_op,
     pick_backend,
 )
 from fastsmc.ops.weigh import TILE, Weighed
@@ -77,10 +78,10 @@ def draw(
     rows = check_index("rows", rows, m.n_rows, device)
     uniforms = check_uniforms(uniforms, device, rows.shape[0])
     backend = pick_backend(backend, device, "triton")
-    return Drawn(*_draw(*m, lse, weighed.tile_mass.contiguous(), rows, uniforms, temperature, backend))
+    return Drawn(*_draw(device, *m, lse, weighed.tile_mass.contiguous(), rows, uniforms, temperature, backend))
 
 
-@torch.library.custom_op("fastsmc::draw", mutates_args=())
+@custom_op("fastsmc::draw")
 def _draw(
     logits: Tensor,
     logit_rows: Tensor | None,

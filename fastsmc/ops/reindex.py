@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastsmc import _C
 from fastsmc.ops import _torch
-from fastsmc.ops._tensors import check_vector, launch_cuda, pick_backend, split_scalar, values_are_checked
+from fastsmc.ops._tensors import check_vector, custom_op, launch_cuda, pick_backend, split_scalar, values_are_checked
 
 MAX_BLOCK_BYTES = 2**31 - 1
 
@@ -70,12 +70,12 @@ def reindex(
     if values_are_checked(device):
         _check_values(table, ancestors, position, block_size, caches, slot_dim)
     _reindex(
-        table, ancestors, position, position_at, block_size, list(caches), slot_dim, genealogy, step, step_at,
+        device, table, ancestors, position, position_at, block_size, list(caches), slot_dim, genealogy, step, step_at,
         pick_backend(backend, device, "cuda"),
     )  # fmt: skip
 
 
-@torch.library.custom_op("fastsmc::reindex", mutates_args=("table", "caches", "genealogy"))
+@custom_op("fastsmc::reindex", ("table", "caches", "genealogy"))
 def _reindex(
     table: Tensor, ancestors: Tensor, position: int, position_at: Tensor | None, block_size: int,
     caches: Sequence[Tensor], slot_dim: int | None, genealogy: Tensor | None, step: int, step_at: Tensor | None,

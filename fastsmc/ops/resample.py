@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastsmc import _C
 from fastsmc.ops import _torch
-from fastsmc.ops._tensors import check_choice, launch_cuda, pick_backend, values_are_checked
+from fastsmc.ops._tensors import check_choice, custom_op, launch_cuda, pick_backend, values_are_checked
 from fastsmc.params import RESAMPLING_SCHEMES
 
 ORDERS = ("inplace", "sorted")
@@ -82,18 +82,20 @@ def resample(
     device, n = log_weights.device, log_weights.shape[-1]
     if n > MAX_PARTICLES:
         raise ValueError(f"log_weights: has {n} particles a group, at most {MAX_PARTICLES} are supported")
-    if threshold is None and values_are_checked(device) and (empty := log_weights.isneginf().all(-1)).any():
-        group = "" if log_weights.dim() == 1 else f" of group {int(empty.int().argmax())}"
-        raise ValueError(f"log_weights: all {n}{group} are -inf, no particle has any weight")
     uniforms = _check_float64("uniforms", uniforms, log_weights)
     if values_are_checked(device) and (bad := _C.bad_uniform(uniforms.data_ptr(), uniforms.numel())) >= 0:
         index = _index(uniforms, bad)
         raise ValueError(f"uniforms[{', '.join(map(str, index))}]={uniforms[index].item()}: must be in [0, 1)")
     always = 1.0 if threshold is None else float(threshold)
-    return Resampled(*_resample(log_weights, uniforms, scheme, order, always, pick_backend(backend, device, "cuda")))
+    backend = pick_backend(backend, device, "cuda")
+    done = Resampled(*_resample(device, log_weights, uniforms, scheme, order, always, backend))
+    if threshold is None and values_are_checked(device) and not done.resampled.all():
+        group = "" if log_weights.dim() == 1 else f" of group {int(done.resampled.int().argmin())}"
+        raise ValueError(f"log_weights: all {n}{group} are -inf, no particle has any weight")
+    return done
 
 
-@torch.library.custom_op("fastsmc::resample", mutates_args=())
+@custom_op("fastsmc::resample")
 def _resample(
     log_weights: Tensor, uniforms: Tensor, scheme: str, order: str, threshold: float, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -146,7 +148,7 @@ def ess_log_mean(log_weights: Tensor, *, backend: str | None = None) -> tuple[fl
     if backend == "cpu":
         return _C.ess_log_mean(log_weights.data_ptr(), log_weights.shape[0])
     # at threshold 0 nothing is resampled and no uniform is looked at
-    ess, log_mean = _resample(log_weights, log_weights, "systematic", "inplace", 0.0, backend)[3:5]
+    ess, log_mean = _resample(log_weights.device, log_weights, log_weights, "systematic", "inplace", 0.0, backend)[3:5]
     ess, log_mean = torch.stack([ess, log_mean]).tolist()
     if math.isnan(ess):
         _refuse(log_weights, int((~(log_weights < math.inf)).int().argmax()))

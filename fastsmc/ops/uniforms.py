@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastsmc import _C
 from fastsmc.ops import _torch
-from fastsmc.ops._tensors import launch_cuda, pick_backend, split_scalar
+from fastsmc.ops._tensors import custom_op, launch_cuda, pick_backend, split_scalar
 
 
 def uniforms(
@@ -45,10 +45,11 @@ def uniforms(
         if not 0 <= value < high:
             raise ValueError(f"{name}={value!r}: must be an integer in [0, {high})")
     signed = seed - 2**64 if seed >= 2**63 else seed  # the 64 bits of an int of torch's
-    return _uniforms(n, signed, group, step, step_at, stream, device, pick_backend(backend, device, "cuda"))
+    backend = pick_backend(backend, device, "cuda")
+    return _uniforms(device, n, signed, group, step, step_at, stream, device, backend)
 
 
-@torch.library.custom_op("fastsmc::uniforms", mutates_args=())
+@custom_op("fastsmc::uniforms")
 def _uniforms(
     n: int, seed: int, group: int, step: int, step_at: Tensor | None, stream: int, device: torch.device, backend: str
 ) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastsmc import _C
 from fastsmc.ops import _torch
-from fastsmc.ops._tensors import Matrices, check_matrices, check_temperature, pick_backend
+from fastsmc.ops._tensors import Matrices, check_matrices, check_temperature, custom_op, pick_backend
 
 #: tokens per tile of `Weighed.tile_mass`; the last tile may be shorter
 TILE: int = _C.TILE
@@ -69,13 +69,13 @@ def weigh(
     """
     m = check_matrices(logits, log_psi, logit_rows, psi_rows, mask, mask_rows)
     backend = pick_backend(backend, logits.device, "triton")
-    lse, lse_psi, tile_mass, max_psi = _weigh(*m, check_temperature(temperature), backend)
+    lse, lse_psi, tile_mass, max_psi = _weigh(logits.device, *m, check_temperature(temperature), backend)
     return Weighed(lse, lse_psi if m.reweighs else lse, tile_mass, max_psi)
 
 
 # The op that torch.compile and CUDA graphs see. What it returns may not alias: without twist and mask its lse_psi is
 # empty, and `weigh` gives lse twice.
-@torch.library.custom_op("fastsmc::weigh", mutates_args=())
+@custom_op("fastsmc::weigh")
 def _weigh(
     logits: Tensor,
     logit_rows: Tensor | None,

@@ -137,18 +137,23 @@ FASTSMC_HD inline float sum_tile(const float* x, float max) {
   return sum;
 }
 
-// log Σ over tiles. Turns sums[k] (relative to maxima[k], in units of log 2) into masses relative to the row's maximum.
-// No mass: −inf, masses 0, *max −inf. NaN or +inf in the row: NaN, masses 0, *max NaN.
-FASTSMC_HD inline double join_tiles(const float* maxima, double* sums, int64_t n_tiles, float* max) {
-  float top = kNegInf;
+// log Σ over tiles. Turns sums[k], relative to shifts[k], into masses relative to `top`, the row's maximum; all in units
+// of log 2. No mass: −inf, masses 0, *max −inf. NaN or +inf in the row: NaN, masses 0, *max NaN.
+FASTSMC_HD inline double join_tiles(const float* shifts, double* sums, int64_t n_tiles, float top, float* max) {
   bool bad = false;
+  for (int64_t k = 0; k < n_tiles; ++k) bad |= sums[k] != sums[k];
+  double total = 0.0, factor = 0.0;
+  float shift = __builtin_nanf("");  // whose factor it is: neighbours often share theirs, and exponentials are dear
   for (int64_t k = 0; k < n_tiles; ++k) {
-    top = maxima[k] > top ? maxima[k] : top;
-    bad |= sums[k] != sums[k];
-  }
-  double total = 0.0;
-  for (int64_t k = 0; k < n_tiles; ++k) {
-    sums[k] = bad || !(sums[k] > 0.0) ? 0.0 : sums[k] * exp2(static_cast<double>(maxima[k]) - top);
+    if (bad || !(sums[k] > 0.0)) {
+      sums[k] = 0.0;
+      continue;
+    }
+    if (!(shifts[k] == shift)) {
+      shift = shifts[k];
+      factor = exp2(static_cast<double>(shift) - top);
+    }
+    sums[k] *= factor;
     total += sums[k];
   }
   *max = bad ? __builtin_nanf("") : static_cast<float>(kLog2 * top);
@@ -165,9 +170,9 @@ FASTSMC_HD inline void prefetch_tile(const T* p) {
 #endif
 }
 
-// A tile's maxima, in units of log 2, and Σ 2^(score − maximum) of both scores; x only if kReweighs.
+// A tile's maxima and Σ 2^(score − shift) of both scores, in units of log 2; x only if kReweighs.
 struct TileSums {
-  TileMax max;
+  TileMax max, shift;
   float z, x;
 };
 template <typename Logit, typename Psi, typename Mask>
@@ -177,31 +182,35 @@ FASTSMC_HD inline TileSums weigh_tile(const Logit* logits, const Psi* psi, const
   const TileMax max = load_tile(logits, psi, mask, n, scale, z, x);
   prefetch_tile(tile_of(logits, 1));
   if (!std::is_same<Psi, NoTwist>::value) prefetch_tile(tile_of(psi, 1));
-  return {max, sum_tile(z, max.z), reweighs ? sum_tile(x, max.x) : 0.0f};
+  return {max, max, sum_tile(z, max.z), reweighs ? sum_tile(x, max.x) : 0.0f};
 }
 
-// One row, by a function as weigh_tile. Scratch, n_tiles each: maxima, and if kReweighs base_maxima and base_mass; if
-// not, lse_psi = lse.
+// One row, by a function as weigh_tile, called for tile after tile. Scratch, n_tiles each: shifts, and if kReweighs
+// base_shifts and base_mass; if not, lse_psi = lse.
 template <typename Tile, typename Logit, typename Psi, typename Mask>
 FASTSMC_HD inline void weigh_row(Tile tile, const Logit* logits, const Psi* psi, const Mask* mask, int64_t vocab,
-                                 float scale, float* base_maxima, double* base_mass, float* maxima, double* lse,
+                                 float scale, float* base_shifts, double* base_mass, float* shifts, double* lse,
                                  double* lse_psi, double* tile_mass, float* max_psi) {
   constexpr bool reweighs = kReweighs<Psi, Mask>;
   const int64_t n_tiles = (vocab + kTile - 1) / kTile;
+  float top = kNegInf, base_top = kNegInf;
   for (int64_t k = 0; k < n_tiles; ++k) {
     const int64_t first = k * kTile;
     const int n = static_cast<int>(vocab - first < kTile ? vocab - first : kTile);
     const TileSums sums = tile(tile_of(logits, k), tile_of(psi, k), tile_of(mask, k), n, scale);
-    maxima[k] = reweighs ? sums.max.x : sums.max.z;
+    const float max = reweighs ? sums.max.x : sums.max.z;
+    top = max > top ? max : top;
+    shifts[k] = reweighs ? sums.shift.x : sums.shift.z;
     tile_mass[k] = reweighs ? sums.x : sums.z;
     if (reweighs) {
-      base_maxima[k] = sums.max.z;
+      base_top = sums.max.z > base_top ? sums.max.z : base_top;
+      base_shifts[k] = sums.shift.z;
       base_mass[k] = sums.z;
     }
   }
-  *lse_psi = *lse = join_tiles(maxima, tile_mass, n_tiles, max_psi);
+  *lse_psi = *lse = join_tiles(shifts, tile_mass, n_tiles, top, max_psi);
   float base_max;
-  if (reweighs) *lse = join_tiles(base_maxima, base_mass, n_tiles, &base_max);
+  if (reweighs) *lse = join_tiles(base_shifts, base_mass, n_tiles, base_top, &base_max);
 }
 
 }  // namespace fastsmc
