@@ -82,7 +82,7 @@ class AttendImpl:
             return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
         if any(scale is not None for scale in (*args, *kwargs.values())):  # `Attend` has refused the model
             raise NotImplementedError("attend does not quantise its output")
-        n_rows = len(attn_metadata.plan.order)  # the batch may be padded
+        n_rows = len(attn_metadata.plan.table)  # the batch may be padded
         self.attend(layer, query[:n_rows], kv_cache, attn_metadata, output[:n_rows].view(n_rows, *query.shape[1:]))
         return output
 
@@ -239,7 +239,7 @@ def features(
     attend: 1; multiplications; elements of keys and values that are packed; nodes × key heads.
     stock: 1; multiplications; rows × key heads.
     """
-    n_rows = len(plan.order)
+    n_rows = len(plan.table)
     products = 2.0 * n_rows * heads * length * head_size
     packed = 2.0 * plan.n_reads * block_size * key_heads * head_size
     return (1.0, products, packed, float(plan.n_nodes * key_heads)), (1.0, products, float(n_rows * key_heads))
