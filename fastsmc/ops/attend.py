@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import os
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -41,7 +42,8 @@ class AttendPlan:
     Attributes:
         backend: whose plan it is.
         table: (R, C) int32, a copy.
-        order: (R,) int32, rows sorted by their blocks.
+        order: (R,) int32, rows sorted by their blocks. For 'triton' it and n_shared are made when first asked for, so
+            that a plan that is not used costs the device a copy.
         n_shared: columns on which all rows agree, the common prefix: an int, or for 'triton' (1,) int32 on the device.
         nodes: 'cpu': (K, 4) int32 of (row_begin, row_end, column_begin, column_end), see attend.cuh: rows
             order[row_begin:row_end) name the same blocks in these columns, and in all before. Depth first, so that a
@@ -54,10 +56,8 @@ class AttendPlan:
     def __init__(self, table: Tensor, backend: str, known_shared: int = 0) -> None:
         self.backend, self.table = backend, table.contiguous().clone()
         if backend == "triton":
-            from fastsmc.kernels import attend as kernel
-
-            self.order, self.n_shared = kernel.plan(self.table, known_shared)
             n_rows, n_columns = table.shape
+            self._known_shared = known_shared
             self.n_nodes = n_rows * (n_columns > known_shared) + (known_shared > 0)
             self.n_reads = known_shared + n_rows * (n_columns - known_shared)
             return
@@ -65,12 +65,26 @@ class AttendPlan:
         if low < 0:
             raise ValueError(f"table: has a negative block id {int(low)}")
         self.max_block = int(high)
-        self.order = torch.empty(len(table), dtype=torch.int32)
-        nodes = torch.from_numpy(_C.plan(self._table_arguments(), self.order.data_ptr()))
+        order = torch.empty(len(table), dtype=torch.int32)
+        nodes = torch.from_numpy(_C.plan(self._table_arguments(), order.data_ptr()))
         self.nodes = nodes.view(-1, 4)
         widths = self.nodes[:, 3] - self.nodes[:, 2]
         self.n_nodes, self.n_reads = len(self.nodes), int(widths.sum())
-        self.n_shared = int(widths[0]) if int(self.nodes[0, 1]) == len(table) else 0
+        self._made = order, int(widths[0]) if int(self.nodes[0, 1]) == len(table) else 0
+
+    @cached_property
+    def _made(self) -> tuple[Tensor, int | Tensor]:
+        from fastsmc.kernels import attend as kernel
+
+        return kernel.plan(self.table, self._known_shared)
+
+    @property
+    def order(self) -> Tensor:
+        return self._made[0]
+
+    @property
+    def n_shared(self) -> int | Tensor:
+        return self._made[1]
 
     def _table_arguments(self) -> tuple[int, int, int, int]:
         return self.table.data_ptr(), self.table.stride(0), *self.table.shape

@@ -84,7 +84,7 @@ class AttendImpl:
             return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
         if any(scale is not None for scale in (*args, *kwargs.values())):  # `Attend` has refused the model
             raise NotImplementedError("attend does not quantise its output")
-        n_rows = len(attn_metadata.plan.order)  # the batch may be padded
+        n_rows = len(attn_metadata.plan.table)  # the batch may be padded
         self.attend(layer, query[:n_rows], kv_cache, attn_metadata, output[:n_rows].view(n_rows, *query.shape[1:]))
         return output
 
@@ -277,7 +277,7 @@ class Attend:
         """Whether `attend` is the faster for rows of `length` tokens with this plan."""
         if self.costs is None:
             return False
-        units = attend_costs.features(len(plan.order), length, plan.n_reads, plan.n_nodes, self.shape)
+        units = attend_costs.features(len(plan.table), length, plan.n_reads, plan.n_nodes, self.shape)
         return attend_costs.pays(self.costs, units)
 
 
