@@ -34,8 +34,8 @@ _MAX_NAMED = 32
 _SCORE_ELEMENTS = 1 << 27
 
 
-def in_memory_order(cache: Tensor) -> Tensor:
-    """A cache (n_blocks, ...) with the dimensions of a block permuted so that each block is contiguous.
+def in_memory_order(cache: Tensor) -> tuple[Tensor, int]:
+    """A cache with the dimensions of a block permuted so that each block is contiguous, and which is that of the slots.
 
     vLLM's caches have one logical shape (n_blocks, heads, slots, content), in memory heads before slots on a CPU, slots
     before heads on a GPU, unless VLLM_KV_CACHE_LAYOUT says otherwise.
@@ -47,7 +47,7 @@ def in_memory_order(cache: Tensor) -> Tensor:
             f"a KV cache of shape {tuple(cache.shape)} and strides {cache.stride()}: the heads of a block are not "
             "together in memory; set VLLM_KV_CACHE_LAYOUT=LBNHC"
         )
-    return cache
+    return cache, 1 + order.index(2)
 
 
 class Model:
@@ -71,12 +71,15 @@ class Model:
             raise compat.UnsupportedError(
                 f"KV cache tensors {odd}: their first dimension is not the block ({n_blocks})"
             )
-        self.caches = [in_memory_order(cache) for cache in unique.values()]
+        self.caches, slot_dims = zip(*map(in_memory_order, unique.values()), strict=True)
         self.device = self.caches[0].device
         self.attend = Attend(
             [context[name] for name in self.layers],
             bool(self._config.compilation_config.pass_config.fuse_attn_quant),
         )
+        # to reindex: which slots of a block hold tokens is only said where a slot's numbers lie together
+        plain = self.attend.why_not is None and self.attend.layout == "plain" and len(set(slot_dims)) == 1
+        self.slot_dim = slot_dims[0] if plain else None
         if self.attend.why_not is not None:
             logger.info("groups use vLLM's attention, which reads a shared block once a row: %s", self.attend.why_not)
 
@@ -190,7 +193,14 @@ class VllmRows:
     def reindex(self, ancestors: Tensor) -> None:
         paging, model = self.paging, self._model
         self._n_moves += 1
-        ops.reindex(paging.table, ancestors, position=paging.position, block_size=model.block_size, caches=model.caches)
+        ops.reindex(
+            paging.table,
+            ancestors,
+            position=paging.position,
+            block_size=model.block_size,
+            caches=model.caches,
+            slot_dim=model.slot_dim,
+        )
 
     def continuation_log_prob(
         self, tokens: Tensor, slots: Tensor, continuation: list[int], temperature: float
