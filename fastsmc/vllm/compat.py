@@ -139,7 +139,7 @@ def check_config(config: Any) -> None:
         f"runner={model.runner_type!r} (only 'generate')": model.runner_type != "generate",
         "encoder-decoder models": bool(model.is_encoder_decoder),
         "models with M-RoPE positions": bool(model.uses_mrope),
-        "sliding-window attention": model.get_sliding_window() is not None,
+        "sliding-window attention": model.get_sliding_window() is not None or model.rswa_window is not None,
     }
     bad = [name for name, on in refused.items() if on]
     if bad:

@@ -17,7 +17,6 @@ from vllm.distributed import get_tp_group
 from vllm.forward_context import set_forward_context
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import CommonAttentionMetadata
-from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
 from fastsmc import ops, potentials
 from fastsmc.group import Group, GroupEngine, SMCError
@@ -55,13 +54,12 @@ class Model:
             list(unique.values()), model_runner.kv_cache_config.num_blocks, self.block_size
         )
         self.device = self.caches[0].device
-        # within a block vLLM's CPU kernels store keys and values as they please: blocks are copied whole there
-        packed = isinstance(context[self.layers[0]].impl, CPUAttentionBackendImpl)
-        self._slot_dim = None if packed else slot_dim
         self.attend = Attend(
             [context[name] for name in self.layers],
             bool(self._config.compilation_config.pass_config.fuse_attn_quant),
         )
+        # where a slot's numbers lie in a block is the kernels' affair; if it is not known, blocks are copied whole
+        self._slot_dim = slot_dim if self.attend.why_not is None and self.attend.layout == "plain" else None
         if self.attend.why_not is not None:
             logger.info("groups use vLLM's attention, which reads a shared block once a row: %s", self.attend.why_not)
         elif self.attend.costs is None:

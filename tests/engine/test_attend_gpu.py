@@ -100,7 +100,7 @@ def check_log_probs(path, prompt, population, tolerance):
 
 
 @runs
-@pytest.mark.parametrize("length, threshold", [(1, 1.0), (15, 0.0), (16, 1.0), (33, 0.95)])
+@pytest.mark.parametrize("length, threshold", [(1, 1.0), (15, 0.0), (33, 0.95)])
 def test_log_probs_equal_a_full_recompute(gpu_engine, path, always, length, threshold):
     """18 steps over a block boundary or two; never resampled, at every step, now and then."""
     engine, _, tolerance = gpu_engine
