@@ -162,6 +162,18 @@ def test_the_kv_cache_is_a_gpus(gpu_engine):
 
 
 @runs
+def test_the_switch_asks_the_device_nothing(gpu_engine, monkeypatch):
+    """It goes by what the host knows, rows and columns and those of the prompt; the plan is not even made."""
+    attend = runner_of(gpu_engine[0]).model.attend
+    costs = {"attend": [1e-5, 1e-11, 1e-10, 1e-7], "stock": [5e-6, 4e-11, 0.0, 0.0, 1e-7], "margin": 1.1}
+    monkeypatch.setattr(attend, "costs", costs)
+    table = torch.arange(65, dtype=torch.int32, device=runner_of(gpu_engine[0]).model.device).repeat(256, 1)
+    known, unknown = attend.plan(table, 64), attend.plan(table, 0)
+    assert attend.pays(known, 65 * BLOCK) and not attend.pays(unknown, 65 * BLOCK)
+    assert not any("_made" in vars(plan) for plan in (known, unknown))
+
+
+@runs
 def test_float8_cache(path, always, monkeypatch):
     """Keys and values in e4m3 with scales: as vLLM's own attention reads them, and near to float32."""
     args = {"block_size": BLOCK, "kv_cache_dtype": "fp8"}

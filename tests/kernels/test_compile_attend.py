@@ -47,7 +47,9 @@ def compiled(kernel, types, constants, options):
 
 @pytest.mark.parametrize("parts", [1, 4])
 @pytest.mark.parametrize("dtype, cache", [("bf16", "bf16"), ("fp16", "fp16"), ("bf16", "fp8e4nv")])
-@pytest.mark.parametrize("dim, group, size", [(128, 4, 16), (64, 3, 16), (64, 3, 32), (256, 8, 16), (80, 1, 16)])
+@pytest.mark.parametrize(
+    "dim, group, size", [(128, 4, 16), (64, 3, 16), (64, 3, 32), (64, 3, 80), (256, 8, 64), (80, 1, 16)]
+)
 def test_tiles(dtype, cache, dim, group, size, parts):
     types = {"query": f"*{dtype}", "keys": f"*{cache}", "values": f"*{cache}", "scale": "fp32", "n_rows": "i32"}
     types |= {"out": f"*{dtype}"} if parts == 1 else {"out": "*fp32", "lse": "*fp32"}
