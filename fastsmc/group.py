@@ -157,6 +157,7 @@ class Group:
         self.done = False
         self.log_w = torch.zeros(n, dtype=torch.float64, device=self.device)  # since the last resampling
         self.log_z = 0.0  # of the closed resampling intervals
+        self._log_mean = 0.0  # log mean weight, when it was last recorded
         self.log_psi = torch.zeros_like(self.log_w)  # twist already in the weight
         self.lengths = torch.zeros(n, dtype=torch.int64, device=self.device)
         self.finished = torch.zeros(n, dtype=torch.bool, device=self.device)
@@ -286,7 +287,7 @@ class Group:
         drew = self._active
         ended = self._append(drawn.tokens, drawn.log_prob)
         self.log_psi[drew] += drawn.log_psi
-        if bool(ended.any()):
+        if ended is not None and bool(ended.any()):
             self._reweigh(torch.where(ended, self._scores("complete", ended), self.log_psi))
             if bool((self.log_w == -math.inf).all()):  # known now, so the record shows it now
                 self._ess[-1], self._step_log_w[-1] = 0.0, self.log_w
@@ -330,10 +331,11 @@ class Group:
             new_psi[drew] += change
         ended = self._append(drawn.tokens, drawn.log_prob)
         if self.potential is not None:
-            going = ~self.finished
-            if bool(ended.any()):  # first: scoring continuations lets go of the slots of all but those asked and going
+            # first `complete`: scoring continuations lets go of the slots of all but those asked and going
+            if ended is not None and bool(ended.any()):
                 new_psi = torch.where(ended, self._scores("complete", ended), new_psi)
-            if twist is None and bool(going.any()):
+            if twist is None and not self.done:
+                going = ~self.finished
                 new_psi = torch.where(going, self._scores("prefix", going), new_psi)
             self._reweigh(new_psi)
         self._record_weights()
@@ -357,16 +359,15 @@ class Group:
             tokens (K,), slots (K,) ascending: the distinct histories, not yet appended; which (R,) of them each
             particle has.
         """
-        span = int(self._last_tokens.max()) + 1
-        keys, which = torch.unique(self._slot_of[rows] * span + self._last_tokens[rows], return_inverse=True)
-        parents, tokens = keys // span, keys % span
-        first = torch.ones_like(parents, dtype=torch.bool)
-        first[1:] = parents[1:] != parents[:-1]
-        vacant = torch.ones_like(self.finished)
-        vacant[parents] = False
-        slots = parents.clone()
-        slots[~first] = torch.nonzero(vacant).squeeze(1)[: len(parents) - int(first.sum())]
-        if len(slots) > int(first.sum()):
+        keys, which = torch.unique(self._slot_of[rows] << 32 | self._last_tokens[rows], return_inverse=True)
+        parents, tokens = keys >> 32, keys & 0xFFFFFFFF
+        copied = torch.zeros_like(parents, dtype=torch.bool)
+        copied[1:] = parents[1:] == parents[:-1]
+        used = torch.zeros_like(self.finished)
+        used[parents] = True
+        vacant = torch.argsort(used.byte(), stable=True)  # vacant slots first, in order
+        slots = torch.where(copied, vacant[copied.cumsum(0) - 1], parents)  # the first is not copied: −1 is not used
+        if bool(copied.any()):
             ancestors = self._all_rows.clone()
             ancestors[slots] = parents
             self.model.reindex(ancestors)
@@ -389,8 +390,8 @@ class Group:
         if self._kept is None and bool((self.log_w == self.log_w[0]).all()):
             self._strata = (self._all_rows, torch.full_like(self._all_rows, self.n))
 
-    def _append(self, drawn: Tensor, drawn_log_probs: Tensor) -> Tensor:
-        """Records a draw (R,) of the active rows; (N,) bool: rows that end with it.
+    def _append(self, drawn: Tensor, drawn_log_probs: Tensor) -> Tensor | None:
+        """Records a draw (R,) of the active rows; (N,) bool: rows that end with it. None: no row does.
 
         A row whose every next token has weight zero draws none (−1). Its own weight is zero, so it ends unasked.
         """
@@ -407,9 +408,10 @@ class Group:
         self.t_drawn = self.t + 1
         ended = (torch.isin(tokens, self._stop) | (self.lengths >= self.params.max_tokens)) & ~self.finished
         self.finished = self.finished | ended
-        self.finished[self._active[dead]] = True
+        self.finished[self._active] |= dead
+        drew = len(self._active)
         self._find_active()
-        return ended
+        return ended if len(self._active) < drew else None
 
     def _find_active(self) -> None:
         self._active = torch.nonzero(~self.finished).squeeze(1)
@@ -424,7 +426,8 @@ class Group:
 
     def _record_weights(self) -> None:
         self._step_log_w.append(self.log_w + self.log_z)
-        self._ess.append(ops.ess_log_mean(self.log_w)[0])
+        ess, self._log_mean = ops.ess_log_mean(self.log_w)
+        self._ess.append(ess)
 
     # ------------------------------------------------------------------------------------------- exact samples
     def _keep(self, exact: Sequence[Sequence[int]]) -> None:
@@ -498,14 +501,13 @@ class Group:
         # Resampling may come after step t's weights (base) or before its draw (twisted): the same counter either way
         # is used once, because a group has one order.
         u = ops.uniforms(self.n, seed=p.seed, group=p.group, step=self.t, stream=RESAMPLE, device=self.device)
-        log_mean = ops.ess_log_mean(self.log_w)[1]
         if self._kept is None:
             resampled = ops.resample(self.log_w, u, scheme=p.resampling)
             ancestors = resampled.ancestors
             self._strata = (resampled.rank, resampled.counts[ancestors])
         else:
             ancestors = self._conditional_ancestors(u)
-        self.log_z += log_mean
+        self.log_z += self._log_mean
         self.log_w = torch.zeros_like(self.log_w)
         self.log_psi = self.log_psi[ancestors]
         self.lengths = self.lengths[ancestors]
@@ -571,7 +573,7 @@ class Group:
             values, rows = twist, self._active
         elif isinstance(twist, Rows) and twist.values.ndim == 2 and tuple(twist.index.shape) == (self.n,):
             values, rows = twist.values, twist.index.to(self.device)[self._active]
-            if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < len(values):
+            if bool(((rows < 0) | (rows >= len(values))).any()):
                 raise self._error("logw_next", f"index out of range for {len(values)} rows of values")
         else:
             shape = tuple(twist.shape) if isinstance(twist, Tensor) else twist
@@ -583,13 +585,14 @@ class Group:
         return values.to(self.device), rows
 
     def _check_weighed(self, weighed: ops.Weighed, who: str) -> None:
-        bad = torch.isnan(weighed.lse)
-        if bool(bad.any()):
-            raise SMCError(f"model at step {self.t}: logits of row {int(torch.nonzero(bad)[0])} hold NaN or +inf")
-        bad = torch.isnan(weighed.lse_psi)
-        if bool(bad.any()):
-            row = int(self._active[int(torch.nonzero(bad)[0])])
-            raise self._error(who, f"particle {row} got NaN or +inf; must be finite or -inf")
+        bad = torch.isnan(weighed.lse_psi)  # it is NaN where lse is
+        if not bool(bad.any()):
+            return
+        model = torch.nonzero(torch.isnan(weighed.lse))
+        if len(model):
+            raise SMCError(f"model at step {self.t}: logits of row {int(model[0])} hold NaN or +inf")
+        row = int(self._active[int(torch.nonzero(bad)[0])])
+        raise self._error(who, f"particle {row} got NaN or +inf; must be finite or -inf")
 
     def _continuation_log_prob(self, token_ids: list[int]) -> Tensor:
         if not 0 < len(token_ids) <= self.potential.lookahead:

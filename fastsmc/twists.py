@@ -321,44 +321,47 @@ class Twist(Potential):
 
     def reset(self, n_particles: int, prompt: list[int]) -> None:
         self._before: tuple[Tensor, Tensor, Tensor] | None = None  # features (R, r + 2), log ψ (R,), rows (N,)
+        self._last: Tensor | None = None  # (N,) what `prefix` last saw drawn
         self._cache: Any = None
 
     def reindex(self, ancestors: Tensor) -> None:
         if self._before is not None:
             features, log_psi, rows = self._before
             self._before = features, log_psi, rows[ancestors]
+        if self._last is not None:
+            self._last = self._last[ancestors]
 
-    def _advance(self, state: State, done: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Features (R, r) of the distinct histories of `done` tokens, and log ψ (R,) of these histories.
+    def _advance(self, state: State, last_tokens: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Features (R, r) and log ψ float32 (R,) of the distinct histories that the model has just seen.
 
-        Returns:
-            features, log ψ float32, a particle of each history (R,).
+        Args:
+            last_tokens: (N,) int64, the last token of each particle's; None where they are empty.
         """
         rows, own = state.rows, torch.nonzero(state.rows >= 0).squeeze(1)
-        n_rows = int(rows.max()) + 1 if done else 1
+        n_rows = 1 if last_tokens is None else int(rows.max()) + 1
         particle = torch.zeros(n_rows, dtype=torch.int64, device=rows.device)
         particle[rows[own]] = own
         log_psi = torch.zeros(n_rows, dtype=torch.float32, device=rows.device)
-        if done:
+        if last_tokens is not None:
             features, before, parents = self._before
-            parent, last = parents[particle], state.tokens[particle, done - 1]
+            parent, last = parents[particle], last_tokens[particle]
             log_psi = before[parent] + self._link((features[parent] * self._weight[last]).sum(1))
         if self.trunk is None:
             if state.hidden_rows is None:
                 raise ValueError(f"a twist of kind {self.card.kind!r} needs hidden states, and this engine gives none")
             hidden = state.hidden_rows
-        elif done == 0:
+        elif last_tokens is None:
             hidden, self._cache = self.trunk.start(state.prompt)
         else:
             hidden, self._cache = self.trunk.next(self._cache, parent, last)
-        return self.head.features(hidden.float()), log_psi, particle
+        return self.head.features(hidden.float()), log_psi
 
     def _link(self, raw: Tensor) -> Tensor:
         return F.logsigmoid(raw) if self.card.bounded else raw
 
     @torch.no_grad()
     def logw_next(self, state: State) -> Rows:
-        features, log_psi, _ = self._advance(state, state.step)
+        features, log_psi = self._advance(state, state.last_tokens)
         bounded = self.card.bounded
         shift = torch.zeros_like(log_psi) if bounded else log_psi  # a link comes before the subtraction
         features = torch.cat([features, torch.ones_like(log_psi)[:, None], -shift[:, None]], dim=1)
@@ -374,11 +377,12 @@ class Twist(Potential):
         zeros = torch.zeros(len(state.finished), dtype=torch.float64, device=state.finished.device)
         if state.step == 0 or self.proposal_only:
             return zeros
-        features, log_psi, _ = self._advance(state, state.step - 1)
+        features, log_psi = self._advance(state, self._last)
+        self._last = state.last_tokens
         features = torch.cat([features, torch.ones(len(features), 1, device=features.device)], dim=1)
         features = F.pad(features, (0, 1))
         self._before = features, torch.zeros_like(log_psi), state.rows
-        rows, last = state.rows.clamp(min=0), state.tokens[:, -1].clamp(min=0)
+        rows, last = state.rows.clamp(min=0), state.last_tokens.clamp(min=0)
         return self._link((features[rows] * self._weight[last]).sum(1)).double()
 
     def complete(self, state: State) -> Tensor:
