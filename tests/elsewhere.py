@@ -14,6 +14,8 @@ DEVICE = torch.device("meta")
 _WAITS = {
     "aten._local_scalar_dense.default",
     "aten.item.default",
+    "aten.is_nonzero.default",
+    "aten.equal.default",
     "aten.nonzero.default",
     "aten._unique2.default",
     "aten.masked_select.default",
