@@ -257,7 +257,7 @@ class Attend:
         threads = torch.get_num_threads() if device.type == "cpu" else 0
         key = {
             "device": attend_costs.device_name(device), "threads": threads, "kernels": self._key, **shape._asdict(),
-            "cases": f"{len(cases)} to {cases[-1]}", "vllm": compat.vllm_version(), "recipe": attend_costs.RECIPE,
+            "cases": f"{len(cases)} to {cases[-1:]}", "vllm": compat.vllm_version(), "recipe": attend_costs.RECIPE,
         }  # fmt: skip
         self.costs = attend_costs.kept(", ".join(f"{name} {value}" for name, value in key.items()), measure)
         if self.costs is None:

@@ -200,14 +200,15 @@ def test_costs_that_nobody_committed_are_measured_at_the_start(path, tmp_path, m
     assert seen and all(of == costs for of in seen) and population.log_z > -np.inf
 
 
-def test_a_pool_too_small_to_measure_leaves_vllms_attention(long_engine, tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize("n_blocks", [0, 2])
+def test_a_pool_too_small_to_measure_leaves_vllms_attention(long_engine, tmp_path, monkeypatch, caplog, n_blocks):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     model = runner_of(long_engine).model
     attend = copy.copy(model.attend)
     context = model._config.compilation_config.static_forward_context
     layers = {name: copy.copy(context[name]) for name in model.layers}
     for layer in layers.values():
-        layer.__dict__ = {**layer.__dict__, "kv_cache": layer.kv_cache[:2]}
+        layer.__dict__ = {**layer.__dict__, "kv_cache": layer.kv_cache[:n_blocks]}
     attend.measure(layers, lambda table, length: model._stock_metadata(table, length, table[:, -1].long(), 1), 64, 512)
     assert attend.costs is None and "too few cases" in caplog.text
     assert not attend.pays(ops.plan_attend(shared_table(256, 65)), 65 * 32)

@@ -445,13 +445,10 @@ inline void tile_product(const bf16* a, int64_t a_stride, int64_t n_rows, const 
 }
 #endif
 
-template <typename Math, typename Packed>
-inline void product(const Packed* a, int64_t a_stride, int64_t n_rows, const Packed* b, int64_t b_step, int64_t depth,
-                    const float* keep, float factor, float* out, int64_t out_stride, int64_t n_groups) {
-#ifdef FASTSMC_BF16_TILES
-  if constexpr (std::is_same_v<Math, TileMath>)
-    return tile_product(a, a_stride, n_rows, b, b_step, depth, keep, factor, out, out_stride, n_groups);
-#endif
+template <typename Packed>
+inline void vector_product(const Packed* a, int64_t a_stride, int64_t n_rows, const Packed* b, int64_t b_step,
+                           int64_t depth, const float* keep, float factor, float* out, int64_t out_stride,
+                           int64_t n_groups) {
   const auto rows = [&](auto count, int64_t m) {
     product_rows<decltype(count)::value>(a + m * a_stride, a_stride, b, b_step, depth, keep ? keep + m : nullptr,
                                          factor, out + m * out_stride, out_stride, n_groups);
@@ -466,6 +463,18 @@ inline void product(const Packed* a, int64_t a_stride, int64_t n_rows, const Pac
     case 1: return rows(std::integral_constant<int, 1>{}, m);
     default: return;
   }
+}
+
+// n_rows rows and n_groups groups of the same: with keep and factor as in product_block.
+template <typename Math, typename Packed>
+inline void product(const Packed* a, int64_t a_stride, int64_t n_rows, const Packed* b, int64_t b_step, int64_t depth,
+                    const float* keep, float factor, float* out, int64_t out_stride, int64_t n_groups) {
+#ifdef FASTSMC_BF16_TILES
+  if constexpr (std::is_same_v<Math, TileMath>)
+    tile_product(a, a_stride, n_rows, b, b_step, depth, keep, factor, out, out_stride, n_groups);
+  else
+#endif
+    vector_product(a, a_stride, n_rows, b, b_step, depth, keep, factor, out, out_stride, n_groups);
 }
 
 // ------------------------------------------------------------------------------------------------------------- softmax
