@@ -159,13 +159,13 @@ def test_hostile_values_in_a_later_tile(value, twisted, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_masses_of_later_tiles_keep_float32_accuracy(dtype, backend):
-    """Against float64, where scores are the logits: whole tiles, 100 nats wide. Twice the bound in cpu_weigh.hpp."""
+    """Against float64: whole tiles, 100 nats wide. 3·√128·2^-24 = 2e-6: up to 128 roundings in each lane of a sum."""
     torch.manual_seed(14)
     tiles = 4 if slow(backend) else 64
     x = -torch.rand(2, tiles * ops.TILE).mul(100).to(dtype)
     mass = weigh(x, backend=backend).tile_mass
     x = x.double().unflatten(1, (tiles, -1))
-    torch.testing.assert_close(mass, (x - x.amax((1, 2), keepdim=True)).exp().sum(2), rtol=7e-7, atol=0)
+    torch.testing.assert_close(mass, (x - x.amax((1, 2), keepdim=True)).exp().sum(2), rtol=2e-6, atol=0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
