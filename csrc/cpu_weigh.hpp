@@ -15,7 +15,7 @@
 // which is the sum's. Zen 4 finishes not quite two a cycle, whichever units they are for.
 //
 // Dead ends: maxima of bfloat16 as 16-bit integers, 32 at a time (no faster); vscalefps and vreduceps for exponent and
-// rest (two cycles each); more than four vectors at a time (registers run out).
+// rest (two cycles each); eight vectors at a time (registers run out).
 #pragma once
 #include "fastsmc/weigh.cuh"
 
@@ -157,7 +157,7 @@ class TileWeigher {
  private:
   Frame base_, both_;
 
-  // x of 16 tokens from their z; allowed: NoMask's is not looked at
+  // x of 16 tokens from their z
   template <typename Psi, typename Mask>
   static __m512 reweigh(__m512 z, const Psi* psi, const Mask* mask, int i, __mmask16 lanes) {
     __m512 x = z;

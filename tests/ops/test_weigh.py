@@ -111,6 +111,64 @@ def test_far_offsets_and_wide_rows(offset, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("twisted", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tiles_of_a_row_are_of_different_sizes(dtype, twisted, backend):
+    """Each tile keeps its own accuracy, whatever the tile before it was like: higher, lower, without mass, masked."""
+    torch.manual_seed(12)
+    levels = [
+        0.0,
+        55.0,
+        70.0,
+        -50.0,
+        -60.0,
+        -inf,
+        -400.0,
+        0.3,
+        3e4,
+        -3e4,
+        12.0,
+        -1e30 if dtype != torch.float16 else -6e4,
+    ]
+    if slow(backend):
+        levels = levels[:6]
+    rows = [torch.randperm(len(levels)) for _ in range(3 if slow(backend) else 20)]
+    z = torch.randn(len(rows), len(levels), ops.TILE) * 2
+    z = (z + torch.tensor(levels)[torch.stack(rows)][:, :, None]).flatten(1).to(dtype)
+    z[:, ::7] = -inf
+    few = torch.where(torch.rand(z.shape) < 0.01, torch.randn(z.shape), -inf)
+    check(z, few if twisted else None, backend, temperature=0.7)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("twisted", [False, True])
+@pytest.mark.parametrize("value", [-inf, inf, nan, -1e30, 2e38])
+def test_hostile_values_in_a_later_tile(value, twisted, backend):
+    """One bad element behind good tiles, at any place of a vector, has the effect that it has in the first tile."""
+    torch.manual_seed(13)
+    places = range(0, ops.TILE, 400 if slow(backend) else 67)
+    z = torch.randn(len(places), 3 * ops.TILE)
+    for row, place in enumerate(places):
+        z[row, 2 * ops.TILE + place] = value
+    good = torch.randn(z.shape)
+    for logits, psi in ((z, good), (good, z)) if twisted else ((z, None),):
+        w = check(logits, psi, backend)
+        assert w.lse_psi.isnan().all() == (not value < 1e39)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_masses_of_later_tiles_keep_float32_accuracy(dtype, backend):
+    """Against float64: whole tiles, 100 nats wide. 3·√128·2^-24 = 2e-6: up to 128 roundings in each lane of a sum."""
+    torch.manual_seed(14)
+    tiles = 4 if slow(backend) else 64
+    x = -torch.rand(2, tiles * ops.TILE).mul(100).to(dtype)
+    mass = weigh(x, backend=backend).tile_mass
+    x = x.double().unflatten(1, (tiles, -1))
+    torch.testing.assert_close(mass, (x - x.amax((1, 2), keepdim=True)).exp().sum(2), rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("mask", [-1e6, -1e9, -1e30, torch.finfo(torch.float32).min])
 def test_finite_mask_values(mask, backend):
     """Masking with a large finite number instead of −inf: whole tiles of it weigh nothing and do no harm."""

@@ -13,8 +13,8 @@
 // −inf is zero mass. NaN or +inf anywhere in a tile makes its sum NaN, without a test per element: exp2_nonpositive
 // passes NaN on, and +inf is its own maximum (inf − inf).
 //
-// Dead end: no buffer, scores computed twice with the subtraction of the maximum fused into the product (fma). It is no
-// faster, and in a tile of −1e9 (masked tokens) scores exceed the rounded maximum by more than exponents hold.
+// cpu_weigh.hpp does the same for AVX-512 with the subtraction fused into the product, and no buffer. In a tile of −1e9
+// (masked tokens) scores exceed the rounded maximum by more than exponents hold, so that is for tame tiles only.
 #pragma once
 #include <cmath>
 #include <cstdint>
