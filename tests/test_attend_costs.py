@@ -162,9 +162,10 @@ def test_who_measures_at_once_decides_alike(path):
     assert set(margins) == {known["key"]["margin"]} and len(known) == 9
 
 
-def test_a_file_that_cannot_be_read_is_named(path):
+@pytest.mark.parametrize("text", ['{"one": {"attend"', "[]", "null", '{"two": {}}', '{"two": {"attend": [1]}}'])
+def test_a_file_that_does_not_hold_costs_is_named(path, text):
     path.parent.mkdir()
-    path.write_text('{"one": {"attend"')
+    path.write_text(text)
     with pytest.raises(RuntimeError, match=r"attend_costs.json: cannot be read .* delete it"):
         attend_costs.kept("one", never)
 
@@ -175,6 +176,19 @@ def test_costs_that_cannot_be_kept_are_used_and_said(monkeypatch, caplog):
     with caplog.at_level(logging.WARNING):
         assert attend_costs.kept("one", lambda: COSTS) == COSTS
     assert "costs of attend cannot be kept, so the next start may decide otherwise" in caplog.text
+
+
+def test_a_cache_that_cannot_be_read_is_no_error(path, monkeypatch, caplog):
+    path.mkdir(parents=True)  # a directory in its place
+    with caplog.at_level(logging.WARNING):
+        assert attend_costs.kept("one", lambda: COSTS) == COSTS
+    assert "cannot be kept" in caplog.text
+
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(attend_costs, "cache_dir", homeless)
+    assert attend_costs.kept("one", lambda: COSTS) == COSTS
 
 
 @pytest.mark.parametrize(

@@ -259,12 +259,20 @@ def device_name(device: torch.device) -> str:
 def kept(key: str, measure: Callable[[], Costs | None]) -> Costs | None:
     """Costs of `key` from the user's cache, else measured and put there; of several that measure at once, the first's.
 
+    Where the cache cannot be read or written, say for want of a home directory, they are measured at every start.
+
     Raises:
-        RuntimeError: the file is there and cannot be read as costs.
+        RuntimeError: the file is there, and does not hold costs.
     """
-    path = cache_dir() / "attend_costs.json"
-    if (costs := _read(path).get(key)) is not None:
-        return costs
+    try:
+        path = cache_dir() / "attend_costs.json"
+        known = _read(path)
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, _NotCostsError):
+            raise
+        return _unkept(measure(), error)
+    if key in known:
+        return known[key]
     if (costs := measure()) is None:
         return None
     try:
@@ -273,17 +281,34 @@ def kept(key: str, measure: Callable[[], Costs | None]) -> Costs | None:
             known = {key: costs} | _read(path)
             with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
                 file.write(json.dumps(known, indent=1) + "\n")
+            os.chmod(file.name, 0o644)  # others may share the cache
             os.replace(file.name, path)
     except OSError as error:
-        logger.warning("costs of attend cannot be kept, so the next start may decide otherwise: %s", error)
-        return costs
+        return _unkept(costs, error)
     return known[key]
+
+
+class _NotCostsError(RuntimeError):
+    """A file that is there, and does not hold costs."""
+
+
+def _unkept(costs: Costs | None, error: Exception) -> Costs | None:
+    logger.warning("costs of attend cannot be kept, so the next start may decide otherwise: %s", error)
+    return costs
 
 
 def _read(path: Path) -> dict[str, Costs]:
     try:
-        return json.loads(path.read_text())
+        text = path.read_text()
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
-        raise RuntimeError(f"{path}: cannot be read ({error}); delete it, and costs are measured again") from error
+    try:
+        known = json.loads(text)
+        ours, stock = features(1, 1, 1, 1, Shape(1, 1, 1, 1))
+        for key, costs in known.items():
+            numbers = [*costs["attend"], *costs["stock"], costs["margin"]]
+            if (len(costs["attend"]), len(costs["stock"])) != (len(ours), len(stock)) or min(numbers) < 0.0:
+                raise ValueError(f"{key!r}: not the costs of {len(ours)} and {len(stock)} units")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise _NotCostsError(f"{path}: cannot be read ({error!r}); delete it, and costs are measured again") from error
+    return known

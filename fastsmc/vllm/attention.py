@@ -249,7 +249,11 @@ class Attend:
         def measure() -> attend_costs.Costs | None:
             start = time.perf_counter()
             synchronize = torch.cuda.synchronize if device.type == "cuda" else None
-            costs = attend_costs.measure(cases, prepare, shape, synchronize)
+            try:
+                costs = attend_costs.measure(cases, prepare, shape, synchronize)
+            except Exception:  # say a kernel that needs more shared memory than this GPU has
+                logger.exception("attend: a case of %s could not be timed", self._key)
+                return None
             spent = time.perf_counter() - start
             logger.info("attend: costs of %s measured in %.1f s: %s", self._key, spent, costs)
             return costs

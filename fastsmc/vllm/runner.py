@@ -58,8 +58,8 @@ class Model:
             [context[name] for name in self.layers],
             bool(self._config.compilation_config.pass_config.fuse_attn_quant),
         )
-        # where a slot's numbers lie in a block is the kernels' affair; if it is not known, blocks are copied whole
-        self._slot_dim = slot_dim if self.attend.why_not is None and self.attend.layout == "plain" else None
+        # where a slot lies in a block is the kernels' affair, known of GPU backends; else blocks are copied whole
+        self._slot_dim = slot_dim if self.attend.why_not is None and self.attend.backend == "triton" else None
         if self.attend.why_not is not None:
             logger.info("groups use vLLM's attention, which reads a shared block once a row: %s", self.attend.why_not)
         elif self.attend.costs is None:

@@ -215,6 +215,21 @@ def test_a_pool_too_small_to_measure_leaves_vllms_attention(long_engine, tmp_pat
     assert not (tmp_path / "fastsmc").exists()
 
 
+def test_a_kernel_that_cannot_run_leaves_vllms_attention(long_engine, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    model = runner_of(long_engine).model
+    attend = copy.copy(model.attend)
+    context = model._config.compilation_config.static_forward_context
+
+    def out_of_resources(*args, **kwargs):
+        raise RuntimeError("out of resource: shared memory")
+
+    monkeypatch.setattr(ops, "attend", out_of_resources)
+    layers = {name: context[name] for name in model.layers}
+    attend.measure(layers, lambda table, length: model._stock_metadata(table, length, table[:, -1].long(), 1), 64, 512)
+    assert attend.costs is None and "out of resource: shared memory" in caplog.text
+
+
 @pytest.mark.parametrize(
     "change, name",
     [
