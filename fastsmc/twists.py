@@ -377,6 +377,11 @@ class Twist(Potential):
         zeros = torch.zeros(len(state.finished), dtype=torch.float64, device=state.finished.device)
         if state.step == 0 or self.proposal_only:
             return zeros
+        if self.trunk is not None and self._before is not None and self._last is None:  # logw_next has moved the trunk
+            raise ValueError(
+                f"a twist of kind {self.card.kind!r} cannot stand beside a proposal-only one: it would be asked twice "
+                "a step, and its trunk goes on by one token each time"
+            )
         features, log_psi = self._advance(state, self._last)
         self._last = state.last_tokens
         features = torch.cat([features, torch.ones(len(features), 1, device=features.device)], dim=1)

@@ -233,6 +233,8 @@ def test_refusals(hf, path, tmp_path):
     with pytest.raises(SMCError, match="proposal-only"):
         dpg = random_twist("mlp", path, loss="dpg")
         hf.smc(PROMPT, SMCParams(n_particles=4, max_tokens=2, proposal="base"), dpg * PHI)
+    with pytest.raises(SMCError, match="kind 'lora' cannot stand beside a proposal-only one"):
+        hf.smc(PROMPT, params, dpg * random_twist("lora", path) * PHI)
     with pytest.raises(ValueError, match=r"card.json"):
         Twist.load(tmp_path)
     twist.save(tmp_path)
