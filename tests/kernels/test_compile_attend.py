@@ -59,7 +59,8 @@ def test_tiles(dtype, cache, dim, group, size, parts):
     types |= dict.fromkeys(strides, "i32")
     constants = dict(PARTS=parts, HEADS=8 * group, WIDE=False, **attend.tile_shape(group, size, dim))
     registers, spilled, sass = compiled(attend.tiles, types, constants, attend.LAUNCH)
-    assert spilled <= (0 if cache == dtype else 32) and registers <= 255  # widening costs a few
+    # widening float8 costs a few: up to 32 bytes with Triton 3.9, 64 with 3.6, which vLLM 0.32 brings on a GPU
+    assert spilled <= (0 if cache == dtype else 64) and registers <= 255
     assert re.search(r"\bH?GMMA\.|\bHMMA\.", sass)
     assert re.search(r"\bLDG(?:STS)?\.E(?:\.\w+)*\.128\b", sass)
 
