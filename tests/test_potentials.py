@@ -1,6 +1,7 @@
 """The built-in potentials, on a vocabulary small enough to enumerate."""
 
 import copy
+import importlib.metadata
 import itertools
 import math
 import re
@@ -10,7 +11,6 @@ import pytest
 import torch
 
 from fastsmc import SMCParams
-from fastsmc import potentials as built_in
 from fastsmc.group import Group, GroupEngine
 from fastsmc.potentials import (
     Engine,
@@ -408,7 +408,7 @@ class FakeEntry:
 def entries(monkeypatch):
     fakes = [FakeEntry("regex", Regex), FakeEntry("lexicon", Lexicon), FakeEntry("odd", dict)]
     fakes.append(FakeEntry("broken", ImportError("no module")))
-    monkeypatch.setattr(built_in.importlib.metadata, "entry_points", lambda group: fakes)
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: fakes)
 
 
 def test_resolve(entries):
@@ -435,6 +435,6 @@ def test_resolve_refuses(entries, name, args, message):
 
 
 def test_resolve_without_any_entry_point(monkeypatch):
-    monkeypatch.setattr(built_in.importlib.metadata, "entry_points", lambda group: [])
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [])
     with pytest.raises(ValueError, match="none"):
         resolve("regex")

@@ -46,7 +46,7 @@ def engine_args(kwargs: dict[str, Any]) -> dict[str, Any]:
     out.setdefault("max_num_seqs", min(DEFAULT_MAX_NUM_SEQS, out.get("max_num_batched_tokens") or DEFAULT_MAX_NUM_SEQS))
     if current_platform.is_cpu():
         compat.check_attention()
-        out["worker_cls"] = "fastsmc.vllm.worker.SMCCPUWorker"
+        out["worker_cls"] = "fastsmc.vllm.worker_cpu.SMCCPUWorker"
         out.setdefault("block_size", DEFAULT_CPU_BLOCK_SIZE)
         sized = ("kv_cache_memory_bytes", "gpu_memory_utilization", "num_gpu_blocks_override")
         if not any(name in out for name in sized) and not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):

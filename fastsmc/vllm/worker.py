@@ -11,14 +11,13 @@ from typing import Any
 
 import cloudpickle
 from vllm.v1.outputs import ModelRunnerOutput
-from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_worker import Worker
 
 from fastsmc.vllm import attention, compat
 from fastsmc.vllm.runner import ParticleRunner
 
 
-class _SMCMixin:
+class SMCWorkerMixin:
     smc_runner: ParticleRunner
 
     def load_model(self, *args: Any, **kwargs: Any) -> Any:
@@ -55,9 +54,5 @@ class _SMCMixin:
         self.smc_runner.drop_potential(name)
 
 
-class SMCCPUWorker(_SMCMixin, CPUWorker):
-    """vLLM's CPU worker with groups."""
-
-
-class SMCGPUWorker(_SMCMixin, Worker):
+class SMCGPUWorker(SMCWorkerMixin, Worker):
     """vLLM's GPU worker with groups."""

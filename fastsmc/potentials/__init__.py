@@ -1,0 +1,23 @@
+"""Potentials: what the particles are weighed with.
+
+The vocabulary is genlm-control's: `prefix` scores an unfinished sequence, `complete` a finished one, `logw_next` every
+next token at once. A potential sees all N particles of a group in one call, as tensors on the worker's device.
+
+    base       the contract: Potential, State, Engine, Rows
+    registry   potentials by name, as commands and HTTP clients give them
+    one file per potential: lexicon, regex (with automaton), infill, text, product
+"""
+
+from fastsmc.potentials.base import Engine, Potential, Rows, State, answered
+from fastsmc.potentials.infill import Infill
+from fastsmc.potentials.lexicon import Lexicon
+from fastsmc.potentials.product import Final, Product
+from fastsmc.potentials.regex import Regex
+from fastsmc.potentials.registry import GROUP, registered, resolve
+from fastsmc.potentials.text import TextPotential
+from fastsmc.potentials.tokens import token_bytes, token_list
+
+__all__ = [
+    "GROUP", "Engine", "Final", "Infill", "Lexicon", "Potential", "Product", "Regex", "Rows", "State", "TextPotential",
+    "answered", "registered", "resolve", "token_bytes", "token_list",
+]  # fmt: skip

@@ -1,0 +1,148 @@
+"""The contract of a potential: `Potential`, and what it sees (`State`, `Engine`) and may answer (`Rows`)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from fastsmc.potentials.product import Product
+
+
+class Rows(NamedTuple):
+    """An (N, V) matrix whose rows repeat: row i is `values[index[i]]`.
+
+    `Potential.logw_next` may return it instead of an (N, V) tensor, so that N particles in M distinct states cost
+    M rows.
+
+    Attributes:
+        values: (M, V) floating point.
+        index: (N,) int64 in [0, M).
+    """
+
+    values: Tensor
+    index: Tensor
+
+
+class State:
+    """What a potential sees of a group of N particles after t generated tokens.
+
+    Attributes:
+        tokens: (N, t) int64, generated tokens so far, -1 after a particle's end.
+        last_tokens: (N,) int64, each particle's token of the last step, -1 where it had ended; None before the first.
+        lengths: (N,) int64, generated tokens of each particle.
+        finished: (N,) bool, particles that have ended.
+        hidden: (N, H) last hidden state of the base model at the position whose logits came last (in `logw_next`: of
+            the last token; in `prefix` and `complete`: of the token before the one just drawn), zero for particles
+            that ended earlier; None when the engine has none.
+        rows: (N,) int64, which of the R distinct histories that the model has just seen is a particle's own (without
+            the token just drawn, as in `hidden`); -1 for particles that ended earlier.
+        hidden_rows: (R, H) hidden states of those, so that `hidden` is hidden_rows[rows]; or None.
+        step: int, t.
+        prompt: list of int, the prompt's tokens.
+        max_tokens: int, the longest continuation.
+        stop_token_ids: frozenset of int, the tokens that end a particle.
+    """
+
+    tokens: Tensor
+    last_tokens: Tensor | None
+    lengths: Tensor
+    finished: Tensor
+    hidden: Tensor | None
+    rows: Tensor
+    hidden_rows: Tensor | None
+    step: int
+    prompt: list[int]
+    max_tokens: int
+    stop_token_ids: frozenset[int]
+
+
+class Engine:
+    """What `Potential.setup` gets.
+
+    Attributes:
+        tokenizer: the model's tokenizer (a Hugging Face tokenizer), or None.
+        device: torch.device of the group's tensors.
+        vocab_size: int V, columns of `logw_next`.
+        hidden_size: int H, or None.
+        model: the base model as the engine runs it, or None.
+        model_name: its name or path, or None.
+    """
+
+    tokenizer: Any
+    device: torch.device
+    vocab_size: int
+    hidden_size: int | None
+    model: Any
+    model_name: str | None
+
+    def continuation_log_prob(self, token_ids: list[int]) -> Tensor:
+        """(N,) float64 log p0(token_ids | prompt, particle) at the group's temperature, by the engine's own KV cache.
+
+        To be called from within `prefix` or `complete` of a potential whose `lookahead >= len(token_ids)`; rows that
+        the call was not about (in `prefix` the finished ones, in `complete` those that did not end now) are 0.
+        """
+        raise NotImplementedError("this engine cannot score continuations")
+
+
+class Potential:
+    """Base class of potentials. Override what you need; all results are natural logarithms, -inf allowed.
+
+    The target is p0(s)·φ(s)/Z with log φ = `complete`. `prefix` is log ψ_t, the twist of an unfinished sequence.
+    `complete` defaults to `prefix`: then φ is the last ψ. One of the two must be overridden.
+    """
+
+    #: whether a step with this potential may be captured as a CUDA graph (fastsmc.captured): every method is a fixed
+    #: sequence of tensor operations on the state and on own tensors, which are updated in place; no value is looked at
+    #: on the host. State.tokens then is (N, max_tokens), -1 where nothing is drawn yet, State.step a 0-dim tensor.
+    capturable: bool = False
+    #: tokens beyond a particle's end that `Engine.continuation_log_prob` may be asked for
+    lookahead: int = 0
+    #: `logw_next` only shapes the proposal: weights are exact for whatever it gives, and `prefix` is the target's ψ.
+    #: Such a group draws, weighs and then resamples.
+    proposal_only: bool = False
+
+    def prepare(self, tokenizer: Any) -> None:
+        """Called in the front end, before `lookahead` is read; tokenizer: as `Engine.tokenizer`. Default: nothing."""
+
+    def setup(self, engine: Engine) -> None:
+        """Called once, in the worker process, before the first group that uses this object."""
+
+    def reset(self, n_particles: int, prompt: list[int]) -> None:
+        """Called when a group starts: per-particle state for `n_particles` empty sequences begins here."""
+
+    def reindex(self, ancestors: Tensor) -> None:
+        """(N,) int64: per-particle state of row i becomes a copy of row ancestors[i]."""
+
+    def prefix(self, state: State) -> Tensor:
+        """(N,) log ψ_t(s_{1:t}) of unfinished particles."""
+        return torch.zeros(state.finished.shape[0], dtype=torch.float64, device=state.finished.device)
+
+    def complete(self, state: State) -> Tensor:
+        """(N,) log φ(s); asked at each step at which particles end, about those."""
+        return self.prefix(state)
+
+    def logw_next(self, state: State) -> Tensor | Rows | None:
+        """(N, V) log ψ_{t+1}(s, v) − log ψ_t(s) for every next token v; None: not used in the proposal."""
+        return None
+
+    def __mul__(self, other: Potential) -> Product:
+        """ψ = ψ_self · ψ_other."""
+        from fastsmc.potentials.product import Product
+
+        return Product(self, other) if isinstance(other, Potential) else NotImplemented
+
+
+def answered(potential: Potential) -> set[str]:
+    """Which of `prefix`, `complete` and `logw_next` a potential defines.
+
+    Raises:
+        ValueError: neither of the first two, so that there is no log φ.
+    """
+    methods = ("prefix", "complete", "logw_next")
+    own = {name for name in methods if getattr(type(potential), name) is not getattr(Potential, name)}
+    if not own & {"prefix", "complete"}:
+        raise ValueError(f"potential {type(potential).__name__}: defines neither prefix nor complete, so no log φ")
+    return own

@@ -1,0 +1,42 @@
+"""Potentials by name: what installed packages register, built from JSON arguments."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Mapping
+from typing import Any
+
+from fastsmc.potentials.base import Potential
+
+GROUP = "fastsmc.potentials"
+
+
+def registered() -> dict[str, importlib.metadata.EntryPoint]:
+    """The potentials that installed packages register under the entry points `fastsmc.potentials`, by name."""
+    return {entry.name: entry for entry in sorted(importlib.metadata.entry_points(group=GROUP))}
+
+
+def resolve(name: str, args: Mapping[str, Any] | None = None) -> Potential:
+    """The registered potential `name`, built with keyword arguments `args`.
+
+    Raises:
+        ValueError: an unknown name (the known ones are listed), one that cannot be imported, or arguments that it
+            refuses.
+    """
+    known = registered()
+    if name not in known:
+        names = ", ".join(map(repr, known)) or f"none (no installed package has entry points {GROUP!r})"
+        raise ValueError(f"potential {name!r}: unknown; known are {names}")
+    if not isinstance(args or {}, Mapping):
+        raise ValueError(f"potential {name!r}: arguments {args!r} must be a JSON object")
+    try:
+        build = known[name].load()
+    except Exception as error:  # somebody's module: whatever it does must not end the engine
+        raise ValueError(f"potential {name!r}: cannot load {known[name].value!r}: {error}") from error
+    try:
+        potential = build(**(args or {}))
+    except Exception as error:
+        raise ValueError(f"potential {name!r} with arguments {dict(args or {})!r}: {error}") from error
+    if not isinstance(potential, Potential):
+        raise ValueError(f"potential {name!r}: {known[name].value!r} does not make a fastsmc.Potential")
+    return potential
