@@ -174,7 +174,7 @@ class OtherEngine:
 
 
 def serve(model: str, max_tokens: int) -> None:
-    """What `OtherEngine` starts: a request per line on stdin, an answer per line on stdout, where vLLM then cannot write."""
+    """What `OtherEngine` starts: requests by line on stdin, answers on stdout, where vLLM no longer writes."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     engine = Engine(model, max_tokens)
