@@ -136,7 +136,9 @@ def run(
             flush=True,
         )
     if json_path:
+        cache = llm.llm_engine.vllm_config.cache_config
         engine_args = {k: str(v) for k, v in args.items()}
+        engine_args["kv_cache_tokens"] = cache.num_gpu_blocks * cache.block_size  # too few, and stock sampling preempts
         write_result(json_path, {"bench": "smc", "model": shapes or model, "engine": engine_args, "records": records})
     return records
 

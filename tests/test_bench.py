@@ -174,3 +174,30 @@ def test_steps_of_two_trees_run_in_turn(tmp_path, monkeypatch, capsys):
         assert {"hidden", "logits", "weigh", "potential", "outside"} <= set(record["against"]["step_ms"])
     assert built["pattern"] == bench_step.BUILT[0] and built["first_call_s"]["against"] >= 0.2
     assert result["against"] == {"commit": None, "changed": None} and "this : against" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ("bench/README.md", "README.md"))
+def test_tables_say_what_the_results_say(name):
+    import tables
+
+    text = (BENCH.parent / name).read_text()
+    assert tables.renew(text) == text, f"{name}: run `python bench/tables.py`"
+
+
+def test_a_table_is_followed_by_its_set_up(tmp_path, monkeypatch):
+    import machine
+    import tables
+
+    row = {
+        "n_particles": 8, "prompt_tokens": 4, "smc_tokens_per_s": 10.4, "stock_tokens_per_s": 5, "ratio": 2.08,
+        "forward_share": 0.5,
+    }  # fmt: skip
+    machine.write_result(tmp_path / "smc_x.json", {"bench": "smc", "records": [row]})
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    text = tables.renew("a\n<!-- smc_x -->\nold\n<!-- /smc_x -->\nb\n<!-- smc_x:rows -->\n<!-- /smc_x:rows -->\nc\n")
+    cells = "| 8 | 4 | 10 | 5 | **2.08** | 0.50 |\n"
+    assert text.count(cells) == 2 and "old" not in text and text.startswith("a\n") and text.endswith("c\n")
+    assert f"{cells}\n*" in text and f"{cells}<!-- /smc_x:rows -->" in text
+    about = machine.machine()
+    assert about["command"] in text and f"torch {about['versions']['torch']}" in text
+    assert tables.renew(text) == text
