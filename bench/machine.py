@@ -147,11 +147,13 @@ def _processes() -> list[dict[str, Any]]:
         # a process may have set them after it had started: this one's are asked, the others' read as they were then
         own = pid == os.getpid()
         text = "\0".join(f"{k}={v}" for k, v in os.environ.items()) if own else _read(f"/proc/{pid}/environ")
-        told = {
+        told: dict[str, Any] = {
             name: value
             for name, _, value in (entry.partition("=") for entry in text.split("\0"))
             if name in ("OMP_NUM_THREADS", "VLLM_CPU_OMP_THREADS_BIND", "KMP_BLOCKTIME")
         }
+        if own and (torch := sys.modules.get("torch")):
+            told["torch_threads"] = torch.get_num_threads()
         total += sum(seconds for seconds, _ in threads)
         rows.append((_read(f"/proc/{pid}/comm").strip(), told, sorted(threads, reverse=True)))
     return [
@@ -198,7 +200,6 @@ def machine() -> dict[str, Any]:
 
     Call it while the engine still runs: its processes are looked at.
     """
-    torch = sys.modules.get("torch")
     return {
         "commit": _commit,
         "changed": _changed,
@@ -209,7 +210,6 @@ def machine() -> dict[str, Any]:
         "memory_nodes": _memory_nodes(),
         "load_average": {"start": list(_load), "end": list(os.getloadavg())},
         "processes": _processes(),
-        "torch_threads": torch.get_num_threads() if torch else None,
         "gpu": _gpu(),
         "versions": _versions(),
         "command": _command(),

@@ -49,9 +49,9 @@ def test_every_script_writes_through_one_function():
     assert len(takes_json) >= 8
     for path in takes_json:
         assert _calls(path, "write_result") == 1, path
-    for path in SCRIPTS:  # tune.py writes the kernels' configurations, bench_attend.py the costs: no results
+    for path in SCRIPTS:  # no results: the kernels' configurations, the costs of attend, tables in README files
         assert _calls(path, "dump") == 0, path
-        allowed = {"machine.py": 1, "tune.py": 1, "bench_attend.py": 1}.get(path.name, 0)
+        allowed = {"machine.py": 1, "tune.py": 1, "bench_attend.py": 1, "tables.py": 1}.get(path.name, 0)
         assert _calls(path, "write_text") == allowed, path
 
 
@@ -84,7 +84,7 @@ def test_what_is_said_is_so(monkeypatch):
     (cpus,) = re.findall(r"Cpus_allowed_list:\s*(\S+)", Path("/proc/self/status").read_text())
     assert cpus in [thread["cpus"] for thread in ours["busy"]] and ours["threads"] >= 1
     assert about["cpu"]["usable_cores"] == len(os.sched_getaffinity(0))
-    assert about["torch_threads"] == torch.get_num_threads()
+    assert ours["torch_threads"] == torch.get_num_threads()
     assert about["seconds"] > 0 and len(about["load_average"]["start"]) == 3
     assert about["versions"]["torch"] == torch.__version__ and about["versions"]["fastsmc"]
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
