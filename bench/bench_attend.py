@@ -20,10 +20,9 @@ import os
 import statistics
 import time
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
-from machine import machine
+from machine import write_result
 
 from fastsmc.vllm import attend_costs
 from fastsmc.vllm.attend_costs import Shape, interleaved, make_table
@@ -165,7 +164,7 @@ def bench_steps(n: int, prompts: tuple[int, ...], max_tokens: int, repeats: int)
 
     llm = LLM(
         resolve("smollm2"), dtype="bfloat16", max_model_len=8192, enforce_eager=True, max_num_seqs=1024,
-        kv_cache_memory_bytes=2 << 30,
+        kv_cache_memory_bytes=1 << 30,
     )  # fmt: skip
     tokenizer = llm.get_tokenizer()
     start = tokenizer.encode("Once upon a time, in a small village")
@@ -314,11 +313,8 @@ def main() -> None:
     else:
         prompts = tuple(int(x) for x in args.prompts.split(","))
         result = bench_steps(args.particles, prompts, args.max_tokens, args.repeats)
-    import torch
-
-    result["machine"] = machine() | {"torch_threads": torch.get_num_threads()}
     if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
+        write_result(args.json, result)
 
 
 if __name__ == "__main__":

@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 import tempfile
 import time
 from pathlib import Path
 
-from machine import machine
+from machine import write_result
 
 #: prompt, then two tokens, then this
 TASKS = (
@@ -133,15 +132,8 @@ def run(
         records.append(record)
         print(table(records[-1:]), flush=True)
     if json_path:
-        Path(json_path).parent.mkdir(parents=True, exist_ok=True)
-        result = {
-            "bench": "infill",
-            "machine": machine(),
-            "config": dataclasses.asdict(config),
-            "runs": runs,
-            "records": records,
-        }
-        Path(json_path).write_text(json.dumps(result, indent=1) + "\n")
+        result = {"bench": "infill", "config": dataclasses.asdict(config), "runs": runs, "records": records}
+        write_result(json_path, result)
     return records
 
 

@@ -18,7 +18,6 @@ the fastest simple way found to read them once, and read_ratio is weigh's time o
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -27,7 +26,7 @@ from typing import Any
 
 import torch
 from baselines import BASELINES
-from machine import machine
+from machine import write_result
 from torch import Tensor
 
 from fastsmc import Potential, SMCParams, ops
@@ -299,7 +298,7 @@ def plot(records: list[dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
-def run(json_path: str | None = None, device: str | None = None, seconds: float = 4.0) -> dict[str, Any]:
+def run(json_path: str | None = None, device: str | None = None, seconds: float = 4.0) -> list[dict[str, Any]]:
     """Runs all cases, about `seconds` each; prints a line each; writes JSON, and a plot beside it, if asked.
 
     device: 'cpu' or 'cuda'; the GPU where there is one by default.
@@ -327,17 +326,10 @@ def run(json_path: str | None = None, device: str | None = None, seconds: float 
     for case in cases:
         records.append(case())
         print(describe(records[-1]), flush=True)
-    result = {
-        "bench": "ops",
-        "machine": machine() | {"torch_threads": torch.get_num_threads()},
-        "temperature": TEMPERATURE,
-        "records": records,
-    }
     if json_path:
-        path = Path(json_path)
-        path.write_text(json.dumps(result, indent=1) + "\n")
-        plot(records, path.with_suffix(".png"))
-    return result
+        write_result(json_path, {"bench": "ops", "temperature": TEMPERATURE, "records": records})
+        plot(records, Path(json_path).with_suffix(".png"))
+    return records
 
 
 def main() -> None:

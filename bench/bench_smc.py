@@ -15,14 +15,12 @@ model itself wrote at temperature 1. A model of random weights writes every toke
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
-from pathlib import Path
 
 import numpy as np
-from machine import machine
+from machine import write_result
 
 from fastsmc import Population
 
@@ -138,14 +136,10 @@ def run(
             flush=True,
         )
     if json_path:
-        Path(json_path).parent.mkdir(parents=True, exist_ok=True)
-        result = {
-            "bench": "smc",
-            "machine": machine(),
-            "model": shapes or model,
-            "engine": {k: str(v) for k, v in args.items()},
-        }
-        Path(json_path).write_text(json.dumps({**result, "records": records}, indent=1) + "\n")
+        cache = llm.llm_engine.vllm_config.cache_config
+        engine_args = {k: str(v) for k, v in args.items()}
+        engine_args["kv_cache_tokens"] = cache.num_gpu_blocks * cache.block_size  # too few, and stock sampling preempts
+        write_result(json_path, {"bench": "smc", "model": shapes or model, "engine": engine_args, "records": records})
     return records
 
 

@@ -10,14 +10,12 @@ model's would be: what is left is what the twist's way through the group costs (
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import tempfile
 import time
-from pathlib import Path
 
-from machine import machine
+from machine import write_result
 
 CASES = (64, 256)
 HEADS = (("linear", None), ("mlp", 64))
@@ -98,10 +96,7 @@ def run(json_path: str | None = None, model: str = "smollm2", max_tokens: int = 
                 flush=True,
             )
     if json_path:
-        Path(json_path).parent.mkdir(parents=True, exist_ok=True)
-        Path(json_path).write_text(
-            json.dumps({"bench": "twist", "machine": machine(), "records": records}, indent=1) + "\n"
-        )
+        write_result(json_path, {"bench": "twist", "records": records})
     return records
 
 

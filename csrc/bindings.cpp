@@ -37,10 +37,10 @@ cpu::Matrix matrix(const MatrixArgs& m) {
 // log_weights, uniforms, ancestors, counts, rank, ess, log_mean, resampled
 using ResampleArgs = std::array<Address, 8>;
 
-Resampling resampling(const ResampleArgs& a, int64_t n, const std::string& scheme, bool sorted, double threshold) {
+Resampling resampling(const ResampleArgs& a, int64_t n, const std::string& scheme, double threshold) {
   const auto name = std::find(std::begin(kSchemeNames), std::end(kSchemeNames), scheme);
   if (name == std::end(kSchemeNames)) throw std::invalid_argument("unknown scheme " + scheme);
-  return {at<double>(a[0]), at<double>(a[1]), n, static_cast<Scheme>(name - kSchemeNames), sorted, threshold,
+  return {at<double>(a[0]), at<double>(a[1]), n, static_cast<Scheme>(name - kSchemeNames), threshold,
           at<int64_t>(a[2]), at<int64_t>(a[3]), at<int64_t>(a[4]), at<double>(a[5]), at<double>(a[6]),
           at<bool>(a[7])};
 }
@@ -106,15 +106,15 @@ PYBIND11_MODULE(_C, m) {
   m.def("bad_log_weight", [](Address lw, int64_t n) { return cpu::bad_log_weight(at<double>(lw), n); });
   m.def("bad_uniform", [](Address u, int64_t n) { return cpu::bad_uniform(at<double>(u), n); });
 
-  m.def("resample", [](const ResampleArgs& a, int64_t groups, int64_t n, const std::string& scheme, bool sorted,
+  m.def("resample", [](const ResampleArgs& a, int64_t groups, int64_t n, const std::string& scheme,
                        double threshold) {
-    const Resampling first = resampling(a, n, scheme, sorted, threshold);
+    const Resampling first = resampling(a, n, scheme, threshold);
     py::gil_scoped_release release;
     cpu::resample(first, groups);
   });
-  m.def("emulate_resample", [](const ResampleArgs& a, int64_t groups, int64_t n, const std::string& scheme, bool sorted,
+  m.def("emulate_resample", [](const ResampleArgs& a, int64_t groups, int64_t n, const std::string& scheme,
                                double threshold, int threads, uint64_t seed) {
-    const Resampling first = resampling(a, n, scheme, sorted, threshold);
+    const Resampling first = resampling(a, n, scheme, threshold);
     py::gil_scoped_release release;
     cpu::emulate_resample(first, groups, threads, seed);
   });
@@ -157,8 +157,8 @@ PYBIND11_MODULE(_C, m) {
   // Bytes of device memory that cuda_resample wants as `memory`.
   m.def("cuda_resample_memory", [](int device, int64_t n) { return cuda::resample_memory(device, n); });
   m.def("cuda_resample", [](int device, Address stream, const ResampleArgs& a, int64_t groups, int64_t n,
-                            const std::string& scheme, bool sorted, double threshold, Address memory) {
-    const Resampling first = resampling(a, n, scheme, sorted, threshold);
+                            const std::string& scheme, double threshold, Address memory) {
+    const Resampling first = resampling(a, n, scheme, threshold);
     py::gil_scoped_release release;
     cuda::resample({device, at<void>(stream)}, first, groups, at<void>(memory));
   });

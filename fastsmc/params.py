@@ -8,7 +8,6 @@ client can send the same thing. `to_extra_args` and `from_request` are the two d
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -96,14 +95,6 @@ class SMCParams:
             put("stop_token_ids", tuple(_check_int("stop_token_ids", v, 0, 2**31 - 1) for v in self.stop_token_ids))
         put("seed", _check_int("seed", self.seed, 0, 2**63 - 1))
         put("group", _check_int("group", self.group, 0, 2**32 - 1))
-
-    # -- as JSON ---------------------------------------------------------------------------------------------------
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> SMCParams:
-        return cls(**json.loads(text))
 
     # -- as a vLLM request -----------------------------------------------------------------------------------------
     #: fields that SamplingParams has a word for, and those that travel as smc_* keys

@@ -190,7 +190,7 @@ SCHEMES: dict[str, Callable[[list[int], Sequence[float]], list[int]]] = {
 }
 
 
-def resample(log_weights, uniforms, *, scheme="systematic", order="inplace", threshold=None) -> Resampled:
+def resample(log_weights, uniforms, *, scheme="systematic", threshold=None) -> Resampled:
     """One group. Weights with NaN, +inf or no mass give no offspring, whatever the threshold."""
     log_weights = np.asarray(log_weights, np.float64)
     n = len(log_weights)
@@ -201,12 +201,9 @@ def resample(log_weights, uniforms, *, scheme="systematic", order="inplace", thr
     # math.exp is the C library's, as in csrc; np.exp may differ in the last place
     q = [round(math.exp(lw - top) * 2.0**40) for lw in log_weights]
     counts = SCHEMES[scheme](q, [float(u) for u in uniforms])
-    if order == "sorted":
-        ancestors = np.repeat(np.arange(n), counts)
-    else:
-        surplus = [i for i, c in enumerate(counts) for _ in range(c - 1)]
-        ancestors = np.arange(n)
-        ancestors[np.array(counts) == 0] = surplus
+    surplus = [i for i, c in enumerate(counts) for _ in range(c - 1)]
+    ancestors = np.arange(n)
+    ancestors[np.array(counts) == 0] = surplus
     seen, rank = [0] * n, []
     for a in ancestors.tolist():
         rank.append(seen[a])

@@ -1,32 +1,53 @@
-"""fastsmc on the peers' task, in fastsmc's own environment: the other side of `genlm_control_bench.py`.
+"""fastsmc on the peers' task, in its own environment, in turn with `genlm_control_bench.py` in the peers':
 
-    VLLM_CPU_OMP_THREADS_BIND=0-1 LD_PRELOAD=$PWD/.venv/lib/libiomp5.so \
-        .venv/bin/python bench/peers/fastsmc_bench.py [--json FILE]
+    export LD_PRELOAD=$PWD/.venv/lib/libiomp5.so
+    .venv/bin/python bench/peers/fastsmc_bench.py --peer bench/peers/.venv/bin/python --json FILE
+
+A run of ours, then a process of the peer's with a run of its own after its warm-up, and so on: `--repeats` times.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from machine import machine
+from machine import write_result
 
 PROMPT = "Once upon a time"
 WORDS = ["the", "and", "she"]
 
 
+def run_peer(python: str, particles: int, max_tokens: int, seed: int) -> dict[str, Any]:
+    """The record of one run of genlm-control, in its own environment with its own OpenMP library."""
+    script = Path(__file__).with_name("genlm_control_bench.py")
+    environment = {name: value for name, value in os.environ.items() if name not in ("LD_PRELOAD", "PYTHONPATH")}
+    if (library := Path(python).parents[1] / "lib" / "libiomp5.so").exists():
+        environment["LD_PRELOAD"] = str(library)
+    options = ["--particles", str(particles), "--max-tokens", str(max_tokens), "--repeats", "1", "--seed", str(seed)]
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "record.json"
+        command = [python, str(script), *options, "--json", str(path)]
+        subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=True)
+        return json.loads(path.read_text())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--peer", metavar="PYTHON", help="of the peers' environment; without it only fastsmc runs")
     parser.add_argument("--particles", type=int, default=64)
     parser.add_argument("--max-tokens", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--json", type=Path, help="write the record here too")
+    parser.add_argument("--json", type=Path, help="write the result here")
     args = parser.parse_args()
 
     from fastsmc import LLM, SMCParams
@@ -34,7 +55,8 @@ def main() -> None:
     from fastsmc.potentials import Lexicon
 
     llm = LLM(resolve("smollm2"), dtype="bfloat16", max_model_len=1024)
-    runs = []
+    runs: list[dict[str, float]] = []
+    theirs: list[dict[str, Any]] = []
     for i in range(args.repeats + 1):
         params = SMCParams(
             n_particles=args.particles,
@@ -47,21 +69,30 @@ def main() -> None:
         begin = time.perf_counter()
         population = llm.smc(PROMPT, params, Lexicon(words=WORDS, weight=1.0))
         seconds = time.perf_counter() - begin
+        if not i:
+            continue
         tokens = sum(map(len, population.token_ids))
-        if i:
-            runs.append({"seconds": seconds, "tokens_per_s": tokens / seconds, "log_z": population.log_z})
+        runs.append({"seconds": seconds, "tokens_per_s": tokens / seconds, "log_z": population.log_z})
+        print(f"fastsmc: {runs[-1]['tokens_per_s']:.1f} tok/s, log Ẑ {population.log_z:.2f}", flush=True)
+        if args.peer:
+            theirs.append(run_peer(args.peer, args.particles, args.max_tokens, i))
+            peer = theirs[-1]
+            print(f"{peer['peer']}: {peer['tokens_per_s']:.1f} tok/s, log Ẑ {peer['runs'][0]['log_z']:.2f}", flush=True)
     record = {
         "peer": "fastsmc",
         "n_particles": args.particles,
         "max_tokens": args.max_tokens,
         "tokens_per_s": statistics.median(run["tokens_per_s"] for run in runs),
         "runs": runs,
-        "machine": machine(),
     }
-    text = json.dumps(record, indent=2)
-    print(text)
+    result: dict[str, Any] = {"bench": "peers", "records": [record]}
+    if theirs:
+        peer = theirs[-1]  # its machine, versions and command are those of its last process
+        peer["runs"] = [run for record in theirs for run in record["runs"]]
+        peer["tokens_per_s"] = statistics.median(run["tokens_per_s"] for run in peer["runs"])
+        result = {**result, "ratio": record["tokens_per_s"] / peer["tokens_per_s"], "records": [record, peer]}
     if args.json:
-        args.json.write_text(text + "\n")
+        write_result(args.json, result)
 
 
 if __name__ == "__main__":

@@ -22,10 +22,7 @@ import argparse
 import asyncio
 import importlib.metadata
 import json
-import os
-import platform
 import runpy
-import shlex
 import statistics
 import sys
 import time
@@ -37,7 +34,10 @@ import torch
 from genlm.control import Potential, PromptedLLM, direct_token_sampler
 from genlm.control.constant import EOS
 
-ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from machine import ROOT, write_result
+
 PROMPT = "Once upon a time"
 WORDS = ("the", "and", "she")
 #: A token that the model practically never draws stands for the end of sequence: fastsmc's ignore_eos.
@@ -84,7 +84,7 @@ def run_once(llm: PromptedLLM, critic: Lexicon, n_particles: int, max_tokens: in
     return {"seconds": seconds, "tokens": tokens, "tokens_per_s": tokens / seconds, "log_z": log_z}
 
 
-def run(model: str, dtype: str, n_particles: int, max_tokens: int, repeats: int) -> dict[str, object]:
+def run(model: str, dtype: str, n_particles: int, max_tokens: int, repeats: int, seed: int) -> dict[str, object]:
     """The record of `repeats` runs after one that warms up."""
     llm = PromptedLLM.from_name(
         model,
@@ -96,14 +96,15 @@ def run(model: str, dtype: str, n_particles: int, max_tokens: int, repeats: int)
     )
     llm.set_prompt_from_str(PROMPT)
     critic = Lexicon(llm, WORDS)
-    np.random.seed(0)
-    torch.manual_seed(0)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
     run_once(llm, critic, n_particles, min(4, max_tokens))
     runs = []
     for i in range(repeats):
         runs.append(run_once(llm, critic, n_particles, max_tokens))
         print(f"run {i + 1}/{repeats}: {runs[-1]['tokens_per_s']:.1f} tokens/s", file=sys.stderr, flush=True)
     return {
+        "bench": "peer",
         "peer": "genlm-control",
         "version": importlib.metadata.version("genlm-control"),
         "backend": "hf",
@@ -117,26 +118,9 @@ def run(model: str, dtype: str, n_particles: int, max_tokens: int, repeats: int)
         "resampling": "systematic",
         "potential": f"lexicon {' '.join(WORDS)}",
         "tokens_per_s": statistics.median(r["tokens_per_s"] for r in runs),
+        "genlm_backend": importlib.metadata.version("genlm-backend"),
         "runs": runs,
-        "machine": machine(),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in ("torch", "transformers", "genlm-backend")},
-        },
-        "command": shlex.join(["python", os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]]),
     }
-
-
-def machine() -> dict[str, object]:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    record: dict[str, object] = {"cpu": names[0] if names else platform.machine()}
-    record["cores"] = len(os.sched_getaffinity(0))
-    record["torch_threads"] = torch.get_num_threads()
-    record["preload"] = Path(os.environ.get("LD_PRELOAD", "")).name
-    if torch.cuda.is_available():
-        record["gpu"] = torch.cuda.get_device_name()
-    return record
 
 
 def main() -> None:
@@ -146,16 +130,16 @@ def main() -> None:
     parser.add_argument("--particles", type=int, default=64)
     parser.add_argument("--max-tokens", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the record here too")
     arguments = parser.parse_args()
     # models.py by itself: fastsmc is not installed in this environment.
     model = arguments.model or str(runpy.run_path(str(ROOT / "fastsmc" / "models.py"))["smollm2"]())
     warnings.simplefilter("ignore")
-    record = run(model, arguments.dtype, arguments.particles, arguments.max_tokens, arguments.repeats)
-    text = json.dumps(record, indent=2)
-    print(text)
+    record = run(model, arguments.dtype, arguments.particles, arguments.max_tokens, arguments.repeats, arguments.seed)
+    print(json.dumps(record, indent=2))
     if arguments.json:
-        arguments.json.write_text(text + "\n")
+        write_result(arguments.json, record)
 
 
 if __name__ == "__main__":

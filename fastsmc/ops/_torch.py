@@ -204,11 +204,11 @@ SCHEMES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def resample(
-    log_weights: Tensor, u: Tensor, scheme: str, order: str, threshold: float
+    log_weights: Tensor, u: Tensor, scheme: str, threshold: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     n = log_weights.shape[-1]
     groups = [
-        _resample_group(lw, row, scheme, order, threshold)
+        _resample_group(lw, row, scheme, threshold)
         for lw, row in zip(log_weights.view(-1, n), u.view(-1, n), strict=True)
     ]
     if log_weights.dim() == 1:
@@ -217,7 +217,7 @@ def resample(
 
 
 def _resample_group(
-    log_weights: Tensor, u: Tensor, scheme: str, order: str, threshold: float
+    log_weights: Tensor, u: Tensor, scheme: str, threshold: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     n = log_weights.shape[0]
     top = log_weights.max()  # NaN wins
@@ -229,20 +229,16 @@ def _resample_group(
     moves = (ess > 0) & ((ess < threshold * n) | (threshold >= 1.0))
     q = torch.where(moves, w * 2.0**40, 1.0).round().long()
     counts = SCHEMES[scheme](q, u)
-    found = _place_children(counts, order)
+    found = _place_children(counts)
     stay = (torch.arange(n, device=counts.device), torch.ones_like(counts), torch.zeros_like(counts))
     kept = (torch.where(moves, new, old) for new, old in zip(found, stay, strict=True))
     return *kept, ess, log_mean, moves
 
 
-def _place_children(counts: Tensor, order: str) -> tuple[Tensor, Tensor, Tensor]:
+def _place_children(counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """ancestors, counts, rank."""
     n = counts.shape[0]
     slots = torch.arange(n, device=counts.device)
-    ends = counts.cumsum(0)
-    sorted_ancestors = torch.searchsorted(ends, slots, right=True)
-    if order == "sorted":
-        return sorted_ancestors, counts, slots - (ends - counts)[sorted_ancestors]
     dead = counts == 0
     surplus_ends = (counts - 1).clamp(min=0).cumsum(0)
     dead_before = dead.cumsum(0) - dead.long()

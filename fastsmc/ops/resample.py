@@ -17,7 +17,6 @@ from fastsmc.ops import _torch
 from fastsmc.ops._tensors import check_choice, custom_op, launch_cuda, pick_backend, values_are_checked
 from fastsmc.params import RESAMPLING_SCHEMES
 
-ORDERS = ("inplace", "sorted")
 MAX_PARTICLES = 2**20
 
 
@@ -46,7 +45,6 @@ def resample(
     uniforms: Tensor,
     *,
     scheme: str = "systematic",
-    order: str = "inplace",
     threshold: float | None = None,
     backend: str | None = None,
 ) -> Resampled:
@@ -56,8 +54,8 @@ def resample(
     'multinomial' N independent draws; 'residual' floor(N W_i) copies and the rest multinomial on the remainders; 'ssp'
     the Srinivasan sampling process (sequential: one thread; the 'torch' backend runs it on the host).
 
-    Orders: 'inplace' has ancestors[i] = i wherever counts[i] > 0, and the r-th dead slot takes the r-th surplus child;
-    'sorted' repeats i counts[i] times.
+    Ancestors are in place: ancestors[i] = i wherever counts[i] > 0, the r-th dead slot takes the r-th surplus child.
+    `reindex` needs that, and half as many rows move as with sorted ancestors (bench/bench_order.py).
 
     A group without any mass has ESS 0 and log mean −inf and is not resampled. Other devices than the CPU are not waited
     for, so nobody looks at the values there: a group with NaN or +inf has ESS and log mean NaN and is not resampled.
@@ -75,7 +73,6 @@ def resample(
     Sources: Douc & Cappé 2005; Gerber, Chopin & Whiteley 2019 (SSP); Murray, Lee & Jacob 2016 (in-place ancestors).
     """
     check_choice("scheme", scheme, RESAMPLING_SCHEMES)
-    check_choice("order", order, ORDERS)
     if threshold is not None and not 0.0 <= threshold <= 1.0:
         raise ValueError(f"threshold={threshold!r}: must be in [0, 1] or None")
     log_weights = _check_log_weights(log_weights)
@@ -88,7 +85,7 @@ def resample(
         raise ValueError(f"uniforms[{', '.join(map(str, index))}]={uniforms[index].item()}: must be in [0, 1)")
     always = 1.0 if threshold is None else float(threshold)
     backend = pick_backend(backend, device, "cuda")
-    done = Resampled(*_resample(device, log_weights, uniforms, scheme, order, always, backend))
+    done = Resampled(*_resample(device, log_weights, uniforms, scheme, always, backend))
     if threshold is None and values_are_checked(device) and not done.resampled.all():
         group = "" if log_weights.dim() == 1 else f" of group {int(done.resampled.int().argmin())}"
         raise ValueError(f"log_weights: all {n}{group} are -inf, no particle has any weight")
@@ -97,17 +94,17 @@ def resample(
 
 @custom_op("fastsmc::resample")
 def _resample(
-    log_weights: Tensor, uniforms: Tensor, scheme: str, order: str, threshold: float, backend: str
+    log_weights: Tensor, uniforms: Tensor, scheme: str, threshold: float, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     out = _outputs(log_weights)
     if log_weights.numel() == 0:
         return out
     if backend == "torch":
-        return _torch.resample(log_weights, uniforms, scheme, order, threshold)
+        return _torch.resample(log_weights, uniforms, scheme, threshold)
     n = log_weights.shape[-1]
     arguments = (
         [tensor.data_ptr() for tensor in (log_weights, uniforms, *out)],
-        log_weights.numel() // n, n, scheme, order == "sorted", threshold,
+        log_weights.numel() // n, n, scheme, threshold,
     )  # fmt: skip
     if backend == "cuda":
         device = log_weights.device
@@ -119,7 +116,7 @@ def _resample(
 
 
 @_resample.register_fake
-def _(log_weights, uniforms, scheme, order, threshold, backend):
+def _(log_weights, uniforms, scheme, threshold, backend):
     return _outputs(log_weights)
 
 
@@ -148,7 +145,7 @@ def ess_log_mean(log_weights: Tensor, *, backend: str | None = None) -> tuple[fl
     if backend == "cpu":
         return _C.ess_log_mean(log_weights.data_ptr(), log_weights.shape[0])
     # at threshold 0 nothing is resampled and no uniform is looked at
-    ess, log_mean = _resample(log_weights.device, log_weights, log_weights, "systematic", "inplace", 0.0, backend)[3:5]
+    ess, log_mean = _resample(log_weights.device, log_weights, log_weights, "systematic", 0.0, backend)[3:5]
     ess, log_mean = torch.stack([ess, log_mean]).tolist()
     if math.isnan(ess):
         _refuse(log_weights, int((~(log_weights < math.inf)).int().argmax()))

@@ -53,10 +53,4 @@ FASTSMC_HD inline int64_t draw_row(const Logit* logits, const Psi* psi, const Ma
   return first + invert_cdf(mass, n, &u);
 }
 
-// Rank u-th stratum of `count` on the unit interval: children of one parent draw from one row with these uniforms.
-FASTSMC_HD inline double stratified_uniform(double u, int64_t rank, int64_t count) {
-  const double v = (static_cast<double>(rank) + u) / static_cast<double>(count);
-  return v < 1.0 ? v : 1.0 - 0x1p-53;
-}
-
 }  // namespace fastsmc

@@ -31,7 +31,6 @@ struct Resampling {
   const double *log_weights, *u;
   int64_t n;
   Scheme scheme;
-  bool sorted;
   double threshold;  // resamples if >= 1, or if ESS < threshold·N
   int64_t *ancestors, *counts, *rank;
   double *ess, *log_mean;
@@ -307,7 +306,7 @@ FASTSMC_HD inline void count_offspring(Team& team, const Resampling& r, const Sc
 // ancestors and rank from counts. rank: index of a slot among the children of its parent, in slot order.
 //
 // In place: i stays where it has a child, the r-th dead slot takes the r-th surplus child (slot order).
-// Example: counts 0 3 0 1 0 2 -> ancestors 1 1 1 3 5 5, rank 0 1 2 0 0 1. Sorted: 1 1 1 3 5 5, rank 0 1 2 0 0 1.
+// Example: counts 2 0 0 1 3 0 -> ancestors 0 0 4 3 4 4, rank 0 1 0 0 1 2.
 //
 // Slots are looked up among the prefix sums, not written by their parents: then no thread has more to do than others
 // when one particle has all children.
@@ -325,30 +324,29 @@ FASTSMC_HD inline void place_children(Team& team, const Resampling& r, const Sca
     scan.values[lanes.at(lane)] = surplus << 32 | dead;
   });
   scan.run(team);
-  team.each(lanes.count, [&](int lane) {  // cells: children (sorted) or surplus children (in place) up to and with i
+  team.each(lanes.count, [&](int lane) {  // cells: surplus children up to and with i
     u64 dead = scan.before(lane) & kLow32, surplus = scan.before(lane) >> 32;
     for (int64_t i = lanes.first(lane); i < lanes.last(lane); ++i) {
       const u64 more = surplus_of(i);
-      if (!r.sorted && r.counts[i] > 0) {
+      if (r.counts[i] > 0) {
         r.ancestors[i] = i;
         const u64 own = dead < surplus ? 0 : dead - surplus;  // its children in dead slots before it
         r.rank[i] = static_cast<int64_t>(own < more ? own : more);
       }
       dead += r.counts[i] == 0;
       surplus += more;
-      cells[i] = r.sorted ? static_cast<u64>(i + 1) - dead + surplus : surplus;
+      cells[i] = surplus;
     }
   });
   team.each(lanes.count, [&](int lane) {
-    u64 child = r.sorted ? static_cast<u64>(lanes.first(lane)) : scan.before(lane) & kLow32;
+    u64 child = scan.before(lane) & kLow32;
     int64_t parent = -1;
     for (int64_t i = lanes.first(lane); i < lanes.last(lane); ++i) {
-      if (!r.sorted && r.counts[i] > 0) continue;
+      if (r.counts[i] > 0) continue;
       parent = parent < 0 ? find_cell(cells, r.n, child) : find_cell_after(cells, r.n, parent, child);
-      const u64 of_parent = r.sorted ? static_cast<u64>(r.counts[parent]) : surplus_of(parent);
       r.ancestors[i] = parent;
       // The dead slots of one parent come in slot order; its own slot is one before those behind it.
-      r.rank[i] = static_cast<int64_t>(child - (cells[parent] - of_parent)) + (!r.sorted && i > parent);
+      r.rank[i] = static_cast<int64_t>(child - (cells[parent] - surplus_of(parent))) + (i > parent);
       ++child;
     }
   });

