@@ -96,7 +96,7 @@ smoke() {
     step vllm_alone_v1_runner 60 env VLLM_USE_V2_MODEL_RUNNER=0 "${run[@]}" --only-vllm --eager --backend TRITON_ATTN
   step groups_triton 120 "${run[@]}" --eager --backend TRITON_ATTN ||
     step groups_triton_v1_runner 90 env VLLM_USE_V2_MODEL_RUNNER=0 "${run[@]}" --eager --backend TRITON_ATTN
-  step groups_flash 90 "${run[@]}" --eager --backend FLASH_ATTN --dtype bfloat16
+  step groups_flash 90 "${run[@]}" --eager --backend FLASH_ATTN --dtype float16
   # compiled, with graphs, the engine in a process of its own
   step groups_compiled 150 env VLLM_ENABLE_V1_MULTIPROCESSING=1 "${run[@]}" --backend FLASH_ATTN --dtype bfloat16 ||
     step groups_compiled_no_aot 120 env VLLM_USE_AOT_COMPILE=0 "${run[@]}" --backend FLASH_ATTN --dtype bfloat16
@@ -117,12 +117,14 @@ engine() {
 }
 
 sanitize() {  # no initcheck: PyTorch's own kernels, which are watched too, make it complain
-  local tool
-  for tool in memcheck racecheck synccheck; do
-    step "$tool" 180 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $tool --error-exitcode 9 \
-      "${pytest[@]}" tests/ops/test_resample.py tests/ops/test_reindex.py tests/ops/test_uniforms.py \
-      -k "cuda and not captured and not replays"
-  done
+  local check=(compute-sanitizer --error-exitcode 9) only=(-k "cuda and not captured and not replays")
+  export PYTORCH_NO_CUDA_MEMORY_CACHING=1 # or what lies behind a tensor is another's and no error
+  step memcheck 240 "${check[@]}" --tool memcheck "${pytest[@]}" tests/ops/test_resample.py tests/ops/test_reindex.py \
+    tests/ops/test_uniforms.py "${only[@]}"
+  # the only kernels with shared memory and barriers
+  step racecheck 180 "${check[@]}" --tool racecheck "${pytest[@]}" tests/ops/test_resample.py "${only[@]}"
+  step synccheck 120 "${check[@]}" --tool synccheck "${pytest[@]}" tests/ops/test_resample.py "${only[@]}"
+  unset PYTORCH_NO_CUDA_MEMORY_CACHING
 }
 
 bench() {

@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 #: particles, ESS threshold, scheme
 GROUPS = ((1, 1.0, "systematic"), (64, 0.0, "ssp"), (200, 1.0, "multinomial"), (256, 0.7, "residual"))
 VOCAB, PROMPT_LEN, MAX_TOKENS, CHECKED = 4096, 70, 40, 16
-#: of a log-prob in half precision; in float32 it is 5e-4
-TOLERANCE = {"bfloat16": 0.1, "float16": 2e-2, "float32": 5e-4}
+#: of a log-prob; with the wrong tokens in the KV cache it is off by whole nats
+TOLERANCE = {"bfloat16": 0.25, "float16": 3e-2, "float32": 5e-4}
 
 
 def say_what_runs(llm: Any) -> None:
