@@ -1,9 +1,10 @@
 """Chooses the Triton kernels' configurations on this GPU: `python bench/tune.py` (some minutes; needs a GPU).
 
-For each set of data types, weigh and draw are timed with every candidate at two sizes; the lowest product of the two
-medians goes to kernels/configs.json under the GPU's architecture. num_warps sets the order of sums, hence the last bits
-of results: it may differ between architectures and data types, never between sizes. A candidate that is not 2 % better
-than the default does not replace it.
+For each set of data types, the usual ones first, weigh and draw are timed with every candidate at two sizes; the lowest
+product of the two medians goes to kernels/configs.json, or to another file, under the GPU's architecture. The file is
+written after each set, so that a run that is cut short keeps what it has found. num_warps sets the order of sums, hence
+the last bits of results: it may differ between architectures and data types, never between sizes. A candidate that is
+not 2 % better than the default does not replace it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import itertools
 import json
 import statistics
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from machine import machine
@@ -26,7 +28,9 @@ CANDIDATES = {
     "weigh": [{"num_warps": w, "tiles": t} for w, t in itertools.product((1, 2, 4), (1, 2, 4, 8, 16, 32))],
     "draw": [{"num_warps": w} for w in (1, 2, 4, 8)],
 }
+#: of logits, and of log ψ
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+PSI_DTYPES = (None, torch.float32, torch.bfloat16, torch.float16)
 
 
 def seconds(f: Callable[[], object], repeats: int = 20) -> float:
@@ -77,16 +81,18 @@ def tune(dtype: torch.dtype, psi_dtype: torch.dtype | None, masked: bool, file: 
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=launch.CONFIGS, help="file to write (default: %(default)s)")
+    args = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("tune: needs a GPU")
     file = json.loads(launch.CONFIGS.read_text())
     architecture = launch._architecture(torch.device("cuda", torch.cuda.current_device()))
-    for dtype, masked in itertools.product(DTYPES, (False, True)):
-        for psi_dtype in (None, torch.float32, torch.bfloat16, torch.float16):
-            tune(dtype, psi_dtype, masked, file, architecture)
     file.setdefault("measured", {})[architecture] = machine()
-    launch.CONFIGS.write_text(json.dumps(file, indent=1) + "\n")
+    for psi_dtypes, dtype, masked in itertools.product((PSI_DTYPES[:2], PSI_DTYPES[2:]), DTYPES, (False, True)):
+        for psi_dtype in psi_dtypes:
+            tune(dtype, psi_dtype, masked, file, architecture)
+            args.out.write_text(json.dumps(file, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -348,11 +348,12 @@ def gather_info() -> dict[str, Any]:
 
     try:
         from fastsmc import _C
-        from fastsmc.ops._tensors import built_backends
+        from fastsmc.ops._tensors import built_backends, missing_on_gpu
 
         extension, cuda_archs, backends = True, list(_C.cuda_archs), built_backends()
+        missing = missing_on_gpu(backends)
     except ImportError:
-        extension, backends, cuda_archs = False, [], []
+        extension, backends, cuda_archs, missing = False, [], [], None
     try:
         from fastsmc.vllm.compat import SUPPORTED, vllm_version
 
@@ -369,6 +370,7 @@ def gather_info() -> dict[str, Any]:
         "extension_built": extension,
         "backends": backends,
         "cuda_archs": cuda_archs,  # what the extension was built for
+        "missing_on_gpu": missing,  # in words; None: nothing
         "threads": torch.get_num_threads(),  # of the one OpenMP runtime that torch and the extension share
         "gpus": gpus,
         "cuda": torch.version.cuda,
@@ -390,6 +392,7 @@ def command_info(args: argparse.Namespace) -> int:
         "vllm": f"{info['vllm'] or 'not installed'} (supported: {info['vllm_supported']})",
         "extension": ("built" + with_cuda) if info["extension_built"] else "not built: pip install -e . builds it",
         "backends": ", ".join(info["backends"]) or "none",
+        **({"on a gpu": info["missing_on_gpu"]} if info["missing_on_gpu"] else {}),
         "threads": f"{info['threads']} (OpenMP)",
         "gpu": ", ".join(info["gpus"]) or "none",
         "potentials": ", ".join(info["potentials"]) or "none registered",

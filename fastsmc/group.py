@@ -252,7 +252,7 @@ class Group:
                 raise self._error("logw_next", "returned None after it had returned a tensor")
             self.twisted = False
             return self._step_base(logits)
-        log_psi, psi_rows = self._twist_rows(twist, logits.shape[1])
+        log_psi, psi_rows = self._proposal_rows(twist, logits.shape[1])
         logit_rows = self._row_of[self._active]
         weighed = ops.weigh(
             logits, log_psi, logit_rows=logit_rows, psi_rows=psi_rows, temperature=self.params.temperature
@@ -296,7 +296,7 @@ class Group:
     def _step_base(self, logits: Tensor) -> None:
         temperature, drew = self.params.temperature, self._active
         if self._guided:
-            log_psi, psi_rows = self._twist_rows(self._ask("logw_next", _GroupState(self)), logits.shape[1])
+            log_psi, psi_rows = self._proposal_rows(self._ask("logw_next", _GroupState(self)), logits.shape[1])
             logit_rows, rows = self._row_of[drew], torch.arange(len(drew), device=self.device)
             weighed = ops.weigh(logits, log_psi, logit_rows=logit_rows, psi_rows=psi_rows, temperature=temperature)
             self._check_weighed(weighed, "logw_next")
@@ -485,9 +485,10 @@ class Group:
 
     def _conditional_ancestors(self, u: Tensor) -> Tensor:
         """(N,) int64: independent draws by weight from uniforms (N,), but for the kept particle and its new slot."""
-        cumulative = torch.softmax(self.log_w, 0).cumsum(0)
-        last = int(torch.nonzero(self.log_w > -math.inf)[-1])
-        ancestors = torch.searchsorted(cumulative, u * cumulative[-1], right=True).clamp_(max=last)
+        # in integers, whose sums are the same in every order: a GPU adds float64 numbers in none that is fixed. What is
+        # cut off is less than 2**-50 of the weights; a total of about 2**50 times u < 1 rounds to less than the total
+        cumulative = (torch.softmax(self.log_w, 0) * 2.0**50).long().cumsum(0)
+        ancestors = torch.searchsorted(cumulative, (u * cumulative[-1]).long(), right=True)
         slot = self._uniform_slot(self.t + 1)
         ancestors[slot] = self._kept
         self._kept = slot
@@ -584,6 +585,11 @@ class Group:
             )
         return values.to(self.device), rows
 
+    def _proposal_rows(self, twist: object, vocab: int) -> tuple[Tensor, Tensor]:
+        """As `_twist_rows`, as `weigh` and `draw` read values: float64 is rounded once, not by each of them."""
+        values, rows = self._twist_rows(twist, vocab)
+        return values.float() if values.dtype == torch.float64 else values, rows
+
     def _check_weighed(self, weighed: ops.Weighed, who: str) -> None:
         bad = torch.isnan(weighed.lse_psi)  # it is NaN where lse is
         if not bool(bad.any()):
@@ -651,8 +657,8 @@ class Group:
         """The weighted particles, traced back through the genealogy."""
         steps = len(self._tokens)
 
-        def record(rows: list[Tensor], dtype: type) -> np.ndarray:
-            return np.array([row.cpu().numpy() for row in rows], dtype=dtype).reshape(steps, self.n)
+        def record(rows: list[Tensor], dtype: type) -> np.ndarray:  # one copy from the device
+            return torch.stack(rows).cpu().numpy().astype(dtype) if rows else np.empty((0, self.n), dtype=dtype)
 
         return Population.from_record(
             tokens=record(self._tokens, np.int32),

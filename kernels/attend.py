@@ -28,6 +28,7 @@ import os
 import torch
 import triton
 import triton.language as tl
+from fastsmc.kernels.launch import on_device
 from torch import Tensor
 
 #: queries of a tile: rows × query heads of a key head, as many as a product of 64 × 64 a warp group wants
@@ -110,15 +111,15 @@ def read(
     return higher, total * keep + tl.sum(weights, 1), acc
 
 
-@triton.jit(do_not_specialize=["n_rows"])
+@triton.jit(do_not_specialize=["n_rows", "table_stride"])
 def tiles(
     query, query_stride, keys, values, block_stride, head_stride, token_stride, key_scale, value_scale, table,
-    table_stride, order, shared, length, scale, n_rows, out, out_stride, lse, PARTS: tl.constexpr, HEADS: tl.constexpr,
+    table_stride, order, shared, length, scale, n_rows, out, out_stride, lse, HEADS: tl.constexpr,
     GROUP: tl.constexpr, ROWS: tl.constexpr, QUERIES: tl.constexpr, TOKENS: tl.constexpr, LANES: tl.constexpr,
     SPAN: tl.constexpr, COLUMNS: tl.constexpr, SIZE: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
-    head, part = tl.program_id(1), tl.program_id(2)
+    head, part, parts = tl.program_id(1), tl.program_id(2), tl.num_programs(2)
     keys += head.to(tl.int64) * head_stride
     values += head.to(tl.int64) * head_stride
     # query i of the tile: row i // GROUP of the tile, head i % GROUP of the key head's
@@ -139,14 +140,14 @@ def tiles(
     total = tl.zeros((QUERIES,), tl.float32)
     acc = tl.zeros((QUERIES, DIMS), tl.float32)
     chunks = tl.cdiv(common, TOKENS)
-    for chunk in range(chunks * part // PARTS, chunks * (part + 1) // PARTS):
+    for chunk in range(chunks * part // parts, chunks * (part + 1) // parts):
         token = chunk * TOKENS + tl.arange(0, TOKENS)
         written = token < common
         block = tl.load(table + token // SIZE, mask=written, other=0).to(tl.int64)  # any row's
         at = block * block_stride + token % SIZE * token_stride
         top, total, acc = read(keys, values, at, written, real, q, top, total, acc, scale, False, DIM, DIMS, WIDE)
     windows = tl.cdiv(tokens - common, SPAN)
-    for window in range(windows * part // PARTS, windows * (part + 1) // PARTS):
+    for window in range(windows * part // parts, windows * (part + 1) // parts):
         first = common + window * SPAN
         stop = tl.minimum(first + SPAN, tokens)
         token = first + tl.arange(0, LANES)
@@ -172,21 +173,21 @@ def tiles(
         rest *= tl.load(value_scale)
     at = part.to(tl.int64) * n_rows * HEADS * DIM + row * out_stride + query_head * DIM
     tl.store(out + at[:, None] + dim[None, :], rest.to(out.dtype.element_ty), mask=inside)
-    if PARTS > 1:  # no token here, or all scores −inf: −inf
+    if lse is not None:  # of several parts. No token here, or all scores −inf: −inf
         tl.store(lse + (part.to(tl.int64) * n_rows + row) * HEADS + query_head, top + tl.log2(total), mask=real)
 
 
-@triton.jit(do_not_specialize=["n_rows"])
-def merge(parts, lse, out, out_stride, n_rows, PARTS: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr,
+@triton.jit(do_not_specialize=["n_rows", "n_parts"])
+def merge(parts, lse, out, out_stride, n_rows, n_parts, HEADS: tl.constexpr, DIM: tl.constexpr,
           DIMS: tl.constexpr):  # fmt: skip
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     dim = tl.arange(0, DIMS)
     top = tl.full((), -INF, tl.float32)
-    for part in range(PARTS):
+    for part in range(n_parts):
         top = tl.maximum(top, tl.load(lse + (part * n_rows + row) * HEADS + head))
     base = tl.where(top == -INF, 0.0, top)
     acc, total = tl.zeros((DIMS,), tl.float32), tl.zeros((), tl.float32)
-    for part in range(PARTS):
+    for part in range(n_parts):
         at = (part * n_rows + row) * HEADS + head
         weight = tl.exp2(tl.load(lse + at) - base)
         some = tl.load(parts + at * DIM + dim, mask=dim < DIM, other=0.0)
@@ -211,7 +212,9 @@ def attend(
     """As fastsmc.ops.attend; caches (n_blocks, Hk, B, D) of any strides but D's. length: (1,) int32 on the device, as
     are the scales, float32 of one element.
 
-    The first call for a new set of shapes compiles, so it must come before a CUDA graph is captured.
+    The first calls compile, so they must come before a CUDA graph is captured: `tiles` once for one part and once for
+    several, `merge` once, whatever the numbers of rows, columns and parts. A table of one column has one part, one of
+    one row and two columns has two.
     """
     n_rows, n_heads, dim = query.shape
     _, n_key_heads, size, _ = key_cache.shape
@@ -224,16 +227,17 @@ def attend(
         lse = torch.empty(parts, n_rows, n_heads, dtype=torch.float32, device=query.device)
     # the interpreter multiplies the bits of bfloat16
     wide = query.dtype == torch.float32 or os.environ.get("TRITON_INTERPRET") == "1"
-    tiles[(*grid, parts)](
-        query, query.stride(0), key_cache, value_cache, key_cache.stride(0), key_cache.stride(1), key_cache.stride(2),
-        key_scale, value_scale, table, table.stride(0), order, n_shared, length, scale * LOG2E, n_rows, rest,
-        rest.stride(-3), lse, PARTS=parts, HEADS=n_heads, **constants, WIDE=wide, **LAUNCH,
-    )  # fmt: skip
-    if parts > 1:
-        merge[(n_rows, n_heads)](
-            rest, lse, out, out.stride(0), n_rows, PARTS=parts, HEADS=n_heads, DIM=dim, DIMS=constants["DIMS"],
-            num_warps=1, enable_fp_fusion=False,
+    with on_device(query.device):
+        tiles[(*grid, parts)](
+            query, query.stride(0), key_cache, value_cache, key_cache.stride(0), key_cache.stride(1),
+            key_cache.stride(2), key_scale, value_scale, table, table.stride(0), order, n_shared, length,
+            scale * LOG2E, n_rows, rest, rest.stride(-3), lse, HEADS=n_heads, **constants, WIDE=wide, **LAUNCH,
         )  # fmt: skip
+        if parts > 1:
+            merge[(n_rows, n_heads)](
+                rest, lse, out, out.stride(0), n_rows, parts, HEADS=n_heads, DIM=dim, DIMS=constants["DIMS"],
+                num_warps=1, enable_fp_fusion=False,
+            )  # fmt: skip
 
 
 def tile_shape(group: int, size: int, dim: int) -> dict[str, int]:

@@ -191,7 +191,8 @@ def row_arguments(m: Matrices) -> tuple[Tensor | int | None, ...]:
 def weigh(m: Matrices, temperature: float, tile: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(lse, lse_psi, tile_mass, max_psi) as in fastsmc.ops.Weighed; lse_psi has no elements where it would equal lse.
 
-    The first call for a new set of data types compiles, so it must come before a CUDA graph is captured.
+    The first call for a new set of data types compiles, and for each of LOGITS_ONCE and PSI_ONCE, so it must come
+    before a CUDA graph is captured.
     """
     assert tile == TILE.value
     n, vocab, device = m.n_rows, m.logits.shape[1], m.logits.device
@@ -203,7 +204,8 @@ def weigh(m: Matrices, temperature: float, tile: int) -> tuple[Tensor, Tensor, T
     max_psi = torch.empty(n, dtype=torch.float32, device=device)
     if n == 0:
         return lse, lse_psi, tile_mass, max_psi
-    partials = torch.empty(4 if m.reweighs else 2, n, n_tiles, dtype=torch.float32, device=device)
+    # each at an address divisible by 16 bytes, whatever n is: what Triton compiles hangs on that
+    partials = torch.empty(4 if m.reweighs else 2, -(-n * n_tiles // 4) * 4, dtype=torch.float32, device=device)
     partials = [*partials, None, None][:4]
     with on_device(device):
         scan[(n * -(-n_tiles // tiles),)](

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from tiny import PROMPT, TableRows, TableTwist, TinyLlama, make_llama, value_table
 
 from fastsmc import SMCParams
@@ -48,6 +49,20 @@ def params_of(n, threshold, proposal="twisted", **more):
 
 #: positive everywhere: what an ordinary run loses when all its weights are zero, 1/Ẑ* loses too
 POSITIVE = np.where(np.isinf(value_table(STEPS, VOCAB, seed=4)), -1.0, value_table(STEPS, VOCAB, seed=4))
+
+
+@pytest.mark.parametrize("n", [4, 7, 1000])
+def test_ancestors_by_weight(tiny, n):
+    """The particle whose share of [0, 1) a uniform lies in; never one without weight, for uniforms at both ends too."""
+    group = Group(params_of(n, 1.0), TableRows(tiny, n), POTENTIAL, PROMPT, tiny.stop, exact=[[STOP]])
+    weights = np.random.default_rng(n).exponential(size=n) * (np.arange(n) % 3 != 0)
+    weights[-1] = 0.0
+    group.log_w = torch.tensor(weights).log()
+    u = np.random.default_rng(1).random(n)
+    u[:2] = 0.0, 1 - 2.0**-53
+    want = np.searchsorted(np.cumsum(weights) / weights.sum(), u, side="right").clip(max=np.flatnonzero(weights)[-1])
+    want[int(group._uniform_slot(1))] = int(group._kept)
+    assert group._conditional_ancestors(torch.from_numpy(u)).tolist() == want.tolist()
 
 
 @pytest.mark.parametrize("kind", ["twisted", "base", "guided"])

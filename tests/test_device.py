@@ -8,6 +8,7 @@ import pytest
 import torch
 from elsewhere import DEVICE, Elsewhere, Watch
 from test_potentials import EOS, V, tokenizer  # noqa: F401
+from tiny import TableTwist, value_table
 
 from fastsmc import Potential, SMCParams
 from fastsmc.group import Group, GroupEngine
@@ -63,6 +64,7 @@ POTENTIALS = {
     "infill": lambda: Infill([1, 2]),
     "infill every step": lambda: Infill([1, 2], every_step=True),
     "hidden": ByHidden,
+    "table": lambda: TableTwist(value_table(STEPS, V)),
     "product": lambda: Regex("(ab|b|a )*c") * Lexicon(token_ids=[1, 2], weight=0.5),
 }
 

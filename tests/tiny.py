@@ -166,6 +166,8 @@ class TableLLM:
 class TableTwist(Potential):
     """φ(s) = exp(Σ_t value[t, s_t]), with a deliberately imperfect twist ψ_t = exp(share · what φ has so far).
 
+    One object serves engines on several devices: it answers where the state is.
+
     Args:
         value: (T, V) float64.
         share: 1 is the natural prefix, 0 no twist.
@@ -180,9 +182,11 @@ class TableTwist(Potential):
         return float(sum(self.value[t, v] for t, v in enumerate(sequence)))
 
     def _so_far(self, state) -> torch.Tensor:
-        t = state.tokens.shape[1]
+        t, device = state.tokens.shape[1], state.tokens.device
+        if t == 0:
+            return torch.zeros(len(state.finished), dtype=torch.float64, device=device)
         known = state.tokens.clamp(min=0)
-        values = self.value[:t].T[known, torch.arange(t)] if t else torch.zeros((len(known), 0), dtype=torch.float64)
+        values = self.value[:t].to(device).T[known, torch.arange(t, device=device)]
         return (values * (state.tokens >= 0)).sum(1)
 
     def prefix(self, state):
@@ -192,7 +196,7 @@ class TableTwist(Potential):
         return self._so_far(state)
 
     def logw_next(self, state):
-        return (self.share * self.value[state.step]).expand(len(state.finished), -1)
+        return (self.share * self.value[state.step]).to(state.finished.device).expand(len(state.finished), -1)
 
 
 def value_table(steps: int, vocab: int, seed: int = 1) -> np.ndarray:

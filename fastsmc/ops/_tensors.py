@@ -30,6 +30,24 @@ def built_backends() -> list[str]:
     return ["cpu", "torch", *(["cuda"] if _C.cuda_archs else []), *(["triton"] if HAS_TRITON else [])]
 
 
+#: ops by the backend that has their kernels for a GPU, the argument `gpu` of `pick_backend`
+GPU_OPS = {"cuda": ("uniforms", "resample", "reindex"), "triton": ("weigh", "draw")}
+
+
+def missing_on_gpu(built: Sequence[str]) -> str | None:
+    """One line about the kernels that a GPU lacks here, from the backends that are built; None: it lacks none."""
+    why = {
+        "cuda": "fastsmc was built without CUDA, which takes nvcc (FASTSMC_BUILD_CUDA=1 makes its lack an error)",
+        "triton": "triton is not installed",
+    }
+    lacks = (
+        f"{why[backend]}: {', '.join(names)} run on a GPU as PyTorch operations, which are slower"
+        for backend, names in GPU_OPS.items()
+        if backend not in built
+    )
+    return "; ".join(lacks) or None
+
+
 def pick_backend(backend: str | None, device: torch.device, gpu: str) -> str:
     """The backend asked for, or the device's own: 'cpu' (fastsmc._C) for CPU tensors; for CUDA tensors the op's `gpu`,
     'triton' or 'cuda' (fastsmc._C), where it is built; else 'torch' (eager, any device).

@@ -267,6 +267,15 @@ class Attend:
         if self.costs is None:
             logger.warning("attend is not used: too few cases could be timed in this engine to know what it costs")
 
+    def warm_up(self, layer: Any) -> None:
+        """Calls `attend` on a layer's cache with tokens in one part and in two, which is all that Triton compiles."""
+        dtype, device = layer.dtype, layer.kv_cache.device
+        query = torch.zeros(1, self.shape.heads, self.shape.head_size, dtype=dtype, device=device)
+        for columns in (1, 2):
+            plan = self.plan(torch.zeros(1, columns, dtype=torch.int32, device=device), columns)
+            metadata = self.metadata(plan, columns * self.shape.block_size)
+            layer.impl.attend(layer, query, layer.kv_cache, metadata, torch.empty_like(query))
+
     def plan(self, table: Tensor, known_shared: int) -> AttendPlan:
         """As ops.plan_attend."""
         return ops.plan_attend(table, backend=self.backend, known_shared=known_shared)

@@ -23,7 +23,7 @@ from fastsmc.group import Group, GroupEngine, SMCError
 from fastsmc.paging import Paging
 from fastsmc.potentials import Potential
 from fastsmc.twists import Twist, card_stamp
-from fastsmc.vllm import compat
+from fastsmc.vllm import compat, warm_up
 from fastsmc.vllm.attention import Attend
 from fastsmc.vllm.lead import OBJECT, GroupResult, GroupStart, GroupTick, Tick, last_position
 
@@ -54,6 +54,9 @@ class Model:
             list(unique.values()), model_runner.kv_cache_config.num_blocks, self.block_size
         )
         self.device = self.caches[0].device
+        # row r begins at token r, for as many rows as there can be: a copy to the device each step would wait for it
+        starts = torch.arange(self._config.scheduler_config.max_num_seqs + 1, dtype=torch.int32)
+        self._starts = starts, starts.to(self.device)
         self.attend = Attend(
             [context[name] for name in self.layers],
             bool(self._config.compilation_config.pass_config.fuse_attn_quant),
@@ -64,6 +67,16 @@ class Model:
             logger.info("groups use vLLM's attention, which reads a shared block once a row: %s", self.attend.why_not)
         elif self.attend.costs is None:
             self._measure_attend({name: context[name] for name in self.layers})
+        if self.device.type == "cuda":
+            self._warm_up(context[self.layers[0]])
+
+    @torch.inference_mode()
+    def _warm_up(self, layer: Any) -> None:
+        """Compiles what the first steps of groups would compile; every rank does, as logits are gathered."""
+        config = self._config.model_config
+        warm_up.call_ops(self.logits(torch.zeros(2, config.get_hidden_size(), dtype=config.dtype, device=self.device)))
+        if self.attend.why_not is None and self.attend.costs is not None:
+            self.attend.warm_up(layer)
 
     @torch.inference_mode()
     def _measure_attend(self, layers: dict[str, Any]) -> None:
@@ -112,10 +125,10 @@ class Model:
 
     def _stock_metadata(self, table: Tensor, length: int, slots: Tensor, n_query: int) -> dict[str, Any]:
         n_rows = table.shape[0]
-        starts = torch.arange(0, (n_rows + 1) * n_query, n_query, dtype=torch.int32)
+        starts = [s[: n_rows + 1] if n_query == 1 else s[: n_rows + 1] * n_query for s in self._starts]
         common = CommonAttentionMetadata(
-            query_start_loc=starts.to(self.device),
-            query_start_loc_cpu=starts,
+            query_start_loc=starts[1],
+            query_start_loc_cpu=starts[0],
             seq_lens=torch.full((n_rows,), length, dtype=torch.int32, device=self.device),
             num_reqs=n_rows,
             num_actual_tokens=n_rows * n_query,

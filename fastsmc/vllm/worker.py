@@ -1,8 +1,11 @@
 """vLLM's workers with a particle runner beside the model runner.
 
 The particle runner is made at start-up, as soon as the model and the KV cache are there, so that what it cannot do is
-refused then. A particle-only step
-schedules no tokens for vLLM, so its result is returned from `execute_model` itself, in every process mode.
+refused then. That comes before vLLM's own warm-up: what is compiled for groups then does not count as compiled in the
+middle of traffic (vllm.utils.jit_monitor), and no CUDA graph of vLLM's is there yet when `attend` is measured.
+
+A particle-only step schedules no tokens for vLLM, so its result is returned from `execute_model` itself, in every
+process mode.
 """
 
 from __future__ import annotations
@@ -10,12 +13,16 @@ from __future__ import annotations
 from typing import Any
 
 import cloudpickle
+from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.worker.gpu_worker import Worker
 
-from fastsmc.vllm import attention, compat
+from fastsmc.ops._tensors import built_backends, missing_on_gpu
+from fastsmc.vllm import attention, capacity, compat
 from fastsmc.vllm.runner import ParticleRunner
+
+logger = init_logger(__name__)
 
 
 class SMCWorkerMixin:
@@ -28,9 +35,8 @@ class SMCWorkerMixin:
         return super().load_model(*args, **kwargs)
 
     def compile_or_warm_up_model(self) -> Any:
-        times = super().compile_or_warm_up_model()
         self.smc_runner = ParticleRunner(self.model_runner)
-        return times
+        return super().compile_or_warm_up_model()
 
     def execute_model(self, scheduler_output: Any) -> Any:
         tick = getattr(scheduler_output, "smc", None)
@@ -58,3 +64,20 @@ class SMCWorkerMixin:
 
 class SMCGPUWorker(SMCWorkerMixin, Worker):
     """vLLM's GPU worker with groups."""
+
+    def load_model(self, *args: Any, **kwargs: Any) -> Any:
+        if missing := missing_on_gpu(built_backends()):
+            logger.warning(missing)
+        return super().load_model(*args, **kwargs)
+
+    def determine_available_memory(self) -> int:
+        """vLLM's answer without what groups need beside the KV cache, unless the user has set the cache's size."""
+        available = super().determine_available_memory()
+        if self.cache_config.kv_cache_memory_bytes:
+            return available
+        rows, vocab = self.scheduler_config.max_num_seqs, self.model_config.get_vocab_size()
+        left, warning = capacity.leave_room(available, capacity.step_bytes(rows, vocab))
+        logger.info("%.2f GiB of the device are left to the steps of groups", (available - left) / 2**30)
+        if warning is not None:
+            logger.warning("max_num_seqs=%d: %s", rows, warning)
+        return left

@@ -6,6 +6,7 @@ import os
 from contextlib import contextmanager
 
 import pytest
+import torch
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     import interpreted_vllm  # noqa: F401  before vLLM looks for Triton
@@ -24,6 +25,8 @@ TINY_ARGS = dict(
     max_num_batched_tokens=1024,
     kv_cache_memory_bytes=1 << 27,
     disable_log_stats=True,
+    # engines live side by side, and each asks at its start for so much of the card to be free
+    **({"gpu_memory_utilization": 0.5} if torch.cuda.is_available() else {}),
 )
 
 

@@ -25,6 +25,7 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from fastsmc import SMCParams
+from fastsmc.kernels import attend as kernel
 from fastsmc.vllm import attention, compat
 from fastsmc.vllm.attention import Attend
 from fastsmc.vllm.runner import Model
@@ -171,6 +172,23 @@ def test_the_switch_asks_the_device_nothing(gpu_engine, monkeypatch):
     known, unknown = attend.plan(table, 64), attend.plan(table, 0)
     assert attend.pays(known, 65 * BLOCK) and not attend.pays(unknown, 65 * BLOCK)
     assert not any("_made" in vars(plan) for plan in (known, unknown))
+
+
+@runs
+def test_the_warm_up_calls_attend_with_one_part_and_with_two(gpu_engine, monkeypatch):
+    """On a model with `attend`, at start-up on a GPU; tests/kernels/test_variants.py says that no more is needed."""
+    model, seen, attend = runner_of(gpu_engine[0]).model, [], kernel.attend
+
+    def spied(query, keys, values, table, *args, **kwargs):
+        seen.append(tuple(table.shape))
+        attend(query, keys, values, table, *args, **kwargs)
+
+    monkeypatch.setattr(kernel, "attend", spied)
+    monkeypatch.setattr(model.attend, "costs", {"attend": [1.0] * 4, "stock": [1.0] * 5, "margin": 1.1})
+    before = [cache.clone() for cache in model.caches]
+    model._warm_up(model._config.compilation_config.static_forward_context[model.layers[0]])
+    assert seen == [(1, 1), (1, 2)]
+    assert all(torch.equal(cache, old) for cache, old in zip(model.caches, before, strict=True))
 
 
 @runs

@@ -394,7 +394,7 @@ class Looks(TableTwist):
     def _look(self, state, length, asked):
         for i in torch.nonzero(asked).squeeze(1).tolist():
             ids = torch.tensor([state.prompt + state.tokens[i, :length].tolist()])
-            error = (self.trunk(ids).last_hidden_state[0, -1] - state.hidden[i]).abs().max()
+            error = (self.trunk(ids).last_hidden_state[0, -1] - state.hidden[i].cpu()).abs().max()
             Looks.worst = max(Looks.worst, float(error))
 
     def prefix(self, state):

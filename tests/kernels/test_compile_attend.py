@@ -29,7 +29,7 @@ def compiled(kernel, types, constants, options):
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(names)
-        if signature[name].startswith("*") or name.endswith("_stride")
+        if (signature[name].startswith("*") or name.endswith("_stride")) and name not in kernel.do_not_specialize
     }
     binary = triton.compile(
         ASTSource(kernel, signature, constexprs, aligned), target=GPUTarget("cuda", 90, 32), options=options
@@ -45,19 +45,19 @@ def compiled(kernel, types, constants, options):
     return registers, stack + local, sass
 
 
-@pytest.mark.parametrize("parts", [1, 4])
+@pytest.mark.parametrize("several", [False, True])
 @pytest.mark.parametrize("dtype, cache", [("bf16", "bf16"), ("fp16", "fp16"), ("bf16", "fp8e4nv")])
 @pytest.mark.parametrize(
     "dim, group, size", [(128, 4, 16), (64, 3, 16), (64, 3, 32), (64, 3, 80), (256, 8, 64), (80, 1, 16)]
 )
-def test_tiles(dtype, cache, dim, group, size, parts):
+def test_tiles(dtype, cache, dim, group, size, several):
     types = {"query": f"*{dtype}", "keys": f"*{cache}", "values": f"*{cache}", "scale": "fp32", "n_rows": "i32"}
-    types |= {"out": f"*{dtype}"} if parts == 1 else {"out": "*fp32", "lse": "*fp32"}
+    types |= {"out": "*fp32", "lse": "*fp32"} if several else {"out": f"*{dtype}"}
     types |= dict.fromkeys(("key_scale", "value_scale"), "*fp32") if cache != dtype else {}
     types |= dict.fromkeys(("table", "order", "shared", "length"), "*i32")
     strides = ("query_stride", "block_stride", "head_stride", "token_stride", "table_stride", "out_stride")
     types |= dict.fromkeys(strides, "i32")
-    constants = dict(PARTS=parts, HEADS=8 * group, WIDE=False, **attend.tile_shape(group, size, dim))
+    constants = dict(HEADS=8 * group, WIDE=False, **attend.tile_shape(group, size, dim))
     registers, spilled, sass = compiled(attend.tiles, types, constants, attend.LAUNCH)
     # widening float8 costs a few: up to 32 bytes with Triton 3.9, 64 with 3.6, which vLLM 0.32 brings on a GPU
     assert spilled <= (0 if cache == dtype else 64) and registers <= 255
@@ -66,7 +66,7 @@ def test_tiles(dtype, cache, dim, group, size, parts):
 
 
 def test_merge():
-    types = {"parts": "*fp32", "lse": "*fp32", "out": "*bf16", "out_stride": "i32", "n_rows": "i32"}
-    constants = {"PARTS": 8, "HEADS": 32, "DIM": 128, "DIMS": 128}
+    types = {"parts": "*fp32", "lse": "*fp32", "out": "*bf16", "out_stride": "i32", "n_rows": "i32", "n_parts": "i32"}
+    constants = {"HEADS": 32, "DIM": 128, "DIMS": 128}
     registers, spilled, _ = compiled(attend.merge, types, constants, {"num_warps": 1, "enable_fp_fusion": False})
     assert spilled == 0 and registers <= 64
