@@ -187,7 +187,7 @@ def _engine(model: str, engine_args: dict[str, Any], params: SMCParams, log: Eng
             engine_args.setdefault("enforce_eager", True)  # compiling takes longer than most runs
         llm = LLM(models.resolve(model, log.progress), **engine_args)
     except Exception as error:
-        raise log.error("the engine did not start", error) from None
+        raise log.error(f"the engine did not start with model {model!r}", error) from None
     try:
         yield llm
     except Exception as error:

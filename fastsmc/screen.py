@@ -66,7 +66,9 @@ def one_line(error: BaseException) -> str:
     """Returns what an error says, in one line; of pydantic's, each argument with its value."""
     if callable(details := getattr(error, "errors", None)):
         with contextlib.suppress(Exception):  # errors of other packages that have a member of this name
-            return "; ".join(_field(detail) for detail in details())
+            # of a value that could be of several kinds, the first kind says enough
+            first = {detail["loc"][:1]: detail for detail in reversed(details())}
+            return "; ".join(_field(detail) for detail in first.values())
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = " ".join(lines[:3])
     if not text or isinstance(error, (KeyError, AttributeError, AssertionError, IndexError, TypeError)):
@@ -75,8 +77,8 @@ def one_line(error: BaseException) -> str:
 
 
 def _field(detail: dict[str, Any]) -> str:
-    name, message = ".".join(map(str, detail["loc"])), " ".join(detail["msg"].split()).removeprefix("Value error, ")
-    return f"{name}={detail['input']!r}: {message}" if name else message
+    message = " ".join(detail["msg"].split()).removeprefix("Value error, ")
+    return f"{detail['loc'][0]}={detail['input']!r}: {message}" if detail["loc"] else message
 
 
 def find_cause(log: str) -> str | None:

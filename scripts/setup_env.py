@@ -143,7 +143,7 @@ def wait(process: subprocess.Popen, every: float = HEARTBEAT) -> int:
             try:
                 return process.wait(timeout=every)
             except subprocess.TimeoutExpired:
-                size = f", {venv_mib():,} MiB in {VENV.name}" if VENV.exists() else ""
+                size = f", {mib:,} MiB in {VENV.name}" if (mib := venv_mib()) else ""
                 say(f"  ... still at it after {time.monotonic() - begin:.0f} s{size}")
     finally:
         if process.poll() is None:  # interrupted

@@ -119,12 +119,15 @@ class LLM(vllm.LLM):
         kwargs: any argument of `vllm.LLM` but `scheduler_cls` and `worker_cls`.
 
     Raises:
+        ValueError: an argument that vLLM does not know, or a model's path where nothing is.
         UnsupportedError: the vLLM version, or a feature that is switched on, is not supported; says which. What only
             the loaded model shows (sliding windows, several KV cache groups) is refused by the engine as it starts.
     """
 
     def __init__(self, model: str, **kwargs: Any) -> None:
         compat.check_version()
+        if str(model).startswith(("/", ".", "~")) and not os.path.exists(model):  # vLLM would take it for a hub's name
+            raise ValueError(f"model={str(model)!r}: there is no such directory")
         self._strays: list[Any] = []
         arguments = engine_args(kwargs)
         with _environment(surroundings(arguments.get("tensor_parallel_size") or 1)):
