@@ -95,8 +95,6 @@ def surroundings(n_ranks: int) -> dict[str, str]:
         settings |= machine.thread_settings(cores, get_visible_memory_node(), n_ranks, quota, os.environ)
     elif quota is not None and quota < torch.get_num_threads() and not os.environ.get("OMP_NUM_THREADS"):
         torch.set_num_threads(max(1, round(quota)))
-    if settings:
-        logger.info("fastsmc starts vLLM with %s", " ".join(f"{name}={value}" for name, value in settings.items()))
     return settings
 
 
@@ -130,8 +128,11 @@ class LLM(vllm.LLM):
             raise ValueError(f"model={str(model)!r}: there is no such directory")
         self._strays: list[Any] = []
         arguments = engine_args(kwargs)
-        with _environment(surroundings(arguments.get("tensor_parallel_size") or 1)):
+        settings = surroundings(arguments.get("tensor_parallel_size") or 1)
+        with _environment(settings):
             super().__init__(str(model), **arguments)
+        if settings:
+            logger.info("fastsmc started vLLM with %s", " ".join(f"{name}={value}" for name, value in settings.items()))
         compat.check_config(self.llm_engine.vllm_config)
 
     # ------------------------------------------------------------------------------------------------------ SMC

@@ -18,9 +18,9 @@ from typing import NamedTuple
 KV_SHARE = 0.3
 #: the most cores per rank at which none is left to the scheduler; see `thread_settings`
 FEW_CORES = 4
-#: bytes of /dev/shm without which vLLM's processes cannot talk to each other, and more per tensor-parallel rank: queues
-#: of sparse files, of which a run touches under 1 MiB, and 4 MiB per rank for their sums
-LEAST_SHM, SHM_PER_RANK = 16 << 20, 4 << 20
+#: bytes of /dev/shm that vLLM wants free before it makes a queue between its processes (10 chunks of 24 MiB in a sparse
+#: file, of which a run touches under 1 MiB), and what each tensor-parallel rank takes for sums
+LEAST_SHM, SHM_PER_RANK = 240 << 20, 4 << 20
 #: logits elements that scoring a continuation holds at once (`fastsmc.vllm.runner`)
 SCORE_ELEMENTS = 1 << 27
 
