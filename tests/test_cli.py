@@ -1,11 +1,14 @@
 """The command line, as far as it needs no engine: a stand-in for `fastsmc.LLM` gives the populations."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import fastsmc
 from fastsmc import Population, SMCParams, cli
@@ -32,14 +35,26 @@ def some_population(params):
     )
 
 
+#: what an engine on the CPU starts with unless asked otherwise
+EAGER = {} if torch.cuda.is_available() else {"enforce_eager": True}
+
+
 class FakeLLM:
-    """Notes what it was called with."""
+    """Notes what it was called with; says much, as engines do."""
 
     calls: list
     error: Exception | None = None
+    at_start: Exception | None = None
 
     def __init__(self, model, **kwargs):
         self.calls.append(("init", model, kwargs))
+        os.write(1, b"(EngineCore pid=7) INFO 11-26 00:00:00 [core.py:1] starting\n")
+        os.write(2, b"UserWarning: foreign\n")
+        if self.at_start is not None:
+            raise self.at_start
+
+    def shutdown(self):
+        self.calls.append("shutdown")
 
     def smc(self, prompt, params, potential=None, use_tqdm=False):
         self.calls.append(("smc", prompt, params, potential, use_tqdm))
@@ -49,8 +64,10 @@ class FakeLLM:
 
 
 @pytest.fixture
-def fake(monkeypatch):
+def fake(monkeypatch, tmp_path):
     fresh = type("FreshLLM", (FakeLLM,), {"calls": []})
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # where logs go
+    monkeypatch.delenv("VLLM_LOGGING_LEVEL", raising=False)
     monkeypatch.setitem(vars(fastsmc), "LLM", fresh)  # setattr would look at the real one first, and import vLLM
     return fresh
 
@@ -62,7 +79,7 @@ def test_run(fake, tmp_path, capsys, monkeypatch):
     arguments += ["--json", files["json"], "--save", files["save"], "--plot", str(tmp_path / "p.svg"), "--best", "3"]
     assert cli.main(arguments) == 0
     expected = SMCParams(n_particles=4, max_tokens=2, seed=9)
-    assert fake.calls == [("init", "m", {}), ("smc", "Hello", expected, None, False)]
+    assert fake.calls == [("init", "m", EAGER), ("smc", "Hello", expected, None, False), "shutdown"]
     out = capsys.readouterr().out
     lines = out.splitlines()
     assert "0.4000" in lines[1] and "text 3\\n" in lines[1] and "…" in lines[1]
@@ -91,7 +108,7 @@ def test_run_passes_everything_on(fake):
         "2000",
     ]
     assert cli.main(["run", "--model", "m", "--prompt", "x", *options, "--engine-args", '{"dtype": "float32"}']) == 0
-    assert fake.calls[0][2] == {"dtype": "float32", "max_num_seqs": 2000}
+    assert fake.calls[0][2] == {"dtype": "float32", "max_num_seqs": 2000, **EAGER}
     assert fake.calls[1][2] == SMCParams(
         n_particles=2000, temperature=0.5, ess_threshold=1.0, resampling="ssp", proposal="base", ignore_eos=True
     )
@@ -142,6 +159,42 @@ def test_errors_of_the_engine(fake, capsys):
     fake.error = RuntimeError("a defect")
     with pytest.raises(RuntimeError, match="a defect"):
         cli.main(["run", "--model", "m", "--prompt", "x"])
+
+
+RUN = ["run", "--model", "m", "--prompt", "x"]
+
+
+def test_the_screen_shows_our_own_words_only(fake, tmp_path, capfd, monkeypatch):
+    assert cli.main(RUN) == 0
+    out, err = capfd.readouterr()
+    assert out.startswith("  weight") and "tokens/s" in out and not err
+    (log,) = (tmp_path / "cache" / "fastsmc" / "logs").iterdir()
+    assert "starting" in log.read_text() and "foreign" in log.read_text()
+    for loud in ([*RUN, "--verbose"], RUN):
+        assert cli.main(loud) == 0
+        out, err = capfd.readouterr()
+        assert "starting" in out and "tokens/s" in out and "foreign" in err
+        monkeypatch.setenv("VLLM_LOGGING_LEVEL", "INFO")
+
+
+def test_an_engine_that_does_not_start_is_one_line_with_the_log(fake, tmp_path, capfd):
+    for error in (TypeError("unexpected 'a'"), AssertionError(), KeyError("k"), RuntimeError("two\nlines")):
+        fake.at_start = error
+        assert cli.main([*RUN, "--engine-args", '{"enforce_eager": false}']) == 2
+        assert fake.calls[-1] == ("init", "m", {"enforce_eager": False})
+        out, err = capfd.readouterr()
+        assert not out and err.count("\n") == 1 and err.startswith("fastsmc run: error: the engine did not start")
+        assert str(error.args[0] if error.args else "AssertionError").split()[0] in err
+        log = Path(err.rsplit("(log: ", 1)[1].strip().rstrip(")")).read_text()
+        assert type(error).__name__ in log and "Traceback" in log
+
+
+def test_an_engine_that_dies(fake, capfd):
+    fake.error = type("EngineDeadError", (Exception,), {})("EngineCore encountered an issue")
+    assert cli.main(RUN) == 2
+    out, err = capfd.readouterr()
+    assert not out and err.count("\n") == 1 and "the engine died: EngineCore encountered an issue (log: " in err
+    assert fake.calls[-1] == "shutdown"
 
 
 def test_bench(tmp_path, monkeypatch, capsys):
@@ -214,7 +267,7 @@ def test_train_twist_and_evaluate(tiny_model, tmp_path, capsys, monkeypatch):
     assert (card["potential"], card["potential_args"]["weight"], card["steps"]) == ("lexicon", -1.5, 6)
     assert (tmp_path / "twist" / "bounds.png").exists()
 
-    monkeypatch.setitem(vars(fastsmc), "LLM", HFEngine)
+    monkeypatch.setitem(vars(fastsmc), "LLM", lambda model, **kwargs: HFEngine(model))
     report, picture = tmp_path / "report.json", tmp_path / "report.png"
     arguments = ["evaluate", *task, "--twist", out, "--runs", "4", "--rejection", "5"]
     assert cli.main([*arguments, "--json", str(report), "--plot", str(picture)]) == 0

@@ -3,43 +3,55 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
+import difflib
+import inspect
+import numbers
 import os
 import sys
+import typing
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import NoneType
 from typing import Any
 
 import cloudpickle
+import torch
 import vllm
-from vllm import RequestOutput, SamplingParams
+from vllm import EngineArgs, RequestOutput, SamplingParams
+from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
+from vllm.utils.cpu_resource_utils import get_allowed_cpu_list, get_visible_memory_node
 
-from fastsmc import twists
+from fastsmc import models, twists
 from fastsmc.group import SMCError
 from fastsmc.params import PREFIX, SMCParams
 from fastsmc.population import Population
 from fastsmc.potentials import Potential
-from fastsmc.vllm import compat
+from fastsmc.vllm import compat, machine
 from fastsmc.vllm.lead import OBJECT, Lead, Limits, check_fits, is_lead
 
 #: rows that an engine takes unless `max_num_seqs` says otherwise
 DEFAULT_MAX_NUM_SEQS = 1024
 #: vLLM's default on CPU, 128, makes every particle's private tail four times as large
 DEFAULT_CPU_BLOCK_SIZE = 32
-#: share of the available memory that the KV cache takes on CPU unless an argument says otherwise
-CPU_KV_SHARE = 0.3
+
+logger = init_logger(f"vllm.{__name__}")  # below vllm, whose handlers show it
 
 
 def engine_args(kwargs: dict[str, Any]) -> dict[str, Any]:
     """`vllm.LLM` arguments with the scheduler, the worker and the defaults that groups need.
 
     Raises:
-        ValueError: for an argument that fastsmc sets itself.
+        ValueError: for an argument that fastsmc sets itself, that vLLM does not know, or that is no number where vLLM
+            takes one.
     """
     for name in ("scheduler_cls", "worker_cls"):
         if kwargs.get(name) is not None:
             raise ValueError(f"{name}={kwargs[name]!r}: fastsmc sets it itself")
+    _check_names_and_numbers(kwargs)
     compat.check_arguments(kwargs)
     compat.check_names(current_platform.device_type)
     out = dict(kwargs)
@@ -48,16 +60,53 @@ def engine_args(kwargs: dict[str, Any]) -> dict[str, Any]:
     if current_platform.is_cpu():
         out["worker_cls"] = "fastsmc.vllm.worker_cpu.SMCCPUWorker"
         out.setdefault("block_size", DEFAULT_CPU_BLOCK_SIZE)
-        sized = ("kv_cache_memory_bytes", "gpu_memory_utilization", "num_gpu_blocks_override")
-        if not any(name in out for name in sized) and not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
-            import psutil
-
-            out["kv_cache_memory_bytes"] = max(1 << 28, int(CPU_KV_SHARE * psutil.virtual_memory().available))
     elif current_platform.is_cuda():
         out["worker_cls"] = "fastsmc.vllm.worker.SMCGPUWorker"
     else:
         raise compat.UnsupportedError(f"platform {current_platform.device_name}: fastsmc knows CPU and CUDA")
     return out
+
+
+def _check_names_and_numbers(kwargs: Mapping[str, Any]) -> None:
+    """Refuses what vLLM would stumble over deep inside, or in another process."""
+    types = {field.name: field.type for field in dataclasses.fields(EngineArgs)}
+    known = set(types) | set(inspect.signature(vllm.LLM).parameters) - {"model", "kwargs"}
+    for name, value in kwargs.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, sorted(known), n=1)
+            raise ValueError(f"{name}={value!r}: vllm.LLM has no such argument" + (f"; {near[0]}?" if near else ""))
+        kinds = set(typing.get_args(types.get(name))) or {types.get(name)}
+        number = numbers.Real if float in kinds else numbers.Integral
+        if value is not None and kinds <= {bool, int, float, NoneType} and not isinstance(value, number):
+            kind = "a number" if float in kinds else "an integer" if int in kinds else "a bool"
+            raise ValueError(f"{name}={value!r}: must be {kind}")
+
+
+def surroundings(n_ranks: int) -> dict[str, str]:
+    """Returns the environment variables under which an engine starts here; what the user has set stands."""
+    settings = models.cache_settings()
+    if not current_platform.is_cpu():
+        return settings
+    settings |= machine.process_settings(machine.shm_free(), n_ranks, os.environ)
+    quota = machine.group_cores()
+    in_process = (os.environ | settings).get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0"
+    if not in_process or n_ranks > 1:
+        cores = [machine.Core(cpu.id, cpu.physical_core, cpu.numa_node) for cpu in get_allowed_cpu_list()]
+        settings |= machine.thread_settings(cores, get_visible_memory_node(), n_ranks, quota, os.environ)
+    elif quota is not None and quota < torch.get_num_threads() and not os.environ.get("OMP_NUM_THREADS"):
+        torch.set_num_threads(max(1, round(quota)))
+    return settings
+
+
+@contextmanager
+def _environment(settings: Mapping[str, str]) -> Iterator[None]:
+    old = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    try:
+        yield
+    finally:
+        for name, value in old.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 class LLM(vllm.LLM):
@@ -68,14 +117,22 @@ class LLM(vllm.LLM):
         kwargs: any argument of `vllm.LLM` but `scheduler_cls` and `worker_cls`.
 
     Raises:
+        ValueError: an argument that vLLM does not know, or a model's path where nothing is.
         UnsupportedError: the vLLM version, or a feature that is switched on, is not supported; says which. What only
             the loaded model shows (sliding windows, several KV cache groups) is refused by the engine as it starts.
     """
 
     def __init__(self, model: str, **kwargs: Any) -> None:
         compat.check_version()
+        if str(model).startswith(("/", ".", "~")) and not os.path.exists(model):  # vLLM would take it for a hub's name
+            raise ValueError(f"model={str(model)!r}: there is no such directory")
         self._strays: list[Any] = []
-        super().__init__(str(model), **engine_args(kwargs))
+        arguments = engine_args(kwargs)
+        settings = surroundings(arguments.get("tensor_parallel_size") or 1)
+        with _environment(settings):
+            super().__init__(str(model), **arguments)
+        if settings:
+            logger.info("fastsmc started vLLM with %s", " ".join(f"{name}={value}" for name, value in settings.items()))
         compat.check_config(self.llm_engine.vllm_config)
 
     # ------------------------------------------------------------------------------------------------------ SMC
@@ -252,6 +309,10 @@ class LLM(vllm.LLM):
     def _run_engine(self, *args: Any, **kwargs: Any) -> list[Any]:
         strays, self._strays = self._strays, []
         return sorted(strays + super()._run_engine(*args, **kwargs), key=lambda output: int(output.request_id))
+
+    def shutdown(self) -> None:
+        """Ends the engine and its processes."""
+        self.llm_engine.engine_core.shutdown()
 
     # -------------------------------------------------------------------------------------------------- inner parts
     def _in_process(self) -> bool:

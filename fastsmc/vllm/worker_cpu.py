@@ -6,10 +6,95 @@ that a CUDA machine imports may import this module.
 
 from __future__ import annotations
 
+import socket
+from typing import Any
+
+import psutil
+import torch
+from vllm.config import CacheConfig
+from vllm.distributed.parallel_state import get_world_group
+from vllm.logger import init_logger
+from vllm.utils.cpu_resource_utils import get_allowed_cpu_list, get_memory_node_info, get_visible_memory_node
+from vllm.v1.core.kv_cache_utils import max_memory_usage_bytes
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from fastsmc.vllm import machine
 from fastsmc.vllm.worker import SMCWorkerMixin
+
+logger = init_logger(f"vllm.{__name__}")  # below vllm, whose handlers show it
 
 
 class SMCCPUWorker(SMCWorkerMixin, CPUWorker):
-    """vLLM's CPU worker with groups."""
+    """vLLM's CPU worker with groups, and a KV cache that fits the memory there is unless the user gave its size.
+
+    vLLM takes 0.92 of the worker's memory node and does not start where less is free. Here that default means "what
+    fits" (`machine.kv_cache_bytes`), whoever starts the engine. kv_cache_memory_bytes, VLLM_CPU_KVCACHE_SPACE and any
+    other gpu_memory_utilization keep vLLM's meaning and vLLM's checks; num_gpu_blocks_override is checked against the
+    memory there is.
+    """
+
+    def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        cache = vllm_config.cache_config
+        asked = cache.gpu_memory_utilization
+        self._sizes_cache = cache.kv_cache_memory_bytes is None and asked == CacheConfig.gpu_memory_utilization
+        if self._sizes_cache:
+            cache.gpu_memory_utilization = 1e-9  # nobody asked for 0.92 of the node, so its lack is no error
+        try:
+            super().__init__(vllm_config, *args, **kwargs)
+        finally:
+            cache.gpu_memory_utilization = asked
+        # vLLM's worker has just bound its memory to this node; threads may be bound to cores of another one later
+        self._bound_node = _memory_node()
+
+    def determine_available_memory(self) -> int:
+        if not self._sizes_cache:
+            return super().determine_available_memory()
+        if self._should_warm_up_model():
+            self.model_runner.warming_up_model()
+        world = get_world_group()
+        world.barrier()  # all weights are loaded, so that what is free now stays free
+        ranks: list[Any] = [None] * world.world_size
+        torch.distributed.all_gather_object(ranks, self._measure_rank(), group=world.cpu_group)
+        size = machine.kv_cache_bytes(ranks, self._need())
+        logger.info("KV cache: %s, sized by what is free: %s", machine.gib(size), ranks[world.rank_in_group])
+        return size
+
+    def _measure_rank(self) -> machine.Rank:
+        """Measures the memory that is free; of two nodes that it may come from, the poorer one."""
+        free = {node: get_memory_node_info(node).available_memory for node in (self._bound_node, _memory_node())}
+        node = min(free, key=free.__getitem__)
+        return machine.Rank(
+            socket.gethostname(),
+            node,
+            free[node],
+            psutil.virtual_memory().available,
+            machine.group_memory_free(),
+        )
+
+    def _need(self) -> machine.Need:
+        config, model = self.vllm_config, self.model_config
+        specs = list(self.get_kv_cache_spec().values())
+        block = sum(spec.page_size_bytes for spec in specs)
+        rows = config.scheduler_config.max_num_seqs
+        step = machine.step_bytes(
+            rows,
+            config.scheduler_config.max_num_batched_tokens,
+            model.get_vocab_size(),
+            model.get_hidden_size(),
+            getattr(model.hf_text_config, "intermediate_size", None) or 4 * model.get_hidden_size(),
+            model.dtype.itemsize,
+        )
+        if (blocks := self.cache_config.num_gpu_blocks_override) is not None:
+            return machine.Need(step, blocks * block, blocks * block, f"num_gpu_blocks_override={blocks}")
+        sequence = max_memory_usage_bytes(config, specs)
+        # one more block, which vLLM keeps back; and each row may hold one more while it is reindexed
+        useful = rows * (sequence + block) + block
+        if model.original_max_model_len == -1:  # vLLM then takes the longest that fits
+            return machine.Need(step, 2 * block, useful, "one block")
+        return machine.Need(step, sequence + block, useful, f"one sequence of max_model_len={model.max_model_len}")
+
+
+def _memory_node() -> int:
+    """Returns the memory node of the first core that this thread may run on, as vLLM's worker finds it."""
+    node, visible = get_allowed_cpu_list()[0].numa_node, get_visible_memory_node()
+    return node if node in visible else visible[0]

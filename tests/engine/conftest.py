@@ -87,9 +87,15 @@ def small_engine(tiny_path):
 
 @pytest.fixture(scope="session")
 def process_engine(tiny_path):
-    """The engine core in its own process, vLLM's default; prompts longer than 64 tokens are prefilled in chunks."""
+    """The engine core in its own process, vLLM's default; prompts longer than 64 tokens are prefilled in chunks, and
+    nobody says how large the KV cache is."""
     return make_engine(
-        tiny_path, in_process=False, max_num_batched_tokens=64, max_num_seqs=32, enable_chunked_prefill=True
+        tiny_path,
+        in_process=False,
+        max_num_batched_tokens=64,
+        max_num_seqs=32,
+        enable_chunked_prefill=True,
+        kv_cache_memory_bytes=None,
     )
 
 

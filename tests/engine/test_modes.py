@@ -1,10 +1,12 @@
 """The same seed gives the same population in every process mode, and beside whatever traffic."""
 
+import re
+
 import pytest
 from tiny import PROMPT, TableTwist, value_table
 from vllm import SamplingParams
 
-from fastsmc import SMCError, SMCParams
+from fastsmc import LLM, SMCError, SMCParams
 
 from .conftest import VOCAB, make_engine
 from .test_engine import Broken, prompt_of, same
@@ -52,6 +54,32 @@ def test_in_process_beside_traffic(engine, alone, all_blocks_back):
 
 def test_engine_core_in_its_own_process(process_engine, alone):
     check(process_engine, alone)
+
+
+def test_a_cache_without_a_size_is_what_the_rows_can_use(process_engine):
+    """The tiny model's fits everywhere: 32 rows of 512 tokens, a block of 32 more for each, and the null block. vLLM's
+    own default is 0.92 of a memory node, and no engine where less is free."""
+    cache = process_engine.llm_engine.vllm_config.cache_config
+    assert cache.num_gpu_blocks == 32 * (512 // 32 + 1) + 1
+    assert cache.gpu_memory_utilization == type(cache).gpu_memory_utilization and cache.kv_cache_memory_bytes is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"max_modellen": 256}, "max_modellen=256: vllm.LLM has no such argument; max_model_len?"),
+        ({"max_num_seqs": "many"}, "max_num_seqs='many': must be an integer"),
+        ({"tensor_parallel_size": 1.5}, "tensor_parallel_size=1.5: must be an integer"),
+        ({"gpu_memory_utilization": "half"}, "must be a number"),
+        ({"enforce_eager": "yes"}, "enforce_eager='yes': must be a bool"),
+        ({"worker_cls": "mine"}, "worker_cls='mine': fastsmc sets it itself"),
+    ],
+)
+def test_wrong_engine_arguments_are_named_before_anything_starts(tiny_path, arguments, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        LLM(str(tiny_path), **arguments)
+    with pytest.raises(ValueError, match="model='/no/such/model': there is no such directory"):
+        LLM("/no/such/model")
 
 
 def test_asynchronous_scheduling(tiny_path, alone, monkeypatch):
