@@ -28,7 +28,7 @@ def run(json_path: str | None = None, model: str = "smollm2", max_tokens: int = 
     from fastsmc import LLM, SMCParams, ops
     from fastsmc.models import resolve
     from fastsmc.potentials import Lexicon
-    from fastsmc.vllm import runner
+    from fastsmc.vllm.model import Model
 
     spent: dict[str, float] = defaultdict(float)
 
@@ -44,7 +44,7 @@ def run(json_path: str | None = None, model: str = "smollm2", max_tokens: int = 
 
         setattr(owner, name, wrapper)
 
-    for owner, names in ((runner.Model, ("hidden", "logits")), (ops, ("weigh", "resample", "reindex", "draw"))):
+    for owner, names in ((Model, ("hidden", "logits")), (ops, ("weigh", "resample", "reindex", "draw"))):
         for name in names:
             timed(owner, name)
 

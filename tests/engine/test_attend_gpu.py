@@ -27,7 +27,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from fastsmc import SMCParams
 from fastsmc.vllm import attention, compat
 from fastsmc.vllm.attention import Attend
-from fastsmc.vllm.runner import Model
+from fastsmc.vllm.model import Model
 
 from .conftest import VOCAB, make_engine
 
