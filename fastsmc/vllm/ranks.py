@@ -118,11 +118,10 @@ class Leader:
         return self._on_all(lambda: self._model.logits(hidden, rows), Call(LOGITS, begin=begin, end=end))
 
     def reindex(self, table: Tensor, ancestors: Tensor, position: int) -> None:
-        column, n_used = divmod(position, self.block_size)
-        tails = table[:, column].clone() if n_used else None
         self._model.reindex(table, ancestors, position)
-        if tails is not None:  # what the other ranks have of the table are the blocks of their caches
-            self._moves.append((tails, ancestors, n_used))
+        column, n_used = divmod(position, self.block_size)
+        if n_used:  # all that the other ranks have of a table are the blocks of their caches
+            self._moves.append((table[:, column], ancestors, n_used))  # a tail column does not change while it is one
 
     @staticmethod
     def _call_of(verb: str, position: int, table: Tensor, n_query: int, plan: AttendPlan | None) -> Call:

@@ -243,7 +243,7 @@ class Net:
         self.calls.append(hidden[rows].tolist())
 
     def reindex(self, table, ancestors, position):
-        ops.reindex(table, ancestors, position=position, block_size=BLOCK, caches=self.caches)
+        ops.reindex(table, ancestors, position=position, block_size=BLOCK, caches=self.caches, slot_dim=2)
 
 
 @pytest.fixture
