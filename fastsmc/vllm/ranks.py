@@ -7,10 +7,10 @@ A potential may answer differently in another process (it asks a server, draws n
 may ask it. The ranks meet in the model's collectives: a call of the model that rank 0 makes is one message, which the
 other ranks wait for. Moves of KV blocks need no collective. They travel with the next message, and run before its call.
 
-A message is a tuple of numbers and one int32 tensor: the moves, and the rows of a forward pass (tokens, slots, block
-table). On the CPU both travel as one pickled object by the message queue of vLLM's tensor-parallel group, which is
-shared memory within a machine and has no time-out: a potential may take its time. On a CUDA device the queue takes the
-numbers, and NCCL broadcasts the tensor from device to device, so that rank 0 copies nothing to the host.
+A message is a tuple of numbers and one int32 tensor on the host: the moves, and the rows of a forward pass (tokens,
+slots, block table). It goes through the message queue of vLLM's tensor-parallel group: shared memory within a machine,
+without a time-out, because a potential may take its time. On a CUDA device this costs rank 0 one copy to the host per
+call of the model, and the others one back: a broadcast by NCCL would cost neither, but a communicator of its own.
 
 What goes wrong on rank 0 outside the model (a potential that raises, memory that is short) ends a group there, and the
 other ranks never hear of it. A call of the model that fails on any rank leaves the ranks at different collectives, out
@@ -143,13 +143,10 @@ class Leader:
     def _tell(self, call: Call, *rows: Tensor) -> None:
         """Sends a call, its rows, and the moves before it."""
         parts = [part for tails, ancestors, _ in self._moves for part in (tails, ancestors)] + list(rows)
-        numbers = torch.cat([part.reshape(-1).int() for part in parts]) if parts else None
+        numbers = torch.cat([part.reshape(-1).int() for part in parts]).cpu() if parts else None
         call = call._replace(moves=tuple((len(tails), n_used) for tails, _, n_used in self._moves))
         try:
-            if self.device.type == "cpu":
-                self._ranks.broadcast_object((call, numbers))
-            else:
-                self._ranks.broadcast_tensor_dict({"call": call, "numbers": numbers})
+            self._ranks.broadcast_object((call, numbers))
         except BaseException as error:
             self._failure = error
             raise
@@ -180,12 +177,12 @@ class Follower:
     def _follow(self) -> None:
         hidden = None
         while True:
-            call, numbers = self._receive()
+            call, numbers = self._ranks.broadcast_object()
             sizes = [size for n, _ in call.moves for size in (n, n)]
             if call.n_rows:
                 n_tokens = call.n_rows * call.n_query
                 sizes += [n_tokens, n_tokens, call.n_rows * call.n_columns]
-            parts = list(numbers.split(sizes)) if sizes else []
+            parts = numbers.to(self._model.device).split(sizes) if sizes else ()
             for _, n_used in call.moves:
                 tails, ancestors, *parts = parts
                 self._model.reindex(tails[:, None], ancestors.long(), n_used)
@@ -200,12 +197,6 @@ class Follower:
                 self._model.forward(tokens, call.position, table, slots, plan)
             else:
                 hidden = self._model.hidden(tokens, call.position, table, slots, call.n_query, plan)
-
-    def _receive(self) -> tuple[Call, Tensor | None]:
-        if self._model.device.type == "cpu":
-            return self._ranks.broadcast_object()
-        message = self._ranks.broadcast_tensor_dict()
-        return message["call"], message["numbers"]
 
 
 class ShareEngine(GroupEngine):

@@ -1,8 +1,8 @@
 """vLLM's workers with a particle runner beside the model runner.
 
 The particle runner is made at start-up, as soon as the model and the KV cache are there, so that what it cannot do is
-refused then. A particle-only step
-schedules no tokens for vLLM, so its result is returned from `execute_model` itself, in every process mode.
+refused then. A particle-only step schedules no tokens for vLLM, so its result is returned from `execute_model` itself,
+in every process mode. Of several tensor-parallel ranks vLLM takes the first one's result (`fastsmc.vllm.ranks`).
 """
 
 from __future__ import annotations

@@ -145,6 +145,40 @@ def test_continuations_are_scored_by_all_ranks(parallel, engine, tiny_path, all_
         same(*(llm.smc(prompt, EVERY_STEP, make()) for llm in (parallel, engine)))
 
 
+def attend_always(worker):
+    runner = worker.smc_runner
+    if isinstance(runner, LeadingRunner):
+        runner.model.attend.pays = lambda plan, length: length % 3 != 0
+        return
+    attend, stock = runner._model.attend, runner._model._stock_metadata
+    runner.seen = {"attend": 0, "stock": 0}
+
+    def counted(name, function):
+        def call(*args):
+            runner.seen[name] += 1
+            return function(*args)
+
+        return call
+
+    attend.plan, runner._model._stock_metadata = counted("attend", attend.plan), counted("stock", stock)
+
+
+def attend_as_it_pays(worker):
+    model = getattr(worker.smc_runner, "_model", worker.smc_runner.__dict__.get("model"))
+    model.attend.__dict__.pop("pays", None), model.attend.__dict__.pop("plan", None)
+    model.__dict__.pop("_stock_metadata", None)
+    return worker.smc_runner.__dict__.pop("seen", None)
+
+
+def test_rank_zero_chooses_the_attention(parallel, engine, tiny_path, all_blocks_back):
+    """Of two steps in three `attend`, by a plan that each rank makes for itself: the same particles."""
+    parallel.collective_rpc(attend_always)
+    population = parallel.smc(prompt_of(50), EVERY_STEP, POTENTIAL)
+    check_log_probs(tiny_path, prompt_of(50), population)
+    same(population, engine.smc(prompt_of(50), EVERY_STEP, POTENTIAL))
+    assert parallel.collective_rpc(attend_as_it_pays)[1] == {"attend": 48, "stock": 24}
+
+
 def test_a_learned_twist(parallel, engine, tiny_path, tmp_path, all_blocks_back):
     path = save_twist("linear", tiny_path, tmp_path / "twist")
     for proposal in ("twisted", "base"):
