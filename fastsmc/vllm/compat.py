@@ -142,6 +142,9 @@ def check_config(config: Any) -> None:
         # rows would have to be padded to a multiple of the ranks; enable_sp itself is in neither 0.32 nor 0.33
         "sequence parallelism (enable_hc_sp)": parallel.enable_hc_sp,
         "sequence parallelism (enable_sp)": getattr(config.compilation_config.pass_config, "enable_sp", False),
+        "distributed_executor_backend='external_launcher' with tensor_parallel_size > 1": (
+            parallel.tensor_parallel_size > 1 and parallel.distributed_executor_backend == "external_launcher"
+        ),
         "speculative decoding": config.speculative_config is not None,
         "KV transfer (kv_transfer_config, kv_offloading_size)": config.kv_transfer_config is not None,
         "encoder transfer (ec_transfer_config)": config.ec_transfer_config is not None,

@@ -1,8 +1,7 @@
-"""Worker side: drives vLLM's own model, KV cache and attention backend for the rows of the groups.
+"""Worker side: the groups of a worker, over vLLM's own model and KV cache (`fastsmc.vllm.model`).
 
-`VllmRows` is the `RowModel` of one group: it builds the attention metadata for its rows itself, as vLLM's speculative
-proposers do, and goes through neither the model runner's input batch nor its sampler. `ParticleRunner` holds the
-groups and the potentials of a worker and runs a `Tick` of the scheduler.
+`VllmRows` is the `RowModel` of one group. `ParticleRunner` holds the groups and the potentials of a worker and runs a
+`Tick` of the scheduler.
 """
 
 from __future__ import annotations
@@ -13,176 +12,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.distributed import get_tp_group
-from vllm.forward_context import set_forward_context
 from vllm.logger import init_logger
-from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from fastsmc import ops, potentials
 from fastsmc.group import Group, GroupEngine, SMCError
 from fastsmc.paging import Paging
 from fastsmc.potentials import Potential
 from fastsmc.twists import Twist, card_stamp
-from fastsmc.vllm import compat, warm_up
-from fastsmc.vllm.attention import Attend
 from fastsmc.vllm.lead import OBJECT, GroupResult, GroupStart, GroupTick, Tick, last_position
+from fastsmc.vllm.model import Model
 
 logger = init_logger(__name__)
 
 #: potentials by name and arguments that a worker keeps set up; the oldest goes first
 _MAX_NAMED = 32
-#: logits elements that scoring a continuation may hold at once
-_SCORE_ELEMENTS = 1 << 27
-
-
-class Model:
-    """vLLM's model, KV cache and attention backend as one call: tokens of some rows in, hidden states out."""
-
-    def __init__(self, model_runner: Any) -> None:
-        compat.check_runner(model_runner)
-        self._config = model_runner.vllm_config
-        self._model = model_runner.model
-        self.attention = [group for part in model_runner.attn_groups for group in part]
-        self.layers = [name for group in self.attention for name in group.layer_names]
-        spec = model_runner.kv_cache_config.kv_cache_groups[0].kv_cache_spec
-        self.block_size = spec.block_size
-        self.max_tokens = self._config.scheduler_config.max_num_batched_tokens
-        self.max_logits_rows = max(1, _SCORE_ELEMENTS // self._config.model_config.get_vocab_size())
-        context = self._config.compilation_config.static_forward_context
-        unique = {context[name].kv_cache.data_ptr(): context[name].kv_cache for name in self.layers}
-        self.caches, slot_dim = in_memory_order(
-            list(unique.values()), model_runner.kv_cache_config.num_blocks, self.block_size
-        )
-        self.device = self.caches[0].device
-        # row r begins at token r, for as many rows as there can be: a copy to the device each step would wait for it
-        starts = torch.arange(self._config.scheduler_config.max_num_seqs + 1, dtype=torch.int32)
-        self._starts = starts, starts.to(self.device)
-        self.attend = Attend(
-            [context[name] for name in self.layers],
-            bool(self._config.compilation_config.pass_config.fuse_attn_quant),
-        )
-        # where a slot lies in a block is the kernels' affair, known of GPU backends; else blocks are copied whole
-        self._slot_dim = slot_dim if self.attend.why_not is None and self.attend.backend == "triton" else None
-        if self.attend.why_not is not None:
-            logger.info("groups use vLLM's attention, which reads a shared block once a row: %s", self.attend.why_not)
-        elif self.attend.costs is None:
-            self._measure_attend({name: context[name] for name in self.layers})
-        if self.device.type == "cuda":
-            self._warm_up(context[self.layers[0]])
-
-    @torch.inference_mode()
-    def _warm_up(self, layer: Any) -> None:
-        """Compiles what the first steps of groups would compile; every rank does, as logits are gathered."""
-        config = self._config.model_config
-        warm_up.call_ops(self.logits(torch.zeros(2, config.get_hidden_size(), dtype=config.dtype, device=self.device)))
-        if self.attend.why_not is None and self.attend.costs is not None:
-            self.attend.warm_up(layer)
-
-    @torch.inference_mode()
-    def _measure_attend(self, layers: dict[str, Any]) -> None:
-        """Costs of `attend` that nobody has committed; of several ranks the first measures, and all decide alike."""
-
-        def stock_metadata(table: Tensor, length: int) -> dict[str, Any]:
-            slots = table[:, -1].long() * self.block_size + (length - 1) % self.block_size
-            return self._stock_metadata(table, length, slots, 1)
-
-        ranks, config = get_tp_group(), self._config
-        if ranks.rank_in_group == 0:
-            max_rows, max_length = config.scheduler_config.max_num_seqs, config.model_config.max_model_len
-            self.attend.measure(layers, stock_metadata, max_rows, max_length)
-        self.attend.costs = ranks.broadcast_object(self.attend.costs, src=0)
-
-    def hidden(
-        self,
-        tokens: Tensor,
-        position: int,
-        table: Tensor,
-        slots: Tensor,
-        n_query: int = 1,
-        plan: ops.AttendPlan | None = None,
-    ) -> Tensor:
-        """(R * n_query, H) last hidden states of R rows.
-
-        Args:
-            tokens: (R * n_query,) int64, row by row.
-            position: of each row's first token.
-            table: (R, C) int32 block table, covering position + n_query tokens.
-            slots: (R * n_query,) int64 where the keys and values go.
-            plan: of the table, for n_query = 1: rows may read the blocks that they share together.
-        """
-        n_rows, length = table.shape[0], position + n_query
-        if plan is not None and self.attend.pays(plan, length):
-            metadata = dict.fromkeys(self.layers, self.attend.metadata(plan, length))
-        else:
-            metadata = self._stock_metadata(table, length, slots, n_query)
-        positions = torch.arange(position, length, device=self.device).repeat(n_rows)
-        with set_forward_context(
-            metadata, self._config, num_tokens=n_rows * n_query, slot_mapping=dict.fromkeys(self.layers, slots)
-        ):
-            return self._model(
-                input_ids=tokens.to(torch.int32), positions=positions, intermediate_tensors=None, inputs_embeds=None
-            )
-
-    def _stock_metadata(self, table: Tensor, length: int, slots: Tensor, n_query: int) -> dict[str, Any]:
-        n_rows = table.shape[0]
-        starts = [s[: n_rows + 1] if n_query == 1 else s[: n_rows + 1] * n_query for s in self._starts]
-        common = CommonAttentionMetadata(
-            query_start_loc=starts[1],
-            query_start_loc_cpu=starts[0],
-            seq_lens=torch.full((n_rows,), length, dtype=torch.int32, device=self.device),
-            num_reqs=n_rows,
-            num_actual_tokens=n_rows * n_query,
-            max_query_len=n_query,
-            max_seq_len=length,
-            seq_lens_cpu_upper_bound=torch.full((n_rows,), length, dtype=torch.int32),
-            block_table_tensor=table.contiguous(),
-            slot_mapping=slots,
-            causal=True,
-        )
-        metadata = {}
-        for group in self.attention:
-            built = group.get_metadata_builder().build(common_prefix_len=0, common_attn_metadata=common)
-            metadata.update(dict.fromkeys(group.layer_names, built))
-        return metadata
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(R, V) logits; every tensor-parallel rank gets them."""
-        return self._model.compute_logits(hidden)
-
-    def copy_block(self, source: int, target: Tensor, n_used: int) -> None:
-        """Copies the first `n_used` slots of one block onto another, (1,) int32, in every layer."""
-        head = torch.tensor([source], dtype=torch.int32, device=self.device)
-        self.reindex(torch.cat([head, target])[:, None], torch.zeros(2, dtype=torch.int64, device=self.device), n_used)
-
-    def reindex(self, table: Tensor, ancestors: Tensor, position: int) -> None:
-        """`ops.reindex` of a table (N, C) int32 whose rows hold `position` tokens, and of the caches of all layers."""
-        ops.reindex(
-            table, ancestors, position=position, block_size=self.block_size, caches=self.caches, slot_dim=self._slot_dim
-        )
-
-
-def in_memory_order(caches: list[Tensor], n_blocks: int, block_size: int) -> tuple[list[Tensor], int]:
-    """vLLM's KV caches (blocks, heads, slots, channels) as `ops.reindex` takes them.
-
-    vLLM lays the slots of a block out before or behind its heads, and shows the same four dimensions either way. Here
-    they come in the order in which they lie in memory, so that a block is contiguous.
-
-    Returns:
-        the caches, as views; which dimension of them is the slot.
-
-    Raises:
-        UnsupportedError: another shape, or blocks with gaps.
-    """
-    order = sorted((1, 2, 3), key=caches[0].stride, reverse=True) if caches[0].dim() == 4 else []
-    for cache in caches:
-        known = cache.dim() == 4 and cache.shape[0] == n_blocks and cache.shape[2] == block_size
-        if not known or not cache.permute(0, *order)[0].is_contiguous():
-            raise compat.UnsupportedError(
-                f"a KV cache of shape {tuple(cache.shape)} and strides {cache.stride()}: groups need ({n_blocks} blocks"
-                f", heads, {block_size} slots, channels), of one order and without gaps within a block, as with "
-                "VLLM_KV_CACHE_LAYOUT=LBNHC"
-            )
-    return [cache.permute(0, *order) for cache in caches], 1 + order.index(2)
 
 
 class VllmRows:
@@ -208,24 +51,26 @@ class VllmRows:
         """The prompt's last token once more, in a private block, because the prompt's own may be shared."""
         model, paging, start = self._model, self.paging, self._start
         position = paging.position - 1
-        column = position // model.block_size
+        column, n_used = divmod(position, model.block_size)
+        source = torch.tensor([start.prompt_blocks[column]], dtype=torch.int32, device=model.device)
         scratch = paging.table[:1, paging.tail : paging.tail + 1]  # slot 0's own tail
-        model.copy_block(start.prompt_blocks[column], scratch[0], position % model.block_size)
+        both = torch.cat([source, scratch[0]])[:, None]
+        model.reindex(both, torch.zeros(2, dtype=torch.int64, device=model.device), n_used)
         table = torch.cat([paging.table[:1, :column], scratch], dim=1)
-        slots = scratch[0].long() * model.block_size + position % model.block_size
-        hidden = model.hidden(torch.tensor(start.prompt[-1:], device=model.device), position, table, slots)
-        return model.logits(hidden), hidden
+        slots = scratch[0].long() * model.block_size + n_used
+        return model.forward(torch.tensor(start.prompt[-1:], device=model.device), position, table, slots)
 
     def next(self, tokens: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
-        paging = self.paging
+        paging, attend = self.paging, self._model.attend
         table = paging.table[slots, : paging.tail + 1]
         # what the table hangs on: slots are ascending, and between moves rows can only drop out (RowModel.next)
         seen = (self._n_moves, len(slots), paging.tail)
-        if self._model.attend.why_not is None and seen != self._planned_for:
-            self._plan, self._planned_for = self._model.attend.plan(table, paging.n_prompt_columns), seen
-        hidden = self._model.hidden(tokens, paging.position, table, paging.slots(slots), plan=self._plan)
+        if attend.why_not is None and seen != self._planned_for:
+            self._plan, self._planned_for = attend.plan(table, paging.n_prompt_columns), seen
+        pays = self._plan is not None and attend.pays(self._plan, paging.position + 1)
+        out = self._model.forward(tokens, paging.position, table, paging.slots(slots), self._plan if pays else None)
         paging.position += 1
-        return self._model.logits(hidden), hidden
+        return out
 
     def reindex(self, ancestors: Tensor) -> None:
         self._n_moves += 1
@@ -245,19 +90,20 @@ class VllmRows:
             hidden = model.hidden(
                 query.reshape(-1), paging.position, paging.table[part, :n_columns], paging.slots(part, n), n
             )
-            scores = []
-            for h, want in zip(
-                hidden.split(model.max_logits_rows), target.repeat(len(part)).split(model.max_logits_rows), strict=True
-            ):
-                logits = model.logits(h)
+            scores, wanted = [], target.repeat(len(part))
+            for begin in range(0, len(hidden), model.max_logits_rows):
+                rows = slice(begin, begin + model.max_logits_rows)
+                logits = model.logits(hidden, rows)
                 lse = ops.weigh(logits, temperature=temperature).lse
-                scores.append(logits.gather(1, want[:, None])[:, 0].double() / temperature - lse)
+                scores.append(logits.gather(1, wanted[rows, None])[:, 0].double() / temperature - lse)
             out[i : i + chunk] = torch.cat(scores).reshape(len(part), n).sum(1)
         return out
 
 
 class ParticleRunner:
     """The groups and potentials of one worker."""
+
+    engine_class = GroupEngine
 
     def __init__(self, model_runner: Any) -> None:
         self.model = Model(model_runner)
@@ -277,7 +123,7 @@ class ParticleRunner:
                 tokenizer = AutoTokenizer.from_pretrained(
                     config.tokenizer, revision=config.tokenizer_revision, trust_remote_code=config.trust_remote_code
                 )
-            self._engine = GroupEngine(
+            self._engine = self.engine_class(
                 tokenizer, self.model.device, config.get_vocab_size(), config.get_hidden_size(), self._net, config.model
             )
         return self._engine

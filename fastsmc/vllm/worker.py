@@ -5,7 +5,7 @@ refused then. That comes before vLLM's own warm-up: what is compiled for groups 
 middle of traffic (vllm.utils.jit_monitor), and no CUDA graph of vLLM's is there yet when `attend` is measured.
 
 A particle-only step schedules no tokens for vLLM, so its result is returned from `execute_model` itself, in every
-process mode.
+process mode. Of several tensor-parallel ranks vLLM takes the first one's result (`fastsmc.vllm.ranks`).
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from fastsmc.ops._tensors import built_backends, missing_on_gpu
 from fastsmc.vllm import attention, capacity, compat
+from fastsmc.vllm.ranks import Follower, make_runner
 from fastsmc.vllm.runner import ParticleRunner
 
 logger = init_logger(__name__)
 
 
 class SMCWorkerMixin:
-    smc_runner: ParticleRunner
+    smc_runner: ParticleRunner | Follower
 
     def load_model(self, *args: Any, **kwargs: Any) -> Any:
         compat.check_config(self.vllm_config)  # before the weights are read
@@ -35,7 +36,7 @@ class SMCWorkerMixin:
         return super().load_model(*args, **kwargs)
 
     def compile_or_warm_up_model(self) -> Any:
-        self.smc_runner = ParticleRunner(self.model_runner)
+        self.smc_runner = make_runner(self.model_runner)
         return super().compile_or_warm_up_model()
 
     def execute_model(self, scheduler_output: Any) -> Any:
@@ -49,7 +50,12 @@ class SMCWorkerMixin:
         return super().execute_model(scheduler_output)
 
     def smc_put_potential(self, name: str, potential: Any) -> str | None:
-        """Keeps a potential (an object, or cloudpickle bytes of one); None, or why it could not be set up."""
+        """Keeps a potential (an object, or cloudpickle bytes of one); None, or why it could not be set up.
+
+        Only tensor-parallel rank 0 unpickles it and sets it up; the others are asked too, since vLLM asks all.
+        """
+        if isinstance(self.smc_runner, Follower):
+            return None
         try:
             if isinstance(potential, bytes):
                 potential = cloudpickle.loads(potential)
@@ -59,7 +65,8 @@ class SMCWorkerMixin:
         return None
 
     def smc_drop_potential(self, name: str) -> None:
-        self.smc_runner.drop_potential(name)
+        if not isinstance(self.smc_runner, Follower):
+            self.smc_runner.drop_potential(name)
 
 
 class SMCGPUWorker(SMCWorkerMixin, Worker):

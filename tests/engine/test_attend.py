@@ -12,7 +12,7 @@ from vllm import SamplingParams
 from fastsmc import Potential, SMCParams, ops
 from fastsmc.vllm import attend_costs
 from fastsmc.vllm.attention import Attend, find_layout
-from fastsmc.vllm.runner import Model
+from fastsmc.vllm.model import Model
 
 from .conftest import VOCAB, make_engine
 

@@ -28,7 +28,7 @@ from fastsmc import SMCParams
 from fastsmc.kernels import attend as kernel
 from fastsmc.vllm import attention, compat
 from fastsmc.vllm.attention import Attend
-from fastsmc.vllm.runner import Model
+from fastsmc.vllm.model import Model
 
 from .conftest import VOCAB, make_engine
 

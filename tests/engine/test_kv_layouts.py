@@ -7,7 +7,7 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from fastsmc import ops
 from fastsmc.vllm import compat
-from fastsmc.vllm.runner import in_memory_order
+from fastsmc.vllm.model import in_memory_order
 
 N_BLOCKS, BLOCK_SIZE, HEADS, HEAD_SIZE, LAYERS = 6, 16, 3, 8, 2
 

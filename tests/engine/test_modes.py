@@ -114,19 +114,6 @@ def test_chunked_prefill_and_prefix_cache(engine, process_engine):
     assert cached.outputs[0].token_ids == fresh.outputs[0].token_ids
 
 
-def test_tensor_parallel(tiny_path, alone):
-    check(
-        make_engine(
-            tiny_path,
-            in_process=False,
-            env={"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
-            tensor_parallel_size=2,
-            max_num_seqs=64,
-        ),
-        alone,
-    )
-
-
 def test_a_progress_bar_counts_particle_steps(engine, capfd, all_blocks_back):
     engine.smc(PROMPT, SMCParams(n_particles=4, max_tokens=20), use_tqdm=True)
     assert "20/20" in capfd.readouterr().err
