@@ -52,12 +52,14 @@ class Trunk:
         max_positions: tokens that fit its context, or None.
     """
 
+    max_positions: int | None = None
+
     def __init__(self, model: Any) -> None:
         self.model = model.eval()
         self._body = getattr(model, model.base_model_prefix)
         self._unembed = model.get_output_embeddings()
         self.hidden_size, self.vocab_size = model.config.hidden_size, model.config.vocab_size
-        self.max_positions: int | None = getattr(model.config, "max_position_embeddings", None)
+        self.max_positions = getattr(model.config, "max_position_embeddings", None)
         self.device = next(model.parameters()).device
 
     @classmethod

@@ -77,8 +77,7 @@ class Population:
         texts: N str, what the tokens add to the prompt's text; None without a tokenizer.
 
     Raises:
-        ValueError: naming the field that has a wrong shape, numbers of a wrong kind, a NaN or a +inf, or an ancestor out
-            of range.
+        ValueError: naming the field that has a wrong shape or dtype, a NaN or a +inf, or an ancestor out of range.
     """
 
     token_ids: list[list[int]]
@@ -501,6 +500,8 @@ def _members(data: bytes) -> dict[str, bytes]:
                 raise ValueError(f"{info.filename!r} is compressed, encrypted or longer than the file")
         if sum(info.file_size for info in infos) > len(data) or len({info.filename for info in infos}) < len(infos):
             raise ValueError("its members overlap")
+        if infos and min(info.header_offset for info in infos) > 0:
+            raise ValueError("there is something before its first member")
         return {info.filename.removesuffix(".npy"): archive.read(info) for info in infos}
 
 
