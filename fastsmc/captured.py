@@ -13,7 +13,6 @@ The price: N rows go through the model at every step, and a resampling moves blo
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 from typing import Protocol
@@ -26,6 +25,8 @@ from fastsmc.group import DRAW, RESAMPLE, SMCError
 from fastsmc.params import SMCParams
 from fastsmc.population import Population
 from fastsmc.potentials import Potential, Rows, State, answered
+from fastsmc.potentials.base import check_next, check_scores
+from fastsmc.potentials.copying import own_copy
 
 # what `fault` may hold first: who gave a number that it must not
 _FAULTS = {1: "the model's logits", 2: "logw_next", 3: "prefix", 4: "complete", 5: "the block pool"}
@@ -53,13 +54,17 @@ class PagedModel(Protocol):
 
 
 class _State(State):
-    """As `State`, but of fixed shape: `tokens` (N, max_tokens), −1 where nothing is drawn yet; `step` is a tensor."""
+    """As `State`, but of fixed shape: `tokens` (N, max_tokens), −1 where nothing is drawn yet; `step` is a tensor.
+
+    Nothing of it is the group's own, so that it may be written to.
+    """
 
     def __init__(self, group: CapturedGroup, n_drawn: Tensor) -> None:
         self._group = group
-        self.lengths, self.finished, self.hidden = group.lengths.clone(), group.finished.clone(), group.hidden
-        self.step = n_drawn
-        self.last_tokens = group.last_tokens
+        self.lengths, self.finished = group.lengths.clone(), group.finished.clone()
+        self.hidden = None if group.hidden is None else group.hidden.clone()
+        self.step = n_drawn.clone()
+        self.last_tokens = group.last_tokens.clone()
         self.prompt, self.max_tokens = list(group.prompt), group.params.max_tokens
         self.stop_token_ids = group.stop_token_ids
 
@@ -75,7 +80,7 @@ class CapturedGroup:
         params: what to do.
         model: holds the prompt's keys and values in `prompt_blocks`, but for those of the prompt's last token.
         potential: with `capturable` set; None for plain ancestral sampling. It must have been set up. The group works
-            on a shallow copy.
+            on its own copy (`potentials.copying`).
         prompt: token ids.
         prompt_blocks: ceil(P / B) block ids. Read, and only the last token's slot of the last block is written.
         pool: (M,) int32 ids of blocks that are this group's own. N·(ceil((P + T)/B) − floor(P/B)) always suffice; with
@@ -84,7 +89,8 @@ class CapturedGroup:
 
     Raises:
         ValueError: naming the argument.
-        SMCError: from `population`, when the model or the potential gave NaN or +inf, or the pool ran dry.
+        SMCError: the potential raised or gave no log weights; from `population`, when the model or the potential gave
+            NaN or +inf, or the pool ran dry.
     """
 
     def __init__(
@@ -102,11 +108,11 @@ class CapturedGroup:
             raise ValueError(f"prompt_blocks: {len(prompt_blocks)} for {len(prompt)} tokens in blocks of {block}")
         if pool.dtype != torch.int32 or pool.dim() != 1 or pool.device != device:
             raise ValueError(f"pool: must be a vector of int32 on {device}, got {pool.dtype} {tuple(pool.shape)}")
-        self.potential = None if potential is None else copy.copy(potential)
-        if self.potential is not None and (not self.potential.capturable or self.potential.proposal_only):
-            what = "proposal-only" if self.potential.capturable else "not capturable (Potential.capturable)"
+        if potential is not None and (not potential.capturable or potential.proposal_only):
+            what = "proposal-only" if potential.capturable else "not capturable (Potential.capturable)"
             raise ValueError(f"potential={type(potential).__name__}: is {what}")
         own = answered(potential) if potential is not None else set()
+        self.potential = None if potential is None else own_copy(potential, on_write=False)
         self._twisted = params.proposal == "twisted" and "logw_next" in own
         self._weighs_by_next = not self._twisted and "logw_next" in own and "prefix" not in own
         self.params, self.model, self.prompt = params, model, list(prompt)
@@ -143,8 +149,8 @@ class CapturedGroup:
         self._n_block_ids = min(cache.shape[0] for cache in model.caches)
         self._prompt_row = torch.tensor([list(prompt_blocks)], dtype=torch.int32, device=device)
         if self.potential is not None:
-            self.potential.reset(n, list(prompt))
-            psi = self._checked(self.potential.prefix(_State(self, self._step)), ~self.finished, _PREFIX)
+            self._call("reset", 0, n, list(prompt))
+            psi = self._ask("prefix", 0, ~self.finished, _PREFIX)
             self.log_psi.copy_(psi)
             self.log_w.copy_(psi)
         self._going &= (self.log_w > -math.inf).any()
@@ -243,9 +249,11 @@ class CapturedGroup:
         active = active & (ess > 0)  # without any weight nothing is drawn
         u = ops.stratify(self._uniforms(DRAW), rank, count)
         drawn = ops.draw(logits, weighed, parents, u, log_psi, **given)
+        if not first:  # not before the draw: `log_psi` may be a buffer that the potential moves, too
+            self._call("reindex", 0, parents.clone())
         ended = self._append(drawn, active)
         self.log_psi += torch.where(active, drawn.log_psi.nan_to_num(nan=-math.inf, neginf=-math.inf), 0.0)
-        self._reweigh(torch.where(ended, self._ask(self.potential.complete, ended, _COMPLETE), self.log_psi))
+        self._reweigh(torch.where(ended, self._ask("complete", 1, ended, _COMPLETE), self.log_psi))
         none_left = (self.log_w == -math.inf).all()
         self._put(self._ess, torch.where(none_left, 0.0, ess))
         now = self._step_log_w.index_select(0, self._step[None])[0]
@@ -269,13 +277,13 @@ class CapturedGroup:
         if twist is not None:
             log_psi, psi_rows = twist
             change = log_psi[psi_rows, drawn.tokens.clamp(min=0)].double()
-            new_psi = new_psi + self._checked(change, active & (drawn.tokens >= 0), _NEXT)
+            new_psi = new_psi + self._checked(change, active & (drawn.tokens >= 0), _NEXT, 0)
         ended = self._append(drawn, active)
         if self.potential is not None:
-            new_psi = torch.where(ended, self._ask(self.potential.complete, ended, _COMPLETE), new_psi)
+            new_psi = torch.where(ended, self._ask("complete", 1, ended, _COMPLETE), new_psi)
             if twist is None:
                 going = ~self.finished & self._going
-                new_psi = torch.where(going, self._ask(self.potential.prefix, going, _PREFIX), new_psi)
+                new_psi = torch.where(going, self._ask("prefix", 1, going, _PREFIX), new_psi)
             self._reweigh(new_psi)
         self._put(self._step_log_w, self.log_w + self.log_z)
         # without a potential the weights stay equal: a threshold of 1 would resample for nothing
@@ -284,6 +292,7 @@ class CapturedGroup:
         self._going &= (resampled.ess > 0) & ~self.finished.all()
         if self.potential is not None:
             self._follow(resampled, self._step + 1)
+            self._call("reindex", 1, resampled.ancestors.clone())
             self._rank.copy_(resampled.rank)
             self._count.copy_(resampled.counts[resampled.ancestors])
             self.last_tokens.copy_(self.last_tokens[resampled.ancestors])
@@ -313,7 +322,7 @@ class CapturedGroup:
         )
 
     def _follow(self, resampled: ops.Resampled, step: Tensor) -> None:
-        """Everything that belongs to a particle follows its ancestor; the genealogy's row is `step`."""
+        """All of a particle but what its potential knows follows its ancestor; the genealogy's row is `step`."""
         ancestors = resampled.ancestors
         self.log_z += torch.where(resampled.resampled, resampled.log_mean, 0.0)
         self.log_w.copy_(torch.where(resampled.resampled, 0.0, self.log_w))
@@ -326,7 +335,6 @@ class CapturedGroup:
             self._table, ancestors, position=self._position, block_size=self.model.block_size,
             caches=self.model.caches, slot_dim=self.model.slot_dim, genealogy=self._ancestors, step=step,
         )  # fmt: skip
-        self.potential.reindex(ancestors)
 
     def _append(self, drawn: ops.Drawn, active: Tensor) -> Tensor:
         """Records a draw of the particles in `active` (N,) bool; (N,) bool: those that end with it.
@@ -350,28 +358,41 @@ class CapturedGroup:
         self.log_psi.copy_(torch.where(alive, new_psi, self.log_psi))
 
     # ---------------------------------------------------------------------------------------- asking the potential
-    def _check(self, bad: Tensor, kind: int) -> None:
-        """Keeps the first fault: its kind, step and particle."""
-        found = torch.stack([torch.full_like(self._step, kind), self._step, bad.int().argmax()])
+    def _check(self, bad: Tensor, kind: int, later: int = 0) -> None:
+        """Keeps the first fault: its kind, step (`later` than that of the group, as the potential saw it), particle."""
+        found = torch.stack([torch.full_like(self._step, kind), self._step + later, bad.int().argmax()])
         self._fault.copy_(torch.where((self._fault[0] == 0) & bad.any() & self._going, found, self._fault))
 
-    def _checked(self, values: Tensor, asked: Tensor, kind: int) -> Tensor:
+    def _checked(self, values: Tensor, asked: Tensor, kind: int, later: int) -> Tensor:
         values = torch.where(asked, values.double(), 0.0)
-        self._check(values.isnan() | (values == math.inf), kind)
+        self._check(values.isnan() | (values == math.inf), kind, later)
         return values.nan_to_num(nan=-math.inf, posinf=-math.inf, neginf=-math.inf)
 
-    def _ask(self, method: object, asked: Tensor, kind: int) -> Tensor:
-        return self._checked(method(_State(self, self._step + 1)), asked, kind)
+    def _call(self, method: str, later: int, *args: object) -> object:
+        """Whatever the potential does in a method ends this group alone; what it answers is checked."""
+        try:
+            answer = getattr(self.potential, method)(*args)
+            if method == "logw_next":
+                answer = check_next(self.potential, answer, self.finished)
+            elif method in ("prefix", "complete"):
+                answer = check_scores(self.potential, method, answer, self.finished)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            name = type(self.potential).__name__
+            what = f"raised {type(error).__name__}: {error}"
+            raise SMCError(f"potential {name}.{method} at step {self.t + later}: {what}") from error
+        return answer
+
+    def _ask(self, method: str, later: int, asked: Tensor, kind: int) -> Tensor:
+        """(N,) what `prefix` or `complete` answers of the State at the group's step + `later`; 0 outside `asked`."""
+        return self._checked(self._call(method, later, _State(self, self._step + later)), asked, kind, later)
 
     def _twist(self) -> tuple[Tensor, Tensor]:
-        answer = self.potential.logw_next(_State(self, self._step))
-        if isinstance(answer, Rows):
-            return answer.values, answer.index
-        if not isinstance(answer, Tensor) or answer.dim() != 2 or answer.shape[0] != self.n:
-            what = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
-            name = type(self.potential).__name__
-            raise SMCError(f"potential {name}.logw_next: returned {what}, must be (N, V) or Rows")
-        return answer, self._rows
+        answer = self._call("logw_next", 0, _State(self, self._step))
+        if answer is None:
+            raise SMCError(f"potential {type(self.potential).__name__}.logw_next at step {self.t}: returned None")
+        return (answer.values, answer.index) if isinstance(answer, Rows) else (answer, self._rows)
 
     def _lineages(self) -> Tensor:
         """(N, T) int64: each particle's own tokens, −1 beyond the last. T gathers of N, and only when looked at."""
@@ -409,7 +430,8 @@ class CapturedGroup:
         if kind == _POOL:
             raise SMCError(f"pool: its {len(self._pool)} blocks were not enough at step {step}")
         if kind:
-            raise SMCError(f"{_FAULTS[kind]} at step {step}: particle {particle} got NaN or +inf")
+            who = _FAULTS[kind] if kind == _MODEL else f"potential {type(self.potential).__name__}.{_FAULTS[kind]}"
+            raise SMCError(f"{who} at step {step}: particle {particle} got NaN or +inf")
         steps = int(self._ran.sum())
         log_mean = ops.ess_log_mean(self.log_w)[1]
         return Population.from_record(

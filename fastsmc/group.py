@@ -24,9 +24,9 @@ a potential looks at `state.tokens`).
 
 from __future__ import annotations
 
-import copy
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -34,9 +34,13 @@ import torch
 from torch import Tensor
 
 from fastsmc import ops
+from fastsmc.arguments import read_exact
 from fastsmc.params import SMCParams
 from fastsmc.population import Population
 from fastsmc.potentials import Engine, Potential, Rows, State, answered
+from fastsmc.potentials.base import check_next, check_rows, check_scores
+from fastsmc.potentials.copying import for_others, own_copy
+from fastsmc.potentials.tokens import token_list
 
 # Philox streams: one a purpose, so that no random number serves twice.
 DRAW, RESAMPLE, CHOOSE, KEEP = 0, 1, 2, 3
@@ -44,6 +48,21 @@ DRAW, RESAMPLE, CHOOSE, KEEP = 0, 1, 2, 3
 
 class SMCError(RuntimeError):
     """A group that could not go on, or was refused. Other groups and requests are not touched by it."""
+
+
+def set_up(potential: Potential, engine: GroupEngine) -> Potential:
+    """Sets a potential up; what its groups start from, which whoever holds the object cannot change any more.
+
+    Raises:
+        SMCError: its `setup` raised, or left what no group can have a copy of.
+    """
+    try:
+        potential.setup(engine)
+        return own_copy(potential, engine)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        raise SMCError(f"potential {type(potential).__name__}.setup: raised {type(error).__name__}: {error}") from error
 
 
 class RowModel(Protocol):
@@ -93,19 +112,21 @@ class GroupEngine(Engine):
 
 
 class _GroupState(State):
-    """The view of a group that its potential gets; `tokens` is traced back only when it is looked at."""
+    """The view of a group that its potential gets: nothing of it is the group's own, so that it may be written to.
+
+    `tokens`, `hidden` and `hidden_rows` are made when they are looked at.
+    """
 
     def __init__(self, group: Group) -> None:
         self._group = group
         self.lengths = group.lengths.clone()
         self.finished = group.finished.clone()
         self.step = group.t_drawn
-        self.last_tokens = group._last_tokens if group.t_drawn else None
+        self.last_tokens = group._last_tokens.clone() if group.t_drawn else None
         self.prompt = list(group.prompt)
         self.max_tokens = group.params.max_tokens
         self.stop_token_ids = group.stop_token_ids
         self.rows = group._row_of.clone()
-        self.hidden_rows = group._hidden
 
     @property
     def tokens(self) -> Tensor:
@@ -115,6 +136,11 @@ class _GroupState(State):
     def hidden(self) -> Tensor | None:
         return self._group._hidden_by_row()
 
+    @functools.cached_property
+    def hidden_rows(self) -> Tensor | None:
+        hidden = self._group._hidden
+        return None if hidden is None else for_others(hidden)
+
 
 class Group:
     """State of one group on its device.
@@ -123,7 +149,7 @@ class Group:
         params: what to do.
         model: its slots.
         potential: None for plain ancestral sampling. It must have been set up (`Potential.setup`); the group works on
-            a shallow copy of it, so that groups side by side do not share per-particle state.
+            its own copy of it (`potentials.copying`), so that groups do not share per-particle state.
         prompt: the prompt's token ids.
         stop_token_ids: all tokens that end a particle (end of sequence included).
         device: where the group's tensors live.
@@ -182,15 +208,16 @@ class Group:
         self._kept: Tensor | None = None  # (K,) rows of the exact samples
         if exact is not None:
             self._keep(exact)
-        self.potential = None if potential is None else copy.copy(potential)
+        self.potential = potential
         self.twisted = False
         self._weighs_by_next = False
         self._guided = False  # draws from p0·ψ, but ψ is no target: weighed after the draw
         if self.potential is not None:
             try:
-                own = answered(self.potential)
+                own = answered(potential)
+                self.potential = own_copy(potential, engine)
             except ValueError as error:
-                raise SMCError(str(error)) from None
+                raise SMCError(str(error)) from error
             self._guided = self.potential.proposal_only
             if self._guided and params.proposal != "twisted":
                 raise SMCError(
@@ -247,9 +274,7 @@ class Group:
 
     def _step_twisted(self, logits: Tensor) -> None:
         twist = self._ask("logw_next", _GroupState(self))
-        if twist is None:
-            if self.t > 0:
-                raise self._error("logw_next", "returned None after it had returned a tensor")
+        if twist is None and self.t == 0:
             self.twisted = False
             return self._step_base(logits)
         log_psi, psi_rows = self._proposal_rows(twist, logits.shape[1])
@@ -264,12 +289,14 @@ class Group:
         self._record_weights()
         if self._ess[-1] == 0.0:
             return self._end_without_weight()
+        moved = None
         if self.t > 0:
-            self._maybe_resample()
+            moved = self._maybe_resample()
         elif bool((weighed.tile_mass == weighed.tile_mass[:1]).all()):
             self._stratify_first()
         if self.done:  # only finished particles survived
             self._append(self._active, self.log_w[:0])
+            self._follow(moved)
             return
         rows = self._weighed_of[self._active]
         drawn = ops.draw(
@@ -284,6 +311,7 @@ class Group:
         )
         if self._kept is not None:
             drawn = self._force(drawn, logits, logit_rows[rows], weighed.lse[rows], log_psi, psi_rows[rows])
+        self._follow(moved)  # not before the draw: `log_psi` may be a buffer that the potential moves, too
         drew = self._active
         ended = self._append(drawn.tokens, drawn.log_prob)
         self.log_psi[drew] += drawn.log_psi
@@ -342,7 +370,7 @@ class Group:
         if self._ess[-1] == 0.0:
             self._end_without_weight()
         elif not self.done and self.potential is not None:
-            self._maybe_resample()
+            self._follow(self._maybe_resample())
             if self.done:  # only finished particles survived: a step without draws holds where they came from
                 self.t += 1
                 self._record_weights()
@@ -433,16 +461,14 @@ class Group:
     def _keep(self, exact: Sequence[Sequence[int]]) -> None:
         """Gives the exact samples their slots: one a uniform one, N of them their own."""
         p, n = self.params, self.n
-        if len(exact) not in (1, n) or (len(exact) > 1 and p.ess_threshold > 0.0):
-            raise SMCError(
-                f"exact: {len(exact)} sequences for {n} particles at ess_threshold={p.ess_threshold:g}; give one, or "
-                "at ess_threshold=0 as many as particles"
-            )
+        try:
+            exact = read_exact("exact", exact, p, (self._engine and self._engine.vocab_size) or None)
+        except ValueError as error:
+            raise SMCError(str(error)) from None
         self._kept_tokens = torch.full((len(exact), p.max_tokens), -1, dtype=torch.int64, device=self.device)
-        for i, sequence in enumerate(exact):
-            ids = [int(v) for v in sequence]
+        for i, ids in enumerate(exact):
             ends = [j for j, v in enumerate(ids) if v in self.stop_token_ids] or [p.max_tokens - 1]
-            if len(ids) != ends[0] + 1 or min(ids) < 0:
+            if len(ids) != ends[0] + 1:
                 raise SMCError(
                     f"exact[{i}]={ids[:20]}: {len(ids)} tokens are no complete sequence; it ends with its first stop "
                     f"token, or has max_tokens={p.max_tokens} tokens"
@@ -494,10 +520,16 @@ class Group:
         self._kept = slot
         return ancestors
 
-    def _maybe_resample(self) -> None:
+    def _follow(self, ancestors: Tensor | None) -> None:
+        """Lets the potential's particles follow a resampling (N,), if there was one."""
+        if ancestors is not None and self.potential is not None:
+            self._ask("reindex", ancestors.clone())
+
+    def _maybe_resample(self) -> Tensor | None:
+        """The ancestors (N,) if it resampled; the potential does not know of them yet."""
         threshold = self.params.ess_threshold
         if threshold < 1.0 and not self._ess[-1] < threshold * self.n:
-            return
+            return None
         p = self.params
         # Resampling may come after step t's weights (base) or before its draw (twisted): the same counter either way
         # is used once, because a group has one order.
@@ -519,13 +551,12 @@ class Group:
         self._slot_of = self._slot_of[ancestors]
         self._find_active()
         self._events.append(("move", ancestors))
-        if self.potential is not None:
-            self._ask("reindex", ancestors)
         # base: these are the ancestors of the next step; twisted: of this one, which already has the identity
         if len(self._ancestors) > len(self._tokens):
             self._ancestors.pop(), self._resampled.pop()
         self._ancestors.append(ancestors)
         self._resampled.append(True)
+        return ancestors
 
     def _end_without_weight(self) -> None:
         """All weights are zero: log Ẑ = −inf, and no particle is worth continuing."""
@@ -536,18 +567,28 @@ class Group:
 
     # ---------------------------------------------------------------------------------------- asking the potential
     def _error(self, method: str, what: str) -> SMCError:
-        return SMCError(f"potential {type(self.potential).__name__}.{method} at step {self.t}: {what}")
+        """At the step of the `State` that the potential saw."""
+        return SMCError(f"potential {type(self.potential).__name__}.{method} at step {self.t_drawn}: {what}")
 
     def _ask(self, method: str, *args: object) -> object:
         if self._engine is not None:
             self._engine._asking = self
         try:
             return getattr(self.potential, method)(*args)
-        except (Exception, SystemExit) as error:  # whatever a user's code does ends this group alone
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # whatever a user's code does ends this group alone
             raise self._error(method, f"raised {type(error).__name__}: {error}") from error
         finally:
             if self._engine is not None:
                 self._engine._asking = None
+
+    def _checked(self, method: str, check: Callable, *args: object) -> object:
+        """An answer that `check` takes, or the group's error."""
+        try:
+            return check(*args)
+        except TypeError as error:
+            raise self._error(method, str(error).partition(" ")[2]) from None
 
     def _check_values(self, method: str, values: Tensor, rows: Tensor) -> None:
         """values (R,) of particles rows (R,): NaN and +inf are errors."""
@@ -560,30 +601,20 @@ class Group:
         """(N,) float64 answer of `prefix` or `complete`; rows outside `asked` (N,) bool are 0."""
         self._asked = asked
         answer = self._ask(method, _GroupState(self))
-        if not isinstance(answer, Tensor):
-            raise self._error(method, f"returned {type(answer).__name__}, must be a torch.Tensor")
-        if tuple(answer.shape) != (self.n,) or answer.dtype.is_complex:
-            raise self._error(method, f"returned {tuple(answer.shape)} {answer.dtype}, must be real ({self.n},)")
-        answer = torch.where(asked, answer.to(device=self.device, dtype=torch.float64), torch.zeros_like(self.log_w))
+        answer = self._checked(method, check_scores, self.potential, method, answer, asked)
+        answer = torch.where(asked, answer, torch.zeros_like(self.log_w))
         self._check_values(method, answer, self._all_rows)
         return answer
 
     def _twist_rows(self, twist: object, vocab: int) -> tuple[Tensor, Tensor]:
         """(values (M, V), rows (R,) int64): the twist of active row r is values[rows[r]]."""
-        if isinstance(twist, Tensor) and twist.ndim == 2 and twist.shape[0] == self.n:
-            values, rows = twist, self._active
-        elif isinstance(twist, Rows) and twist.values.ndim == 2 and tuple(twist.index.shape) == (self.n,):
-            values, rows = twist.values, twist.index.to(self.device)[self._active]
-            if bool(((rows < 0) | (rows >= len(values))).any()):
-                raise self._error("logw_next", f"index out of range for {len(values)} rows of values")
-        else:
-            shape = tuple(twist.shape) if isinstance(twist, Tensor) else twist
-            raise self._error("logw_next", f"returned {shape}, must be ({self.n}, {vocab}) or Rows with (N,) index")
-        if values.shape[1] != vocab or not values.is_floating_point():
-            raise self._error(
-                "logw_next", f"returned {tuple(values.shape)} {values.dtype}, must be floating with {vocab} columns"
-            )
-        return values.to(self.device), rows
+        twist = self._checked("logw_next", check_next, self.potential, twist, self.finished, vocab)
+        if isinstance(twist, Rows):
+            twist = self._checked("logw_next", check_rows, self.potential, twist, ~self.finished)
+            return twist.values, twist.index[self._active]
+        if twist is None:
+            raise self._error("logw_next", "returned None" + " after it had returned a tensor" * (self.t > 0))
+        return twist, self._active
 
     def _proposal_rows(self, twist: object, vocab: int) -> tuple[Tensor, Tensor]:
         """As `_twist_rows`, as `weigh` and `draw` read values: float64 is rounded once, not by each of them."""
@@ -601,6 +632,7 @@ class Group:
         raise self._error(who, f"particle {row} got NaN or +inf; must be finite or -inf")
 
     def _continuation_log_prob(self, token_ids: list[int]) -> Tensor:
+        token_ids = token_list("token_ids", token_ids, self._engine.vocab_size or None)
         if not 0 < len(token_ids) <= self.potential.lookahead:
             raise ValueError(
                 f"token_ids of length {len(token_ids)}: must have 1 to lookahead={self.potential.lookahead} tokens"
@@ -615,7 +647,7 @@ class Group:
         asked = torch.unique(which[self._asked[rows]])
         scores = torch.zeros(len(slots), dtype=torch.float64, device=self.device)
         scores[asked] = self.model.continuation_log_prob(
-            tokens[asked], slots[asked], list(token_ids), self.params.temperature
+            tokens[asked], slots[asked], token_ids, self.params.temperature
         )
         out[rows] = scores[which]
         return torch.where(self._asked, out, torch.zeros_like(out))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import os
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,10 +20,13 @@ import torch
 from torch import Tensor
 
 from fastsmc import ops
-from fastsmc.group import Group, GroupEngine
+from fastsmc.arguments import read_each, read_prompts
+from fastsmc.group import Group, GroupEngine, SMCError, set_up
 from fastsmc.params import SMCParams
 from fastsmc.population import Population
 from fastsmc.potentials import Potential
+from fastsmc.potentials.tokens import short, token_list
+from fastsmc.texts import texts_after
 
 #: logits elements that scoring may hold at once
 SCORE_ELEMENTS = 1 << 25
@@ -45,13 +49,17 @@ class Trunk:
 
     Attributes:
         hidden_size, vocab_size: H, V.
+        max_positions: tokens that fit its context, or None.
     """
+
+    max_positions: int | None = None
 
     def __init__(self, model: Any) -> None:
         self.model = model.eval()
         self._body = getattr(model, model.base_model_prefix)
         self._unembed = model.get_output_embeddings()
         self.hidden_size, self.vocab_size = model.config.hidden_size, model.config.vocab_size
+        self.max_positions = getattr(model.config, "max_position_embeddings", None)
         self.device = next(model.parameters()).device
 
     @classmethod
@@ -180,6 +188,8 @@ class HFEngine:
             ids = getattr(config, "eos_token_id", None)
             stop_token_ids = [] if ids is None else [ids] if isinstance(ids, int) else ids
             stop_token_ids = {*stop_token_ids} | ({tokenizer.eos_token_id} if tokenizer is not None else set())
+        else:
+            stop_token_ids = token_list("stop_token_ids", stop_token_ids, self.trunk.vocab_size)
         self.stop_token_ids = frozenset(stop_token_ids) - {None}
         trunk = self.trunk
         self.engine = GroupEngine(tokenizer, trunk.device, trunk.vocab_size, trunk.hidden_size, trunk.model, name)
@@ -187,15 +197,12 @@ class HFEngine:
     def get_tokenizer(self) -> Any:
         return self.engine.tokenizer
 
-    def encode(self, prompt: str | Sequence[int]) -> list[int]:
-        """Token ids of a prompt. ValueError: it is empty, or text without a tokenizer."""
-        if isinstance(prompt, str):
-            if self.engine.tokenizer is None:
-                raise ValueError(f"prompt={prompt!r}: this engine has no tokenizer; give token ids")
-            prompt = self.engine.tokenizer.encode(prompt)
-        if not len(prompt):
-            raise ValueError(f"prompt={prompt!r}: is empty")
-        return [int(v) for v in prompt]
+    def encode(self, prompt: Any) -> list[int]:
+        """Token ids of one prompt, in any form that `smc` takes. ValueError: it is none of them, or is empty."""
+        prompts, single = read_prompts(prompt, self.engine.tokenizer, self.engine.vocab_size)
+        if not single:
+            raise ValueError(f"prompt={short(prompt)}: must be one prompt, got {len(prompts)}")
+        return prompts[0]
 
     def stops(self, params: SMCParams) -> frozenset[int]:
         """All tokens that end a particle."""
@@ -204,42 +211,89 @@ class HFEngine:
     @torch.no_grad()  # not inference mode: what is sampled may be trained on
     def smc(
         self,
-        prompts: str | Sequence[int] | Sequence[str | Sequence[int]],
+        prompts: Any,
         params: SMCParams | None = None,
-        potential: Potential | None = None,
+        potential: Potential | Sequence[Potential | None] | None = None,
         *,
         twist: str | os.PathLike | None = None,
         exact: Sequence | None = None,
+        use_tqdm: bool = False,
     ) -> Population | list[Population]:
-        """As `fastsmc.LLM.smc`; `potential` is set up at every call.
+        """As `fastsmc.LLM.smc`, one group after the other; potentials are set up at every call.
 
         Raises:
-            ValueError: an argument that cannot be.
-            SMCError: a group failed.
+            ValueError: an argument that cannot be, or one that a potential's `setup` refuses.
+            SMCError: a group failed; with several prompts its attribute `populations` has those that did not.
         """
         from fastsmc import twists
 
-        params = SMCParams() if params is None else params
-        single = isinstance(prompts, str) or all(hasattr(v, "__index__") for v in prompts)
-        items = [prompts] if single else list(prompts)
-        each = [None] * len(items) if exact is None else [exact] if single else list(exact)
-        if len(each) != len(items):
-            raise ValueError(f"exact: samples for {len(each)} prompts, but there are {len(items)}")
-        if twist is not None:
-            potential = twists.Twist.load(twist).guide(potential or twists.card_potential(twist))
-        if potential is not None:
-            potential.prepare(self.engine.tokenizer)
-            potential.setup(self.engine)
-        populations = []
-        for i, (prompt, kept) in enumerate(zip(items, each, strict=True)):
-            ids = self.encode(prompt)
-            own = SMCParams(**{**vars(params), "group": params.group + i})
-            rows = TrunkRows(self.trunk, ids, own.n_particles)
-            group = Group(own, rows, potential, ids, self.stops(params), self.trunk.device, self.engine, exact=kept)
-            while not group.done:
-                group.step()
-            population = group.population()
-            if self.engine.tokenizer is not None:
-                population.texts = self.engine.tokenizer.batch_decode(population.token_ids, skip_special_tokens=True)
-            populations.append(population)
+        ids, single = read_prompts(prompts, self.engine.tokenizer, self.engine.vocab_size)
+        if twist is not None and potential is None:
+            potential = twists.card_potential(twist)
+        each, chosen, kept = read_each(len(ids), single, params, potential, exact, self.engine.vocab_size)
+        if not ids:
+            return []
+        guide = None if twist is None else twists.Twist.load(twist)
+        ready: dict[int, Potential | None] = {}
+        for given in chosen:
+            if id(given) not in ready:
+                ready[id(given)] = self._set_up(given if guide is None else guide.guide(given))
+        for prompt, own, given in zip(ids, each, chosen, strict=True):
+            self._check_context(prompt, own, ready[id(given)])
+        bar = None
+        if use_tqdm:
+            from tqdm.auto import tqdm
+
+            bar = tqdm(total=sum(own.max_tokens for own in each), desc="particle steps", file=sys.stderr)
+        populations: list[Population | None] = []
+        errors = []
+        for i, (prompt, own, given, exacts) in enumerate(zip(ids, each, chosen, kept, strict=True)):
+            try:
+                populations.append(self._run(prompt, own, ready[id(given)], exacts, bar))
+            except SMCError as error:
+                error.populations = [None]
+                if single:
+                    raise
+                populations.append(None)
+                errors.append((f"prompt {i}: {error}", error))
+        if errors:
+            error = SMCError("; ".join(text for text, _ in errors))
+            error.populations = populations
+            raise error from errors[0][1]
         return populations[0] if single else populations
+
+    def _set_up(self, potential: Potential | None) -> Potential | None:
+        if potential is None:
+            return None
+        try:
+            potential.prepare(self.engine.tokenizer)
+            return set_up(potential, self.engine)
+        except (ValueError, KeyboardInterrupt, SMCError) as error:
+            cause = error.__cause__ if isinstance(error, SMCError) else None
+            raise cause if isinstance(cause, ValueError) else error from None
+        except BaseException as error:
+            name, what = type(potential).__name__, f"raised {type(error).__name__}: {error}"
+            raise SMCError(f"potential {name}.prepare: {what}") from error
+
+    def _check_context(self, prompt: list[int], params: SMCParams, potential: Potential | None) -> None:
+        """Refuses what has more positions than the model."""
+        ahead, limit = 0 if potential is None else int(potential.lookahead), self.trunk.max_positions
+        if limit is not None and len(prompt) + params.max_tokens + max(ahead, 1) - 1 > limit:
+            raise ValueError(
+                f"max_tokens={params.max_tokens}: with a prompt of {len(prompt)} tokens and a lookahead of {ahead}, at "
+                f"most {limit} positions of this model"
+            )
+
+    def _run(
+        self, prompt: list[int], params: SMCParams, potential: Potential | None, exact: Any, bar: Any
+    ) -> Population:
+        rows = TrunkRows(self.trunk, prompt, params.n_particles)
+        group = Group(params, rows, potential, prompt, self.stops(params), self.trunk.device, self.engine, exact=exact)
+        while not group.done:
+            group.step()
+            if bar is not None:
+                bar.update(1)
+        population = group.population()
+        if self.engine.tokenizer is not None:
+            population.texts = texts_after(self.engine.tokenizer, prompt, population.token_ids)
+        return population

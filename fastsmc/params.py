@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 RESAMPLING_SCHEMES = ("systematic", "stratified", "multinomial", "residual", "ssp")
@@ -22,9 +23,13 @@ LEAD_KEY = PREFIX + "n_particles"
 
 
 def _check_int(name: str, value: Any, low: int, high: int) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__") or not low <= int(value) <= high:
+    try:
+        number = low - 1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = low - 1
+    if not low <= number <= high:
         raise ValueError(f"{name}={value!r}: must be an integer from {low} to {high}")
-    return int(value)
+    return number
 
 
 def _check_float(name: str, value: Any, low: float, high: float) -> float:
@@ -90,9 +95,12 @@ class SMCParams:
         if not isinstance(self.ignore_eos, bool):
             raise ValueError(f"ignore_eos={self.ignore_eos!r}: must be True or False")
         if self.stop_token_ids is not None:
-            if isinstance(self.stop_token_ids, (str, bytes)) or not isinstance(self.stop_token_ids, (Sequence, set)):
+            ids = self.stop_token_ids
+            if hasattr(ids, "tolist"):  # an array
+                ids = ids.tolist()
+            if isinstance(ids, (str, bytes)) or not isinstance(ids, (Sequence, Set)):
                 raise ValueError(f"stop_token_ids={self.stop_token_ids!r}: must be a list of token ids or None")
-            put("stop_token_ids", tuple(_check_int("stop_token_ids", v, 0, 2**31 - 1) for v in self.stop_token_ids))
+            put("stop_token_ids", tuple(_check_int("stop_token_ids", v, 0, 2**31 - 1) for v in ids))
         put("seed", _check_int("seed", self.seed, 0, 2**63 - 1))
         put("group", _check_int("group", self.group, 0, 2**32 - 1))
 

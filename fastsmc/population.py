@@ -12,12 +12,13 @@ So `lineage(i)` walks back from row i of the last step, and `tokens[t, lineage[t
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
 import json
 import math
+import operator
 import os
 import zipfile
-import zlib
 from typing import Any
 
 import numpy as np
@@ -40,19 +41,19 @@ _ARRAYS = {  # field: (dtype, shape in words of N and T)
 
 
 class _Texts:
-    """Descriptor of the field `texts`: None may be put in, but reading it then says what is missing."""
+    """Descriptor of the field `texts`, which may be put in later: N str, or None."""
 
-    def __get__(self, obj: Any, owner: type) -> Any:
-        if obj is None:
-            return None  # the dataclass field's default
-        if obj._texts is None:
-            raise AttributeError("this population has no texts: its engine had no tokenizer; use token_ids")
-        return obj._texts
+    def __get__(self, obj: Any, owner: type) -> list[str] | None:
+        return None if obj is None else obj._texts  # of the class: the dataclass field's default
 
     def __set__(self, obj: Any, value: list[str] | None) -> None:
-        if value is not None and len(value) != len(obj.token_ids):
-            raise ValueError(f"texts: {len(value)} of them for {len(obj.token_ids)} particles")
-        obj._texts = None if value is None else list(value)
+        if value is not None:
+            if isinstance(value, str) or len(value) != len(obj.token_ids):
+                raise ValueError(f"texts: {len(value)} of them for {len(obj.token_ids)} particles")
+            value = list(value)
+            if not all(isinstance(text, str) for text in value):
+                raise ValueError("texts: must be str")
+        obj._texts = value
 
 
 @dataclasses.dataclass(eq=False, repr=False, kw_only=True)
@@ -73,10 +74,10 @@ class Population:
             twisted proposal that is before the draw, so its rows are then those of step t - 1.
         prompt_token_ids: the prompt's tokens.
         params: what was asked for.
-        texts: N str, or None without a tokenizer; reading it then raises AttributeError.
+        texts: N str, what the tokens add to the prompt's text; None without a tokenizer.
 
     Raises:
-        ValueError: naming the field that has a wrong shape, a NaN or a +inf, or an ancestor out of range.
+        ValueError: naming the field that has a wrong shape or dtype, a NaN or a +inf, or an ancestor out of range.
     """
 
     token_ids: list[list[int]]
@@ -98,7 +99,7 @@ class Population:
         if sizes["N"] == 0:
             raise ValueError("token_ids: a population has at least one particle")
         for name, (dtype, letters) in _ARRAYS.items():
-            array = np.ascontiguousarray(getattr(self, name), dtype=dtype)
+            array = _as_array(name, getattr(self, name), dtype)
             shape = tuple(sizes[c] for c in letters)
             if array.shape != shape:
                 raise ValueError(f"{name}: shape {array.shape}, expected ({', '.join(letters)}) = {shape}")
@@ -109,8 +110,15 @@ class Population:
                 raise ValueError(f"{name}: NaN or +inf among the log weights")
         if self.ancestors.size and not 0 <= self.ancestors.min() <= self.ancestors.max() < sizes["N"]:
             raise ValueError(f"ancestors: rows must lie in [0, {sizes['N']})")
-        self.log_z = float(self.log_z)
-        self.prompt_token_ids = [int(v) for v in self.prompt_token_ids]
+        try:
+            self.log_z = float(self.log_z)
+            self.prompt_token_ids = [operator.index(v) for v in self.prompt_token_ids]
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"log_z, prompt_token_ids: {error}") from None
+        if math.isnan(self.log_z) or self.log_z == math.inf:
+            raise ValueError(f"log_z={self.log_z}: must be finite or -inf")
+        if not isinstance(self.params, SMCParams):
+            raise ValueError(f"params={self.params!r}: must be SMCParams")
 
     @classmethod
     def from_record(
@@ -224,7 +232,13 @@ class Population:
 
     # -- summaries -------------------------------------------------------------------------------------------------
     def best(self, k: int = 10) -> list[tuple[str, float, float]]:
-        """The k heaviest distinct texts as (text, total weight, log p0 of its likeliest particle), heaviest first."""
+        """The k heaviest distinct texts as (text, total weight, log p0 of its likeliest particle), heaviest first.
+
+        Raises:
+            ValueError: there are no texts, because the engine had no tokenizer.
+        """
+        if self.texts is None:
+            raise ValueError("this population has no texts: its engine had no tokenizer; use token_ids")
         totals: dict[str, list[float]] = {}
         for text, weight, log_prob in zip(self.texts, self.weights.tolist(), self.log_probs.tolist(), strict=True):
             entry = totals.setdefault(text, [0.0, -math.inf])
@@ -271,17 +285,18 @@ class Population:
         """The population as one .npz archive in memory (no pickles inside); `from_bytes` reads it back exactly."""
         lengths = np.array([len(ids) for ids in self.token_ids], dtype=np.int64)
         flat = np.fromiter((v for ids in self.token_ids for v in ids), dtype=np.int64, count=int(lengths.sum()))
+        arrays = {name: getattr(self, name) for name in _ARRAYS}
+        arrays |= {"log_z": np.float64(self.log_z), "flat_token_ids": flat, "lengths": lengths}
         meta = {
             "format": FORMAT,
             "version": VERSION,
             "params": dataclasses.asdict(self.params),
             "prompt_token_ids": self.prompt_token_ids,
             "texts": self._texts,
+            "digest": _digest(arrays),
         }
-        encoded = np.frombuffer(json.dumps(meta).encode(), dtype=np.uint8)
-        arrays = {name: getattr(self, name) for name in _ARRAYS}
         out = io.BytesIO()
-        np.savez(out, meta=encoded, log_z=np.float64(self.log_z), flat_token_ids=flat, lengths=lengths, **arrays)
+        np.savez(out, meta=np.frombuffer(json.dumps(meta).encode(), dtype=np.uint8), **arrays)
         return out.getvalue()
 
     @classmethod
@@ -292,33 +307,36 @@ class Population:
             ValueError: naming `source` and what is wrong with it.
         """
         try:
-            with np.load(io.BytesIO(data), allow_pickle=False) as archive:
-                if not isinstance(archive, np.lib.npyio.NpzFile) or "meta" not in archive:
-                    raise ValueError("it is not a fastsmc population")
-                meta = json.loads(archive["meta"].tobytes())
-                if not isinstance(meta, dict) or meta.get("format") != FORMAT:
-                    raise ValueError("it is not a fastsmc population")
-                if meta.get("version") != VERSION:
-                    raise ValueError(f"its format version is {meta.get('version')!r}; this fastsmc reads {VERSION}")
-                arrays = {name: archive[name] for name in _ARRAYS}
-                lengths, flat = archive["lengths"], archive["flat_token_ids"].tolist()
-                log_z = float(archive["log_z"])
+            members = _members(data)
+            meta = json.loads(_array(members, "meta", np.uint8).tobytes()) if "meta" in members else None
+            if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+                raise ValueError("it is not a fastsmc population")
+            if meta.get("version") != VERSION:
+                raise ValueError(f"its format version is {meta.get('version')!r}; this fastsmc reads {VERSION}")
+            kinds = {name: dtype for name, (dtype, _) in _ARRAYS.items()}
+            kinds |= {"log_z": np.float64, "flat_token_ids": np.int64, "lengths": np.int64}
+            arrays = {name: _array(members, name, dtype) for name, dtype in kinds.items()}
+            good = meta.get("digest") in (None, _digest(arrays))  # older files have none
+            log_z, lengths, flat = (arrays.pop(name) for name in ("log_z", "lengths", "flat_token_ids"))
             ends = np.cumsum(lengths).tolist()
-            if (lengths < 0).any() or (ends[-1] if ends else 0) != len(flat):
+            if lengths.ndim != 1 or (lengths < 0).any() or (ends[-1] if ends else 0) != flat.size:
                 raise ValueError("its token lengths do not add up")
-            return cls(
-                token_ids=[flat[end - n : end] for n, end in zip(lengths.tolist(), ends, strict=True)],
-                log_z=log_z,
+            ids = flat.reshape(-1).tolist()
+            population = cls(
+                token_ids=[ids[end - n : end] for n, end in zip(lengths.tolist(), ends, strict=True)],
+                log_z=log_z.item(),
                 prompt_token_ids=meta["prompt_token_ids"],
                 params=SMCParams(**meta["params"]),
                 texts=meta["texts"],
                 **arrays,
             )
+            if not good:
+                raise ValueError("its arrays are not those that were written")
+            return population
         except KeyError as error:
             raise ValueError(f"cannot read {source}: {error} is missing") from error
-        except (ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            why = "it is not a fastsmc population" if not zipfile.is_zipfile(io.BytesIO(data)) else error
-            raise ValueError(f"cannot read {source}: {why}") from error
+        except Exception as error:  # whatever is wrong with the bytes, and whoever found out
+            raise ValueError(f"cannot read {source}: {error or type(error).__name__}") from error
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes one .npz archive at exactly `path`, whatever its suffix. OSError if that cannot be done."""
@@ -380,11 +398,13 @@ class Population:
 
         Args:
             path: where to write the picture (the suffix gives the format), or None.
-            max_lines: of grey and of coloured lines, no more than so many are drawn each, evenly spaced.
+            max_lines: of grey and of coloured lines, no more than so many are drawn each, evenly spaced; at least 1.
 
         Returns:
             a matplotlib Figure.
         """
+        if isinstance(max_lines, bool) or not hasattr(max_lines, "__index__") or int(max_lines) < 1:
+            raise ValueError(f"max_lines={max_lines!r}: must be an integer of at least 1")
         from matplotlib import colormaps
         from matplotlib.collections import LineCollection
         from matplotlib.figure import Figure
@@ -439,6 +459,62 @@ class Population:
         if path is not None:
             figure.savefig(path, dpi=150)
         return figure
+
+
+def _as_array(name: str, value: Any, dtype: type) -> np.ndarray:
+    """`value` as a contiguous array of `dtype`; ValueError, naming `name`: its numbers are of another kind."""
+    try:
+        array = np.asarray(value)
+        kinds = {"f": "fiu", "i": "iu", "b": "b"}[np.dtype(dtype).kind]
+        if array.size and array.dtype.kind not in kinds:
+            raise ValueError(f"dtype {array.dtype}, expected {np.dtype(dtype)}")
+        out = np.ascontiguousarray(array, dtype=dtype)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{name}: {error}") from None
+    if array.size and kinds == "iu" and not np.array_equal(out, array):
+        raise ValueError(f"{name}: numbers that {np.dtype(dtype)} does not hold")
+    return out.reshape(array.shape)
+
+
+# -- files: an .npz archive, read with nothing taken on trust ----------------------------------------------------------
+def _digest(arrays: dict[str, Any]) -> str:
+    """SHA-256 of named arrays, so that none stands in for another."""
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        digest.update(name.encode() + b"\0" + np.ascontiguousarray(arrays[name]).tobytes())
+    return digest.hexdigest()
+
+
+def _members(data: bytes) -> dict[str, bytes]:
+    """Member name → bytes of an archive that holds uncompressed .npy files from its first byte to its last.
+
+    Raises:
+        ValueError: it is another file, or says that a member is longer than it is.
+    """
+    if not data.startswith(b"PK\3\4") or data[-22:-18] != b"PK\5\6":
+        raise ValueError("it is not a fastsmc population, or not a whole one")
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        infos = archive.infolist()
+        for info in infos:
+            if info.compress_type != zipfile.ZIP_STORED or info.file_size > len(data) or info.flag_bits & 1:
+                raise ValueError(f"{info.filename!r} is compressed, encrypted or longer than the file")
+        if sum(info.file_size for info in infos) > len(data) or len({info.filename for info in infos}) < len(infos):
+            raise ValueError("its members overlap")
+        if infos and min(info.header_offset for info in infos) > 0:
+            raise ValueError("there is something before its first member")
+        return {info.filename.removesuffix(".npy"): archive.read(info) for info in infos}
+
+
+def _array(members: dict[str, bytes], name: str, dtype: type) -> np.ndarray:
+    """A member's array. Its size is checked before there is memory for it. KeyError: there is no such member."""
+    file = io.BytesIO(members[name])
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran, stored = read(file)
+    raw = members[name][file.tell() :]
+    if stored != np.dtype(dtype) or fortran or math.prod(shape) * stored.itemsize != len(raw):
+        raise ValueError(f"{name}: holds {len(raw)} bytes as {shape} {stored}, expected {np.dtype(dtype)}")
+    return np.frombuffer(raw, dtype=dtype).reshape(shape).copy()
 
 
 def _jsonable(value: Any) -> Any:

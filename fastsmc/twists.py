@@ -114,7 +114,7 @@ class Card:
             if (version := fields.pop("version", None)) != VERSION:
                 raise ValueError(f"its version is {version!r}; this fastsmc reads {VERSION}")
             return cls(**fields)
-        except (OSError, ValueError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"twist {os.fspath(path)!r}: cannot read {file.name}: {error}") from None
 
     def write(self, path: Path) -> None:
@@ -234,6 +234,8 @@ class Twist(Potential):
         trunk: of kinds `lora` and `model`: where the hidden state comes from.
     """
 
+    shared_by_groups = ("card", "head", "trunk", "_lora", "_weight")
+
     def __init__(self, card: Card, head: Head, trunk: Trunk | None = None) -> None:
         self.card, self.head, self.trunk = card, head, trunk
         self.proposal_only = card.loss == "dpg"  # type: ignore[misc]
@@ -271,9 +273,13 @@ class Twist(Potential):
         card = Card.read(path)
         try:
             tensors = load_file(Path(path) / "twist.safetensors")
-            head = Head(card.input_size, card.vocab_size, None if card.kind == "linear" else card.rank)
-            head.load_state_dict({k.removeprefix("head."): v for k, v in tensors.items() if k.startswith("head.")})
-        except (OSError, RuntimeError, SafetensorError) as error:
+            if not all(v.is_floating_point() for v in tensors.values()):
+                raise ValueError("twist.safetensors holds tensors that are not floating-point")
+            with torch.device("meta"):  # no memory for what the card says before the file has it
+                head = Head(card.input_size, card.vocab_size, None if card.kind == "linear" else card.rank)
+            state = {k.removeprefix("head."): v.clone() for k, v in tensors.items() if k.startswith("head.")}
+            head.load_state_dict(state, assign=True)
+        except (OSError, RuntimeError, ValueError, TypeError, OverflowError, SafetensorError) as error:
             raise ValueError(f"twist {os.fspath(path)!r}: {error}") from None
         twist = cls(card, head)
         twist._lora = {k.removeprefix("lora."): v for k, v in tensors.items() if k.startswith("lora.")}

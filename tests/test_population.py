@@ -1,8 +1,11 @@
 """Population: genealogy, samplers, files and pictures, on populations made by a small SMC in NumPy."""
 
+import copy
+import dataclasses
 import io
 import json
 import math
+import pickle
 import zipfile
 
 import numpy as np
@@ -137,8 +140,9 @@ def test_wrong_fields_are_named(field, value):
 
 def test_texts():
     population = make_population(texts=False)
-    with pytest.raises(AttributeError, match="no tokenizer"):
-        _ = population.texts
+    assert population.texts is None
+    with pytest.raises(ValueError, match="no tokenizer"):
+        population.best()
     population.texts = ["x"] * 8  # as the front end does once it has decoded them
     assert population.texts == ["x"] * 8
     with pytest.raises(ValueError, match="texts: 1"):
@@ -228,7 +232,7 @@ def meta(**values):
         (lambda data: rewritten(data, "ess.npy", None), "ess"),
         (lambda data: rewritten(data, "log_weights.npy", npy(np.zeros(3))), "log_weights: shape"),
         (lambda data: rewritten(data, "lengths.npy", npy(np.array([-1] * 8))), "lengths"),
-        (lambda data: rewritten(data, "tokens.npy", npy(np.array([{}], dtype=object))), "allow_pickle"),
+        (lambda data: rewritten(data, "tokens.npy", npy(np.array([{}], dtype=object))), "tokens: holds .* object"),
         (lambda data: data.replace(b"NUMPY", b"NAMPY"), ""),
     ],
 )
@@ -237,6 +241,104 @@ def test_load_says_what_is_wrong(tmp_path, damage, message):
     path.write_bytes(damage(make_population().to_bytes()))
     with pytest.raises(ValueError, match=f"some.file.*{message}"):
         Population.load(path)
+
+
+def reads(data):
+    """Whether the bytes are read, as they were written; ValueError naming the source is the other way."""
+    try:
+        assert_same(Population.from_bytes(data, source="some.file"), make_population(2, 3))
+    except ValueError as error:
+        assert str(error).startswith("cannot read some.file: ")
+        return False
+    return True
+
+
+def test_any_damaged_bit_is_a_value_error_or_harmless():
+    data = make_population(2, 3).to_bytes()
+    assert reads(data)
+    rng = np.random.default_rng(0)
+    for i in range(len(data)):
+        reads(data[:i] + bytes([data[i] ^ 1 << int(rng.integers(8))]) + data[i + 1 :])
+    for _ in range(300):  # several bytes at once
+        damaged = bytearray(data)
+        for i in rng.integers(0, len(data), 4):
+            damaged[i] = rng.integers(256)
+        reads(bytes(damaged))
+    for cut in [*range(0, len(data), 7), len(data) - 1]:
+        assert not reads(data[:cut])
+        assert cut == 0 or (not reads(data + data[:cut]) and not reads(data[:cut] + data))
+
+
+def header(shape, dtype):
+    """An array file that says it is large and holds nothing."""
+    out = io.BytesIO()
+    np.lib.format.write_array_header_1_0(out, {"descr": dtype, "fortran_order": False, "shape": shape})
+    return out.getvalue()
+
+
+def packed(data, method):
+    out = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(out, "w", method) as new:
+        for member in old.namelist():
+            new.writestr(member, old.read(member))
+    return out.getvalue()
+
+
+def swapped(data, a, b):
+    with zipfile.ZipFile(io.BytesIO(data)) as old:
+        x, y = old.read(a), old.read(b)
+    return rewritten(rewritten(data, a, y), b, x)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: swapped(data, "tokens.npy", "ancestors.npy"),
+        lambda data: swapped(data, "log_weights.npy", "log_probs.npy"),
+        lambda data: rewritten(data, "log_weights.npy", header((1 << 60,), "<f8")),
+        lambda data: rewritten(data, "tokens.npy", header((1 << 40, 1 << 40), "<i4")),
+        lambda data: rewritten(data, "ess.npy", header((-1,), "<f8")),
+        lambda data: rewritten(data, "ess.npy", header((3,), "|O")),
+        lambda data: rewritten(data, "meta.npy", npy(np.frombuffer(b"[" * 100_000, np.uint8))),
+        lambda data: rewritten(data, "meta.npy", meta(format="fastsmc.population", version=1, params=3)),
+        lambda data: rewritten(data, "lengths.npy", npy(np.array(3))),
+        lambda data: packed(data, zipfile.ZIP_DEFLATED),
+        lambda data: packed(data, zipfile.ZIP_BZIP2),
+        lambda data: packed(rewritten(data, "ess.npy", bytes(1 << 28)), zipfile.ZIP_DEFLATED),  # a zip bomb
+    ],
+)
+def test_files_that_lie_about_themselves(damage):
+    assert not reads(damage(make_population(2, 3).to_bytes()))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("log_weights", ["a"] * 8),
+        ("log_weights", [1j] * 8),
+        ("log_weights", [None] * 8),
+        ("tokens", np.full((10, 8), 0.5)),
+        ("tokens", np.full((10, 8), 2**40)),
+        ("resampled", np.full(10, 0.5)),
+        ("log_z", float("nan")),
+        ("log_z", "x"),
+        ("prompt_token_ids", [1.5]),
+        ("params", None),
+    ],
+)
+def test_arrays_of_another_kind_are_named(field, value):
+    with pytest.raises(ValueError, match=field):
+        make_population(texts=False, **{field: value})
+
+
+@pytest.mark.parametrize("texts", [True, False])
+def test_a_population_is_a_plain_container(texts):
+    population = make_population(4, 3, texts=texts)
+    assert dataclasses.replace(population, log_z=1.0).log_z == 1.0
+    assert dataclasses.asdict(population)["texts"] == population.texts
+    for other in (copy.copy(population), copy.deepcopy(population), pickle.loads(pickle.dumps(population))):
+        assert_same(population, other)
+    assert (population.texts is None) == (not texts)
 
 
 def test_load_names_a_file_that_is_not_there(tmp_path):
@@ -252,5 +354,7 @@ def test_plots(tmp_path, n, steps, dead):
         figure = plot(tmp_path / "picture.png")
         assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
         assert figure.axes
+    with pytest.raises(ValueError, match="max_lines=0"):
+        population.plot_genealogy(max_lines=0)
     few = population.plot_genealogy(max_lines=10)
     assert all(len(lines.get_segments()) <= 10 for lines in few.axes[0].collections[:2])

@@ -1,6 +1,5 @@
 """The built-in potentials, on a vocabulary small enough to enumerate."""
 
-import copy
 import importlib.metadata
 import itertools
 import math
@@ -358,6 +357,15 @@ def test_text_potential_asks_only_about_what_is_needed(engine):
         wrong.complete(state)
     with pytest.raises(ValueError, match="callable"):
         TextPotential(3)
+    for bad in (True, None, "1", 1j, np.bool_(True), torch.tensor(True)):
+        wrong = TextPotential(lambda texts, bad=bad: [bad] * len(texts))
+        wrong.setup(engine)
+        with pytest.raises(ValueError, match="fn gave .*must be numbers"):
+            wrong.complete(state)
+    for kind in (np.array, torch.tensor, tuple, lambda values: [np.float32(v) for v in values]):
+        right = TextPotential(lambda texts, kind=kind: kind([1.0] * len(texts)))
+        right.setup(engine)
+        assert right.complete(state).tolist() == [0, 1, 0, 1]
 
 
 def test_product_adds(engine):
@@ -379,24 +387,13 @@ def test_product_adds(engine):
         lexicon * 3
 
 
-def test_product_copies_its_factors(engine):
-    """Groups side by side work on copies: their states must not mix."""
-    product = Product(Regex("ab"), Regex("a.*"))
-    product.setup(engine)
-    one, other = copy.copy(product), copy.copy(product)
-    one.reset(1, [1]), other.reset(1, [1])
-    one.prefix(make_state([[1]], 3))
-    assert other.prefix(make_state([[]], 3)).tolist() == [0.0]
-    assert one.prefix(make_state([[1, 2]], 3)).tolist() == [0.0]
-
-
 # -- by name -----------------------------------------------------------------------------------------------------------
 class FakeEntry:
     def __init__(self, name, built):
         self.name, self.value, self._built = name, f"module:{name}", built
 
     def load(self):
-        if isinstance(self._built, Exception):
+        if isinstance(self._built, BaseException):
             raise self._built
         return self._built
 
@@ -408,11 +405,12 @@ class FakeEntry:
 def entries(monkeypatch):
     fakes = [FakeEntry("regex", Regex), FakeEntry("lexicon", Lexicon), FakeEntry("odd", dict)]
     fakes.append(FakeEntry("broken", ImportError("no module")))
+    fakes.append(FakeEntry("leaves", SystemExit(3)))
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: fakes)
 
 
 def test_resolve(entries):
-    assert list(registered()) == ["broken", "lexicon", "odd", "regex"]
+    assert list(registered()) == ["broken", "leaves", "lexicon", "odd", "regex"]
     potential = resolve("lexicon", {"token_ids": [1], "weight": -2})
     assert isinstance(potential, Potential) and potential.weight == -2
 
@@ -427,6 +425,7 @@ def test_resolve(entries):
         ("lexicon", {"words": "a"}, "words='a'"),
         ("odd", {}, "does not make"),
         ("broken", {}, "cannot load"),
+        ("leaves", {}, "cannot load"),
     ],
 )
 def test_resolve_refuses(entries, name, args, message):

@@ -75,6 +75,8 @@ def direct(twist, base, prompt, tokens):
 class Checked(Twist):
     """Compares what it gives with the direct recompute, at every step."""
 
+    shared_by_groups = ("seen",)
+
     @classmethod
     def of(cls, twist, base):
         out = cls(twist.card, twist.head, twist.trunk)
@@ -243,6 +245,22 @@ def test_refusals(hf, path, tmp_path):
     (tmp_path / "twist.safetensors").write_bytes(b"no")
     with pytest.raises(ValueError, match=str(tmp_path)):
         Twist.load(tmp_path)
+    card = tmp_path / "card.json"
+    twist.save(tmp_path)
+    whole = card.read_bytes()
+    for text in (b"", b"[]", b"3", b'{"a"', b"\xff", b"[" * 100_000, whole.replace(b'"rank": 16', b'"rank": 17')):
+        card.write_bytes(text)
+        with pytest.raises(ValueError, match=str(tmp_path)):
+            Twist.load(tmp_path)
+    card.write_bytes(whole.replace(b'"vocab_size": 8', b'"vocab_size": 1000000000000'))  # no memory for that
+    with pytest.raises(ValueError, match=str(tmp_path)):
+        Twist.load(tmp_path)
+    card.write_bytes(whole)
+    tensors = (tmp_path / "twist.safetensors").read_bytes()
+    for i in range(0, len(tensors), 97):
+        (tmp_path / "twist.safetensors").write_bytes(tensors[:i])
+        with pytest.raises(ValueError, match=str(tmp_path)):
+            Twist.load(tmp_path)
     for field, value in (("kind", "none"), ("loss", "none"), ("rank", 0)):
         with pytest.raises(ValueError, match=field):
             Card(**{**vars(twist.card), field: value})

@@ -192,10 +192,18 @@ class Matrices(NamedTuple):
         return tuple(_argument(*pair) for pair in (self[:2], self[2:4], self[4:]))
 
 
+def read_address(tensor: Tensor) -> int:
+    """Where a tensor's elements begin, for who only reads them: unlike `data_ptr`, this makes no copy of one that is
+    copied when it is written to (`torch._lazy_clone`)."""
+    if torch._C._is_cow_tensor(tensor):
+        return torch._C._data_address(tensor) + tensor.storage_offset() * tensor.element_size()
+    return tensor.data_ptr()
+
+
 def _argument(matrix: Tensor | None, rows: Tensor | None) -> tuple[int, int, int, int]:
     if matrix is None:
         return NO_MATRIX
-    return matrix.data_ptr(), matrix.stride(0), DTYPE_CODES[matrix.dtype], 0 if rows is None else rows.data_ptr()
+    return read_address(matrix), matrix.stride(0), DTYPE_CODES[matrix.dtype], 0 if rows is None else read_address(rows)
 
 
 def _check_matrix(name: str, matrix: Tensor, dtypes: Sequence[torch.dtype], device: torch.device) -> Tensor:

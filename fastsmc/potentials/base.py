@@ -92,6 +92,9 @@ class Potential:
 
     The target is p0(s)·φ(s)/Z with log φ = `complete`. `prefix` is log ψ_t, the twist of an unfinished sequence.
     `complete` defaults to `prefix`: then φ is the last ψ. One of the two must be overridden.
+
+    Each group works on a deep copy of the object as `setup` left it: tensors are copied when they are written to, and
+    `shared_by_groups`, modules, functions, read-only arrays, locks and connections are shared (see `copying`).
     """
 
     #: whether a step with this potential may be captured as a CUDA graph (fastsmc.captured): every method is a fixed
@@ -103,6 +106,8 @@ class Potential:
     #: `logw_next` only shapes the proposal: weights are exact for whatever it gives, and `prefix` is the target's ψ.
     #: Such a group draws, weighs and then resamples.
     proposal_only: bool = False
+    #: names of attributes that groups share and nobody writes to after `setup`; those of base classes count too
+    shared_by_groups: tuple[str, ...] = ()
 
     def prepare(self, tokenizer: Any) -> None:
         """Called in the front end, before `lookahead` is read; tokenizer: as `Engine.tokenizer`. Default: nothing."""
@@ -133,6 +138,74 @@ class Potential:
         from fastsmc.potentials.product import Product
 
         return Product(self, other) if isinstance(other, Potential) else NotImplemented
+
+
+def _what(answer: Any) -> str:
+    if not isinstance(answer, Tensor):
+        return type(answer).__name__
+    layout = "" if answer.layout == torch.strided else f" {answer.layout}"
+    return f"{tuple(answer.shape)} {answer.dtype}{layout} on {answer.device}"
+
+
+def check_scores(potential: Potential, method: str, answer: Any, like: Tensor) -> Tensor:
+    """What `prefix` or `complete` answered, (N,) float64 on the device of `like` (N,).
+
+    Raises:
+        TypeError: it is no vector of N log weights; names class and method.
+    """
+    good = isinstance(answer, Tensor) and answer.is_floating_point() and answer.layout == torch.strided
+    if not good or answer.shape != like.shape or answer.device != like.device:
+        raise TypeError(
+            f"{type(potential).__name__}.{method} returned {_what(answer)}; must be a floating-point torch.Tensor of "
+            f"shape {tuple(like.shape)} on {like.device}"
+        )
+    return answer.detach().double()
+
+
+def check_next(potential: Potential, answer: Any, like: Tensor, vocab_size: int | None = None) -> Tensor | Rows | None:
+    """What `logw_next` answered: None, (N, V) or `Rows` on the device of `like` (N,), with columns in a row.
+
+    Args:
+        vocab_size: V, where it is known.
+
+    Raises:
+        TypeError: it is none of these; names class and method.
+    """
+    if answer is None:
+        return None
+    name, n = f"{type(potential).__name__}.logw_next", len(like)
+    values = answer.values if isinstance(answer, Rows) else answer
+    good = isinstance(values, Tensor) and values.is_floating_point() and values.layout == torch.strided
+    good = good and values.dim() == 2 and values.device == like.device and vocab_size in (None, values.shape[-1])
+    if not good or (values is answer and len(values) != n):
+        of, rows = ("Rows of values ", "M") if isinstance(answer, Rows) else ("", n)
+        raise TypeError(
+            f"{name} returned {of}{_what(values)}; must be floating-point ({rows}, {vocab_size or 'V'}) on "
+            f"{like.device}, or Rows of such"
+        )
+    values = values.detach()
+    if values.stride(1) != 1:
+        values = values.contiguous()
+    if values is answer or not isinstance(answer, Rows):
+        return values
+    index = answer.index
+    if not isinstance(index, Tensor) or index.dtype not in (torch.int64, torch.int32) or index.device != like.device:
+        raise TypeError(f"{name} returned Rows with index {_what(index)}; must be ({n},) torch.int64 on {like.device}")
+    if tuple(index.shape) != (n,):
+        raise TypeError(f"{name} returned Rows with index {_what(index)}; must be ({n},)")
+    return Rows(values, index.long())
+
+
+def check_rows(potential: Potential, rows: Rows, asked: Tensor) -> Rows:
+    """Rows whose index is in range for all particles. TypeError: it was not for one of `asked` (N,) bool."""
+    out = (rows.index < 0) | (rows.index >= len(rows.values))
+    if bool((out & asked).any()):
+        i = int(torch.nonzero(out & asked)[0])
+        raise TypeError(
+            f"{type(potential).__name__}.logw_next returned index[{i}]={int(rows.index[i])}; must be in [0, "
+            f"{len(rows.values)}), the rows of values"
+        )
+    return Rows(rows.values, rows.index.clamp(0, max(len(rows.values) - 1, 0)))
 
 
 def answered(potential: Potential) -> set[str]:

@@ -15,17 +15,17 @@ class Infill(Potential):
     """log φ = log p0(continuation | prompt, particle): particles are weighed by what should come after them.
 
     Args:
-        continuation: text (encoded without special tokens) or token ids.
+        continuation: text (encoded without special tokens) or token ids (a list or a vector).
         every_step: True makes the same the twist of unfinished particles; each step then costs `lookahead` more.
 
     Raises:
-        ValueError: the continuation is empty or not of these types.
+        ValueError: the continuation is empty or not of these types; in `setup`: an id is beyond the vocabulary.
     """
 
     def __init__(self, continuation: str | Sequence[int], every_step: bool = False) -> None:
         self.continuation, self.every_step = continuation, bool(every_step)
-        self._ids = [] if isinstance(continuation, str) else token_list("continuation", continuation)
-        if not len(continuation):
+        self._ids = [] if isinstance(continuation, str) else token_list("Infill: continuation", continuation)
+        if not (continuation if isinstance(continuation, str) else self._ids):
             raise ValueError("Infill: the continuation is empty")
         self.lookahead = len(self._ids)
 
@@ -35,10 +35,13 @@ class Infill(Potential):
                 raise ValueError("Infill: a continuation given as text needs a tokenizer; give token ids")
             self._ids = list(tokenizer.encode(self.continuation, add_special_tokens=False))
             self.lookahead = len(self._ids)
+            if not self._ids:
+                raise ValueError(f"Infill: continuation={self.continuation!r} has no tokens")
 
     def setup(self, engine: Engine) -> None:
         self._engine = engine
         self.prepare(engine.tokenizer)
+        token_list("Infill: continuation", self._ids, engine.vocab_size)
 
     def prefix(self, state: State) -> Tensor:
         if self.every_step and state.step > 0:

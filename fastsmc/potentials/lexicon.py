@@ -27,17 +27,24 @@ class Lexicon(Potential):
     """
 
     capturable = True
+    shared_by_groups = ("_member", "_change")
 
     def __init__(
         self, words: Sequence[str] | None = None, token_ids: Sequence[int] | None = None, weight: float = 1.0
     ) -> None:
-        if isinstance(words, str) or not all(isinstance(w, str) and w.strip() for w in words or ()):
+        words = [] if words is None else words
+        if isinstance(words, (str, bytes)) or not hasattr(words, "__iter__"):
             raise ValueError(f"words={words!r}: must be a list of words")
-        self.words = [w.strip() for w in words or ()]
-        self.token_ids = token_list("token_ids", token_ids or [])
+        self.words = [w.strip() if isinstance(w, str) else w for w in words]
+        if not all(isinstance(w, str) and w for w in self.words):
+            raise ValueError(f"words={self.words!r}: must be a list of words")
+        self.token_ids = token_list("token_ids", [] if token_ids is None else token_ids)
         if not self.words and not self.token_ids:
             raise ValueError("Lexicon: give words, token_ids or both")
-        self.weight = float(weight)
+        try:
+            self.weight = math.nan if isinstance(weight, bool) else float(weight)
+        except (TypeError, ValueError, OverflowError):
+            self.weight = math.nan
         if math.isnan(self.weight) or self.weight == math.inf:
             raise ValueError(f"weight={weight!r}: must be finite or -inf")
 
@@ -55,7 +62,10 @@ class Lexicon(Potential):
                     raise ValueError(f"Lexicon: {word!r} is not a single token of this model, spelt in any way")
                 ids.update(found)
         if max(ids) >= engine.vocab_size:
-            raise ValueError(f"Lexicon: token id {max(ids)} is outside the vocabulary of {engine.vocab_size}")
+            raise ValueError(
+                f"Lexicon: token_ids hold {max(ids)}, which is outside the vocabulary; must be in [0, "
+                f"{engine.vocab_size})"
+            )
         self._member = torch.zeros(engine.vocab_size, dtype=torch.bool, device=engine.device)
         self._member[sorted(ids)] = True
         change = torch.zeros(1, engine.vocab_size, dtype=torch.float32, device=engine.device)

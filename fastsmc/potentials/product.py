@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastsmc.potentials.base import Engine, Potential, Rows, State
+from fastsmc.potentials.base import Engine, Potential, Rows, State, check_next, check_rows, check_scores
 
 
 class Product(Potential):
     """ψ = product of the factors' ψ, φ of their φ; also written `p * q`.
 
     With the twisted proposal the factors that give `logw_next` guide every step, and the others come in with their
-    `complete` when a particle ends. Groups work on copies, so the factors are copied with it.
+    `complete` when a particle ends.
     """
+
+    _apart = ("factors",)  # a group's copy has a copy per factor, even of one that stands twice
 
     def __init__(self, *factors: Potential) -> None:
         if not factors or not all(isinstance(f, Potential) for f in factors):
             raise ValueError("Product: give one or more potentials")
         self.factors = factors
-
-    def __copy__(self) -> Product:
-        return Product(*map(copy.copy, self.factors))
 
     @property
     def lookahead(self) -> int:  # type: ignore[override]
@@ -55,14 +53,17 @@ class Product(Potential):
             f.reindex(ancestors)
 
     def prefix(self, state: State) -> Tensor:
-        return sum(f.prefix(state).double() for f in self.factors)
+        return sum(check_scores(f, "prefix", f.prefix(state), state.finished) for f in self.factors)
 
     def complete(self, state: State) -> Tensor:
-        return sum(f.complete(state).double() for f in self.factors)
+        return sum(check_scores(f, "complete", f.complete(state), state.finished) for f in self.factors)
 
     def logw_next(self, state: State) -> Tensor | Rows | None:
         total = None
-        for change in (f.logw_next(state) for f in self.factors):
+        for f in self.factors:
+            change = check_next(f, f.logw_next(state), state.finished)
+            if isinstance(change, Rows):
+                change = check_rows(f, change, ~state.finished)
             if total is None or change is None:
                 total = change if total is None else total
                 continue
@@ -76,16 +77,12 @@ class Product(Potential):
 
 
 class Final(Potential):
-    """Another potential's φ without its ψ: what particles are weighed with when they end, and nothing before.
+    """Another potential's φ without its ψ: what particles are weighed with when they end, and nothing before."""
 
-    Groups work on copies, so the other potential is copied with it.
-    """
+    _apart = ("potential",)
 
     def __init__(self, potential: Potential) -> None:
         self.potential = potential
-
-    def __copy__(self) -> Final:
-        return Final(copy.copy(self.potential))
 
     @property
     def capturable(self) -> bool:  # type: ignore[override]
@@ -108,4 +105,4 @@ class Final(Potential):
         self.potential.reindex(ancestors)
 
     def complete(self, state: State) -> Tensor:
-        return self.potential.complete(state)
+        return check_scores(self.potential, "complete", self.potential.complete(state), state.finished)

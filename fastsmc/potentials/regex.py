@@ -103,6 +103,8 @@ class Regex(Potential):
         ValueError: in `setup`: the pattern is not one, or no sequence of tokens matches it.
     """
 
+    shared_by_groups = ("_automaton", "_budgets")
+
     def __init__(self, pattern: str) -> None:
         if not isinstance(pattern, str):
             raise ValueError(f"pattern={pattern!r}: must be a string")
@@ -114,7 +116,7 @@ class Regex(Potential):
             known[self.pattern] = token_automaton(self.pattern, token_bytes(engine.tokenizer))
         self._automaton = known[self.pattern]
         self._device, self._vocab_size = engine.device, engine.vocab_size
-        self._budgets: dict[frozenset[int], _Budget] = {}  # shared by the groups' copies of this object
+        self._budgets: dict[frozenset[int], _Budget] = {}
         if not self._automaton.accept.any():  # its states are those that tokens lead to
             raise ValueError(f"Regex: no sequence of this model's tokens matches pattern={self.pattern!r}")
         self.reset(0, [])

@@ -31,11 +31,15 @@ def resolve(name: str, args: Mapping[str, Any] | None = None) -> Potential:
         raise ValueError(f"potential {name!r}: arguments {args!r} must be a JSON object")
     try:
         build = known[name].load()
-    except Exception as error:  # somebody's module: whatever it does must not end the engine
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # somebody's module: whatever it does must not end the engine
         raise ValueError(f"potential {name!r}: cannot load {known[name].value!r}: {error}") from error
     try:
         potential = build(**(args or {}))
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         raise ValueError(f"potential {name!r} with arguments {dict(args or {})!r}: {error}") from error
     if not isinstance(potential, Potential):
         raise ValueError(f"potential {name!r}: {known[name].value!r} does not make a fastsmc.Potential")

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastsmc.potentials.base import Engine, Potential, State
 from fastsmc.potentials.tokens import tokenizer_of
+from fastsmc.texts import texts_after
 
 
 class TextPotential(Potential):
-    """log φ = fn(texts): a Python function of the generated text, special tokens left out.
+    """log φ = fn(texts): a Python function of the generated text, what follows the prompt's, without special tokens.
 
     Args:
         fn: list of str -> as many floats (natural logs, -inf allowed). It must be a function of the text alone: a
@@ -40,16 +42,27 @@ class TextPotential(Potential):
         out = torch.zeros(len(about), dtype=torch.float64, device=about.device)
         rows = torch.nonzero(about).squeeze(1)
         sequences = [[v for v in row if v >= 0] for row in state.tokens[rows].tolist()]
-        texts = self._tokenizer.batch_decode(sequences, skip_special_tokens=True) if sequences else []
+        texts = texts_after(self._tokenizer, state.prompt, sequences)
         new = [text for text in dict.fromkeys(texts) if text not in self._known]
         if new:
             values = self.fn(new)
-            values = [float(v) for v in (values.reshape(-1) if hasattr(values, "reshape") else values)]
+            values = self._floats(values)
             if len(values) != len(new):
                 raise ValueError(f"fn gave {len(values)} values for {len(new)} texts")
             self._known.update(zip(new, values, strict=True))
         out[rows] = torch.tensor([self._known[text] for text in texts], dtype=torch.float64, device=out.device)
         return out
+
+    @staticmethod
+    def _floats(values: Any) -> list[float]:
+        """Answers of fn, a sequence or an array of numbers; what is no log weight, such as a bool, is refused."""
+        if hasattr(values, "tolist"):
+            values = values.reshape(-1).tolist()
+        values = [v.item() if hasattr(v, "item") else v for v in values]
+        for v in values:
+            if isinstance(v, bool) or not isinstance(v, (int, float)):
+                raise ValueError(f"fn gave {v!r}, a {type(v).__name__}: must be numbers, natural logarithms")
+        return [float(v) for v in values]
 
     def prefix(self, state: State) -> Tensor:
         return self._ask(state, ~state.finished) if self.every_step else super().prefix(state)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
+import operator
 import weakref
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,14 +20,40 @@ def tokenizer_of(engine: Engine, who: str) -> Any:
     return engine.tokenizer
 
 
-def token_list(name: str, ids: Any) -> list[int]:
-    """`ids` as a list of int. ValueError, naming `name`, if it is none."""
-    if isinstance(ids, (str, bytes)) or not isinstance(ids, (Sequence, np.ndarray)):
-        raise ValueError(f"{name}={ids!r}: must be a list of token ids")
-    for v in ids:
-        if isinstance(v, bool) or not hasattr(v, "__index__") or int(v) < 0:
-            raise ValueError(f"{name}: {v!r} is not a token id")
-    return [int(v) for v in ids]
+def token_list(name: str, ids: Any, vocab_size: int | None = None) -> list[int]:
+    """Token ids as a list of int: from a list, a tuple, a range, or a vector of integers (NumPy, torch).
+
+    Args:
+        vocab_size: V, which no id may reach, where it is known.
+
+    Raises:
+        ValueError: naming `name`, what it is and what is allowed.
+    """
+    if hasattr(ids, "tolist") and hasattr(ids, "ndim"):  # an array
+        if ids.ndim != 1:
+            raise ValueError(f"{name}: is an array of {ids.ndim} dimensions; must be a vector of token ids")
+        ids = ids.tolist()
+    if isinstance(ids, (str, bytes, bytearray)) or not isinstance(ids, Sequence):
+        raise ValueError(f"{name}={short(ids)}: must be a list of token ids, not {type(ids).__name__}")
+    out = []
+    for i, value in enumerate(ids):
+        flag = isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool")
+        try:
+            number = -1 if flag else operator.index(value)
+        except TypeError:
+            number = -1
+        if number < 0:
+            raise ValueError(f"{name}[{i}]={short(value)}: is not a token id")
+        if vocab_size is not None and number >= vocab_size:
+            raise ValueError(f"{name}[{i}]={number}: is beyond the vocabulary; must be in [0, {vocab_size})")
+        out.append(number)
+    return out
+
+
+def short(value: Any) -> str:
+    """A value as errors show it."""
+    text = repr(value)
+    return text if len(text) <= 100 else text[:97] + "..."
 
 
 def log_of(ok: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -14,6 +14,7 @@ import secrets
 from typing import Any
 
 from fastsmc import potentials
+from fastsmc.arguments import read_exact
 from fastsmc.params import LEAD_KEY, PREFIX, SMCParams
 
 #: fields of SamplingParams that would change p0 or the output in ways a group does not know: name → accepted values
@@ -123,13 +124,17 @@ class Lead:
             )
         exact = extra.get(PREFIX + "exact")
         if exact is not None:
-            if not isinstance(exact, list) or not exact:
-                raise ValueError(f"smc_exact={exact!r}: must be a list of lists of token ids")
-            exact = [potentials.token_list(f"smc_exact[{i}]", ids) for i, ids in enumerate(exact)]
+            exact = read_exact("smc_exact", exact, params)
         whole = extra.get(PREFIX + "return_population", False)
         if whole not in (True, False):
             raise ValueError(f"smc_return_population={whole!r}: must be true or false")
         return cls(params, potential, args, twist, exact, bool(whole))
+
+    def check_ids(self, vocab_size: int) -> None:
+        """Refuses token ids that no row of logits has. ValueError: naming the field, the id and the vocabulary."""
+        potentials.token_list("stop_token_ids", self.params.stop_token_ids or (), vocab_size)
+        for i, ids in enumerate(self.exact or ()):
+            potentials.token_list(f"smc_exact[{i}]", ids, vocab_size)
 
     def lookahead(self) -> int:
         """Tokens beyond a particle's end that its potential scores, known from name and arguments alone.

@@ -26,10 +26,12 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.utils.cpu_resource_utils import get_allowed_cpu_list, get_visible_memory_node
 
 from fastsmc import models, twists
+from fastsmc.arguments import read_each, read_exact, read_prompts
 from fastsmc.group import SMCError
 from fastsmc.params import PREFIX, SMCParams
 from fastsmc.population import Population
 from fastsmc.potentials import Potential
+from fastsmc.texts import texts_after
 from fastsmc.vllm import compat, machine
 from fastsmc.vllm.lead import OBJECT, Lead, Limits, check_fits, is_lead
 
@@ -138,7 +140,7 @@ class LLM(vllm.LLM):
     # ------------------------------------------------------------------------------------------------------ SMC
     def smc(
         self,
-        prompts: str | list[int] | Sequence[str | list[int]],
+        prompts: Any,
         params: SMCParams | None = None,
         potential: Potential | Sequence[Potential | None] | None = None,
         *,
@@ -149,8 +151,8 @@ class LLM(vllm.LLM):
         """Samples p0(s | prompt)·φ(s)/Z with N weighted particles.
 
         Args:
-            prompts: text or token ids; a list of prompts runs side by side and gives a list of populations, prompt i
-                with `params.group + i`.
+            prompts: text or token ids, in the forms of `fastsmc.arguments`; a list of prompts runs side by side and
+                gives a list of populations, prompt i with `params.group + i`. An empty list gives an empty list.
             params: None is `SMCParams()`.
             potential: φ and its twists, evaluated in the worker process: a `Potential`, or one for each prompt. None:
                 plain ancestral sampling, log Z = 0.
@@ -165,22 +167,15 @@ class LLM(vllm.LLM):
             SMCError: a group failed (its potential raised, the KV cache ran out, ...); with several prompts its
                 attribute `populations` has those that did not, None for the others.
         """
-        params = SMCParams() if params is None else params
-        if not isinstance(params, SMCParams):
-            raise ValueError(f"params={params!r}: must be SMCParams")
-        single = isinstance(prompts, str) or _is_token_ids(prompts)
-        items = [prompts] if single else list(prompts)
-        if not items:
-            return []
-        inputs = [self._prompt(item) for item in items]
+        config = self.model_config
+        tokenizer = None if config.skip_tokenizer_init else self.get_tokenizer()
+        ids, single = read_prompts(prompts, tokenizer, config.get_vocab_size())
         if twist is not None and potential is None:
             potential = twists.card_potential(twist)
-        chosen = list(potential) if isinstance(potential, (list, tuple)) else [potential] * len(items)
-        if len(chosen) != len(items):
-            raise ValueError(f"potential: {len(chosen)} potentials for {len(items)} prompts")
-        exact = [exact] if single and exact is not None else exact
-        if exact is not None and len(exact) != len(items):
-            raise ValueError(f"exact: samples for {len(exact)} prompts, but there are {len(items)}")
+        each, chosen, kept = read_each(len(ids), single, params, potential, exact, config.get_vocab_size())
+        if not ids:
+            return []
+        inputs = [self._prompt(prompt) for prompt in ids]
         names: dict[int, str | None] = {id(None): None}
         own: list[str] = []
         try:
@@ -190,16 +185,15 @@ class LLM(vllm.LLM):
                     own.append(names[id(one)])
             leads = [
                 self.lead_params(
-                    params,
+                    each[i],
                     names[id(one)],
-                    group=i,
                     twist=twist,
-                    exact=None if exact is None else exact[i],
+                    exact=kept[i],
                     return_population=True,
                 )
                 for i, one in enumerate(chosen)
             ]
-            outputs = self._run_leads(inputs, leads, params, use_tqdm)
+            outputs = self._run_leads(inputs, leads, each[0].max_tokens, use_tqdm)
         finally:
             for name in own:
                 self.drop_potential(name)
@@ -244,7 +238,7 @@ class LLM(vllm.LLM):
         if twist is not None:
             extra[PREFIX + "twist"] = os.path.abspath(twist)
         if exact is not None:
-            extra[PREFIX + "exact"] = [[int(v) for v in ids] for ids in exact]
+            extra[PREFIX + "exact"] = read_exact("exact", exact, params)
         if return_population:
             extra[PREFIX + "return_population"] = True
         return SamplingParams(
@@ -265,7 +259,8 @@ class LLM(vllm.LLM):
             raise ValueError("output: holds no population; ask for it with smc_return_population")
         population = Population.from_bytes(base64.b64decode(payload["population"]))
         if not self.model_config.skip_tokenizer_init:
-            population.texts = self.get_tokenizer().batch_decode(population.token_ids, skip_special_tokens=True)
+            prompt = population.prompt_token_ids
+            population.texts = texts_after(self.get_tokenizer(), prompt, population.token_ids)
         return population
 
     def register_potential(self, potential: Potential) -> str:
@@ -273,12 +268,18 @@ class LLM(vllm.LLM):
 
         Raises:
             ValueError: not a Potential.
-            SMCError: it cannot be pickled, or its `setup` raised.
+            SMCError: it cannot be pickled, its `setup` raised, or left what no group can have a copy of.
         """
         if not isinstance(potential, Potential):
             raise ValueError(f"potential={potential!r}: must be a fastsmc.Potential (an instance, not a class)")
         if not self.model_config.skip_tokenizer_init:
-            potential.prepare(self.get_tokenizer())
+            try:
+                potential.prepare(self.get_tokenizer())
+            except (ValueError, KeyboardInterrupt):
+                raise
+            except BaseException as error:
+                who, what = type(potential).__name__, f"raised {type(error).__name__}: {error}"
+                raise SMCError(f"potential {who}.prepare: {what}") from error
         name = f"{OBJECT}{uuid.uuid4().hex}:{int(potential.lookahead)}"
         if self._in_process():
             errors = self.collective_rpc("smc_put_potential", args=(name, potential))
@@ -320,21 +321,16 @@ class LLM(vllm.LLM):
         core = getattr(self.llm_engine.engine_core, "engine_core", None)
         return core is not None and hasattr(core.model_executor, "driver_worker")
 
-    def _prompt(self, prompt: str | list[int]) -> dict[str, Any]:
-        if isinstance(prompt, str):
-            if self.model_config.skip_tokenizer_init:
-                raise ValueError(f"prompt={prompt!r}: this engine has no tokenizer; give token ids")
-            prompt = self.get_tokenizer().encode(prompt)
-        if not _is_token_ids(prompt) or not len(prompt):
-            raise ValueError(f"prompt={prompt!r}: must be a text or a list of at least one token id")
-        return self.renderer.render_cmpl([{"prompt_token_ids": [int(token) for token in prompt]}])[0]
+    def _prompt(self, ids: list[int]) -> dict[str, Any]:
+        return self.renderer.render_cmpl([{"prompt_token_ids": ids}])[0]
 
     def _check_lead(self, sampling_params: SamplingParams, prompt_len: int = 1) -> None:
         lead = Lead.parse(sampling_params)
+        lead.check_ids(self.model_config.get_vocab_size())
         check_fits(lead.params, prompt_len, lead.lookahead(), Limits.of(self.llm_engine.vllm_config))
 
     def _run_leads(
-        self, inputs: list[dict[str, Any]], leads: list[SamplingParams], params: SMCParams, use_tqdm: bool
+        self, inputs: list[dict[str, Any]], leads: list[SamplingParams], max_tokens: int, use_tqdm: bool
     ) -> list[RequestOutput | None]:
         for one, lead in zip(inputs, leads, strict=True):
             self._check_lead(lead, len(one["prompt_token_ids"]))
@@ -345,7 +341,7 @@ class LLM(vllm.LLM):
         if use_tqdm:
             from tqdm.auto import tqdm
 
-            bar = tqdm(total=len(leads) * params.max_tokens, desc="particle steps", file=sys.stderr)
+            bar = tqdm(total=len(leads) * max_tokens, desc="particle steps", file=sys.stderr)
         left = len(leads)
         try:
             for i, (one, lead) in enumerate(zip(inputs, leads, strict=True)):
@@ -363,7 +359,7 @@ class LLM(vllm.LLM):
                         continue
                     payload = (output.kv_transfer_params or {}).get("smc", {})
                     if bar is not None:
-                        step = params.max_tokens if output.finished else payload.get("step", steps[i])
+                        step = max_tokens if output.finished else payload.get("step", steps[i])
                         bar.update(step - steps[i])
                         steps[i] = step
                     if output.finished:
@@ -378,19 +374,15 @@ class LLM(vllm.LLM):
         return outputs
 
 
-def _is_token_ids(prompt: Any) -> bool:
-    return isinstance(prompt, (list, tuple)) and all(
-        hasattr(token, "__index__") and not isinstance(token, bool) for token in prompt
-    )
-
-
 def _pickled(potential: Potential, by_value: bool) -> bytes:
     module = sys.modules.get(type(potential).__module__)
     try:
         if by_value and module is not None:
             cloudpickle.register_pickle_by_value(module)
         return cloudpickle.dumps(potential)
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         raise SMCError(f"potential {type(potential).__name__} cannot be sent to the worker: {error}") from error
     finally:
         if by_value and module is not None:

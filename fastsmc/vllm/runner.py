@@ -15,7 +15,7 @@ from torch import Tensor
 from vllm.logger import init_logger
 
 from fastsmc import ops, potentials
-from fastsmc.group import Group, GroupEngine, SMCError
+from fastsmc.group import Group, GroupEngine, SMCError, set_up
 from fastsmc.paging import Paging
 from fastsmc.potentials import Potential
 from fastsmc.twists import Twist, card_stamp
@@ -130,13 +130,7 @@ class ParticleRunner:
 
     def put_potential(self, name: str, potential: Potential) -> None:
         """Sets a potential up and keeps it under `name`."""
-        try:
-            potential.setup(self._get_engine())
-        except (Exception, SystemExit) as error:
-            raise SMCError(
-                f"potential {type(potential).__name__}.setup: raised {type(error).__name__}: {error}"
-            ) from error
-        self._potentials[name] = potential
+        self._potentials[name] = set_up(potential, self._get_engine())
 
     def drop_potential(self, name: str) -> None:
         self._potentials.pop(name, None)
@@ -183,7 +177,9 @@ class ParticleRunner:
                 self._run_group(part, result)
             except (SMCError, ValueError) as error:
                 result.error = str(error)
-            except Exception as error:
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:
                 logger.exception("group %s failed", part.request_id)
                 result.error = f"internal error: {type(error).__name__}: {error}"
             if result.done or result.error is not None:

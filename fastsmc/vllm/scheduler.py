@@ -28,6 +28,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.request import Request, RequestStatus
 
+from fastsmc.potentials import token_list
 from fastsmc.vllm import compat
 from fastsmc.vllm.lead import (
     GroupResult,
@@ -96,6 +97,9 @@ class _SMCMixin:
                 raise ValueError("a group of particles cannot be a streaming session")
             if request.lora_request is not None:
                 raise ValueError("lora_request: groups of particles do not support LoRA")
+            vocab_size = self.vllm_config.model_config.get_vocab_size()
+            group.lead.check_ids(vocab_size)
+            token_list("prompt", request.prompt_token_ids, vocab_size)
             group.lookahead = group.lead.lookahead()
             check_fits(group.lead.params, request.num_prompt_tokens, group.lookahead, self._limits)
             # The seed is the group's. For the token that stock sampling draws at prefill, and that is dropped, it would

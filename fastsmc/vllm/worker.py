@@ -60,7 +60,9 @@ class SMCWorkerMixin:
             if isinstance(potential, bytes):
                 potential = cloudpickle.loads(potential)
             self.smc_runner.put_potential(name, potential)
-        except Exception as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a user's code unpickles it
             return f"{type(error).__name__}: {error}"
         return None
 

@@ -197,6 +197,10 @@ def test_reset_restarts_running_groups(engine, scheduler, all_blocks_back):
     same(engine.population(outputs[-1]), want)
 
 
+class Panic(BaseException):
+    """As what extensions in Rust raise."""
+
+
 class Broken(Potential):
     """Fails at step 3 in a way of its own."""
 
@@ -211,6 +215,10 @@ class Broken(Potential):
                 raise KeyError("no such key")
             if self.how == "exits":
                 raise SystemExit(3)
+            if self.how == "panics":
+                raise Panic
+            if self.how == "interrupts":
+                raise KeyboardInterrupt
             if self.how == "nan":
                 scores[2] = float("nan")
             if self.how == "+inf":
@@ -228,8 +236,9 @@ class Broken(Potential):
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("raises", "Broken.prefix at step 2.*KeyError.*no such key"),
+        ("raises", "Broken.prefix at step 3.*KeyError.*no such key"),
         ("exits", "SystemExit"),
+        ("panics", "Broken.prefix at step 3: raised Panic"),
         ("nan", "particle 2 got nan"),
         ("+inf", "particle 1 got inf"),
         ("shape", r"returned \(17,\)"),
@@ -244,6 +253,42 @@ def test_a_broken_potential_ends_its_own_group_alone(engine, all_blocks_back, ho
     assert second is None
     same(first, engine.smc(PROMPT, EVERY_STEP, good))
     assert third.n_particles == 16
+
+
+def test_an_interrupt_stops_the_run_at_once(engine, all_blocks_back):
+    with pytest.raises(KeyboardInterrupt):
+        engine.smc([PROMPT, PROMPT], EVERY_STEP, [POTENTIAL, Broken("interrupts")])
+    assert engine.smc(PROMPT, EVERY_STEP).n_particles == 16
+
+
+class Counts(Potential):
+    """log ψ = number of even tokens, in a tensor that `setup` made and that is updated in place."""
+
+    def setup(self, engine):
+        self.count = torch.zeros(64, dtype=torch.float64, device=engine.device)
+
+    def reset(self, n_particles, prompt):
+        self.n = n_particles
+        self.count.zero_()
+
+    def reindex(self, ancestors):
+        self.count[: self.n] = self.count[: self.n][ancestors]
+
+    def prefix(self, state):
+        if state.last_tokens is not None:
+            self.count[: self.n] += (state.last_tokens >= 0) & (state.last_tokens % 2 == 0)
+        return self.count[: self.n].clone()
+
+
+def test_groups_side_by_side_share_no_state(engine, all_blocks_back):
+    """A potential for two prompts gives each what it gives alone; an iterator in it is refused before anything runs."""
+    potential, params = Counts(), [SMCParams(n_particles=16, max_tokens=20, group=g) for g in range(2)]
+    alone = [engine.smc(PROMPT, p, Counts()).log_z for p in params]
+    assert np.allclose([p.log_z for p in engine.smc([PROMPT, PROMPT], params[0], potential)], alone, atol=1e-4)
+    assert np.allclose(engine.smc(PROMPT, params[1], potential).log_z, alone[1], atol=1e-4)
+    potential.ids = iter([1])
+    with pytest.raises(SMCError, match="Counts.ids: is a list_iterator"):
+        engine.smc(PROMPT, params[0], potential)
 
 
 def test_scribbling_on_the_state_is_harmless(engine, all_blocks_back):
@@ -369,6 +414,20 @@ def test_bad_arguments_of_smc(engine, all_blocks_back):
         engine.smc("")
     with pytest.raises(ValueError, match="token id"):
         engine.smc([[]])
+    assert engine.smc([]) == []
+    params = SMCParams(n_particles=2, max_tokens=2)
+    for prompt in ({"prompt_token_ids": PROMPT}, {"input_ids": PROMPT}, np.array(PROMPT), tuple(PROMPT)):
+        assert engine.smc(prompt, params).prompt_token_ids == PROMPT
+    with pytest.raises(ValueError, match=r"prompts\[1\].*'prompt_embeds'"):
+        engine.smc([PROMPT, {"prompt_embeds": torch.zeros(2, 64)}])
+    with pytest.raises(ValueError, match="exact"):
+        engine.smc(PROMPT, SMCParams(), exact=[5, 6])
+    with pytest.raises(ValueError, match="vocabulary"):
+        engine.smc([PROMPT, [VOCAB]])
+    with pytest.raises(ValueError, match="stop_token_ids.*vocabulary"):
+        engine.smc(PROMPT, SMCParams(stop_token_ids=[VOCAB]))
+    with pytest.raises(SMCError, match="Infill.*vocabulary"):
+        engine.smc(PROMPT, SMCParams(), Infill([VOCAB]))
     with pytest.raises(ValueError, match="params="):
         engine.smc(PROMPT, {"n_particles": 3})
     with pytest.raises(ValueError, match="an instance"):

@@ -1,0 +1,150 @@
+"""The arguments of `smc`, read alike for every engine: what can be refused is refused before anything runs.
+
+Prompts come in the forms that vLLM and tokenizers give them, and leave as lists of token ids:
+
+    "text", [1, 2], (1, 2), range, vector of ids (NumPy, torch)      one prompt
+    {"prompt": text}, {"prompt_token_ids": ids}                      one prompt, vLLM's way
+    {"input_ids": ids}, as a tokenizer returns it                    one prompt; of a batch, several
+    a list or tuple of these, a matrix of ids                        several
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from fastsmc.params import SMCParams
+from fastsmc.potentials import Potential
+from fastsmc.potentials.tokens import short, token_list
+
+#: entries of a prompt given as a dict that say nothing else than its tokens
+_KEYS = ("prompt", "prompt_token_ids", "input_ids", "attention_mask", "token_type_ids", "special_tokens_mask")
+
+
+def read_prompts(prompts: Any, tokenizer: Any, vocab_size: int) -> tuple[list[list[int]], bool]:
+    """Token ids of each prompt; whether it was one prompt rather than a list of them. An empty list is one of none.
+
+    Args:
+        tokenizer: encodes text, with its special tokens; None: text is refused.
+        vocab_size: V, which no token id may reach.
+
+    Raises:
+        ValueError: naming the prompt, by its index in a list, its form and what is allowed.
+    """
+    items, single = _split(prompts)
+    names = ["prompt" if single else f"prompts[{i}]" for i in range(len(items))]
+    return [_read(item, name, tokenizer, vocab_size) for item, name in zip(items, names, strict=True)], single
+
+
+def _split(prompts: Any) -> tuple[list[Any], bool]:
+    if isinstance(prompts, Mapping):
+        ids = prompts.get("input_ids")
+        shape = getattr(ids, "shape", None)
+        several = len(shape) == 2 and shape[0] != 1 if shape is not None else _is_nested(ids)
+        if not several:
+            return [prompts], True
+        masks = prompts.get("attention_mask")
+        rest = {key: value for key, value in prompts.items() if key not in ("input_ids", "attention_mask")}
+        masks = [None] * len(ids) if masks is None else masks
+        return [{**rest, "input_ids": row, "attention_mask": mask} for row, mask in zip(ids, masks, strict=True)], False
+    dimensions = getattr(prompts, "ndim", None)  # of an array
+    if dimensions is not None:
+        return (list(prompts), False) if dimensions == 2 else ([prompts], True)
+    if isinstance(prompts, (list, tuple)) and not (prompts and all(map(_is_number, prompts))):
+        return list(prompts), False
+    return [prompts], True
+
+
+def _is_nested(ids: Any) -> bool:
+    return isinstance(ids, (list, tuple)) and any(isinstance(row, (list, tuple)) for row in ids)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (bool, float)) or (hasattr(value, "__index__") and not getattr(value, "ndim", 0))
+
+
+def _read(prompt: Any, name: str, tokenizer: Any, vocab_size: int) -> list[int]:
+    ids = _of_mapping(prompt, name) if isinstance(prompt, Mapping) else prompt
+    if isinstance(ids, str):
+        if tokenizer is None:
+            raise ValueError(f"{name}={short(ids)}: this engine has no tokenizer; give token ids")
+        ids = tokenizer.encode(ids)
+    ids = token_list(name, ids, vocab_size)
+    if not ids:
+        raise ValueError(f"{name}={short(prompt)}: has no tokens; must be a text or a list of at least one token id")
+    return ids
+
+
+def _of_mapping(prompt: Mapping, name: str) -> Any:
+    """The text or the token ids of a prompt that is a dict."""
+    others = sorted(str(key) for key, value in prompt.items() if key not in _KEYS and value is not None)
+    if others:
+        raise ValueError(
+            f"{name}: holds {', '.join(map(repr, others))}, which groups of particles do not take; give 'prompt', "
+            "'prompt_token_ids' or 'input_ids'"
+        )
+    for key in ("prompt_token_ids", "input_ids"):
+        ids = prompt.get(key)
+        if ids is None:
+            continue
+        if getattr(ids, "ndim", 1) == 2 and len(ids) == 1:
+            ids = ids[0]
+        mask = prompt.get("attention_mask") if key == "input_ids" else None
+        if mask is not None:
+            mask = mask[0] if getattr(mask, "ndim", 1) == 2 else mask
+            ids = [v for v, kept in zip(list(ids), list(mask), strict=True) if int(kept)]  # padding is no prompt
+        return ids
+    if not isinstance(prompt.get("prompt"), str):
+        raise ValueError(f"{name}={short(prompt)}: must hold 'prompt', a text, or 'prompt_token_ids' or 'input_ids'")
+    return prompt["prompt"]
+
+
+def read_exact(name: str, exact: Any, params: SMCParams, vocab_size: int | None = None) -> list[list[int]]:
+    """Exact samples of a target, for one prompt, as lists of token ids.
+
+    Raises:
+        ValueError: naming `name`: it is no list of such, not as many as a group takes, or one is too long.
+    """
+    rows = exact.tolist() if getattr(exact, "ndim", None) == 2 and hasattr(exact, "tolist") else exact
+    if not isinstance(rows, (list, tuple)) or not len(rows) or any(map(_is_number, rows)):
+        raise ValueError(f"{name}={short(exact)}: must be a list of exact samples, each a list of token ids")
+    n = params.n_particles
+    if len(rows) not in (1, n) or (len(rows) > 1 and params.ess_threshold > 0.0):
+        raise ValueError(
+            f"{name}: {len(rows)} sequences for {n} particles at ess_threshold={params.ess_threshold:g}; give one, or "
+            "at ess_threshold=0 as many as particles"
+        )
+    return [token_list(f"{name}[{i}]", ids, vocab_size) for i, ids in enumerate(rows)]
+
+
+def read_each(
+    n_prompts: int, single: bool, params: Any, potential: Any, exact: Any, vocab_size: int
+) -> tuple[list[SMCParams], list[Potential | None], list[list[list[int]] | None]]:
+    """Parameters, potential and exact samples of each of the prompts of a call of `smc`.
+
+    Raises:
+        ValueError: naming the argument, its value and what is allowed.
+    """
+    params = SMCParams() if params is None else params
+    if not isinstance(params, SMCParams):
+        raise ValueError(f"params={params!r}: must be SMCParams")
+    token_list("stop_token_ids", params.stop_token_ids or (), vocab_size)
+    chosen = list(potential) if isinstance(potential, (list, tuple)) else [potential] * n_prompts
+    if len(chosen) != n_prompts:
+        raise ValueError(f"potential: {len(chosen)} potentials for {n_prompts} prompts")
+    for each in chosen:
+        if each is not None and not isinstance(each, Potential):
+            raise ValueError(f"potential={each!r}: must be a fastsmc.Potential (an instance, not a class)")
+    kept: list[Any] = [None] * n_prompts
+    if exact is not None and single:
+        kept = [read_exact("exact", exact, params, vocab_size)]
+    elif exact is not None:
+        if not isinstance(exact, (list, tuple)) or len(exact) != n_prompts:
+            what = f"samples for {len(exact)} prompts" if isinstance(exact, (list, tuple)) else short(exact)
+            raise ValueError(f"exact: {what}, but there are {n_prompts}; give a list of exact samples for each")
+        kept = [
+            None if rows is None else read_exact(f"exact[{i}]", rows, params, vocab_size)
+            for i, rows in enumerate(exact)
+        ]
+    return [dataclasses.replace(params, group=params.group + i) for i in range(n_prompts)], chosen, kept

@@ -1,0 +1,57 @@
+"""The text of generated tokens: exactly what they add to the text of the prompt, under any tokenizer.
+
+A tokenizer cannot decode a continuation alone: SentencePiece's decoders drop the space of the first word, WordPiece's
+know only from the word before whether there is one, and a character may begin in the prompt. So the prompt's last
+tokens are decoded with the continuation and without it, and the text is the difference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+#: tokens of the prompt that are decoded with a continuation: enough for a character that began in the prompt
+CONTEXT = 8
+
+#: stands for bytes that are no whole character
+_PARTIAL = "\ufffd"
+
+
+def texts_after(tokenizer: Any, prompt: Sequence[int], sequences: Sequence[Sequence[int]]) -> list[str]:
+    """What each of the sequences of token ids adds to the prompt's text, without special tokens."""
+    if not sequences:
+        return []
+    length = CONTEXT
+    tail = list(prompt[-length:])
+    [before] = _decode(tokenizer, [tail])
+    while not before.strip().strip(_PARTIAL) and length < len(prompt):  # special tokens and spaces: look further back
+        length *= 4
+        tail = list(prompt[-length:])
+        [before] = _decode(tokenizer, [tail])
+    distinct = list(dict.fromkeys(map(tuple, sequences)))
+    whole = _decode(tokenizer, [[*tail, *sequence] for sequence in distinct])
+    known = {sequence: _beyond(before, text) for sequence, text in zip(distinct, whole, strict=True)}
+    return [known[tuple(sequence)] for sequence in sequences]
+
+
+def _beyond(before: str, text: str) -> str:
+    """`text` without `before`, of which a last character may have been completed or an end rewritten."""
+    if text.startswith(before):
+        return text[len(before) :]
+    whole = before.rstrip(_PARTIAL)
+    if text.startswith(whole):
+        return text[len(whole) :]
+    same = 0
+    while same < min(len(before), len(text)) and before[same] == text[same]:
+        same += 1
+    return text[same:]
+
+
+def _decode(tokenizer: Any, sequences: list[list[int]]) -> list[str]:
+    """Texts as the tokenizer's model has them: transformers' beautification (" ." to ".") would change them."""
+    options = {"skip_special_tokens": True}
+    if any(base.__name__ == "PreTrainedTokenizerBase" for base in type(tokenizer).__mro__):
+        options["clean_up_tokenization_spaces"] = False
+    if hasattr(tokenizer, "batch_decode"):
+        return tokenizer.batch_decode(sequences, **options)
+    return [tokenizer.decode(sequence, **options) for sequence in sequences]
