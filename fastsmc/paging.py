@@ -10,7 +10,7 @@ for potentials that score continuations, the columns after it) is private to eac
 part of its parent's tail. Blocks are handed out only when a column opens, N at a time; just before, a mark and sweep
 over the table finds the blocks that no row reads any more. No reference counts anywhere.
 
-The number of live blocks is thus that of smc-math §6: distinct (ancestor, block) pairs, plus N tails.
+The number of live blocks is thus that of docs/mathematics.md §6: distinct (ancestor, block) pairs, plus N tails.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ so that for every t their weights p0/q · ψ_t make them a sample of π_t. *Posi
 rejection or given as data, or the samples themselves under their final weights. With a frozen trunk (kinds `linear`
 and `mlp`) hidden states are computed once a sequence; `refresh` steps share one set of samples.
 
-The losses are functions of log ψ at the tokens, weights and masks, so that they can be read beside smc-math §5. Their
-names: B sequences, T columns, column t holds token t + 1 and log ψ_{t+1} of the history up to and with it.
+The losses are functions of log ψ at the tokens, weights and masks, so that they can be read beside docs/mathematics.md
+§5. Their names: B sequences, T columns, column t holds token t + 1 and log ψ_{t+1} of the history up to and with it.
 
 A run leaves in its directory: the twist itself, `metrics.jsonl`, `bounds.png`, `checkpoint.pt` (while it runs) and,
 where TensorBoard is installed, its event file. The same command goes on where a checkpoint was left.
