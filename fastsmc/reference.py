@@ -193,7 +193,7 @@ SCHEMES: dict[str, Callable[[list[int], Sequence[float]], list[int]]] = {
 
 
 def resample(log_weights, uniforms, *, scheme="systematic", order="inplace", threshold=None) -> Resampled:
-    """Resamples one group. Weights with NaN, +inf or no mass at all leave it as it is, whatever the threshold."""
+    """One group. Weights with NaN, +inf or no mass give no offspring, whatever the threshold."""
     log_weights = np.asarray(log_weights, np.float64)
     n = len(log_weights)
     ess, log_mean = ess_log_mean(log_weights)

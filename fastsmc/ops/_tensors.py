@@ -185,7 +185,7 @@ class Matrices(NamedTuple):
         return _argument(self.logits, self.logit_rows), psi, mask
 
 
-def _argument(matrix: Tensor | None, rows: Tensor | None) -> MatrixArgs:
+def _argument(matrix: Tensor | None, rows: Tensor | None) -> tuple[int, int, int, int]:
     if matrix is None:
         return NO_MATRIX
     return matrix.data_ptr(), matrix.stride(0), DTYPE_CODES[matrix.dtype], 0 if rows is None else rows.data_ptr()

@@ -244,7 +244,7 @@ def _resample_group(
 
 
 def _place_children(counts: Tensor, order: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Gives (ancestors, counts, rank), as in `Resampled`, for offspring counts."""
+    """ancestors, counts, rank."""
     n = counts.shape[0]
     slots = torch.arange(n, device=counts.device)
     ends = counts.cumsum(0)

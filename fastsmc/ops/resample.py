@@ -56,8 +56,8 @@ def resample(
     'multinomial' N independent draws; 'residual' floor(N W_i) copies and the rest multinomial on the remainders; 'ssp'
     the Srinivasan sampling process (sequential: one thread; the 'torch' backend runs it on the host).
 
-    Orders: 'inplace' has ancestors[i] = i wherever counts[i] > 0, and the r-th row without children takes the r-th
-    surplus child; 'sorted' repeats i counts[i] times.
+    Orders: 'inplace' has ancestors[i] = i wherever counts[i] > 0, and the r-th dead slot takes the r-th surplus child;
+    'sorted' repeats i counts[i] times.
 
     A group without any mass has ESS 0 and log mean −inf and is not resampled. Off the CPU values are not checked, which
     would mean waiting for the device: a group with NaN or +inf has ESS and log mean NaN and is not resampled.
@@ -81,7 +81,7 @@ def resample(
     log_weights = _check_log_weights(log_weights)
     device, n = log_weights.device, log_weights.shape[-1]
     if n > MAX_PARTICLES:
-        raise ValueError(f"log_weights: has {n} particles per group, at most {MAX_PARTICLES} are supported")
+        raise ValueError(f"log_weights: has {n} particles a group, at most {MAX_PARTICLES} are supported")
     uniforms = _check_float64("uniforms", uniforms, log_weights)
     if values_are_checked(device) and (bad := _C.bad_uniform(uniforms.data_ptr(), uniforms.numel())) >= 0:
         index = _index(uniforms, bad)
