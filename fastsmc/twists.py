@@ -311,8 +311,7 @@ class Twist(Potential):
         assert self._trunk_path is not None and self._lora is not None  # `load` has set them
         if self.card.kind == "model":
             return Trunk.load(self._trunk_path, device=str(engine.device))
-        if engine.model_name is None:
-            raise ValueError("a twist of kind 'lora' loads the base model, and this engine does not say which it runs")
+        assert engine.model_name is not None  # `setup` has compared it with the card's
         trunk = Trunk.load(engine.model_name, device=str(engine.device))
         scale = self.card.lora_alpha / self.card.lora_rank
         with torch.no_grad():
