@@ -1,5 +1,6 @@
 # make demo    set up .venv, then SMC on a real model that installs with it
 # make test    set up .venv, then all tests
+# make check   set up .venv, then style, types and docs
 # make clean   back to a fresh clone (the unpacked model stays in the user's cache)
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ PYTHON ?= python3
 RUN = LD_PRELOAD="$$(ls '$(CURDIR)/.venv/lib/libiomp5.so' 2>/dev/null)$${LD_PRELOAD:+:$$LD_PRELOAD}" \
       VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1 HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 .venv/bin/python
 
-.PHONY: setup demo test clean
+.PHONY: setup demo test check clean
 
 setup:
 	@$(PYTHON) scripts/setup_env.py
@@ -20,6 +21,12 @@ demo: setup
 test: setup
 	@$(RUN) -m pytest -q
 
+check: setup
+	@.venv/bin/python -m ruff check .
+	@.venv/bin/python -m ruff format --check .
+	@.venv/bin/python -m mypy
+	@.venv/bin/python scripts/check_docs.py
+
 clean:
-	rm -rf .venv bench/peers/.venv build dist *.egg-info fastsmc/_C.*.so .pytest_cache .hypothesis .ruff_cache
+	rm -rf .venv bench/peers/.venv build dist *.egg-info fastsmc/_C.*.so .pytest_cache .hypothesis .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -54,7 +54,7 @@ def nvcc_command(nvcc: str, archs: list[int], *arguments: str) -> list[str]:
 
 
 def run(command: list[str]) -> str:
-    """Its standard output and error; NoCuda if it fails."""
+    """Runs a command and gives its standard output and error; NoCuda if it fails."""
     try:
         done = subprocess.run(command, check=False, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     except OSError as error:
@@ -65,7 +65,7 @@ def run(command: list[str]) -> str:
 
 
 def check_cuda(nvcc: str, archs: list[int]) -> list[str]:
-    """Where the static runtime is, from a trivial kernel that is compiled and linked; NoCuda if that fails."""
+    """Compiles and links a trivial kernel, and gives the folders of the static runtime; NoCuda if that fails."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "trivial.cu")
         source.write_text("__global__ void kernel() {}\nvoid launch() { kernel<<<1, 1>>>(); }\n")
@@ -77,7 +77,7 @@ def check_cuda(nvcc: str, archs: list[int]) -> list[str]:
 
 
 def find_cuda() -> tuple[str, list[int], list[str]] | None:
-    """nvcc, architectures and library folders; None to build without CUDA."""
+    """Finds nvcc, architectures and library folders; None to build without CUDA."""
     wish = os.environ.get("FASTSMC_BUILD_CUDA", "")
     if wish not in ("", "0", "1"):
         raise SystemExit(f"FASTSMC_BUILD_CUDA={wish!r}: must be 0, 1 or unset")

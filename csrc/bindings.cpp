@@ -22,7 +22,7 @@ namespace {
 
 using Address = uintptr_t;
 using MatrixArgs = std::tuple<Address, int64_t, int, Address>;
-// address, block stride in bytes, blocks, pieces, bytes a piece, bytes a slot
+// address, block stride in bytes, blocks, pieces, bytes per piece, bytes per slot
 using CacheArgs = std::tuple<Address, int64_t, int64_t, int64_t, int64_t, int64_t>;
 
 template <typename T>

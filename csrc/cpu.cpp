@@ -19,24 +19,24 @@
 
 namespace fastsmc::cpu {
 
-// Elements below which one thread is faster than waking the others.
+// With fewer elements one thread is faster than waking the others.
 constexpr int64_t kSerial = 1 << 16;
 
-// Null without a matrix and for no row.
+// The matrix row that output row r uses; null where there is no matrix, or no row.
 template <typename T>
 const T* row_of(const Matrix& m, int64_t r) {
   const int64_t index = m.rows ? m.rows[r] : r;
   return m.data && index >= 0 ? static_cast<const T*>(m.data) + index * m.stride : nullptr;
 }
 
-// f(mask row), or f of a null NoMask* where there is no mask or no row of it
+// Calls f with the mask row of output row r, or with a null NoMask* where all tokens are allowed.
 template <typename F>
 auto with_mask(const Matrix& mask, int64_t r, F f) {
   const uint32_t* words = row_of<uint32_t>(mask, r);
   return words ? f(words) : f(static_cast<const NoMask*>(nullptr));
 }
 
-// f(logit type, twist type) as null pointers of those types
+// Calls f with null pointers of the types of logits and twist.
 template <typename F>
 void dispatch(int logit_dtype, int psi_dtype, F f) {
   const auto with_psi = [&](auto* logit) {
@@ -215,8 +215,8 @@ std::vector<Node> plan(const Table& table, int32_t* order) {
   return plan_nodes(table.blocks, table.stride, table.n_rows, table.n_columns, order);
 }
 
-// A task holds so many queries that packing a span of keys is little beside multiplying it, and its queries and outputs
-// stay in the second-level cache: elements of a task's queries.
+// Elements of a task's queries: so many that packing a span of keys costs little beside multiplying it, so few that
+// queries and outputs stay in the second-level cache.
 constexpr int64_t kTaskElements = 512 * 64;
 
 void attend(const void* query, int64_t query_stride, void* out, int64_t out_stride, int dtype, int64_t n_heads,

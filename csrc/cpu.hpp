@@ -14,7 +14,8 @@ namespace fastsmc::cpu {
 // dtype codes as in fastsmc/ops/_tensors.py; kInt32 holds mask words
 enum DType { kNone = 0, kFloat32 = 1, kBFloat16 = 2, kFloat16 = 3, kInt32 = 4 };
 
-// A matrix with unit column stride; `rows` maps an output row to a row of it, null for the identity, −1 for no row.
+// A matrix with unit column stride. `rows` maps an output row to a row of it: null is the identity, −1 stands for no
+// row.
 struct Matrix {
   const void* data;
   int64_t stride;
@@ -24,7 +25,7 @@ struct Matrix {
 
 void uniforms(double* out, int64_t n, uint64_t seed, uint32_t group, uint32_t step, uint32_t stream);
 
-// lse_psi is not written where it would be lse: without psi and mask
+// Without psi and mask lse_psi would equal lse, and is not written.
 void weigh(const Matrix& logits, const Matrix& psi, const Matrix& mask, int64_t n_rows, int64_t vocab,
            double temperature, double* lse, double* lse_psi, double* tile_mass, float* max_psi);
 
@@ -47,7 +48,7 @@ int64_t bad_tail(const Reindexing& r, const std::vector<BlockCache>& caches);
 
 void reindex(const Reindexing& r, const std::vector<BlockCache>& caches);
 
-// What the device runs, thread by thread in an order drawn from `seed`: for tests.
+// For tests: run what the device runs, thread by thread, in an order drawn from `seed`.
 void emulate_resample(const Resampling& first, int64_t groups, int threads, uint64_t seed);
 void emulate_reindex(const Reindexing& r, const std::vector<BlockCache>& caches, int parts, int threads,
                      uint64_t seed);

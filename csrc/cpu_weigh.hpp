@@ -1,18 +1,18 @@
 // TileWeigher: what weighs the tiles of a row on this CPU. Without AVX-512 that is weigh_tile in weigh.cuh; with it,
 // what is here, which gives the same up to rounding.
 //
-// Arithmetic is what weighing costs: rows often lie in a cache. So a tile is read once, and its scores are summed
-// relative to the row's *frame*: a power of two near its scores, from the maximum of an earlier tile of the row. Any
-// will do as long as no exponential leaves the exponents of float32, and with a power of two the frame costs no
-// rounding. That is seen from the tile's maximum, found on the way. Where it is too far off, in the first tile of a
-// row, in its last if that is not whole, and where there is NaN, a tile is weighed carefully: its maximum first, then
-// sums relative to that. What a row gives does not depend on other rows.
+// Rows often lie in a cache, so weighing is bound by arithmetic. A tile therefore is read once, and its exponentials
+// are summed relative to the row's *frame*, an integer exponent near its scores, taken from the maximum of an earlier
+// tile of the row. Any frame will do as long as no exponential leaves the range of float32; an integer one costs no
+// rounding. The tile's maximum, which is found on the way, says whether the frame was near enough. If it was not, in
+// the first tile of a row, in a last tile that is not whole, and where there is NaN, a tile is weighed carefully: first
+// its maximum, then sums relative to that. What a row gives does not depend on other rows.
 //
 // 2^t: t is rounded to n/32, the rest r is within ±1/64. 2^(n/32) is a table's entry, into whose exponent n/32's
 // integer part is added. For 2^r a square is completed: 2^r ~ c((r + h)² + k), c multiplied into the table. With
 // h = 46/32 the subtraction that gives −(n/32 − h) is exact, 2^0 is 1, and the relative error is below 3.4e-7, 4e-8 on
-// average; that of the scores themselves, in float32, is 6e-8 times their size. Seven operations a vector, the last of
-// which is the sum's. Zen 4 finishes not quite two a cycle, whichever units they are for.
+// average; that of the scores themselves, in float32, is 6e-8 times their size. That makes seven operations per vector,
+// the last of which adds to the sum. Zen 4 finishes not quite two per cycle, whichever units they are for.
 //
 // Dead ends: maxima of bfloat16 as 16-bit integers, 32 at a time (no faster); vscalefps and vreduceps for exponent and
 // rest (two cycles each); eight vectors at a time (registers run out).
@@ -58,7 +58,7 @@ inline float max_of(const Four& v) {
   return _mm512_reduce_max_ps(_mm512_max_ps(_mm512_max_ps(v[0], v[1]), _mm512_max_ps(v[2], v[3])));
 }
 
-// 64 elements; `ordered`: in their order, as another matrix's may ask for
+// Loads 64 elements: in their order if `ordered`, as where a second matrix must line up with them.
 template <bool ordered, typename T>
 inline Four load64(const T* p) {
   Four v;
@@ -128,14 +128,14 @@ struct SumExp2 {
   }
 };
 
-// The frame of one of the two scores: NaN until there is one.
+// The frame of z or of x; NaN until there is one.
 struct Frame {
   float frame = __builtin_nanf("");
 
   void set(float max) {
     if (max > -kFrameLimit && max < kFrameLimit) frame = std::ceil(max);
   }
-  // Whether a sum relative to the frame, of scores with this maximum, is right; that of no mass is made so.
+  // Whether a sum relative to the frame is right, for scores with this maximum. Without mass the sum is set to 0.
   bool holds(float max, float* sum) const {
     if (max == kNegInf && *sum == *sum) *sum = 0.0f;
     return *sum == *sum && (max == kNegInf || (max - frame >= kLeastMax && max - frame <= kMost));
@@ -157,7 +157,7 @@ class TileWeigher {
  private:
   Frame base_, both_;
 
-  // x of 16 tokens from their z
+  // Makes x of 16 tokens from their z.
   template <typename Psi, typename Mask>
   static __m512 reweigh(__m512 z, const Psi* psi, const Mask* mask, int i, __mmask16 lanes) {
     __m512 x = z;
@@ -168,7 +168,7 @@ class TileWeigher {
     return x;
   }
 
-  // A whole tile in its row's frames; false if they are not for it.
+  // Weighs a whole tile in its row's frames; false if they are too far off.
   template <typename Logit, typename Psi, typename Mask>
   bool weigh_quickly(const Logit* logits, const Psi* psi, const Mask* mask, float scale, TileSums* sums) const {
     constexpr bool reweighs = kReweighs<Psi, Mask>;
@@ -195,7 +195,7 @@ class TileWeigher {
     return both_.holds(sums->max.x, &sums->x);
   }
 
-  // Any tile of n tokens; its maxima make the frames of those after it.
+  // Weighs any tile of n tokens; its maxima make the frames of the tiles after it.
   template <typename Logit, typename Psi, typename Mask>
   TileSums weigh_carefully(const Logit* logits, const Psi* psi, const Mask* mask, int n, float scale) {
     constexpr bool reweighs = kReweighs<Psi, Mask>;

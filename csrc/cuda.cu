@@ -1,6 +1,6 @@
 // The CUDA backend: kernels around the algorithms of include/fastsmc, and their launchers. Nothing here waits for the
 // device or allocates, so every launcher may be captured in a CUDA graph. The runtime is linked statically: the module
-// can be imported without a driver, and only calls then fail.
+// can be imported without a driver, and only its calls then fail.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -20,7 +20,7 @@ void check(cudaError_t error, const char* what) {
                            std::to_string(static_cast<int>(error)) + ")");
 }
 
-// Makes a device current for the static runtime too; the caller has made it torch's.
+// Makes a device current for the static runtime; the caller has made it torch's current one.
 void use(int device) { check(cudaSetDevice(device), "cudaSetDevice"); }
 
 int attribute(cudaDeviceAttr which, int device) {
@@ -58,11 +58,11 @@ void uniforms(Place place, double* out, int64_t n, uint64_t seed, uint32_t group
 }
 
 // -- resample ---------------------------------------------------------------------------------------------------------
-constexpr int64_t kMostInBlock = 16384;  // particles of a group that one block does
+constexpr int64_t kMostInBlock = 16384;  // a group of more particles takes the whole grid
 // 1024 threads would have 64 registers each, and spill. Results do not depend on how many threads there are.
 constexpr int kBlockThreads = 512, kGridThreads = 256;
 
-// A block a group.
+// One block per group.
 __global__ void __launch_bounds__(kBlockThreads, 1) resample_block_kernel(Resampling first) {
   extern __shared__ u64 memory[];
   BlockTeam team;
@@ -113,8 +113,8 @@ void resample(Place place, const Resampling& first, int64_t groups, void* memory
 }
 
 // -- reindex ----------------------------------------------------------------------------------------------------------
-// Caches travel as kernel parameters, which hold 32 KiB: nothing to copy to the device, and a captured graph keeps its
-// own. Two sizes, as every launch pays for all of its parameters.
+// Caches travel as kernel parameters, which hold 32 KiB: nothing need be copied to the device, and a captured graph
+// keeps its own. There are two sizes because a launch pays for all of its parameters, used or not.
 constexpr int kFewCaches = 64, kMostCaches = 512;
 template <int most>
 struct Caches {

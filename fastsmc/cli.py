@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from fastsmc import __version__
 from fastsmc.params import PROPOSALS, RESAMPLING_SCHEMES, SMCParams
 from fastsmc.screen import EngineLog, engine_log, one_line
 
@@ -35,6 +36,7 @@ class _Parser(argparse.ArgumentParser):
 def make_parser() -> argparse.ArgumentParser:
     default = SMCParams()
     parser = _Parser(prog="fastsmc", description="Sequential Monte Carlo with language models, inside vLLM.")
+    parser.add_argument("--version", action="version", version=f"fastsmc {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="{run,train-twist,evaluate,bench,info}")
 
     run = commands.add_parser("run", help="run one group of particles and show its best texts")

@@ -1,4 +1,4 @@
-"""How good is a sampler: bounds on log Z, divergences, effective sample sizes, and plain sampling at equal cost.
+"""How good a sampler is: bounds on log Z, divergences, effective sample sizes, and plain sampling at equal cost.
 
 `llm` is `fastsmc.LLM` or `fastsmc.hf.HFEngine`; `exact` are exact samples of the target σ = p0·φ/Z as lists of token
 ids (`rejection` makes some where φ <= 1). Everything random is keyed by `params.seed` and
@@ -41,14 +41,14 @@ def _check(exact: Any, runs: int) -> list[list[int]]:
 def _run(
     llm: Any, prompt: Any, params: SMCParams, potential: Potential | None, twist: Any, runs: int, first: int, exact=None
 ) -> list[Population]:
-    """`runs` groups of one prompt, numbered from params.group + first."""
+    """Runs `runs` groups of one prompt, numbered from params.group + first."""
     ids = llm.get_tokenizer().encode(prompt) if isinstance(prompt, str) else [int(v) for v in prompt]
     params = dataclasses.replace(params, group=params.group + first)
     return llm.smc([ids] * runs, params, potential, twist=twist, exact=exact)
 
 
 def _mean(values: np.ndarray, clusters: np.ndarray | None = None) -> tuple[float, float]:
-    """Mean and its standard error, NaN for a single value; values of one cluster are taken for one observation."""
+    """Gives mean and standard error, NaN for a single value; the values of a cluster count as one observation."""
     mean = float(np.mean(values))
     if not math.isfinite(mean) or len(values) == 1:
         return mean, math.nan
@@ -100,7 +100,7 @@ class LogZBounds:
 
     @property
     def gap(self) -> float:
-        """Upper less lower: at least the symmetrised KL divergence of one returned sample."""
+        """Upper less lower bound; on average it is at least the symmetrised KL divergence of one returned sample."""
         return self.upper_mean - self.lower_mean
 
     @property
@@ -108,15 +108,15 @@ class LogZBounds:
         return math.hypot(self.lower_se, self.upper_se)
 
     def interval(self) -> tuple[float, float]:
-        """From the lower bound less 1.96 standard errors to the upper bound plus 1.96."""
+        """Gives the interval from 1.96 standard errors below the lower bound to 1.96 above the upper."""
         return self.lower_mean - Z95 * self.lower_se, self.upper_mean + Z95 * self.upper_se
 
     def log_z(self) -> tuple[float, float]:
-        """log Z and its standard error from both sides; see `bridge`."""
+        """Estimates log Z and its standard error from both sides; see `bridge`."""
         return bridge(self.lower, self.upper)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; a number that JSON lacks is None."""
+        """Gives plain JSON values; a number that JSON lacks is None."""
         log_z, se = self.log_z()
         numbers = {
             "lower": self.lower_mean,
@@ -153,10 +153,10 @@ def log_z_bounds(
     runs: int = 16,
     twist: str | os.PathLike | None = None,
 ) -> LogZBounds:
-    """Bounds on log Z from `runs` ordinary and `runs` conditional runs; conditional run r keeps exact[r % len(exact)].
+    """Bounds log Z by `runs` ordinary and `runs` conditional runs; conditional run r keeps exact[r % len(exact)].
 
     Conditional runs resample multinomially whatever `params.resampling` says (see `fastsmc.group`), so their bound is
-    looser than systematic resampling's would be, never wrong.
+    right, but looser than that of systematic resampling would be.
 
     Raises:
         ValueError: no exact samples, or no runs.
@@ -181,7 +181,7 @@ def _ess_curves(populations: Sequence[Population]) -> np.ndarray:
 
 
 def bridge(lower: np.ndarray, upper: np.ndarray) -> tuple[float, float]:
-    """log Z and its standard error from log weights under the proposal and under the target.
+    """Estimates log Z and its standard error from log weights under the proposal and under the target.
 
     `lower` are log(σ̃/q) of draws from q, `upper` of draws from σ; SMC's log Ẑ and log Ẑ* are such weights on the space
     of all particles. Bennett's acceptance ratio, the estimator of least variance from both: the c at which
@@ -243,7 +243,7 @@ def kl(
     log_z: float | None = None,
     bounds: LogZBounds | None = None,
 ) -> KL:
-    """KL(q‖σ) and KL(σ‖q), with q the law of one particle that is never resampled.
+    """Estimates KL(q‖σ) and KL(σ‖q), with q the law of one particle that is never resampled.
 
     q is the proposal of `params`: p0·ψ normalised token by token, or p0. It is sampled with `runs` groups of
     n_particles; every exact sample is weighed once.
@@ -286,7 +286,7 @@ def weigh(
     exact: Sequence[Sequence[int]],
     twist: str | os.PathLike | None = None,
 ) -> np.ndarray:
-    """(K,) float64 log p0 φ / q of given complete sequences, n_particles of them a group."""
+    """Computes log p0 φ / q of complete sequences, (K,) float64, with n_particles of them per group."""
     size = min(params.n_particles, len(exact))
     chunks = [list(exact[i : i + size]) for i in range(0, len(exact), size)]
     fill = size - len(chunks[-1])
@@ -300,7 +300,7 @@ def weigh(
 def baselines(
     llm: Any, prompt: str | Sequence[int], params: SMCParams, potential: Potential | None, runs: int = 4
 ) -> dict[str, float | None]:
-    """What plain sampling makes of as many tokens as SMC has: N particles a run, drawn from p0.
+    """Measures what plain sampling makes of as many tokens as SMC has: N particles per run, drawn from p0.
 
     Returns:
         acceptance: E[φ] / max(1, largest φ seen): the share of draws that rejection sampling keeps (exact for φ <= 1).
@@ -339,7 +339,7 @@ def rejection(
     *,
     max_draws: int = 1 << 20,
 ) -> list[list[int]]:
-    """`count` exact samples of p0·φ/Z for a φ of at most 1: draws of p0, n_particles a group, each kept with chance φ.
+    """Makes `count` exact samples of p0·φ/Z where φ <= 1, by keeping each draw from p0 with chance φ.
 
     Raises:
         ValueError: a draw has φ > 1, or fewer than `count` of `max_draws` draws were kept; says how many.
@@ -356,7 +356,7 @@ def rejection(
 
 
 def accept(population: Population, rng: np.random.Generator) -> list[list[int]]:
-    """Of draws from p0 that carry their log φ as weights, those kept with chance φ. ValueError: a φ is above 1."""
+    """Keeps draws from p0, whose weights are their log φ, each with chance φ. ValueError: a φ is above 1."""
     log_phi = population.log_weights
     if (log_phi > 1e-6).any():
         raise ValueError(f"rejection: a draw has log φ = {log_phi.max():.4g}; φ must be at most 1")
@@ -375,18 +375,20 @@ def report(
     runs: int = 16,
     twist: str | os.PathLike | None = None,
 ) -> dict[str, Any]:
-    """The evaluation of one sampler, beside the base proposal's and plain sampling, in plain JSON values.
+    """Evaluates one sampler beside the base proposal and plain sampling, in plain JSON values.
 
-    `samplers` has an entry each for the sampler asked about and for `base` (draws from p0), with bounds, divergences
-    and the mean ESS curve.
+    `samplers` has an entry for the sampler asked about and one for `base` (draws from p0), each with bounds,
+    divergences and the mean ESS curve.
     """
-    ways = {"base": (dataclasses.replace(params, proposal="base"), None)}
+    ways: dict[str, tuple[SMCParams, str | os.PathLike | None]] = {
+        "base": (dataclasses.replace(params, proposal="base"), None)
+    }
     if params.proposal == "twisted":
         ways["twisted"] = (params, twist)
     samplers = {}
-    for name, (own, guide) in ways.items():
-        bounds = log_z_bounds(llm, prompt, own, potential, exact=exact, runs=runs, twist=guide)
-        divergence = kl(llm, prompt, own, potential, exact=exact, runs=runs, twist=guide, bounds=bounds)
+    for name, (sampler, guide) in ways.items():
+        bounds = log_z_bounds(llm, prompt, sampler, potential, exact=exact, runs=runs, twist=guide)
+        divergence = kl(llm, prompt, sampler, potential, exact=exact, runs=runs, twist=guide, bounds=bounds)
         samplers[name] = {
             "bounds": bounds.to_dict(),
             "kl": {k: v if math.isfinite(v) else None for k, v in dataclasses.asdict(divergence).items()},
@@ -402,7 +404,7 @@ def report(
 
 
 def table(result: dict[str, Any]) -> str:
-    """A report as lines of text."""
+    """Sets a report as lines of text."""
 
     def cell(value: float | None, se: float | None = None) -> str:
         if value is None:
@@ -427,7 +429,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def plot(result: dict[str, Any], path: str | os.PathLike | None = None) -> Any:
-    """Bounds of the samplers beside their ESS curves; a matplotlib Figure, written to `path` if given."""
+    """Draws the samplers' bounds beside their ESS curves: a matplotlib Figure, written to `path` if given."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 3.4), layout="constrained")

@@ -3,9 +3,9 @@
     attend → weigh → resample → reindex → draw
 
 `Group.step` is driven by anything that gives logits for rows (`RowModel`): the vLLM runner, a Hugging Face model, a
-table of probabilities. The order within a step is that of smc-math §1: with the twisted proposal the weight of a step
-does not depend on the token, so the group resamples before it draws; with the base proposal it draws, weighs and then
-resamples. Either way children of one parent draw from the parent's row of logits, with stratified uniforms.
+table of probabilities. The order within a step is that of docs/mathematics.md §1: with the twisted proposal the weight
+of a step does not depend on the token, so the group resamples before it draws; with the base proposal it draws, weighs
+and then resamples. Either way children of one parent draw from the parent's row of logits, with stratified uniforms.
 
 Particles are not rows of the model. A model row, here a *slot*, holds one history; particles with the same history
 share it, and its logits, until they draw different tokens: then all but one of the new histories get a slot of their
@@ -14,9 +14,9 @@ not particles. N slots always suffice.
 
 A group may be *conditional*: one particle, in a uniform slot, keeps an exact sample of the target at every step (forced
 tokens, forced ancestor), and the others are resampled from all N weights. Then E[1/Ẑ] = 1/Z, so that log Ẑ bounds log Z
-from above on average (smc-math §4). That holds because the others have the law that they have in an ordinary run given
-the kept one, which is simple for independent draws: a conditional group resamples multinomially and draws without
-strata, whatever its parameters say. With N exact samples instead of one nothing is random: each is weighed.
+from above on average (docs/mathematics.md §4). That holds because the others have the law that they have in an ordinary
+run given the kept one, which is simple for independent draws: a conditional group resamples multinomially and draws
+without strata, whatever its parameters say. With N exact samples instead of one nothing is random: each is weighed.
 
 Nothing of length t is ever moved: tokens and ancestors are kept step by step and traced back once, at the end (or when
 a potential looks at `state.tokens`).

@@ -1,6 +1,6 @@
 """Which KV blocks the particles of one group read and write. Engine-independent: integers and one (N, C) table.
 
-Rows have equal length, so one number, the next position to write, describes them all. With B tokens a block:
+Rows have equal length, so one number, the next position to write, describes them all. With B tokens per block:
 
     column   0 ... prompt columns   | full columns of generated tokens | tail | ahead ...
     owner    the request, shared    | shared through the genealogy     | private to each row
@@ -10,7 +10,7 @@ for potentials that score continuations, the columns after it) is private to eac
 part of its parent's tail. Blocks are handed out only when a column opens, N at a time; just before, a mark and sweep
 over the table finds the blocks that no row reads any more. No reference counts anywhere.
 
-The number of live blocks is thus that of smc-math §6: distinct (ancestor, block) pairs, plus N tails.
+The number of live blocks is thus that of docs/mathematics.md §6: distinct (ancestor, block) pairs, plus N tails.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from torch import Tensor
 
 
 class Paging:
-    """Block table of one group.
+    """The block table of one group, and the blocks it may use.
 
     Args:
         n_rows: number of particles N.
         prompt_len: number of prompt tokens P >= 1.
         prompt_blocks: ceil(P / B) block ids that hold the prompt; never written, never freed here.
-        block_size: tokens a block, B.
+        block_size: tokens per block, B.
         last_position: last position whose KV will ever be written, >= P.
         ahead: positions beyond the next one that must stay writable (for scoring continuations).
         device: of the table.
@@ -56,19 +56,19 @@ class Paging:
 
     @property
     def tail(self) -> int:
-        """Column of the next position to write; full columns are those before it."""
+        """The column of the next position to write; those before it are full."""
         return self.position // self.block_size
 
     @property
     def n_used(self) -> int:
-        """Slots of the tail column that hold tokens."""
+        """How many slots of the tail column hold tokens."""
         return self.position % self.block_size
 
     def _columns_wanted(self) -> int:
         return min(self.position + self.ahead, self.last_position) // self.block_size + 1
 
     def live(self, active: Tensor) -> Tensor:
-        """Sorted ids of the blocks in use: full blocks that active rows read, and every row's private ones.
+        """Lists the blocks in use, sorted: full blocks that active rows read, and every row's private ones.
 
         Args:
             active: (N,) bool, rows whose history will be attended to again (`Group.readers`).
@@ -78,7 +78,7 @@ class Paging:
         return torch.unique(torch.cat([full.reshape(-1), private.reshape(-1)]))
 
     def need(self, active: Tensor) -> int:
-        """Blocks that must be granted before `open_columns` can open what the next position needs; 0: none.
+        """Counts the blocks that must be granted before `open_columns` can open what the next position needs.
 
         Sweeps when a column must be opened, so that `free` is exact afterwards.
         """
@@ -107,7 +107,7 @@ class Paging:
         return blocks
 
     def slots(self, rows: Tensor, n_tokens: int = 1) -> Tensor:
-        """(R * n_tokens,) int64 cache slots of the next `n_tokens` positions of each row in `rows` (R,)."""
+        """Finds the cache slots of the next `n_tokens` positions of each row in `rows` (R,); (R * n_tokens,) int64."""
         positions = torch.arange(self.position, self.position + n_tokens, device=self.table.device)
         blocks = self.table[rows][:, positions // self.block_size].long()
         return (blocks * self.block_size + positions % self.block_size).reshape(-1)

@@ -1,4 +1,4 @@
-"""Every op in NumPy, float64 and as plain as it can be: the oracle that tests compare the backends with.
+"""Every op in NumPy and float64, as plain as can be: the oracle that tests compare the backends with.
 
 Names and arguments are those of fastsmc.ops, on arrays instead of tensors. `resample` does the same integer arithmetic
 as the backends (Python integers, so without overflow), and its counts are equal to theirs; the others agree up to the
@@ -23,7 +23,7 @@ TILE = 1024
 
 # -- uniforms ----------------------------------------------------------------------------------------------------------
 def philox4x32_10(counter: Sequence[int], key: Sequence[int]) -> list[int]:
-    """Four 32-bit words from four of counter and two of key. Source: Salmon et al. 2011."""
+    """Makes four 32-bit words from four of counter and two of key. Source: Salmon et al. 2011."""
     c, (k0, k1) = list(counter), key
     low = 2**32 - 1
     for _ in range(10):
@@ -34,7 +34,7 @@ def philox4x32_10(counter: Sequence[int], key: Sequence[int]) -> list[int]:
 
 
 def uniforms(n: int, *, seed: int, group: int, step: int, stream: int) -> Array:
-    """(n,) float64 in [0, 1), 53 bits of the first two words at counter (particle, step, group, stream)."""
+    """Makes (n,) float64 in [0, 1) from 53 bits of the first two words at counter (particle, step, group, stream)."""
     words = (philox4x32_10((j, step, group, stream), (seed & 0xFFFFFFFF, seed >> 32)) for j in range(n))
     return np.array([((w[0] << 21) | (w[1] >> 11)) * 2.0**-53 for w in words])
 
@@ -48,8 +48,10 @@ class Weighed(NamedTuple):
 
 
 def _scores(logits, log_psi, logit_rows, psi_rows, mask, mask_rows, temperature) -> tuple[Array, Array, Array]:
-    """z = logits / T of each output row, x = z + log_psi, and log_psi, −inf where masked; (R, V) each, z = x = −inf for
-    no row."""
+    """Computes z = logits / T, x = z + twist and the twist, which is log_psi and −inf where masked; (R, V) each.
+
+    An output row that has no row of logits has z = x = −inf.
+    """
     logits = np.asarray(logits, np.float64) / temperature
     rows = np.arange(len(logits)) if logit_rows is None else logit_rows
     z, x = np.full((2, len(rows), logits.shape[1]), -np.inf)
@@ -68,7 +70,7 @@ def _scores(logits, log_psi, logit_rows, psi_rows, mask, mask_rows, temperature)
 
 
 def _log_sum_exp(x: Array) -> float:
-    """NaN for a row with NaN or +inf, −inf for one without mass."""
+    """Computes log Σ exp: NaN for a row with NaN or +inf, −inf for a row without mass."""
     if np.isnan(x).any() or np.isposinf(x).any():
         return math.nan
     top = x.max()
@@ -92,7 +94,7 @@ def weigh(
 def draw(
     logits, rows, uniforms, log_psi=None, *, logit_rows=None, psi_rows=None, mask=None, mask_rows=None, temperature=1.0
 ):
-    """(tokens, log_prob, log_psi): plain inverse CDF over the whole row, first token with CDF > u."""
+    """Draws (tokens, log_prob, log_psi) by a plain inverse CDF over the whole row: the first token with CDF > u."""
     z, x, twist = _scores(logits, log_psi, logit_rows, psi_rows, mask, mask_rows, temperature)
     tokens, log_prob, log_psi_drawn = np.full(len(rows), -1), np.full(len(rows), np.nan), np.full(len(rows), np.nan)
     for j, (r, u) in enumerate(zip(rows, uniforms, strict=True)):
@@ -122,12 +124,12 @@ class Resampled(NamedTuple):
 
 
 def _scale_uniform(u: float, total: int) -> int:
-    """floor(u · total) for u in [0, 1), a multiple of 2^-53."""
+    """Computes floor(u · total) for u in [0, 1), a multiple of 2^-53."""
     return (int(u * 2.0**53) * total) >> 53
 
 
 def _stratified(q: list[int], u: Sequence[float]) -> list[int]:
-    """Stratum j holds the point (j + 1 − u_j)·Q/N; i gets those in (C_{i−1}, C_i]."""
+    """Counts points: stratum j has one at (j + 1 − u_j)·Q/N, and i gets those in (C_{i−1}, C_i]."""
     n, total = len(q), sum(q)
     points = [(j + 1) * total - _scale_uniform(u[j], total) for j in range(n)]  # times N; increasing in j
     until = [bisect.bisect_right(points, n * c) for c in accumulate(q)]
@@ -139,7 +141,7 @@ def _systematic(q: list[int], u: Sequence[float]) -> list[int]:
 
 
 def _draws(mass: list[int], u: Sequence[float]) -> list[int]:
-    """How many of the independent draws fall to each cell of `mass`."""
+    """Counts how many independent draws fall to each cell of `mass`."""
     prefix = list(accumulate(mass))
     counts = [0] * len(mass)
     for v in u:
@@ -152,7 +154,7 @@ def _multinomial(q: list[int], u: Sequence[float]) -> list[int]:
 
 
 def _residual(q: list[int], u: Sequence[float]) -> list[int]:
-    """floor(N W_i) copies, and multinomial draws from the remainders for the rest."""
+    """Makes floor(N W_i) copies, and draws the rest from the remainders."""
     n, total = len(q), sum(q)
     whole = [n * v // total for v in q]
     rest = n - sum(whole)
@@ -162,7 +164,7 @@ def _residual(q: list[int], u: Sequence[float]) -> list[int]:
 
 
 def _ssp(q: list[int], u: Sequence[float]) -> list[int]:
-    """Srinivasan sampling process; Gerber, Chopin & Whiteley 2019, after nchopin/particles."""
+    """Runs the Srinivasan sampling process of Gerber, Chopin & Whiteley 2019, after nchopin/particles."""
     n, total = len(q), sum(q)
     counts = [n * v // total for v in q]
     part = [n * v % total for v in q]
@@ -224,7 +226,7 @@ def ess_log_mean(log_weights) -> tuple[float, float]:
 
 # -- reindex -----------------------------------------------------------------------------------------------------------
 def reindex(table, ancestors, *, position, block_size, caches, slot_dim=None, genealogy=None, step=None) -> None:
-    """In place, on arrays."""
+    """Rewrites table, caches and genealogy in place."""
     if genealogy is not None:
         genealogy[step] = ancestors
     tail, used = divmod(position, block_size)
@@ -243,7 +245,7 @@ def reindex(table, ancestors, *, position, block_size, caches, slot_dim=None, ge
 
 # -- attend ------------------------------------------------------------------------------------------------------------
 def attend(query, key_cache, value_cache, table, length, *, scale) -> Array:
-    """(R, Hq, D) from query (R, Hq, D), caches (n_blocks, Hk, B, D) and the rows' table (R, C): each row on its own."""
+    """Attends (R, Hq, D) from query (R, Hq, D) over caches (n_blocks, Hk, B, D) and table (R, C), row by row."""
     query, table = np.asarray(query, np.float64), np.asarray(table)
     n_rows, n_heads, dim = query.shape
     n_key_heads = key_cache.shape[1]

@@ -5,10 +5,10 @@
 A step has two sorts of sequences. *Samples* are drawn without resampling, from p0 or from the present twist's proposal,
 so that for every t their weights p0/q · ψ_t make them a sample of π_t. *Positives* are of σ = p0·φ/Z: exact by
 rejection or given as data, or the samples themselves under their final weights. With a frozen trunk (kinds `linear`
-and `mlp`) hidden states are computed once a sequence; `refresh` steps share one set of samples.
+and `mlp`) hidden states are computed once per sequence; `refresh` steps share one set of samples.
 
-The losses are functions of log ψ at the tokens, weights and masks, so that they can be read beside smc-math §5. Their
-names: B sequences, T columns, column t holds token t + 1 and log ψ_{t+1} of the history up to and with it.
+The losses are functions of log ψ at the tokens, weights and masks, so that they can be read beside docs/mathematics.md
+§5. Their names: B sequences, T columns, column t holds token t + 1 and log ψ_{t+1} of the history up to and with it.
 
 A run leaves in its directory: the twist itself, `metrics.jsonl`, `bounds.png`, `checkpoint.pt` (while it runs) and,
 where TensorBoard is installed, its event file. The same command goes on where a checkpoint was left.
@@ -44,26 +44,26 @@ POSITIVES = ("smc", "rejection", "data")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TwistConfig:
-    """How a twist is trained.
+    """Says how a twist is trained.
 
     Args:
         loss: 'ctl', 'rl', 'sixo', 'fudge' or 'dpg'.
         kind: 'linear', 'mlp', 'lora' or 'model'; see `fastsmc.twists`.
         rank: features of the perceptron of all kinds but 'linear'.
         steps: gradient steps.
-        batch_size: samples, and positives, of one step.
-        refresh: steps that share one set of `SMCParams.n_particles` samples.
+        batch_size: samples per step, and positives per step.
+        refresh: how many steps share one set of `SMCParams.n_particles` samples.
         samples: drawn from 'twisted', the present twist's proposal, or 'base', p0. SIXO and FUDGE need 'base'.
         positives: 'smc', the samples under their final weights; 'rejection' (φ <= 1); 'data', given. RL and FUDGE have
             none.
         compose: the potential's own ψ stays in force beside the twist (masks); CTL on twisted samples only.
-        lr, weight_decay: of AdamW; the rate falls to 0 on a cosine.
+        lr, weight_decay: for AdamW; the rate falls to 0 on a cosine.
         clip: largest norm of the gradient.
-        amp: bfloat16 autocast of trunk and head.
-        lora_rank, lora_alpha: of kind 'lora'.
-        trunk: name or path of the small model of kind 'model'.
+        amp: whether trunk and head run under bfloat16 autocast.
+        lora_rank, lora_alpha: for kind 'lora'.
+        trunk: name or path of the small model, for kind 'model'.
         eval_every: steps between evaluations of the bounds, 0: never.
-        eval_particles, eval_runs: of such an evaluation.
+        eval_particles, eval_runs: particles per run of such an evaluation, and its runs.
         checkpoint_every: steps between checkpoints, 0: never.
 
     Raises:
@@ -190,8 +190,8 @@ class Sequences:
         return len(self.tokens)
 
     def pick(self, rows: Tensor) -> Sequences:
-        values = (getattr(self, field.name) for field in dataclasses.fields(self))
-        return Sequences(*(None if v is None else v[rows] for v in values))
+        picked: dict[str, Any] = {k: None if v is None else v[rows] for k, v in vars(self).items()}
+        return Sequences(**picked)
 
 
 def _padded(sequences: Sequence[Sequence[int]], width: int) -> Tensor:
@@ -271,6 +271,7 @@ class Trainer:
             trunk = Trunk(copy.deepcopy(base.model))
             add_lora(trunk.model, config.lora_rank, config.lora_alpha)
         elif config.kind == "model":
+            assert config.trunk is not None  # TwistConfig has seen to it
             trunk = Trunk.load(config.trunk, device=str(base.device))
             if trunk.vocab_size != base.vocab_size:
                 raise ValueError(
@@ -339,10 +340,11 @@ class Trainer:
         return self.twist
 
     def step(self) -> dict[str, float]:
-        """One gradient step; its record."""
+        """Takes one gradient step and gives its record."""
         start, config = time.perf_counter(), self.config
         if self._samples is None or self._step % config.refresh == 0:
             self._draw()
+        assert self._samples is not None
         batch = self._batch(self._samples)
         device = self.engine.trunk.device
         with torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
@@ -358,14 +360,14 @@ class Trainer:
         return {
             "step": self._step,
             "loss": float(loss.detach()),
-            "lr": self._schedule.get_last_lr()[0],
+            "lr": float(self._schedule.get_last_lr()[0]),
             "grad_norm": float(norm),
             **extra,
             "seconds": time.perf_counter() - start,
         }
 
     def _batch(self, sequences: Sequences) -> Sequences:
-        """`batch_size` of them at random, all if there are fewer."""
+        """Picks `batch_size` sequences at random, all if there are fewer."""
         if len(sequences) <= self.config.batch_size:
             return sequences
         rows = torch.randperm(len(sequences), generator=self._random)[: self.config.batch_size]
@@ -373,7 +375,7 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------- sampling
     def _draw(self) -> None:
-        """New samples, and what they give of positives."""
+        """Draws new samples, and takes what positives they give."""
         config, first = self.config, self._step // self.config.refresh
         params = dataclasses.replace(self.params, group=first, proposal=config.samples)
         if config.samples == "base":
@@ -400,7 +402,7 @@ class Trainer:
             self._positives = self._hidden(self._given(self.exact))
 
     def _draw_more(self) -> None:
-        """Nothing was accepted yet: another set of draws, under other random numbers."""
+        """Draws another set, under other random numbers, because nothing has been accepted yet."""
         self.params = dataclasses.replace(self.params, seed=self.params.seed + 1)
         self._draw()
 
@@ -411,7 +413,7 @@ class Trainer:
 
     @torch.no_grad()
     def _of(self, population: Population, base: bool) -> Sequences:
-        """A population that was never resampled, as sequences. NaN in log φ cannot be: groups refuse it."""
+        """Makes sequences of a population that was never resampled. log φ is no NaN: groups refuse that."""
         out = self._given(population.token_ids)
         log_w = torch.as_tensor(population.log_weights, device=out.tokens.device)
         if base:
@@ -443,41 +445,46 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------- log ψ
     def _states(self, sequences: Sequences) -> Tensor:
-        """(B, T, H) what the head reads."""
+        """Gives the hidden states that the head reads, (B, T, H)."""
         if self.twist.trunk is None:
+            assert sequences.hidden is not None  # `_hidden` has added them
             return sequences.hidden
         return self.twist.trunk.hidden(self.prompt, sequences.tokens).float()
 
     def _log_psi(self, sequences: Sequences, states: Tensor | None = None, raw: bool = False) -> Tensor:
-        """(B, T) float32 log ψ at the tokens; arbitrary where there is none."""
+        """Computes log ψ at the tokens, (B, T) float32; arbitrary where there is no token."""
         states = self._states(sequences) if states is None else states
         scores = self.twist.head.score(states, sequences.tokens.clamp(min=0)).float()
         return scores if raw else self.twist._link(scores)
 
     def _log_norm(self, sequences: Sequences, states: Tensor) -> Tensor:
-        """(B, T) log Σ_v p0(v) ψ(v) at each token's place."""
+        """Computes log Σ_v p0(v) ψ(v) at each token's place, (B, T)."""
         trunk, out = self.engine.trunk, []
+        assert sequences.base_hidden is not None  # `_hidden` has added them
         flat, base = states.flatten(0, 1), sequences.base_hidden.flatten(0, 1)
         size = max(1, SCORE_ELEMENTS // trunk.vocab_size)
-        for own, p0 in zip(flat.split(size), base.split(size), strict=True):
+        for part, base_part in zip(flat.split(size), base.split(size), strict=True):
             with torch.no_grad():
-                log_p0 = (trunk.logits(p0.to(trunk.unembedding().dtype)).float() / self.params.temperature).log_softmax(
-                    -1
-                )
-            out.append((log_p0 + self.twist.head(own).float()).logsumexp(-1))
+                logits = trunk.logits(base_part.to(trunk.unembedding().dtype)).float()
+                log_p0 = (logits / self.params.temperature).log_softmax(-1)
+            out.append((log_p0 + self.twist.head(part).float()).logsumexp(-1))
         return torch.cat(out).reshape(states.shape[:2])
 
     def _weights(self, log_w: Tensor) -> Tensor:
-        """Normalised weights over dimension 0; zero in a column without any weight."""
+        """Normalises weights over dimension 0; a column without any weight is zero."""
         return torch.softmax(log_w, 0).nan_to_num(0.0).float()
 
     # ------------------------------------------------------------------------------------------------- the loss
     def _loss(self, batch: Sequences) -> tuple[Tensor, dict[str, float]]:
         config, mask, extra = self.config, batch.mask, {}
-        own = config.positives == "smc"
+        from_samples = config.positives == "smc"
         if config.needs_positives:
-            positive = batch if own else self._batch(self._positives)
-            if own:
+            if from_samples:
+                positive = batch
+            else:
+                assert self._positives is not None  # `_draw` has set them
+                positive = self._batch(self._positives)
+            if from_samples:
                 w = self._weights(batch.log_ratio[:, -1] + batch.log_phi)
                 if not bool(w.any()):  # nothing of σ among them: nothing to learn from
                     return self._log_psi(batch).sum() * 0.0, {"positive_ess": 0.0}
@@ -495,7 +502,7 @@ class Trainer:
                 raise ValueError(f"loss='fudge': log φ = {float(batch.log_phi.max()):.4g}; φ must be a probability")
             return fudge_loss(self._log_psi(batch, raw=True), mask, batch.log_phi), extra
         log_psi = self._log_psi(batch)
-        up = log_psi if own else self._log_psi(positive)
+        up = log_psi if from_samples else self._log_psi(positive)
         if config.loss == "sixo":
             return sixo_loss(up, positive.mask, w, log_psi, mask), extra
         # those that ended before hold φ, and no gradient
@@ -517,7 +524,7 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------- records
     def _evaluate(self) -> dict[str, float]:
-        """Bounds on log Z with the present twist; the upper one where exact samples are known."""
+        """Bounds log Z with the present twist, from above too where exact samples are known."""
         config = self.config
         params = dataclasses.replace(
             self.params,
@@ -561,6 +568,7 @@ class Trainer:
     # ------------------------------------------------------------------------------------------------- checkpoints
     def _save_checkpoint(self) -> None:
         samples, positives = self._samples, self._positives
+        assert self.directory is not None  # without one nothing is kept
         state = {
             "card": json.dumps(self.twist.card.settings),
             "step": self._step,
@@ -580,7 +588,8 @@ class Trainer:
         temporary.replace(self.directory / "checkpoint.pt")
 
     def _resume(self) -> None:
-        """Goes on where a checkpoint was left. ValueError: it is of another configuration."""
+        """Goes on where a checkpoint was left. ValueError: the checkpoint has another configuration."""
+        assert self.directory is not None  # without one nothing was kept
         path, log = self.directory / "checkpoint.pt", self.directory / "metrics.jsonl"
         if not path.exists():
             log.unlink(missing_ok=True)
@@ -589,8 +598,8 @@ class Trainer:
         if state["card"] != json.dumps(self.twist.card.settings):
             raise ValueError(f"{path}: is of another configuration; train into another directory, or remove it")
         with torch.no_grad():
-            for mine, kept in zip(self._parameters, state["parameters"], strict=True):
-                mine.copy_(kept)
+            for parameter, saved in zip(self._parameters, state["parameters"], strict=True):
+                parameter.copy_(saved)
         self._optimizer.load_state_dict(state["optimizer"])
         self._schedule.load_state_dict(state["schedule"])
         self._random.set_state(state["random"].cpu())
@@ -605,7 +614,7 @@ class Trainer:
 
 
 def plot_history(history: Sequence[dict[str, Any]], path: str | os.PathLike | None = None) -> Any:
-    """Loss and bounds on log Z over steps; a matplotlib Figure, written to `path` if given."""
+    """Draws loss and bounds on log Z over steps: a matplotlib Figure, written to `path` where there is one."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 3.4), layout="constrained")

@@ -50,7 +50,7 @@ class Card:
     Args:
         kind: one of `KINDS`.
         loss: one of `LOSSES`. `dpg` makes a twist proposal-only: its ψ has a free constant in every prefix.
-        base_model: name or path of the model p0; another model is told by its last path component.
+        base_model: name or path of the model p0; models are told apart by the last component of it.
         vocab_size, hidden_size: of the base model.
         tokenizer: `tokenizer_hash` of its tokenizer, or None.
         input_size: size of the hidden state that the head reads: the base model's but for kind `model`.
@@ -101,10 +101,10 @@ class Card:
 
     @classmethod
     def read(cls, path: str | os.PathLike) -> Card:
-        """The card of the twist in directory `path`.
+        """Reads the card of the twist in directory `path`.
 
         Raises:
-            ValueError: there is none, or it is none; names the path.
+            ValueError: there is no card, or the file is none; names the path.
         """
         file = Path(path) / "card.json"
         try:
@@ -123,7 +123,7 @@ class Card:
 
 
 def card_potential(path: str | os.PathLike) -> Potential:
-    """The potential that a saved twist was trained for, by its registered name. ValueError: it has no name."""
+    """Builds the potential that a saved twist was trained for, by its registered name. ValueError: it has none."""
     card = Card.read(path)
     if card.potential is None:
         raise ValueError(f"twist {os.fspath(path)!r}: was trained for a potential without a name; give potential=")
@@ -131,7 +131,7 @@ def card_potential(path: str | os.PathLike) -> Potential:
 
 
 def card_stamp(path: str | os.PathLike) -> int:
-    """When the card was written, so that a twist that was trained anew is loaded anew; 0 if there is none."""
+    """Gives the time the card was written, so that a twist trained anew is loaded anew; 0 if there is no card."""
     try:
         return (Path(path) / "card.json").stat().st_mtime_ns
     except OSError:
@@ -139,7 +139,7 @@ def card_stamp(path: str | os.PathLike) -> int:
 
 
 def tokenizer_hash(tokenizer: Any) -> str | None:
-    """SHA-256 of a tokenizer's vocabulary with its ids; None for None."""
+    """Computes the SHA-256 of a tokenizer's vocabulary with its ids; None for None."""
     if tokenizer is None:
         return None
     entries = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
@@ -152,7 +152,7 @@ def _last_part(name: str | None) -> str | None:
 
 # -- the head ----------------------------------------------------------------------------------------------------------
 class Head(nn.Module):
-    """Hidden state (…, H) → log ψ before the link, (…, V). At the start it is 0 everywhere.
+    """Maps a hidden state (…, H) to log ψ before the link, (…, V). At the start that is 0 everywhere.
 
     Args:
         input_size: H.
@@ -186,13 +186,13 @@ class Head(nn.Module):
         return F.linear(self.features(hidden), self.out, self.bias)
 
     def score(self, hidden: Tensor, tokens: Tensor) -> Tensor:
-        """(…, H), tokens (…) → (…): `forward` at these tokens alone."""
+        """Computes `forward` at tokens (…) alone, (…), from hidden states (…, H)."""
         return (self.features(hidden) * self.out[tokens]).sum(-1) + self.bias[tokens]
 
 
 # -- LoRA --------------------------------------------------------------------------------------------------------------
 class LoraLinear(nn.Module):
-    """A frozen linear layer W and its low-rank change (alpha / r) · B A; B is 0 at the start.
+    """Adds to a frozen linear layer W a low-rank change (alpha / r) · B A; B is 0 at the start.
 
     Source: Hu et al. 2021 (arXiv 2106.09685).
     """
@@ -208,8 +208,8 @@ class LoraLinear(nn.Module):
         return self.base(x) + F.linear(F.linear(x, self.a.to(x.dtype)), self.b.to(x.dtype)) * self.scale
 
 
-def add_lora(model: nn.Module, rank: int, alpha: float) -> dict[str, LoraLinear]:
-    """Freezes a model and puts an adapter on every linear layer but the output embedding; the adapters by name."""
+def add_lora(model: Any, rank: int, alpha: float) -> dict[str, LoraLinear]:
+    """Freezes a model and puts an adapter on every linear layer but the output embedding; gives them by name."""
     model.requires_grad_(False)
     unembed = model.get_output_embeddings()
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not unembed]
@@ -226,43 +226,43 @@ def add_lora(model: nn.Module, rank: int, alpha: float) -> dict[str, LoraLinear]
 
 # -- the potential -----------------------------------------------------------------------------------------------------
 class Twist(Potential):
-    """A learned twist; multiply it with the potential that says what φ is.
+    """A learned twist. It has no φ: `guide` joins it to the potential that has.
 
     Args:
-        card: what it is.
-        head: its head.
-        trunk: of kinds `lora` and `model`: where the hidden state comes from.
+        card: what the twist is.
+        head: what makes log ψ of a hidden state.
+        trunk: where the hidden state comes from, with kinds `lora` and `model`.
     """
 
     shared_by_groups = ("card", "head", "trunk", "_lora", "_weight")
 
     def __init__(self, card: Card, head: Head, trunk: Trunk | None = None) -> None:
         self.card, self.head, self.trunk = card, head, trunk
-        self.proposal_only = card.loss == "dpg"  # type: ignore[misc]
+        self.proposal_only = card.loss == "dpg"
         self._lora: dict[str, Tensor] | None = None
         self._trunk_path: str | None = None
 
     # ------------------------------------------------------------------------------------------------------ files
     def save(self, path: str | os.PathLike) -> None:
-        """Writes the directory `path`; what was there of a twist is replaced."""
+        """Writes the directory `path`, in the place of a twist that was there."""
         from safetensors.torch import save_file
 
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         tensors = {f"head.{name}": value.detach().cpu().contiguous() for name, value in self.head.state_dict().items()}
-        if self.card.kind == "lora":
+        if self.trunk is not None and self.card.kind == "lora":
             for name, module in self.trunk.model.named_modules():
                 if isinstance(module, LoraLinear):
                     tensors[f"lora.{name}.a"] = module.a.detach().cpu().contiguous()
                     tensors[f"lora.{name}.b"] = module.b.detach().cpu().contiguous()
-        if self.card.kind == "model":
+        if self.trunk is not None and self.card.kind == "model":
             self.trunk.model.save_pretrained(path / "trunk")
         save_file(tensors, path / "twist.safetensors")
         self.card.write(path)  # last: a directory with a card is whole
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Twist:
-        """What `save` wrote. The trunk of kind `lora` and `model` is loaded by `setup`.
+        """Reads what `save` wrote. The trunk of kinds `lora` and `model` is loaded by `setup`.
 
         Raises:
             ValueError: naming the path and what is wrong with it.
@@ -288,24 +288,24 @@ class Twist(Potential):
 
     # ------------------------------------------------------------------------------------------- as a potential
     def guide(self, potential: Potential) -> Product:
-        """The potential's φ with this twist, and with the potential's own ψ if the twist was trained beside it."""
+        """Joins this twist to a potential's φ, and to its ψ too if the twist was trained beside that."""
         return Product(self, potential if self.card.compose else Final(potential))
 
     def setup(self, engine: Engine) -> None:
-        """Refuses an engine that the twist was not trained for, and moves it there.
+        """Refuses an engine that the twist was not trained for; else moves the twist to its device.
 
         Raises:
             ValueError: naming what does not match, the card's value and the engine's.
         """
         card = self.card
-        for what, mine, theirs in (
+        for what, trained, found in (
             ("base_model", _last_part(card.base_model), _last_part(engine.model_name)),
             ("vocab_size", card.vocab_size, engine.vocab_size),
             ("hidden_size", card.hidden_size, engine.hidden_size),
             ("tokenizer", card.tokenizer, tokenizer_hash(engine.tokenizer)),
         ):
-            if mine != theirs and not (what == "tokenizer" and None in (mine, theirs)):
-                raise ValueError(f"the twist was trained for {what}={mine!r}, this engine has {theirs!r}")
+            if trained != found and not (what == "tokenizer" and None in (trained, found)):
+                raise ValueError(f"the twist was trained for {what}={trained!r}, this engine has {found!r}")
         if self.trunk is None and card.kind in ("lora", "model"):
             self.trunk = self._load_trunk(engine)
         self.head.to(engine.device).float()
@@ -314,15 +314,16 @@ class Twist(Potential):
             self._weight = torch.cat([self.head.out, self.head.bias[:, None], ones], dim=1)
 
     def _load_trunk(self, engine: Engine) -> Trunk:
+        assert self._trunk_path is not None and self._lora is not None  # `load` has set them
         if self.card.kind == "model":
             return Trunk.load(self._trunk_path, device=str(engine.device))
+        assert engine.model_name is not None  # `setup` has compared it with the card's
         trunk = Trunk.load(engine.model_name, device=str(engine.device))
         scale = self.card.lora_alpha / self.card.lora_rank
         with torch.no_grad():
             for name in {key.rpartition(".")[0] for key in self._lora}:
                 weight = trunk.model.get_submodule(name).weight
-                a, b = (self._lora[f"{name}.{which}"].to(weight) for which in "ab")
-                weight += scale * b @ a
+                weight += scale * self._lora[f"{name}.b"].to(weight) @ self._lora[f"{name}.a"].to(weight)
         return trunk
 
     def reset(self, n_particles: int, prompt: list[int]) -> None:
@@ -338,17 +339,18 @@ class Twist(Potential):
             self._last = self._last[ancestors]
 
     def _advance(self, state: State, last_tokens: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Features (R, r) and log ψ float32 (R,) of the distinct histories that the model has just seen.
+        """Computes features (R, r) and log ψ (R,) float32 of the distinct histories that the model has just seen.
 
         Args:
-            last_tokens: (N,) int64, the last token of each particle's; None where they are empty.
+            last_tokens: (N,) int64, the last token of each particle's history; None before the first token.
         """
-        rows, own = state.rows, torch.nonzero(state.rows >= 0).squeeze(1)
+        rows, seen = state.rows, torch.nonzero(state.rows >= 0).squeeze(1)
         n_rows = 1 if last_tokens is None else int(rows.max()) + 1
-        particle = torch.zeros(n_rows, dtype=torch.int64, device=rows.device)
-        particle[rows[own]] = own
+        particle = torch.zeros(n_rows, dtype=torch.int64, device=rows.device)  # one that has each history
+        particle[rows[seen]] = seen
         log_psi = torch.zeros(n_rows, dtype=torch.float32, device=rows.device)
         if last_tokens is not None:
+            assert self._before is not None  # an earlier step has set it
             features, before, parents = self._before
             parent, last = parents[particle], last_tokens[particle]
             log_psi = before[parent] + self._link((features[parent] * self._weight[last]).sum(1))
@@ -379,7 +381,7 @@ class Twist(Potential):
 
     @torch.no_grad()
     def prefix(self, state: State) -> Tensor:
-        """log ψ_t of the tokens drawn, the last one included: asked after a draw from the base proposal."""
+        """Computes log ψ_t of the tokens drawn, the last included: it is asked after a draw from the base proposal."""
         zeros = torch.zeros(len(state.finished), dtype=torch.float64, device=state.finished.device)
         if state.step == 0 or self.proposal_only:
             return zeros
@@ -393,6 +395,7 @@ class Twist(Potential):
         features = torch.cat([features, torch.ones(len(features), 1, device=features.device)], dim=1)
         features = F.pad(features, (0, 1))
         self._before = features, torch.zeros_like(log_psi), state.rows
+        assert state.last_tokens is not None  # a token has been drawn
         rows, last = state.rows.clamp(min=0), state.last_tokens.clamp(min=0)
         return self._link((features[rows] * self._weight[last]).sum(1)).double()
 

@@ -1,23 +1,23 @@
-"""attend in Triton: decode attention in which rows that share a KV block read it together. Two launches a layer.
+"""attend in Triton: decode attention in which rows that share a KV block read it together. Two launches per layer.
 
-    plan     (once a table, PyTorch operations) rows in the order of their histories, so that those that share a block
-             are neighbours; the number of columns on which all rows agree
-    tiles    program (tile of rows, key head, part of the tokens): its queries (rows × query heads of the key head) stay
-             in registers. 64 tokens of the common prefix are one dense product each. Later columns come in windows of
-             64 tokens, four columns of 16: rows of the tile that name the same blocks in all of a window are its
-             parties. Each party reads its window as one product, one party after the other
-    merge    program (row, head): the parts of a row by log-sum-exp; not needed where there is one part
+    plan     (PyTorch operations, once per table) sorts the rows by their histories, so that those that share a block
+             are neighbours, and counts the columns on which all rows agree
+    tiles    program (tile of rows, key head, part of the tokens): keeps its queries, rows × query heads of the key
+             head, in registers. It reads the common prefix 64 tokens at a time, one dense product each. Later columns
+             come in windows of 64 tokens, such as four columns of 16. Rows of the tile that name the same blocks
+             throughout a window are a *party*; each party reads the window as one product, one party after the other
+    merge    program (row, head): joins the parts of a row by log-sum-exp; not launched where there is one part
 
-A party is found anew in each window, by comparing blocks, so any table is right. In a genealogy rows part for good: a
-block before the parting, in the window where it happens, is read by both sides, the second time from the cache. One
-column at a time would read no block twice, but a product of 16 tokens for a few rows waits for memory, not for data:
-of 64 tokens four times as many bytes are under way at once.
+Parties are found anew in each window, by comparing blocks, so any table is right. In a genealogy rows part for good; in
+the window where they part, both sides read the blocks before the parting, the second one from the cache. A window of
+one column would read no block twice, but a product of 16 tokens for a few rows waits on the latency of memory: with 64
+tokens four times as many bytes are under way at once.
 
 Nothing is read on the host: the length, the order and the width of the prefix lie on the device, so a captured graph
 stays right when they change. Shapes (rows, columns of the table) are those of the capture.
 
-Scores are float32 in units of log 2; weights are rounded to the dtype of the query for the second product, as in
-attend.cuh; float32 is multiplied in float32, not in tf32. Caches in float8 (e4m3) are widened to the dtype of the
+Scores are float32 in units of log 2. Weights are rounded to the dtype of the query for the second product, as in
+attend.cuh. float32 is multiplied in float32, not in tf32. Caches in float8 (e4m3) are widened to the dtype of the
 query, which is exact; their scales go into the scale of the scores and into the output.
 """
 
@@ -31,15 +31,15 @@ import triton.language as tl
 from fastsmc.kernels.launch import on_device
 from torch import Tensor
 
-#: queries of a tile: rows × query heads of a key head, as many as a product of 64 × 64 a warp group wants
+#: Queries per tile, rows × query heads of a key head: one product of 64 × 64 per warp group.
 QUERIES = 64
-#: tokens of the common prefix in one product
+#: Tokens of the common prefix per product.
 TOKENS = 64
-#: tokens of the later columns in one product
+#: Tokens of the later columns per product.
 WINDOW = 64
-#: programs that keep an H100's 132 multiprocessors busy: tokens are split until there are as many
+#: So many programs keep an H100's 132 multiprocessors busy: tokens are split into parts until there are as many.
 PROGRAMS = 528
-#: parts of the tokens that `merge` joins, at most
+#: `merge` joins at most so many parts.
 MAX_PARTS = 16
 LOG2E = 1.4426950408889634
 
@@ -47,11 +47,12 @@ INF = tl.constexpr(float("inf"))
 
 
 def plan(table: Tensor, known_shared: int = 0) -> tuple[Tensor, Tensor]:
-    """(order (R,) int32, n_shared (1,) int32) of a table (R, C) int32, on its device and without looking at it.
+    """Makes (order (R,) int32, n_shared (1,) int32) of a table (R, C) int32; the host reads nothing of it.
 
-    order: rows sorted by their blocks, column by column. Ranks within several neighbouring columns, as many as fit 62
-    bits, make a key whose ranks stand for all of them, and so on up to the whole row: two rounds for 32 columns of 1024
-    rows, each one sort of all its columns. All rows agree on the first `known_shared` columns, which need no sorting.
+    order has the rows sorted by their blocks, column by column. The ranks within several neighbouring columns, as many
+    as fit 62 bits, make one key; the ranks of such keys stand for all their columns, and so on up to the whole row. 32
+    columns of 1024 rows take two rounds, each a single sort of all its columns. All rows agree on the first
+    `known_shared` columns, which need no sorting.
     """
     n_rows, device = table.shape[0], table.device
     table = table[:, known_shared:]
@@ -74,7 +75,7 @@ def plan(table: Tensor, known_shared: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def _dense(keys: Tensor) -> Tensor:
-    """(K, R) int64 → ranks of each row's values, equal values equal."""
+    """Replaces each row's values, (K, R) int64, by their ranks; equal values have equal ranks."""
     values, index = torch.sort(keys, dim=1, stable=True)
     steps = torch.zeros_like(values)
     steps[:, 1:] = values[:, 1:] != values[:, :-1]
@@ -83,7 +84,7 @@ def _dense(keys: Tensor) -> Tensor:
 
 @triton.jit
 def product(a, b, WIDE: tl.constexpr):
-    """a b in float32. WIDE: of float32 operands, without tf32."""
+    """Multiplies a and b and sums in float32. WIDE takes float32 operands, without tf32."""
     if WIDE:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
     return tl.dot(a, b)
@@ -94,7 +95,10 @@ def read(
     keys, values, at, written, here, query, top, total, acc, scale,
     MASKED: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Some tokens (T,), at these offsets, where `written`: (top, total, acc) of the queries `here` (QUERIES,) go on."""
+    """Adds tokens to the running (top, total, acc) of queries; without MASKED of all, else of those that are `here`.
+
+    at (T,) are the tokens' offsets in keys and values, written (T,) says which of them exist, here is (QUERIES,) bool.
+    """
     dim = tl.arange(0, DIMS)
     inside = written[:, None] & (dim < DIM)[None, :]
     at = at[:, None] + dim[None, :]
@@ -209,8 +213,8 @@ def attend(
     key_scale: Tensor | None = None,
     value_scale: Tensor | None = None,
 ) -> None:
-    """As fastsmc.ops.attend; caches (n_blocks, Hk, B, D) of any strides but D's. length: (1,) int32 on the device, as
-    are the scales, float32 of one element.
+    """Does what fastsmc.ops.attend does. Caches (n_blocks, Hk, B, D) may have any strides with unit stride in D. length
+    (1,) int32 and the scales, float32 of one element, lie on the device.
 
     The first calls compile, so they must come before a CUDA graph is captured: `tiles` once for one part and once for
     several, `merge` once, whatever the numbers of rows, columns and parts. A table of one column has one part, one of
@@ -241,7 +245,7 @@ def attend(
 
 
 def tile_shape(group: int, size: int, dim: int) -> dict[str, int]:
-    """Constants of `tiles` for blocks of `size` tokens, by the query heads of a key head and the head size."""
+    """Chooses the constants of `tiles`, from query heads per key head, tokens per block and head size."""
     small = dim > 128
     queries = max(QUERIES // 2 if small else QUERIES, triton.next_power_of_2(group))
     window = WINDOW // 2 if small else WINDOW
@@ -255,6 +259,6 @@ def tile_shape(group: int, size: int, dim: int) -> dict[str, int]:
     }  # fmt: skip
 
 
-#: not tuned: no GPU has run it. Nothing may be contracted: a scaling fused with the subtraction of the maximum would
-#: leave huge scores above it
+#: Not tuned: no GPU has run it. Nothing may be contracted: a scaling fused with the subtraction of the maximum would
+#: leave huge scores above it.
 LAUNCH = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": False}

@@ -1,10 +1,10 @@
-"""draw in Triton: one program a draw, the two-level inverse CDF of csrc/include/fastsmc/draw.cuh.
+"""draw in Triton: one program per draw does the two-level inverse CDF of csrc/include/fastsmc/draw.cuh.
 
-    tile masses → tile, and the fraction of its mass left of the target (float64)
-    → that tile's scores again, as weigh had them → token → its logit and log ψ
+    tile masses → the tile that the target falls in, and the fraction of its mass left of the target (float64)
+    → the scores of that tile once more, as weigh had them → the token → its logit and log ψ
 
-Cumulative sums are tree-shaped here and sequential in C++: where a target lies within a rounding of a boundary the two
-may take neighbouring tokens. A tree-shaped sum need not be monotone, so only cells with mass are candidates.
+Cumulative sums are tree-shaped here and sequential in C++, so the two may take neighbouring tokens where a target lies
+within a rounding of a boundary. A tree-shaped sum need not be monotone, so only cells with mass are candidates.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 @triton.jit
 def invert_cdf(mass, index, u, SIZE: tl.constexpr):
-    """First k with mass[0] + … + mass[k] > u · total, and the fraction of mass[k] left of the target, in [0, 1].
+    """Finds the first k with mass[0] + … + mass[k] > u · total, and which fraction of mass[k] is left of the target.
 
-    Rounding past the end gives the last k with mass; no mass at all gives −1. mass: (SIZE,) float64; index: 0, 1, ….
+    Rounding past the end gives the last k with mass; no mass at all gives −1. mass is (SIZE,) float64, index counts it.
     """
     upto = tl.cumsum(mass, 0)
     target = u * tl.sum(tl.where(index == SIZE - 1, upto, 0.0))
@@ -77,7 +77,7 @@ def draw_one(
 def draw(
     m: Matrices, lse: Tensor, tile_mass: Tensor, rows: Tensor, uniforms: Tensor, temperature: float, tile: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(tokens, log_prob, log_psi) as in fastsmc.ops.Drawn."""
+    """Draws (tokens, log_prob, log_psi), as in fastsmc.ops.Drawn."""
     assert tile == TILE.value
     n, device = rows.shape[0], m.logits.device
     tokens = torch.empty(n, dtype=torch.int64, device=device)

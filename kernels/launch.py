@@ -1,8 +1,8 @@
 """What launches of the Triton kernels share: configurations, the device, and the scale of scores.
 
-Configurations lie in configs.json: {architecture: {op: {data types: {"num_warps": …, …}}}}, written by bench/tune.py on
-a GPU. Data types read "bfloat16+float32+mask": logits, twist if any, mask if any. What an architecture lacks comes from
-"default", where the data types "*" stand for all.
+configs.json has the configurations, which bench/tune.py writes on a GPU: {architecture: {op: {data types: {…}}}}, with
+num_warps and the like innermost. Data types read "bfloat16+float32+mask": those of logits and, where they are given, of
+twist and mask. What an architecture lacks comes from "default", where the data types "*" stand for all.
 """
 
 from __future__ import annotations
@@ -38,16 +38,19 @@ def data_types(m: Matrices) -> str:
 
 
 def config(op: str, m: Matrices) -> dict[str, int]:
-    """The chosen configuration of a kernel for these matrices on their device."""
+    """Looks up the configuration of a kernel for these matrices on their device."""
     tuned = _configs().get(_architecture(m.logits.device), {}).get(op, {})
     return tuned.get(data_types(m)) or _configs()["default"][op]["*"]
 
 
 def logit_scale(temperature: float) -> float:
-    """As logit_scale in weigh.cuh, rounded to float32: kernels take it so, and draw also uses it in float64."""
+    """Computes what logit_scale in weigh.cuh does, 1/T in units of log 2, rounded to float32.
+
+    Kernels take it as float32, and draw uses that very number in float64 too.
+    """
     return struct.unpack("f", struct.pack("f", 1.4426950408889634 / temperature))[0]
 
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """Triton launches on the current device, whatever its arguments lie on."""
+    """Makes a device the current one: Triton launches on that, whatever its arguments lie on."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

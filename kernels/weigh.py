@@ -1,16 +1,17 @@
-"""weigh in Triton: two launches, semantics as in csrc/include/fastsmc/weigh.cuh.
+"""weigh in Triton: two launches that do what csrc/include/fastsmc/weigh.cuh says.
 
-    scan   program (row, part): streams a few tiles of a row, once; writes each tile's maximum and its sum of
-           exponentials relative to it, (R, K) float32 each: of base + twist, and if that is not the base, of the base
-    join   program row: K partials → lse, lse_psi, tile_mass, max_psi
+    scan   program (row, part): streams a few tiles of a row, once, and writes each tile's maximum and its sum of
+           exponentials relative to it, (R, K) float32 each: those of base + twist, and with a twist or a mask also
+           those of the base alone
+    join   program row: makes lse, lse_psi, tile_mass and max_psi from the K partials of a row
 
-Scores are float32 in units of log 2. A tile is summed by itself and in a fixed order, so that a row's result depends
-neither on the number of rows, nor on how many tiles a program takes, nor on the row's place: num_warps, which sets that
-order, belongs to the configuration of the data types, the number of tiles to the size of the batch. Nothing may be
-contracted into a fused multiply-add but where `tl.fma` says so: the score that is exponentiated must be the very number
-whose maximum was taken (see the dead end in weigh.cuh), here and again in draw.
+Scores are float32 in units of log 2. A tile is summed by itself and in a fixed order, so a row's result depends neither
+on the number of rows, nor on the row's place, nor on how many tiles a program takes. num_warps sets that order, so it
+is a constant per data type; the number of tiles per program may follow the size of the batch. Nothing may be contracted
+into a fused multiply-add except where `tl.fma` says so: the score that is exponentiated must be the very number whose
+maximum was taken, here and again in draw. (The head of weigh.cuh says what goes wrong otherwise.)
 
-A tile is held as 32 mask words by 32 tokens: so a mask bit meets its token without any exchange between threads.
+A tile is held as 32 mask words by 32 tokens, so that a mask bit meets its token without any exchange between threads.
 """
 
 from __future__ import annotations
@@ -26,8 +27,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from fastsmc.ops._tensors import Matrices
 
-#: Rows are cut into shorter parts until about so many programs are there: eight warps or more for each of 132 × 4
-#: schedulers.
+#: Rows are cut into parts until there are about so many programs: eight warps or more for each of 132 × 4 schedulers.
 PROGRAMS = 4096
 
 TILE = tl.constexpr(1024)
@@ -38,7 +38,7 @@ INF = tl.constexpr(float("inf"))
 
 @triton.jit
 def row_of(matrix, stride, rows, r):
-    """Address of the row of `matrix` that output row r uses."""
+    """Gives the address of the row of `matrix` that output row r uses."""
     if rows is None:
         index = r
     else:
@@ -51,9 +51,9 @@ def tile_scores(
     logits, psi, mask, masked, tile, vocab, scale,
     TAIL: tl.constexpr, LOGITS_ONCE: tl.constexpr, PSI_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """(z, x), (32, 32) float32 each, of one tile of the row at these addresses; −inf behind the end of the row.
+    """Computes the scores (z, x), (32, 32) float32 each, of one tile of a row; −inf behind the end of the row.
 
-    masked: tokens that the mask covers, the vocabulary or none.
+    logits, psi and mask are the addresses of the row. masked is how many tokens the mask covers: all of them, or none.
     """
     word, bit = tl.arange(0, 32)[:, None], tl.arange(0, 32)[None, :]
     column = tile * TILE + word * 32 + bit
@@ -88,7 +88,7 @@ def max_of(x):
 
 @triton.jit
 def exp2_below(x, top):
-    """2^(x − top) where top is the maximum of x; a maximum of −inf gives zeros, NaN and +inf give NaN."""
+    """Computes 2^(x − top), top the maximum of x; a maximum of −inf gives zeros, NaN and +inf give NaN."""
     return tl.exp2(x - tl.where(top == -INF, 0.0, top))
 
 
@@ -142,7 +142,8 @@ def scan(
 
 @triton.jit
 def join_tiles(maxima, sums, inside):
-    """As join_tiles in weigh.cuh: (log Σ, masses relative to the row's maximum, that maximum in units of log 2)."""
+    """Does what join_tiles in weigh.cuh does; gives (log Σ, masses relative to the row's maximum, that maximum in units
+    of log 2)."""
     tops = tl.load(maxima, mask=inside, other=-INF)
     mass = tl.load(sums, mask=inside, other=0.0)
     bad = tl.max((mass != mass).to(tl.int32)) != 0
@@ -175,12 +176,12 @@ def join(
 
 
 def read_once(matrix: Tensor | None, n_rows: int) -> bool:
-    """Whether rows of `matrix` have few readers, so that the cache should give them up first."""
+    """Says whether rows of `matrix` are read about once, so that the cache should give them up first."""
     return matrix is not None and matrix.stride(0) != 0 and matrix.shape[0] >= n_rows
 
 
 def row_arguments(m: Matrices) -> tuple[Tensor | int | None, ...]:
-    """The matrices as kernels take them: (matrix, row stride, row index or None) of logits, log_psi and mask."""
+    """Gives the matrices as kernels take them: (matrix, row stride, row index or None) of logits, log_psi and mask."""
     return (
         m.logits, m.logits.stride(0), m.logit_rows,
         m.log_psi, 0 if m.log_psi is None else m.log_psi.stride(0), m.psi_rows,
@@ -189,7 +190,7 @@ def row_arguments(m: Matrices) -> tuple[Tensor | int | None, ...]:
 
 
 def weigh(m: Matrices, temperature: float, tile: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(lse, lse_psi, tile_mass, max_psi) as in fastsmc.ops.Weighed; lse_psi has no elements where it would equal lse.
+    """Computes (lse, lse_psi, tile_mass, max_psi) of fastsmc.ops.Weighed; lse_psi is empty where it would equal lse.
 
     The first call for a new set of data types compiles, and for each of LOGITS_ONCE and PSI_ONCE, so it must come
     before a CUDA graph is captured.

@@ -10,12 +10,15 @@ import importlib.util
 import math
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastsmc import _C
+
+if TYPE_CHECKING:
+    from fastsmc._C import MatrixArgs
 
 #: dtype codes of csrc/cpu.hpp
 DTYPE_CODES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.int32: 4}
@@ -26,7 +29,7 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def built_backends() -> list[str]:
-    """The backends that are here, with or without a device to run them."""
+    """Names the backends that are built here, whether or not a device is there to run them."""
     return ["cpu", "torch", *(["cuda"] if _C.cuda_archs else []), *(["triton"] if HAS_TRITON else [])]
 
 
@@ -49,8 +52,8 @@ def missing_on_gpu(built: Sequence[str]) -> str | None:
 
 
 def pick_backend(backend: str | None, device: torch.device, gpu: str) -> str:
-    """The backend asked for, or the device's own: 'cpu' (fastsmc._C) for CPU tensors; for CUDA tensors the op's `gpu`,
-    'triton' or 'cuda' (fastsmc._C), where it is built; else 'torch' (eager, any device).
+    """Picks the backend that was asked for, or the device's own: 'cpu' (fastsmc._C) for CPU tensors; for CUDA tensors
+    the op's `gpu`, 'triton' or 'cuda' (fastsmc._C), where it is built; else 'torch' (eager, any device).
 
     Raises:
         ValueError: naming what is allowed, or why it cannot be had here.
@@ -78,15 +81,15 @@ def launch_cuda(launcher: Callable[..., None], device: torch.device, *arguments:
 
 
 def values_are_checked(device: torch.device) -> bool:
-    """Whether values are checked: on the CPU, and not where there are none yet because something compiles."""
+    """Says whether an op looks at the values of its arguments: on the CPU, unless torch.compile is tracing it."""
     return device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def custom_op(name: str, mutates_args: Sequence[str] = ()) -> Callable:
-    """As torch.library.custom_op, which torch.compile and CUDA graphs take; the result is called with a device first.
+    """Makes a function an op, as torch.library.custom_op does, so that torch.compile and CUDA graphs take it.
 
-    On the CPU, where nothing traces, calls go to the function itself: the dispatcher takes longer than the arithmetic
-    of a small group. No gradient flows either way.
+    The op is called with its device before its own arguments. On the CPU, where nothing traces, the call goes to the
+    function itself: the dispatcher takes longer than the arithmetic of a small group. No gradient flows either way.
     """
 
     def decorate(function: Callable) -> Callable:
@@ -95,14 +98,17 @@ def custom_op(name: str, mutates_args: Sequence[str] = ()) -> Callable:
         def call(device: torch.device, *args: Any) -> Any:
             return (function if values_are_checked(device) else op)(*args)
 
-        call.register_fake = op.register_fake
+        call.register_fake = op.register_fake  # type: ignore[attr-defined]  # a function carries it along
         return call
 
     return decorate
 
 
 def split_scalar(name: str, value: int | Tensor, device: torch.device) -> tuple[int, Tensor | None]:
-    """An integer that may be a 0-dim int64 tensor on `device`: (its value where it can be seen, else 0; the tensor)."""
+    """Splits an integer that may be a 0-dim int64 tensor on `device` into (value, tensor).
+
+    The value is 0 where only the device knows it; the tensor is None for a Python integer.
+    """
     if not isinstance(value, Tensor):
         return value, None
     if value.dim() != 0 or value.dtype != torch.int64:
@@ -118,7 +124,11 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
 
 
 def check_vector(name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device, n: int | None = None) -> Tensor:
-    """A contiguous vector of `dtype` on `device`, of length `n` if given."""
+    """Returns `tensor`, made contiguous, if it is a vector of `dtype` on `device`, of length `n` where that is given.
+
+    Raises:
+        ValueError: naming the argument; as all checks here.
+    """
     if not isinstance(tensor, Tensor) or tensor.dim() != 1 or tensor.dtype != dtype:
         what = f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else repr(tensor)
         raise ValueError(f"{name}: must be a vector of {dtype}, got {what}")
@@ -139,7 +149,7 @@ def check_index(
     low: int = 0,
     where: Tensor | None = None,
 ) -> Tensor:
-    """An int64 vector with values in [low, high), or only those that the bool vector `where` marks."""
+    """Returns an int64 vector if its values lie in [low, high): all, or those that the bool vector `where` marks."""
     tensor = check_vector(name, tensor, torch.int64, device, n)
     checked = tensor
     if values_are_checked(device) and where is not None:
@@ -154,7 +164,7 @@ def check_index(
 
 
 def check_uniforms(uniforms: Tensor, device: torch.device, n: int) -> Tensor:
-    """A float64 vector with values in [0, 1)."""
+    """Returns a float64 vector if its values lie in [0, 1)."""
     uniforms = check_vector("uniforms", uniforms, torch.float64, device, n)
     if values_are_checked(device) and (bad := _C.bad_uniform(uniforms.data_ptr(), n)) >= 0:
         raise ValueError(f"uniforms[{bad}]={uniforms[bad].item()}: must be in [0, 1)")
@@ -184,12 +194,13 @@ class Matrices(NamedTuple):
 
     @property
     def reweighs(self) -> bool:
-        """Whether lse_psi is another number than lse."""
+        """Says whether a twist or a mask makes lse_psi another number than lse."""
         return self.log_psi is not None or self.mask is not None
 
-    def arguments(self) -> tuple[tuple[int, int, int, int], ...]:
-        """The three matrices as fastsmc._C takes them."""
-        return tuple(_argument(*pair) for pair in (self[:2], self[2:4], self[4:]))
+    def arguments(self) -> tuple[MatrixArgs, MatrixArgs, MatrixArgs]:
+        """Gives the three matrices as fastsmc._C takes them."""
+        psi, mask = _argument(self.log_psi, self.psi_rows), _argument(self.mask, self.mask_rows)
+        return _argument(self.logits, self.logit_rows), psi, mask
 
 
 def read_address(tensor: Tensor) -> int:
@@ -229,7 +240,11 @@ def check_matrices(
     mask: Tensor | None,
     mask_rows: Tensor | None,
 ) -> Matrices:
-    """Raises ValueError naming the argument."""
+    """Checks the arguments that `weigh` and `draw` share.
+
+    Raises:
+        ValueError: naming the argument.
+    """
     if not isinstance(logits, Tensor):
         raise ValueError(f"logits: must be a matrix (rows, columns), got {logits!r}")
     device = logits.device
@@ -262,7 +277,7 @@ def check_matrices(
         mask = _check_matrix("mask", mask, (torch.int32,), device)
         if mask.shape[1] != -(-vocab // 32):
             raise ValueError(
-                f"mask: has {mask.shape[1]} words a row, logits of {vocab} columns need {-(-vocab // 32)} of 32 bits"
+                f"mask: has {mask.shape[1]} words per row, logits of {vocab} columns need {-(-vocab // 32)} of 32 bits"
             )
         mask_rows = rows("mask", mask_rows, mask, -1)
     elif mask_rows is not None:

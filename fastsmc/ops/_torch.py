@@ -20,7 +20,7 @@ _LOW32 = 0xFFFFFFFF
 
 # -- uniforms ----------------------------------------------------------------------------------------------------------
 def uniforms(n: int, seed: int, group: int, step: int | Tensor, stream: int, device: torch.device) -> Tensor:
-    """Philox on int64 tensors that hold 32-bit words; products wrap modulo 2^64, which is what is wanted."""
+    """Runs Philox on int64 tensors that hold 32-bit words; products wrap modulo 2^64, as they should."""
     c0 = torch.arange(n, dtype=torch.int64, device=device)
     c1 = step.expand_as(c0) if isinstance(step, Tensor) else torch.full_like(c0, step)
     c2, c3 = torch.full_like(c0, group), torch.full_like(c0, stream)
@@ -34,18 +34,25 @@ def uniforms(n: int, seed: int, group: int, step: int | Tensor, stream: int, dev
 
 # -- weigh, draw -------------------------------------------------------------------------------------------------------
 def _without_minus_one(m: Matrices) -> tuple[Matrices, Tensor | None]:
-    """The matrices with row indices that can be looked up, and (R,) bool: which have no row; None if none can."""
+    """Replaces indices of −1 by ones that can be looked up, and marks them: (matrices, (R,) bool that have no row).
+
+    The second is None where no output row can lack a row.
+    """
     if m.logit_rows is None:
         return m, None
     absent = m.logit_rows < 0
     psi_rows = None if m.psi_rows is None else m.psi_rows.masked_fill(absent, 0)
     mask_rows = None if m.mask_rows is None else m.mask_rows.masked_fill(absent, -1)
-    some = [t if t is None or t.shape[0] else t.new_zeros(1, t.shape[1]) for t in (m.logits, m.log_psi, m.mask)]
-    return Matrices(some[0], m.logit_rows.clamp(min=0), some[1], psi_rows, some[2], mask_rows), absent
+
+    def with_a_row(matrix: Tensor) -> Tensor:
+        return matrix if matrix.shape[0] else matrix.new_zeros(1, matrix.shape[1])
+
+    psi, mask = (None if matrix is None else with_a_row(matrix) for matrix in (m.log_psi, m.mask))
+    return Matrices(with_a_row(m.logits), m.logit_rows.clamp(min=0), psi, psi_rows, mask, mask_rows), absent
 
 
 def _at(matrix: Tensor, rows: Tensor | None, r: Tensor | None, columns: Tensor | None) -> Tensor:
-    """Elements of output rows r (M,) at columns (M, K); None: all rows, all columns."""
+    """Looks up the elements of output rows r (M,) at columns (M, K); None stands for all rows, all columns."""
     if r is not None:
         rows = r if rows is None else rows[r]
     if rows is None:
@@ -54,7 +61,7 @@ def _at(matrix: Tensor, rows: Tensor | None, r: Tensor | None, columns: Tensor |
 
 
 def _scores(m: Matrices, r: Tensor | None, columns: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
-    """(z, x) of output rows r at columns, float32; x is z if nothing reweighs."""
+    """Computes the scores (z, x) of output rows r at columns, in float32; x is z if nothing reweighs."""
     z = _at(m.logits, m.logit_rows, r, columns).float() / temperature
     if not m.reweighs:
         return z, z
@@ -70,7 +77,7 @@ def _scores(m: Matrices, r: Tensor | None, columns: Tensor | None, temperature: 
 
 
 def _tile_sums(x: Tensor, tile: int) -> tuple[Tensor, Tensor]:
-    """(R, K) float64 sums of exp(x − max) and (R,) float32 max; rows with NaN or +inf have sums and max NaN.
+    """Sums exp(x − max) per tile, (R, K) float64, max (R,) float32; a row with NaN or +inf has sums and max NaN.
 
     Tiles are summed relative to their own maximum, so that those far below the row's keep their mass.
     """
@@ -122,7 +129,7 @@ def draw(
 
 
 def _invert_cdf(mass: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """As invert_cdf in csrc/include/fastsmc/draw.cuh, per row of an (M, K) float64 matrix; 0 for rows without mass."""
+    """Inverts the CDF of each row of (M, K) float64, as csrc/include/fastsmc/draw.cuh does; without mass gives 0."""
     cdf = mass.cumsum(1)
     target = (u * cdf[:, -1])[:, None]
     # a parallel cumsum may not be monotone: only tokens with mass qualify, and rounding past the end takes the last
@@ -138,7 +145,7 @@ def _invert_cdf(mass: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
 
 # -- resample ----------------------------------------------------------------------------------------------------------
 def _scale_uniform(u: Tensor, total: Tensor) -> Tensor:
-    """floor(u · total), exactly, total <= 2^62: a 53 by 62 bit product in limbs that fit int64."""
+    """Computes floor(u · total) exactly for total <= 2^62: a product of 53 by 62 bits, in limbs that fit int64."""
     u = (u * 2.0**53).long()
     u_high, u_low = u >> 27, u & (2**27 - 1)
     t_high, t_low = total >> 30, total & (2**30 - 1)
@@ -146,7 +153,7 @@ def _scale_uniform(u: Tensor, total: Tensor) -> Tensor:
 
 
 def _by_strata(q: Tensor, u: Tensor) -> Tensor:
-    """floor and remainder of N·C_i / C_N by long division over the bits of N: int64 does not hold the product."""
+    """Counts the strata of each particle. N·C_i / C_N is divided bit by bit of N: int64 does not hold the product."""
     n = q.shape[0]
     prefix = q.cumsum(0)
     total = prefix[-1]
@@ -166,7 +173,7 @@ def _systematic(q: Tensor, u: Tensor) -> Tensor:
 
 
 def _add_draws(counts: Tensor, mass: Tensor, u: Tensor, draws: Tensor | int) -> Tensor:
-    """counts plus draws from integer masses; uniforms beyond the first `draws` count for nothing."""
+    """Adds to counts independent draws from integer masses, one per uniform; only the first `draws` uniforms count."""
     prefix = mass.cumsum(0)
     cell = torch.searchsorted(prefix, _scale_uniform(u, prefix[-1]), right=True)
     counted = torch.arange(u.shape[0], device=u.device) < draws
@@ -213,7 +220,8 @@ def resample(
     ]
     if log_weights.dim() == 1:
         return groups[0]
-    return tuple(torch.stack(column) for column in zip(*groups, strict=True))
+    ancestors, counts, rank, ess, log_mean, moves = (torch.stack(column) for column in zip(*groups, strict=True))
+    return ancestors, counts, rank, ess, log_mean, moves
 
 
 def _resample_group(
@@ -231,8 +239,8 @@ def _resample_group(
     counts = SCHEMES[scheme](q, u)
     found = _place_children(counts)
     stay = (torch.arange(n, device=counts.device), torch.ones_like(counts), torch.zeros_like(counts))
-    kept = (torch.where(moves, new, old) for new, old in zip(found, stay, strict=True))
-    return *kept, ess, log_mean, moves
+    ancestors, counts, rank = (torch.where(moves, new, old) for new, old in zip(found, stay, strict=True))
+    return ancestors, counts, rank, ess, log_mean, moves
 
 
 def _place_children(counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -247,9 +255,9 @@ def _place_children(counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     # children before the parent's slot: dead slots before it, within its share of the surplus
     surplus = (counts - 1).clamp(min=0)
     surplus_before = surplus_ends - surplus
-    own = (dead_before - surplus_before).clamp(min=0).minimum(surplus)
+    stayed = (dead_before - surplus_before).clamp(min=0).minimum(surplus)
     moved = dead_before - surplus_before[ancestors] + (slots > ancestors).long()
-    return ancestors, counts, torch.where(dead, moved, own)
+    return ancestors, counts, torch.where(dead, moved, stayed)
 
 
 # -- reindex -----------------------------------------------------------------------------------------------------------
@@ -263,7 +271,7 @@ def reindex(
     genealogy: Tensor | None,
     step: int | Tensor,
 ) -> None:
-    """Reads the position where it is, so it waits for the device; what is not valid stays as it is."""
+    """Rewrites table and caches in place; invalid rows stay. It reads the position, so it waits for the device."""
     n, columns = table.shape
     if genealogy is not None and 0 <= (t := int(step)) < genealogy.shape[0]:
         genealogy[t] = ancestors

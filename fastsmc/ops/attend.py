@@ -21,15 +21,15 @@ from torch import Tensor
 from fastsmc import _C
 from fastsmc.ops._tensors import DTYPE_CODES, check_choice
 
-#: how the elements of one block and head lie in memory: names of the codes in attend.cuh, (B, D) tokens and dimensions.
-#: plain: keys and values [B][D]. vector: keys [D][B], values [B][D]. tiled: keys [B / 16][D / 2][16][2], values
-#: [D / 16][B / 2][16][2], of 16-bit elements.
+#: How the elements of one block and head lie in memory, for B tokens and D dimensions; the names of the codes in
+#: attend.cuh. plain: keys and values [B][D]. vector: keys [D][B], values [B][D]. tiled, for 16-bit elements: keys
+#: [B / 16][D / 2][16][2], values [D / 16][B / 2][16][2].
 LAYOUTS = ("plain", "vector", "tiled")
-#: of caches that the Triton backend reads beside those of the query's dtype
+#: The Triton backend reads caches of the query's dtype, and of this one.
 FLOAT8 = torch.float8_e4m3fn
-#: how the CPU backend multiplies bfloat16: 'tiles' (AMX), 'pairs' (AVX-512 BF16), or widened, as 'floats'
+#: How the CPU backend multiplies bfloat16: in 'tiles' (AMX), in 'pairs' (AVX-512 BF16), or widened to 'floats'.
 BF16_MATH: str = _C.BF16_MATH
-#: the head size must be a multiple of it, as must the block size
+#: On the CPU head size and block size must be multiples of it.
 LANES = 16
 
 
@@ -37,20 +37,21 @@ BACKENDS = ("cpu", "triton")
 
 
 class AttendPlan:
-    """Who reads what together, for every layer that the table stands for.
+    """Says which rows read which blocks together, for every layer of the model: all have the same block table.
 
     Attributes:
-        backend: whose plan it is.
+        backend: the backend that the plan is for.
         table: (R, C) int32, a copy.
         known_shared: as `plan_attend` got it.
         order: (R,) int32, rows sorted by their blocks. For 'triton' it and n_shared are made when first asked for, so
-            that a plan that is not used costs the device a copy.
+            that a plan that is not used costs the device a copy and no more.
         n_shared: columns on which all rows agree, the common prefix: an int, or for 'triton' (1,) int32 on the device.
         nodes: 'cpu': (K, 4) int32 of (row_begin, row_end, column_begin, column_end), see attend.cuh: rows
             order[row_begin:row_end) name the same blocks in these columns, and in all before. Depth first, so that a
             row meets its columns in order.
-        n_nodes, n_reads: number of nodes K and Σ of their columns: block reads, where each row on its own makes R · C.
-            For 'triton' what the host knows: as if rows shared no more than the columns that they are known to share.
+        n_nodes, n_reads: the number of nodes K, and the sum of their columns: so many blocks are read, where rows that
+            read alone would read R · C. For 'triton' these are what the host knows: as if rows shared no more than the
+            columns that they are known to share.
         max_block: 'cpu': the largest block id.
     """
 
@@ -91,7 +92,7 @@ class AttendPlan:
 
 
 def plan_attend(table: Tensor, *, backend: str | None = None, known_shared: int = 0) -> AttendPlan:
-    """The plan of a table (R, C) int32 of block ids, both at least 1. Any table will do; it pays where rows share.
+    """Plans a table (R, C) int32 of block ids, R and C at least 1. Any table will do; it pays where rows share.
 
     Args:
         known_shared: in [0, C], columns on which all rows agree, as far as the caller knows; there may be more. 'cpu'
@@ -130,11 +131,11 @@ def attend(
     k_scale: float | Tensor | None = None,
     v_scale: float | Tensor | None = None,
 ) -> Tensor:
-    """softmax(scale · q · K) V of each row and head, over the first `length` tokens that the row's blocks hold.
+    """Computes softmax(scale · q · K) V of each row and head, over the first `length` tokens of the row's blocks.
 
-    Head h of the query reads key head h · Hk / Hq. bfloat16 stays so in the products where the CPU has AVX-512 BF16 or
-    AMX, as on a GPU do both 16-bit types, and softmax weights are rounded to it; everything else, and all sums, are
-    float32. What lies in a block beyond `length` does not matter. NaN in a row's keys or query makes the row NaN.
+    Head h of the query reads key head h · Hk / Hq. Products are of bfloat16 where the CPU has AVX-512 BF16 or AMX, and
+    of both 16-bit types on a GPU; softmax weights are rounded to that type first. All else, and all sums, are float32.
+    What lies in a block beyond `length` does not matter. NaN in a row's keys or query makes the row NaN.
 
     Args:
         query: (R, Hq, D) float32, bfloat16 or float16, row by row as in plan.table; [r] contiguous.
@@ -146,7 +147,7 @@ def attend(
         scale: > 0.
         layout: one of LAYOUTS; 'plain' for 'triton'.
         out: (R, Hq, D) to write to, as the query; default a new tensor.
-        k_scale, v_scale: of float8 caches: what a key and a value are multiplied by, a number or a float32 tensor of
+        k_scale, v_scale: what a key and a value of a float8 cache are multiplied by, a number or a float32 tensor of
             one element on the device, which the host does not read; default 1.
 
     Raises:
@@ -210,6 +211,7 @@ def attend(
             length = torch.full((1,), length, dtype=torch.int32, device=device)  # waits for nothing
         kernel.attend(query, key_cache, value_cache, plan.table, plan.order, plan.n_shared, length, scale, out, *scales)
         return out
+    assert isinstance(length, int)  # a tensor goes with a plan of 'triton'
     if head_dim % LANES or block_size % LANES:
         raise ValueError(f"key_cache: D={head_dim} and B={block_size} must be multiples of {LANES}")
     if layout == "tiled" and query.dtype == torch.float32:
@@ -229,11 +231,11 @@ def attend(
 
 
 def _cache_scale(name: str, scale: float | Tensor | None, float8: bool, device: torch.device) -> Tensor | None:
-    """A scale of a cache as float32 of one element on the device; None: of a cache that has none, or of 1."""
+    """Gives a cache's scale as float32 of one element on the device; None where there is none, which means 1."""
     if scale is None:
         return None
     if not float8:
-        raise ValueError(f"{name}: is of caches of {FLOAT8}, with a plan of 'triton'")
+        raise ValueError(f"{name}: belongs to caches of {FLOAT8}, read by a plan of 'triton'")
     if isinstance(scale, Tensor):
         if scale.dtype != torch.float32 or scale.numel() != 1 or scale.device != device:
             raise ValueError(

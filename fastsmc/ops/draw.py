@@ -25,15 +25,17 @@ from fastsmc.ops._tensors import (
 )
 from fastsmc.ops.weigh import TILE, Weighed
 
-#: token of a row that has no mass
+#: what is drawn from a row that has no mass
 NO_TOKEN = -1
 
 
 class Drawn(NamedTuple):
-    """Attributes:
-    tokens: (M,) int64; NO_TOKEN where there is no row, no mass, or NaN or +inf.
-    log_prob: (M,) float64, log p0(token) = logit / T − lse; NaN without a token.
-    log_psi: (M,) float64, the token's twist, 0 when there is none; NaN without a token.
+    """What `draw` gives for M draws.
+
+    Attributes:
+        tokens: (M,) int64; NO_TOKEN where there is no row, no mass, or NaN or +inf.
+        log_prob: (M,) float64, log p0(token) = logit / T − lse; NaN without a token.
+        log_psi: (M,) float64, the token's twist, 0 when there is none; NaN without a token.
     """
 
     tokens: Tensor
@@ -61,7 +63,7 @@ def draw(
         weighed: what `weigh` returned for the same logits, log_psi, mask, row indices and temperature.
         rows: (M,) int64 in [0, R).
         uniforms: (M,) float64 in [0, 1).
-        The others: as in `weigh`.
+        All others are as in `weigh`.
 
     Raises:
         ValueError: naming the argument; values of rows and uniforms are only checked on CPU tensors, outside
@@ -119,11 +121,12 @@ def _(
 
 
 def _empty(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(rows), *(torch.empty_like(rows, dtype=torch.float64) for _ in range(2))
+    log_prob, log_psi = (torch.empty_like(rows, dtype=torch.float64) for _ in range(2))
+    return torch.empty_like(rows), log_prob, log_psi
 
 
 def stratify(uniforms: Tensor, rank: Tensor, count: Tensor) -> Tensor:
-    """(M,) float64 in [0, 1): (rank + u) / count, stratum `rank` of `count`.
+    """Moves each uniform into its stratum, `rank` of `count`: (rank + u) / count, (M,) float64 in [0, 1).
 
     Args:
         uniforms: (M,) float64 in [0, 1).

@@ -1,9 +1,10 @@
-"""reindex: block tables and tail blocks follow the ancestors; arithmetic in csrc/include/fastsmc/reindex.cuh."""
+"""reindex: block tables and tail blocks follow the ancestors; the arithmetic is in csrc/include/fastsmc/reindex.cuh."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,6 +12,9 @@ from torch import Tensor
 from fastsmc import _C
 from fastsmc.ops import _torch
 from fastsmc.ops._tensors import check_vector, custom_op, launch_cuda, pick_backend, split_scalar, values_are_checked
+
+if TYPE_CHECKING:
+    from fastsmc._C import CacheArgs, ReindexArgs
 
 MAX_BLOCK_BYTES = 2**31 - 1
 
@@ -42,7 +46,7 @@ def reindex(
         table: (N, C) int32, rows of block ids, unit column stride.
         ancestors: (N,) int64 in the in-place form of `resample`: ancestors[ancestors[i]] == ancestors[i].
         position: 0 to C * block_size, the next position to write.
-        block_size: slots a block.
+        block_size: slots per block.
         caches: tensors whose dimension 0 is the block (of any stride) and whose blocks are contiguous.
         slot_dim: the dimension of the caches that is the slot within a block; None: tail blocks are copied whole.
         genealogy: (T, N) int32, contiguous.
@@ -105,8 +109,8 @@ def _(*arguments):
 def _arguments(
     table: Tensor, ancestors: Tensor, position: int, position_at: Tensor | None, block_size: int,
     genealogy: Tensor | None = None, step: int = 0, step_at: Tensor | None = None,
-) -> tuple[int, ...]:  # fmt: skip
-    """What fastsmc._C calls ReindexArgs."""
+) -> ReindexArgs:  # fmt: skip
+    """Gives what fastsmc._C takes in the place of a table, its ancestors, a position and a genealogy."""
     return (
         table.data_ptr(), table.stride(0), table.shape[1], ancestors.data_ptr(), table.shape[0],
         position, 0 if position_at is None else position_at.data_ptr(), block_size,
@@ -115,8 +119,8 @@ def _arguments(
     )  # fmt: skip
 
 
-def _cache_arguments(caches: Sequence[Tensor], slot_dim: int | None) -> list[tuple[int, ...]]:
-    """What fastsmc._C calls CacheArgs: address, bytes from block to block, blocks, pieces, bytes a piece and a slot."""
+def _cache_arguments(caches: Sequence[Tensor], slot_dim: int | None) -> list[CacheArgs]:
+    """Gives what fastsmc._C takes in the place of caches."""
     arguments = []
     for cache in caches:
         size, shape = cache.element_size(), cache.shape
@@ -166,10 +170,10 @@ def _check_caches(caches: Sequence[Tensor], device: torch.device, block_size: in
 def _check_genealogy(
     genealogy: Tensor | None, step: int | Tensor | None, n: int, device: torch.device
 ) -> tuple[int, Tensor | None]:
-    """The step as a number and as a tensor."""
+    """Checks genealogy and step, and gives the step as (value, tensor), as `split_scalar` does."""
     if (genealogy is None) != (step is None):
         raise ValueError("genealogy and step: must be given together")
-    if genealogy is None:
+    if genealogy is None or step is None:
         return 0, None
     if genealogy.dim() != 2 or genealogy.shape[1] != n or genealogy.dtype != torch.int32 or genealogy.device != device:
         raise ValueError(

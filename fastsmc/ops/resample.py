@@ -1,4 +1,4 @@
-"""resample: offspring counts and ancestors from log weights; arithmetic in csrc/include/fastsmc/resample.cuh.
+"""resample: offspring counts and ancestors from log weights; the arithmetic is in csrc/include/fastsmc/resample.cuh.
 
 Every scheme has E[counts_i] = N W_i, computed on weights in 64-bit fixed point, so that counts are the same whatever
 the order of the sums: W_i is exact up to 2^-41 of the largest weight.
@@ -21,15 +21,15 @@ MAX_PARTICLES = 2**20
 
 
 class Resampled(NamedTuple):
-    """Shapes are those of one group; with G groups there is a first dimension G.
+    """What `resample` gives for one group; with G groups every shape begins with G.
 
     Attributes:
-    ancestors: (N,) int64, the parent of each slot.
-    counts: (N,) int64, children of each particle; they sum to N.
-    rank: (N,) int64, index of a slot among the children of its parent, in slot order.
-    ess: () float64, (Σw)²/Σw² of the weights.
-    log_mean: () float64, logsumexp(log_weights) − log N.
-    resampled: () bool; where false, ancestors are the identity, counts 1 and ranks 0.
+        ancestors: (N,) int64, the parent of each new row.
+        counts: (N,) int64, children of each particle; they sum to N.
+        rank: (N,) int64, which child of its parent a new row is, in the order of the rows.
+        ess: () float64, (Σw)²/Σw² of the weights.
+        log_mean: () float64, logsumexp(log_weights) − log N.
+        resampled: () bool; where false, ancestors are the identity, counts 1 and ranks 0.
     """
 
     ancestors: Tensor
@@ -57,15 +57,15 @@ def resample(
     Ancestors are in place: ancestors[i] = i wherever counts[i] > 0, the r-th dead slot takes the r-th surplus child.
     `reindex` needs that, and half as many rows move as with sorted ancestors (bench/bench_order.py).
 
-    A group without any mass has ESS 0 and log mean −inf and is not resampled. Other devices than the CPU are not waited
-    for, so nobody looks at the values there: a group with NaN or +inf has ESS and log mean NaN and is not resampled.
+    A group without any mass has ESS 0 and log mean −inf and is not resampled. Off the CPU values are not checked, which
+    would mean waiting for the device: a group with NaN or +inf has ESS and log mean NaN and is not resampled.
 
     Args:
         log_weights: (N,) or (G, N) float64, 1 <= N <= 2**20, unnormalised; −inf has no offspring.
-        uniforms: as log_weights, float64 in [0, 1); of a group 'systematic' uses the first, 'ssp' the first N − 1,
-            'residual' as many as there are draws left.
-        threshold: resamples groups with ESS < threshold·N, decided on the device; 1: all. None: all, and on the CPU no
-            mass at all is an error.
+        uniforms: float64 in [0, 1), of the shape of log_weights. In each group 'systematic' uses the first, 'ssp' the
+            first N − 1, 'residual' as many as there are draws left.
+        threshold: groups with ESS < threshold·N are resampled, all of them with 1; the device decides. None is 1, and
+            on the CPU a group without any mass is an error then.
 
     Raises:
         ValueError: naming the argument and its value; on the CPU NaN or +inf by particle and group.
@@ -122,15 +122,13 @@ def _(log_weights, uniforms, scheme, threshold, backend):
 
 def _outputs(log_weights: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     particles, groups = log_weights.shape, log_weights.shape[:-1]
-    return (
-        *(log_weights.new_empty(particles, dtype=torch.int64) for _ in range(3)),
-        *(log_weights.new_empty(groups) for _ in range(2)),
-        log_weights.new_empty(groups, dtype=torch.bool),
-    )
+    ancestors, counts, rank = (log_weights.new_empty(particles, dtype=torch.int64) for _ in range(3))
+    ess, log_mean = (log_weights.new_empty(groups) for _ in range(2))
+    return ancestors, counts, rank, ess, log_mean, log_weights.new_empty(groups, dtype=torch.bool)
 
 
 def ess_log_mean(log_weights: Tensor, *, backend: str | None = None) -> tuple[float, float]:
-    """((Σw)²/Σw², logsumexp(log_weights) − log N); (0.0, −inf) when all are −inf. Waits for the device.
+    """Computes ((Σw)²/Σw², logsumexp(log_weights) − log N); (0.0, −inf) when all are −inf. Waits for the device.
 
     Args:
         log_weights: (N,) float64.
@@ -153,7 +151,7 @@ def ess_log_mean(log_weights: Tensor, *, backend: str | None = None) -> tuple[fl
 
 
 def _check_float64(name: str, tensor: Tensor, like: Tensor | None = None) -> Tensor:
-    """A contiguous (N,) or (G, N) float64 tensor, of the shape and on the device of `like`."""
+    """Returns a contiguous (N,) or (G, N) float64 tensor, if it has the shape and device of `like`."""
     if not isinstance(tensor, Tensor) or tensor.dim() not in (1, 2) or tensor.dtype != torch.float64:
         what = f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else repr(tensor)
         raise ValueError(f"{name}: must be a vector (N,) or groups (G, N) of torch.float64, got {what}")

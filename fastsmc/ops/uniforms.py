@@ -1,4 +1,4 @@
-"""uniforms: counter-based random numbers (Philox4x32-10), arithmetic in csrc/include/fastsmc/philox.cuh."""
+"""uniforms: counter-based random numbers (Philox4x32-10); the arithmetic is in csrc/include/fastsmc/philox.cuh."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def uniforms(
     device: torch.device | str,
     backend: str | None = None,
 ) -> Tensor:
-    """(n,) float64 in [0, 1): one number per particle, a function of (seed, group, step, stream, particle) only.
+    """Makes (n,) float64 in [0, 1), one per particle: a function of (seed, group, step, stream, particle) only.
 
-    53 bits each, so never 1. key = (low, high 32 bits of seed), counter = (particle, step, group, stream).
+    Each has 53 bits, so none is 1. key = (low, high 32 bits of seed), counter = (particle, step, group, stream).
 
     Args:
         n: 0 to 2**32.
@@ -44,7 +44,7 @@ def uniforms(
     ):  # fmt: skip
         if not 0 <= value < high:
             raise ValueError(f"{name}={value!r}: must be an integer in [0, {high})")
-    signed = seed - 2**64 if seed >= 2**63 else seed  # the 64 bits of an int of torch's
+    signed = seed - 2**64 if seed >= 2**63 else seed  # torch's integers are signed
     backend = pick_backend(backend, device, "cuda")
     return _uniforms(device, n, signed, group, step, step_at, stream, device, backend)
 

@@ -1,7 +1,7 @@
-"""weigh: normalisers and tile masses of logits under twists, in one pass; arithmetic in csrc/include/fastsmc/weigh.cuh.
+"""weigh: normalisers and tile masses of logits under twists, in one pass; see csrc/include/fastsmc/weigh.cuh.
 
-The twist-induced proposal's incremental weight is exp(lse_psi - lse) / ψ_{t-1}; it needs no token. The tile masses are
-what `draw` searches first.
+The twisted proposal's incremental weight is exp(lse_psi - lse) / ψ_{t-1}; it needs no token. The tile masses are what
+`draw` searches first.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ TILE: int = _C.TILE
 
 
 class Weighed(NamedTuple):
-    """Rows weighed by `weigh`, z = logits / T and x = z + log_psi, −inf where masked.
+    """What `weigh` gives for R rows, with z = logits / T and x = z + log_psi, which is −inf where masked.
 
     Attributes:
         lse: (R,) float64, log Σ_v exp(z_v); a mask does not enter it.
@@ -48,15 +48,16 @@ def weigh(
 ) -> Weighed:
     """Weighs R rows: row r is logits[logit_rows[r]] under log_psi[psi_rows[r]], where mask[mask_rows[r]] allows.
 
-    Elements in float32, sums in float64. A row without mass has lse_psi = −inf, masses 0 and max_psi = −inf. NaN or
-    +inf in a row (also +inf reached by dividing by a small temperature) makes lse_psi and max_psi NaN and masses 0, and
-    lse NaN if it is in the logits.
+    Elements are float32, sums float64. A row without mass has lse_psi = −inf, masses 0 and max_psi = −inf. NaN or +inf
+    in a row (also +inf that a small temperature makes of a finite logit) gives lse_psi and max_psi NaN and masses 0;
+    lse is NaN only if it is in the logits.
 
     Args:
         logits: (L, V) float32, bfloat16 or float16; any row stride, unit column stride. −inf: no mass.
         log_psi: (M, V), the same dtypes and strides (row stride 0 too), or float64, which is rounded to float32.
-        logit_rows: (R,) int64 in [−1, L); default the identity, R = L. −1 is no row: nothing is read, the other
-            indices are ignored, and lse = lse_psi = max_psi = −inf, masses 0. So a batch of fixed shape may have holes.
+        logit_rows: (R,) int64 in [−1, L); default the identity, R = L. −1 stands for no row: nothing is read, the other
+            indices are ignored, lse = lse_psi = max_psi = −inf and masses are 0. So a batch of fixed shape may have
+            holes.
         psi_rows: (R,) int64 in [0, M); default the identity, then M = R.
         mask: (B, ceil(V / 32)) int32: a token v is allowed where bit v % 32 of word v // 32 is set, else its log ψ is
             −inf; bits behind V are ignored. The format of xgrammar and llguidance.
@@ -73,8 +74,8 @@ def weigh(
     return Weighed(lse, lse_psi if m.reweighs else lse, tile_mass, max_psi)
 
 
-# The op that torch.compile and CUDA graphs see. What it returns may not alias: without twist and mask its lse_psi is
-# empty, and `weigh` gives lse twice.
+# This is the op that torch.compile and CUDA graphs see. Its results must not alias each other, so without twist and
+# mask its lse_psi is empty; `weigh` then returns lse twice.
 @custom_op("fastsmc::weigh")
 def _weigh(
     logits: Tensor,

@@ -1,13 +1,13 @@
-"""What `attend` and vLLM's attention cost: seconds of a layer, linear in a few numbers that the host knows.
+"""What `attend` and vLLM's attention cost: seconds per layer, linear in a few numbers that the host knows.
 
-    features(rows, length, reads, nodes, shape)      those numbers
-    COSTS        committed seconds a unit by `cost_key`: what `bench/bench_attend.py ops --costs` measured
-    measure()    where COSTS has none: at start-up, through the model's own layer, in about SECONDS of timed calls
-    kept()       the same, from the user's cache if an earlier start has measured the same thing
+    features(rows, length, reads, nodes, shape)      gives those numbers
+    COSTS        holds the committed costs by `cost_key`: what `bench/bench_attend.py ops --costs` measured
+    measure()    measures where COSTS has none: at start-up, through the model's own layers, in about SECONDS of calls
+    kept()       does the same, but takes costs from the user's cache if an earlier start has measured them
 
-Measured costs are kept because the switch decides by them, and the two attentions round differently: costs that came
-out anew at each start could, at an equal seed, change tokens from one start to the next. Whoever wants costs measured
-again deletes ~/.cache/fastsmc/attend_costs.json; who needs equal tokens on several machines copies it.
+Measured costs are kept because a step chooses its attention by them, and the two attentions round differently: costs
+that came out anew at each start could, at an equal seed, change tokens from one start to the next. To have costs
+measured again, delete ~/.cache/fastsmc/attend_costs.json; to have equal tokens on several machines, copy it.
 """
 
 from __future__ import annotations
@@ -35,20 +35,21 @@ logger = logging.getLogger(__name__)
 
 #: committed: `cost_key` → `Costs`
 COSTS = Path(__file__).with_name("attend_costs.json")
-#: at least so much faster must `attend` be, by costs that overrate it by more in one case of CASES_BEYOND at most
+#: `attend` must be so many times as fast to be chosen. The margin grows until the costs overrate `attend` by more than
+#: it in at most one of CASES_BEYOND cases.
 MARGIN, CASES_BEYOND = 1.1, 40
-#: Part of the key of kept costs; raise it when `attend`, or how it is measured, has become another.
+#: Part of the key of kept costs; raise it when `attend` has changed, or how it is measured.
 RECIPE = 1
-#: of timed calls, for all cases together
+#: Seconds of timed calls, for all cases together.
 SECONDS = 1.5
-#: rows and lengths to measure, as far as the engine has them
+#: Rows and lengths that are measured, as far as the engine has them.
 ROWS, LENGTHS = (1, 4, 16, 64, 256, 1024), (32, 200, 1000, 4000)
-#: fewer say too little about four unknowns
+#: Fewer cases say too little about four unknowns.
 LEAST_CASES = 8
 
 
 class Costs(TypedDict):
-    """Seconds a unit of each of `features`, and how many times as fast `attend` must be by them to be chosen."""
+    """Seconds per unit of each of `features`, and how many times as fast `attend` must be by them to be chosen."""
 
     attend: list[float]
     stock: list[float]
@@ -56,7 +57,7 @@ class Costs(TypedDict):
 
 
 class Shape(NamedTuple):
-    """Of a layer's attention."""
+    """The shape of a layer's attention."""
 
     heads: int
     key_heads: int
@@ -65,9 +66,9 @@ class Shape(NamedTuple):
 
 
 def cost_key(isa: str, dtype: torch.dtype) -> str:
-    """What costs depend on beside the shapes: vLLM's kernels, the dtype, and how our products are computed.
+    """Names what costs depend on beside the shapes: vLLM's kernels, the dtype, and how our products are computed.
 
-    Tiles are of bfloat16 only: with other dtypes a CPU that has them is like one that has pairs.
+    Tiles multiply bfloat16 only: with other dtypes a CPU that has them is like one that has pairs.
     """
     math = "pairs" if ops.BF16_MATH == "tiles" and dtype != torch.bfloat16 else ops.BF16_MATH
     return f"{isa} {str(dtype).removeprefix('torch.')} {math}"
@@ -80,14 +81,14 @@ def committed(key: str) -> Costs | None:
 def features(
     n_rows: int, length: int, n_reads: int, n_nodes: int, shape: Shape
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """What the seconds of `attend` and of vLLM's attention are linear in, for one layer.
+    """Counts what the seconds of `attend` and of vLLM's attention are linear in, for one layer.
 
-    attend: 1; multiplications; elements of keys and values that are read, each once, and packed; nodes × key heads.
-    stock: 1; multiplications; elements of keys and values that are read; of these, those read for the first time, from
-    memory; rows × key heads.
+    For `attend`: 1; multiplications; elements of keys and values, each of which is read and packed once; nodes × key
+    heads. For vLLM's: 1; multiplications; elements of keys and values that are read; of these, the elements read for
+    the first time, from memory; rows × key heads.
 
     Args:
-        n_reads, n_nodes: `AttendPlan.n_reads` and the number of its nodes, or bounds of them.
+        n_reads, n_nodes: `AttendPlan.n_reads` and `AttendPlan.n_nodes`.
     """
     products = 2.0 * n_rows * shape.heads * length * shape.head_size
     token = 2.0 * shape.key_heads * shape.head_size
@@ -101,32 +102,32 @@ def dot(costs: Sequence[float], units: Sequence[float]) -> float:
 
 
 def ratio(costs: Costs, units: tuple[Sequence[float], Sequence[float]]) -> float:
-    """How many times as long as `attend` vLLM's attention takes, by these costs."""
+    """Predicts how many times as long as `attend` vLLM's attention takes, by these costs."""
     return dot(costs["stock"], units[1]) / dot(costs["attend"], units[0])
 
 
 def pays(costs: Costs, units: tuple[Sequence[float], Sequence[float]]) -> bool:
-    """Whether `attend` is the faster, by these costs and beyond their errors."""
+    """Says whether `attend` is the faster, by these costs and by more than their margin."""
     return ratio(costs, units) > costs["margin"]
 
 
 def fit(units: Sequence[tuple[Sequence[float], Sequence[float]]], seconds: Sequence[Sequence[float]]) -> Costs:
-    """Costs from cases: `features` and the seconds of `attend` and vLLM's attention.
+    """Fits costs to cases: their `features`, and their seconds with `attend` and with vLLM's attention.
 
     The margin is what the ratio is overrated by, but for one case in CASES_BEYOND.
     """
-    ours, stock = (fit_seconds([u[i] for u in units], [s[i] for s in seconds]) for i in range(2))
-    costs = Costs(attend=ours, stock=stock, margin=MARGIN)
+    attend, stock = (fit_seconds([u[i] for u in units], [s[i] for s in seconds]) for i in range(2))
+    costs = Costs(attend=attend, stock=stock, margin=MARGIN)
     overrated = [ratio(costs, u) * s[0] / s[1] for u, s in zip(units, seconds, strict=True)]
     costs["margin"] = max(MARGIN, float(np.quantile(overrated, 1 - 1 / CASES_BEYOND)))
     return costs
 
 
 def fit_seconds(units: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[float]:
-    """Seconds a unit, non-negative, by least squares of relative errors.
+    """Fits seconds per unit, none of them negative, by least squares of relative errors.
 
-    The best non-negative costs are plain least squares on the units whose costs are positive; of these few units every
-    subset is tried.
+    The best non-negative costs are plain least squares on those units whose costs are positive. There are few units, so
+    every subset is tried.
     """
     matrix = np.array(units)
     size = matrix.max(axis=0)
@@ -145,7 +146,7 @@ def fit_seconds(units: Sequence[Sequence[float]], seconds: Sequence[float]) -> l
 
 # ----------------------------------------------------------------------------------------------------------- measuring
 def make_table(sharing: str, n_rows: int, n_columns: int, generator: torch.Generator | None = None) -> Tensor:
-    """(R, C) int32 block table with ids from 0, in a random order.
+    """Makes an (R, C) int32 block table with ids from 0, in a random order.
 
     prompt: all columns but the last are shared. tree: so is the first half of them, then groups of 8 rows share.
     none: every row has its own. genealogy: a quarter is shared; then, before each column, half of the rows are drawn
@@ -173,11 +174,11 @@ def make_table(sharing: str, n_rows: int, n_columns: int, generator: torch.Gener
 def interleaved(
     *functions: Callable[[], Any], seconds: float, least: int = 9, synchronize: Callable[[], Any] | None = None
 ) -> list[float]:
-    """Lower-quartile seconds of each function, called in turn: what a case takes while no neighbour disturbs it.
+    """Times functions in turn; gives the lower quartile of each, which is its time while no neighbour disturbs it.
 
     Args:
-        seconds: to go on for; `least` rounds come first. The first of them is not counted.
-        synchronize: waits for a device, so that what a function started belongs to it.
+        seconds: how long to go on, after `least` rounds at least. The first round is not counted.
+        synchronize: waits for the device, so that what a function started is timed with it.
     """
     rounds: list[list[float]] = []
     stop = time.perf_counter() + seconds
@@ -194,7 +195,7 @@ def interleaved(
 
 
 class Timed(NamedTuple):
-    """A case to time: rows that share what a plan says."""
+    """A case to time: calls with `attend` and with vLLM's attention, and the plan's numbers."""
 
     ours: Callable[[], Any]
     stock: Callable[[], Any]
@@ -203,7 +204,7 @@ class Timed(NamedTuple):
 
 
 def candidates(max_rows: int, max_length: int, n_blocks: int, block_size: int) -> list[tuple[int, int, str]]:
-    """(rows, length, sharing) that an engine with so many KV blocks can have, small ones first."""
+    """Lists the cases (rows, length, sharing) that an engine with so many KV blocks can have, small ones first."""
     cases = []
     for length in sorted({min(length, max_length) for length in LENGTHS}):
         columns = -(-length // block_size)
@@ -221,13 +222,15 @@ def measure(
     shape: Shape,
     synchronize: Callable[[], Any] | None = None,
 ) -> Costs | None:
-    """Costs by timing cases, until SECONDS are spent or the next would take too long; None of too few.
+    """Measures costs by timing cases, until SECONDS are spent or the next would take too long; None if that is too few.
 
     Args:
-        cases: (rows, length, sharing), small ones first, as of `candidates`.
-        prepare: makes a case of a block table (R, C) on the CPU, and a length.
+        cases: (rows, length, sharing), small ones first, from `candidates`.
+        prepare: makes a case from a block table (R, C) on the CPU and a length.
     """
-    spent, units, times, generator = 0.0, [], [], torch.Generator().manual_seed(0)
+    units: list[tuple[Sequence[float], Sequence[float]]] = []
+    times: list[list[float]] = []
+    spent, generator = 0.0, torch.Generator().manual_seed(0)
     for n_rows, length, sharing in cases:
         timed = prepare(make_table(sharing, n_rows, -(-length // shape.block_size), generator), length)
         case = features(n_rows, length, timed.n_reads, timed.n_nodes, shape)
@@ -246,7 +249,7 @@ def measure(
 
 # ------------------------------------------------------------------------------------------------------------- keeping
 def device_name(device: torch.device) -> str:
-    """The CPU's or the GPU's name, as its maker gives it."""
+    """Gives the CPU's or the GPU's name, as its maker has it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")
@@ -257,9 +260,10 @@ def device_name(device: torch.device) -> str:
 
 
 def kept(key: str, measure: Callable[[], Costs | None]) -> Costs | None:
-    """Costs of `key` from the user's cache, else measured and put there; of several that measure at once, the first's.
+    """Takes the costs of `key` from the user's cache, else measures them and puts them there.
 
-    Where the cache cannot be read or written, say for want of a home directory, they are measured at every start.
+    If several processes measure at once, the first one's costs hold for all. Where the cache cannot be read or written,
+    say for want of a home directory, costs are measured at every start.
 
     Raises:
         RuntimeError: the file is there, and does not hold costs.
@@ -289,7 +293,7 @@ def kept(key: str, measure: Callable[[], Costs | None]) -> Costs | None:
 
 
 class _NotCostsError(RuntimeError):
-    """A file that is there, and does not hold costs."""
+    """A cache file is there, and does not hold costs."""
 
 
 def _unkept(costs: Costs | None, error: Exception) -> Costs | None:

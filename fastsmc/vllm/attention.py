@@ -17,7 +17,7 @@ import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -32,6 +32,11 @@ from vllm.v1.attention.selector import _cached_get_attn_backend
 from fastsmc import ops
 from fastsmc.ops.attend import LANES, LAYOUTS, AttendPlan
 from fastsmc.vllm import attend_costs, compat
+
+if TYPE_CHECKING:
+    from vllm.v1.attention.backend import AttentionImpl as _VllmImpl
+else:
+    _VllmImpl = object  # which of vLLM's comes after `AttendImpl` among the bases of each of ours
 
 logger = init_logger(__name__)
 
@@ -58,15 +63,18 @@ class AttendMetadata:
     layout: str
 
 
-class AttendImpl:
-    """What comes before one of vLLM's implementations among the bases of ours: `attend` for rows that come with
-    `AttendMetadata`, vLLM's own forward for all others.
+class AttendImpl(_VllmImpl):
+    """Attends for rows that come with `AttendMetadata`, and leaves all others to vLLM's own forward.
+
+    Our implementations inherit from this first, then from one of vLLM's.
 
     Attributes:
-        backend: of ops.plan_attend.
+        backend: the backend of ops.plan_attend and ops.attend.
+        num_kv_heads: vLLM's, of every implementation.
     """
 
     backend: str
+    num_kv_heads: int
 
     def forward(
         self,
@@ -81,7 +89,8 @@ class AttendImpl:
         **kwargs: Any,
     ) -> Tensor:
         if not isinstance(attn_metadata, AttendMetadata):
-            return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
+            stock = super().forward  # type: ignore[safe-super]  # of the implementation that comes next in the bases
+            return stock(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
         if any(scale is not None for scale in (*args, *kwargs.values())):  # `Attend` has refused the model
             raise NotImplementedError("attend does not quantise its output")
         n_rows = len(attn_metadata.plan.table)  # the batch may be padded
@@ -89,27 +98,27 @@ class AttendImpl:
         return output
 
     def attend(self, layer: Any, query: Tensor, kv_cache: Tensor, metadata: AttendMetadata, out: Tensor) -> None:
-        """ops.attend of queries (R, Hq, D) over a layer's cache, to `out` of their shape."""
+        """Runs ops.attend of queries (R, Hq, D) over a layer's cache, into `out` of their shape."""
         raise NotImplementedError
 
     @staticmethod
     def unknown(layers: Sequence[Any]) -> dict[str, bool]:
-        """Names of what `attend` would do wrong → whether these layers have it."""
+        """Names what `attend` would do wrong, each with whether these layers have it."""
         raise NotImplementedError
 
     @staticmethod
     def find_layout(layer: Any) -> str | None:
-        """How vLLM lays the cache out, one of ops.attend's layouts; None: as none of them."""
+        """Finds how vLLM lays the cache out, as one of ops.attend's layouts; None if it is none of them."""
         raise NotImplementedError
 
     @staticmethod
     def cost_key(layer: Any) -> str:
-        """What costs depend on beside the shapes: the kernels, vLLM's and ours, and the dtypes."""
+        """Names what costs depend on beside the shapes: the kernels, vLLM's and ours, and the dtypes."""
         raise NotImplementedError
 
 
 class AttendCPUImpl(AttendImpl, CPUAttentionBackendImpl):
-    """vLLM's CPU attention, and `attend` in C++."""
+    """Attends by vLLM's CPU kernels, or by `attend` in C++."""
 
     backend = "cpu"
 
@@ -128,11 +137,11 @@ class AttendCPUImpl(AttendImpl, CPUAttentionBackendImpl):
     def unknown(layers: Sequence[Any]) -> dict[str, bool]:
         impl, block_size = layers[0].impl, layers[0].kv_cache.shape[2]
         return {
-            "a sliding window": any(one.impl.sliding_window != -1 for one in layers),
-            "a quantised KV cache": any(one.impl.is_fp8_kv_cache for one in layers),
+            "a sliding window": any(layer.impl.sliding_window != -1 for layer in layers),
+            "a quantised KV cache": any(layer.impl.is_fp8_kv_cache for layer in layers),
             f"a head size of {impl.head_size}": impl.head_size % LANES != 0,
             f"a block size of {block_size}": block_size % LANES != 0,
-            "attention layers that differ": len({one.isa for one in layers}) > 1,
+            "attention layers that differ": len({layer.isa for layer in layers}) > 1,
         }
 
     @staticmethod
@@ -158,18 +167,18 @@ def register() -> None:
 
 
 class Attend:
-    """Whether `attend` can run on a model, and when it pays.
+    """Says whether `attend` can run on a model, and when it pays.
 
     Args:
-        layers: vLLM's attention layers, after the KV cache is there.
+        layers: vLLM's attention layers, once their KV cache is there.
         fused_output: whether vLLM may ask attention for an output that is quantised already.
 
     Attributes:
-        why_not: None, or why groups use vLLM's own attention here.
-        backend: of ops.plan_attend.
-        shape: of the layers.
-        layout: of their KV cache, one of ops.attend's.
-        costs: by which `pays` decides: those committed, None if there are none and `measure` has not found any.
+        why_not: why groups use vLLM's own attention here; None where `attend` can run.
+        backend: the backend of ops.plan_attend.
+        shape: the shape of the layers.
+        layout: the layout of their KV cache, one of ops.attend's.
+        costs: what `pays` decides by. The committed ones; None if there are none, until `measure` finds some.
     """
 
     def __init__(self, layers: Sequence[Any], fused_output: bool = False) -> None:
@@ -181,24 +190,28 @@ class Attend:
         impl, cache = layer.impl, layer.kv_cache
         self.shape = attend_costs.Shape(impl.num_heads, impl.num_kv_heads, impl.head_size, cache.shape[2])
         self.backend = impl.backend
-        kinds = {(type(one.impl), one.kv_cache.shape, one.kv_cache.dtype, one.impl.kv_cache_dtype) for one in layers}
-        for name, other in {
-            "attention that is not a decoder's": any(one.impl.attn_type != AttentionType.DECODER for one in layers),
-            "ALiBi": any(one.impl.alibi_slopes is not None for one in layers),
-            "a soft cap of logits": any(one.impl.logits_soft_cap for one in layers),
-            "attention sinks": any(one.impl.sinks is not None for one in layers),
+        impls = [layer.impl for layer in layers]
+        kinds = {
+            (type(layer.impl), layer.kv_cache.shape, layer.kv_cache.dtype, layer.impl.kv_cache_dtype)
+            for layer in layers
+        }
+        for name, found in {
+            "attention that is not a decoder's": any(impl.attn_type != AttentionType.DECODER for impl in impls),
+            "ALiBi": any(impl.alibi_slopes is not None for impl in impls),
+            "a soft cap of logits": any(impl.logits_soft_cap for impl in impls),
+            "attention sinks": any(impl.sinks is not None for impl in impls),
             "attention layers that differ": len(kinds) > 1,
             "a quantised output (fuse_attn_quant)": fused_output,
             **impl.unknown(layers),
         }.items():
-            if other:
+            if found:
                 self.why_not = f"attend does not know {name}"
                 return
         self._key = impl.cost_key(layer)
-        self.layout = impl.find_layout(layer)
-        if self.layout is None:
+        if (layout := impl.find_layout(layer)) is None:
             self.why_not = f"attend does not know the KV layout of vLLM's kernels for {self._key!r}"
             return
+        self.layout = layout
         self.costs = attend_costs.committed(self._key)
 
     def measure(
@@ -210,13 +223,13 @@ class Attend:
     ) -> None:
         """Sets costs that are not committed: from the user's cache, or by timing the forward of the layers.
 
-        Only reads their KV caches, in which no request has written yet: one after the other, as a step does, so that
-        one layer's keys and values have left the processor's cache when its turn comes again.
+        Timing only reads the KV caches, in which no request has written yet. It takes the layers one after the other,
+        as a step does, so that a layer's keys and values have left the processor's cache when its turn comes again.
 
         Args:
-            layers: by name, all of one shape.
-            stock_metadata: (block table, length) → vLLM's metadata by layer.
-            max_rows, max_length: what a group can have in this engine.
+            layers: vLLM's attention layers by name, all of one shape.
+            stock_metadata: makes vLLM's metadata by layer from (block table, length).
+            max_rows, max_length: the most that a group can have in this engine.
         """
         first, shape = next(iter(layers.values())), self.shape
         cache, dtype, device = first.kv_cache, first.dtype, first.kv_cache.device
@@ -277,17 +290,17 @@ class Attend:
             layer.impl.attend(layer, query, layer.kv_cache, metadata, torch.empty_like(query))
 
     def plan(self, table: Tensor, known_shared: int) -> AttendPlan:
-        """As ops.plan_attend."""
+        """Plans a table, as ops.plan_attend does."""
         return ops.plan_attend(table, backend=self.backend, known_shared=known_shared)
 
     def metadata(self, plan: AttendPlan, length: int) -> AttendMetadata:
-        """For the rows of a plan, `length` tokens each."""
-        if plan.backend == "triton":  # a number would be written to the device once a layer
+        """Makes the metadata for the rows of a plan, `length` tokens each."""
+        if plan.backend == "triton":  # a number would be written to the device once per layer
             return AttendMetadata(plan, torch.full((1,), length, dtype=torch.int32, device=plan.table.device), "plain")
         return AttendMetadata(plan, length, self.layout)
 
     def pays(self, plan: AttendPlan, length: int) -> bool:
-        """Whether `attend` is the faster for rows of `length` tokens with this plan."""
+        """Says whether `attend` is the faster for rows of `length` tokens with this plan."""
         if self.costs is None:
             return False
         units = attend_costs.features(len(plan.table), length, plan.n_reads, plan.n_nodes, self.shape)
@@ -295,13 +308,15 @@ class Attend:
 
 
 def split_cache(kv_cache: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values (n_blocks, Hk, B, D) of vLLM's CPU cache (n_blocks, Hk, B, 2 D): keys of a block, then values."""
+    """Splits vLLM's CPU cache (n_blocks, Hk, B, 2 D), in which a block's keys come before its values, into keys and
+    values (n_blocks, Hk, B, D)."""
     n_blocks, n_key_heads, block_size, width = kv_cache.shape
-    return kv_cache.view(n_blocks, n_key_heads, 2 * block_size, width // 2).chunk(2, dim=2)
+    keys, values = kv_cache.view(n_blocks, n_key_heads, 2 * block_size, width // 2).chunk(2, dim=2)
+    return keys, values
 
 
 def find_layout(isa: str, dtype: torch.dtype, block_size: int, head_size: int) -> str | None:
-    """Layout of what vLLM's cache writer for `isa` writes, found by letting it write; None: one that `attend` lacks."""
+    """Finds the layout of what vLLM's cache writer for `isa` writes, by letting it write; None: `attend` lacks it."""
     cache = torch.zeros(1, 1, block_size, 2 * head_size, dtype=dtype)
     keys, values = split_cache(cache)
     generator = torch.Generator().manual_seed(0)
@@ -317,7 +332,7 @@ def find_layout(isa: str, dtype: torch.dtype, block_size: int, head_size: int) -
 
 
 def lay_out(key: Tensor, value: Tensor, layout: str) -> tuple[Tensor, Tensor]:
-    """Keys and values (B, D) of one block as they lie in memory, flat."""
+    """Lays keys and values (B, D) of one block out as they lie in memory, flat."""
     tokens, dims = key.shape
     if layout == "tiled":
         key = key.view(tokens // LANES, LANES, dims // 2, 2).transpose(1, 2)

@@ -4,8 +4,8 @@ Both write the new keys and values apart from `forward` (do_kv_cache_update, lef
 shape (n_blocks, Hk, B, 2 D), keys beside values in each slot, whatever the order in memory. `attend` reads both halves
 in place, as strided views.
 
-A float8 cache is uint8 to PyTorch, with one scale a layer for keys, one for values. vLLM then also hands in float8
-queries, times a scale of theirs: they are widened again, and their scale joins that of the keys.
+A float8 cache is uint8 to PyTorch, with one scale per layer for keys and one for values. vLLM then also hands in float8
+queries with a scale of their own: they are widened again, and their scale joins that of the keys.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fastsmc.vllm.attention import AttendImpl, AttendMetadata
 
 #: head sizes that the kernel has been compiled for
 HEAD_SIZES = range(16, 257)
-#: what vLLM calls a cache of e4m3 with a scale a layer
+#: what vLLM calls a cache of e4m3 with a scale per layer
 FLOAT8_NAMES = ("fp8", "fp8_e4m3")
 
 
@@ -52,14 +52,14 @@ class AttendGPUImpl(AttendImpl):
 
     @staticmethod
     def unknown(layers: Sequence[Any]) -> dict[str, bool]:
-        impl = layers[0].impl
-        scales = [getattr(one, name) for one in layers for name in ("_q_scale", "_k_scale", "_v_scale")]
+        impls, impl = [layer.impl for layer in layers], layers[0].impl
+        scales = [getattr(layer, name) for layer in layers for name in ("_q_scale", "_k_scale", "_v_scale")]
         return {
-            "a sliding window": any(one.impl.sliding_window != (-1, -1) for one in layers),
-            "chunked attention": any(getattr(one.impl, "chunk_lookback", -1) > -1 for one in layers),
-            "decode context parallelism": any(one.impl.dcp_world_size > 1 for one in layers),
+            "a sliding window": any(impl.sliding_window != (-1, -1) for impl in impls),
+            "chunked attention": any(getattr(impl, "chunk_lookback", -1) > -1 for impl in impls),
+            "decode context parallelism": any(impl.dcp_world_size > 1 for impl in impls),
             f"a head size of {impl.head_size}": impl.head_size not in HEAD_SIZES,
-            "values of another size than keys": any(one.head_size_v != one.head_size for one in layers),
+            "values of another size than keys": any(layer.head_size_v != layer.head_size for layer in layers),
             f"a KV cache in {impl.kv_cache_dtype!r}": not (
                 impl.kv_cache_dtype in FLOAT8_NAMES or layers[0].kv_cache.dtype == layers[0].dtype
             ),
@@ -77,7 +77,7 @@ class AttendGPUImpl(AttendImpl):
 
 
 class AttendFlashImpl(AttendGPUImpl, FlashAttentionImpl):
-    """FlashAttention, and `attend`."""
+    """Attends by FlashAttention, or by `attend`."""
 
 
 class AttendFlashBackend(FlashAttentionBackend):
@@ -87,7 +87,7 @@ class AttendFlashBackend(FlashAttentionBackend):
 
 
 class AttendTritonImpl(AttendGPUImpl, TritonAttentionImpl):
-    """vLLM's attention in Triton, and `attend`."""
+    """Attends by vLLM's kernels in Triton, or by `attend`."""
 
 
 class AttendTritonBackend(TritonAttentionBackend):

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
@@ -66,7 +66,13 @@ class _Group:
     to_grant: list[int] = dataclasses.field(default_factory=list)
 
 
-class _SMCMixin:
+if TYPE_CHECKING:
+    _Scheduler = Scheduler
+else:
+    _Scheduler = object  # the mixin is put before vLLM's scheduler, or before its asynchronous one
+
+
+class _SMCMixin(_Scheduler):
     """Adds groups to a vLLM scheduler; see the module's docstring."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -4,9 +4,11 @@ import re
 
 import numpy as np
 import pytest
+from documents import blocks
 from tiny import hf_log_probs
 from vllm import SamplingParams
 
+import fastsmc
 from fastsmc import Population, SMCParams
 from fastsmc.models import smollm2
 from fastsmc.potentials import Infill, Lexicon, Regex, TextPotential
@@ -97,3 +99,18 @@ def test_a_thousand_particles():
     assert np.isfinite(population.log_z) and all(len(t) == 64 for t in population.token_ids)
     assert population.resampled.any() and len({tuple(t) for t in population.token_ids}) > 100
     assert abs(population.weights.sum() - 1) < 1e-12
+
+
+def test_ten_lines_of_the_readme(real, monkeypatch, capsys):
+    """The README's Python as it stands, but for the engine, which is this module's, and N, which is smaller."""
+    (code,) = blocks("README.md", "python")
+    assert code.count("n_particles=256") == 1
+    models = []
+    monkeypatch.setitem(vars(fastsmc), "LLM", lambda model: models.append(model) or real)
+    names = {"__name__": "__main__"}
+    exec(compile(code.replace("n_particles=256", "n_particles=32"), "README.md", "exec"), names)
+    assert models == ["HuggingFaceTB/SmolLM2-135M-Instruct"]
+    population = names["pop"]
+    assert capsys.readouterr().out.startswith(f"{population.log_z} {population.final_ess} [(")
+    e = np.array([text.count("e") for text in population.texts])
+    assert population.n_particles == 32 and population.log_z < 0 and population.weights @ e <= 6

@@ -347,7 +347,7 @@ GOOD = {"query": QUERY, "key_cache": CACHE, "value_cache": CACHE, "plan": PLAN, 
         ({"scale": float("nan")}, "scale=nan"),
         ({"layout": "amx"}, "layout='amx': must be one of"),
         ({"layout": "tiled"}, "layout='tiled': is of 16-bit elements"),
-        ({"k_scale": 0.5}, "k_scale: is of caches of torch.float8_e4m3fn, with a plan of 'triton'"),
+        ({"k_scale": 0.5}, "k_scale: belongs to caches of torch.float8_e4m3fn, read by a plan of 'triton'"),
         ({"key_cache": CACHE.to(torch.float8_e4m3fn)}, "key_cache: must be .* torch.float32"),
     ],
 )

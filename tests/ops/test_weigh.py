@@ -391,7 +391,7 @@ Z, P = torch.zeros(2, 8), torch.zeros(3, 8)
         ((Z,), {"logit_rows": torch.tensor([0, 2])}, r"logit_rows\[1\]=2: must be in \[-1, 2\)"),
         ((Z,), {"logit_rows": torch.tensor([0, -2])}, r"logit_rows\[1\]=-2: must be in \[-1, 2\)"),
         ((Z, P), {"logit_rows": torch.tensor([-1, 0]), "psi_rows": torch.tensor([3, 3])}, r"psi_rows\[1\]=3"),
-        ((Z,), {"mask": torch.zeros(2, 2).int()}, "mask: has 2 words a row, logits of 8 columns need 1 of 32 bits"),
+        ((Z,), {"mask": torch.zeros(2, 2).int()}, "mask: has 2 words per row, logits of 8 columns need 1 of 32 bits"),
         ((Z,), {"mask": torch.zeros(2, 1)}, "mask: dtype torch.float32 must be one of torch.int32"),
         ((Z,), {"mask": torch.zeros(3, 1).int()}, "mask: has 3 rows, must have 2, or mask_rows must be given"),
         ((Z,), {"mask": torch.zeros(3, 1).int(), "mask_rows": torch.tensor([0, 3])}, r"mask_rows\[1\]=3: .* \[-1, 3\)"),

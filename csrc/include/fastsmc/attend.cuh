@@ -5,7 +5,7 @@
 // The table is a forest. Rows that name the same block in a column (and in all columns before it) are particles with
 // the same history there, so the sorted rows of the table fall into nested runs. A *node* is such a run of rows with
 // the columns over which it stays together: the root holds the prompt and whatever else all rows share, a leaf the tail
-// that a row has for itself. `plan_nodes` finds them once for a table; every layer of the model reuses them.
+// that a row has for itself. `plan_nodes` finds the nodes once per table; every layer of the model reuses them.
 //
 //   table                   order      nodes (rows of the order, columns)
 //   0: 7 8 3                0 2 1      [0, 3) × [0, 1)   block 7, three rows together
@@ -16,14 +16,14 @@
 // and values are packed once, for the products of all queries of the node (rows × query heads of one key head). Each
 // query carries its maximum, sum and output along: the parts of a row are joined by log-sum-exp as they come.
 //
-// Arithmetic: bfloat16 stays that where the CPU multiplies it in pairs (AVX-512 BF16) or in tiles (AMX), weights p
-// rounded to the same; anything else is float32. Sums and exponentials are float32 in all. A row's result depends on how
-// its columns fall into nodes (by rounding only), not on the number of threads.
+// Arithmetic: bfloat16 is multiplied as it is where the CPU does so in pairs (AVX-512 BF16) or in tiles (AMX), with
+// weights p rounded to bfloat16; anything else is widened to float32. Sums and exponentials are always float32. A row's
+// result depends, by rounding only, on how its columns fall into nodes; it does not depend on the number of threads.
 //
 // Tiles have only run in an emulation so far (tests/ops/tiles.hpp); their kSpan and kQueries are derived, not measured.
 //
-// Dead ends, on Zen 4: PyTorch's flash attention for CPUs on the gathered prefix is half as fast as this; sums of an
-// inlined product are spilled, which halves the speed too.
+// Dead ends, on Zen 4: PyTorch's flash attention for CPUs on the gathered prefix is half as fast as this; and where the
+// product is inlined its sums are spilled to memory, which halves the speed too.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -49,7 +49,7 @@
 
 namespace fastsmc {
 
-// How the elements of one block and head lie, (B, D) being tokens and dimensions. vLLM's CPU backend has the last two.
+// How the B tokens × D dimensions of one block and head lie in memory. vLLM's CPU backend uses the last two.
 enum KVLayout {
   kPlain = 0,   // keys and values [B][D]
   kVector = 1,  // keys [D][B], values [B][D]
@@ -84,7 +84,7 @@ inline void add_nodes(const int32_t* table, int64_t stride, const int32_t* order
   }
 }
 
-// order: (R,) rows sorted by their blocks; nodes of a table (R, C).
+// Writes order (R,), the rows sorted by their blocks, and returns the nodes of a table (R, C).
 inline std::vector<Node> plan_nodes(const int32_t* table, int64_t stride, int64_t n_rows, int64_t n_columns,
                                     int32_t* order) {
   std::iota(order, order + n_rows, 0);
@@ -103,8 +103,8 @@ inline std::vector<Node> plan_nodes(const int32_t* table, int64_t stride, int64_
 constexpr int kLanes = 16;
 using Floats = float __attribute__((vector_size(64)));
 
-// kSpan: tokens packed at a time; with a task's queries they fill half of the second-level cache.
-// kQueries: queries whose scores are held at a time: with their weights, in the nearest cache.
+// kSpan: tokens packed at a time. With a task's queries they fill half of the second-level cache.
+// kQueries: queries whose scores are held at a time. With their weights they fit the first-level cache.
 struct PairMath {
   using Packed = bf16;
   static constexpr int kPair = 2;
@@ -115,7 +115,8 @@ struct FloatMath {
   static constexpr int kPair = 1;
   static constexpr int64_t kSpan = 512, kQueries = 12;
 };
-// Two rows of tiles: each tile of keys or values that is loaded serves 32 queries. The shorter span makes room for them.
+// Two rows of tiles, so that each tile of keys or values that is loaded serves 32 queries; the span is shorter to make
+// room for them.
 struct TileMath {
   using Packed = bf16;
   static constexpr int kPair = 2;
@@ -526,9 +527,9 @@ inline Floats exp2_lanes(Floats t) {
 #endif
 }
 
-// One query and `n` (a multiple of 16) scores in units of log 2, `n_valid` of them real: weights relative to the
-// running maximum; returns what the output and the sum so far must be multiplied by. (Scores come scaled: a scaling
-// fused with the subtraction of the maximum could leave huge scores above it.)
+// Turns n scores of one query (a multiple of 16, in units of log 2, the first n_valid of them real) into weights
+// relative to the running maximum; returns what the output and the sum so far must be multiplied by. (Scores come
+// scaled: a scaling fused with the subtraction of the maximum could leave huge scores above it.)
 template <typename Packed>
 inline float soften(float* scores, int64_t n, int64_t n_valid, float* max, float* sum, Packed* weights) {
   for (int64_t t = n_valid; t < n; ++t) scores[t] = kNegInf;
@@ -553,7 +554,7 @@ inline float soften(float* scores, int64_t n, int64_t n_valid, float* max, float
 }
 
 // -------------------------------------------------------------------------------------------------------------- a task
-// What a thread keeps between tasks: fresh memory for each would cost page faults.
+// What a thread keeps between tasks: fresh memory for each task would cost page faults.
 template <typename Math>
 struct Scratch {
   static constexpr int64_t kQueries = Math::kQueries;
@@ -568,8 +569,8 @@ struct Scratch {
   }
 };
 
-// Attention of the queries of rows order[row_begin : row_end) that belong to key head `head`. For TileMath the thread
-// holds TileRegisters.
+// Attends for rows order[row_begin : row_end), with the queries that belong to key head `head`. With TileMath the
+// calling thread must hold TileRegisters.
 //   query, out: (R, n_heads, D) with a stride per row in elements; table as in `plan_nodes`.
 template <typename Math, typename T>
 void attend_task(const T* query, int64_t query_stride, T* out, int64_t out_stride, const PagedKV& kv,

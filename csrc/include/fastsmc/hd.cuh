@@ -1,4 +1,5 @@
-// FASTSMC_HD marks what runs on host and device: the arithmetic that g++ builds into the CPU path and nvcc into the GPU's.
+// FASTSMC_HD marks what runs on host and device: the arithmetic that g++ builds into the CPU path and nvcc into the
+// GPU's.
 #pragma once
 
 #ifdef __CUDACC__

@@ -1,8 +1,8 @@
-// reindex: a resampling of particles as a rewrite of their block tables. All rows hold `position` tokens in blocks of
-// `block_size`. With in-place ancestors (a[a[i]] == a[i]) a moved row (a[i] != i) takes its parent's full blocks, the
-// first position / block_size columns; if there is a tail, the partly filled block of the next column, the used slots of
-// the parent's tail block are copied into the row's own. Survivors are read and never written, moved rows are written
-// and never read: rows and caches may be done in any order, in place. Ancestors may be noted in a genealogy.
+// reindex: rewrites block tables after a resampling. All rows hold `position` tokens in blocks of `block_size`.
+// Ancestors are in place (a[a[i]] == a[i]). A moved row (a[i] != i) takes over its parent's full blocks, the first
+// position / block_size columns. If there is a tail, the partly filled block of the next column, the used slots of the
+// parent's tail block are copied into the row's own tail block. Survivors are read and never written, moved rows are
+// written and never read: so rows and caches may be done in any order, in place. Ancestors may be noted in a genealogy.
 //
 // Example: table [[7, 1], [8, 2]], ancestors [1, 1], position 6, block_size 4 -> table [[8, 1], [8, 2]], and slots 0
 // and 1 of block 2 copied to block 1.
@@ -14,15 +14,15 @@
 
 namespace fastsmc {
 
-// A cache of blocks: block b starts at base + b·stride, in bytes, and is `pieces` runs of piece_size bytes, one behind
-// the other; a slot is slot_size bytes of each. slot_size 0: slots are not known, a block is copied whole.
+// A cache of blocks: block b starts at base + b·stride, in bytes, and consists of `pieces` runs of piece_size bytes,
+// one behind the other; each slot has slot_size bytes in every run. With slot_size 0 a block is copied whole.
 struct BlockCache {
   char* base;
   int64_t stride, n_blocks;
   int64_t pieces, piece_size, slot_size;  // pieces·piece_size < 2^31
   int width;  // bytes of the widest access that every address and size above is a multiple of: 16, 8, 4, 2 or 1
 
-  // Whether both are blocks of the cache, and two.
+  // Whether `from` and `to` are two different blocks of the cache.
   FASTSMC_HD bool copies(int64_t from, int64_t to) const {
     return from >= 0 && from < n_blocks && to >= 0 && to < n_blocks && from != to;
   }
@@ -101,7 +101,7 @@ FASTSMC_HD inline void copy_block(const BlockCache& cache, int64_t from, int64_t
 }
 
 // What one thread does: row `row`, caches part, part + parts, …; part 0 also sees to the table and the genealogy.
-// Rows that break the in-place form and blocks outside a cache are left alone: on a device nobody has looked.
+// Rows that break the in-place form and blocks outside a cache are left alone: on a device nobody has checked them.
 FASTSMC_HD inline void reindex_row(const Reindexing& r, const BlockCache* caches, int n_caches, int64_t row, int part,
                                    int parts, int thread, int threads) {
   const int64_t parent = r.ancestors[row];

@@ -1,9 +1,10 @@
-// resample: normalisers, offspring counts with E[counts_i] = N W_i, and ancestors from counts, for any number of groups.
+// resample: normalisers, offspring counts with E[counts_i] = N W_i, and ancestors from counts, for any number of
+// groups.
 //
 // Weights are integers: q_i = llrint(exp(lw_i − max)·2^40), so that sums are associative and monotone and the answer
 // does not depend on who adds what first. With N <= 2^20: Σq = Q <= 2^60, N·Q <= 2^80 (needs 128 bits). A uniform
-// becomes an integer below a total by floor(u·total). All that follows is exact, reference.py does the same; but exp()
-// of another machine's library may differ in its last place, and then so may a q.
+// becomes an integer below a total by floor(u·total). All that follows is exact, and reference.py does the same. Only
+// exp() may differ in its last place between two machines' libraries, and with it a q.
 //
 // A group is resampled by a team (team.cuh) in phases: maximum; weights and their sums; ESS, log-mean weight and the
 // decision; counts; one scan of dead slots and surplus children; where each slot's parent is found.
@@ -47,8 +48,8 @@ struct Resampling {
 
 FASTSMC_HD inline u64 fixed_point(double weight) { return static_cast<u64>(llrint(weight * 0x1p40)); }
 
-// floor(u · total) for u in [0, 1), a multiple of 2^-53, and total <= 2^62; always below total. Any other u counts as 0:
-// on a device nobody has looked, and an index must not leave its array.
+// floor(u · total) for u in [0, 1), a multiple of 2^-53, and total <= 2^62; always below total. Any other u counts as
+// 0: on a device nobody has checked it, and an index must not leave its array.
 FASTSMC_HD inline u64 scale_uniform(double u, u64 total) {
   const u64 bits = u > 0.0 && u < 1.0 ? static_cast<u64>(u * 0x1p53) : 0;
   return static_cast<u64>((static_cast<u128>(bits) * total) >> 53);
@@ -58,8 +59,8 @@ FASTSMC_HD inline u64 scale_uniform(double u, u64 total) {
 // it is <= prefix. Strata below N·prefix/Q are full, the one at it is partly covered, hence no search. Systematic
 // resampling is the case of one common u: then this is floor(N·C_i/C_N + u).
 //
-// scaled_u(j) = floor(u_j·Q); scale = N/Q. The quotient is at most 2^20, so floating point misses it by one at most; and
-// the remainder, which then is between −Q and 2Q, is right modulo 2^64: no division, nothing with 128 bits.
+// scaled_u(j) = floor(u_j·Q); scale = N/Q. The quotient is at most 2^20, so floating point misses it by one at most;
+// and the remainder, which then is between −Q and 2Q, is right modulo 2^64: no division, nothing with 128 bits.
 template <typename ScaledUniform>
 FASTSMC_HD inline int64_t offspring_until(u64 prefix, u64 total, u64 n, double scale, ScaledUniform scaled_u) {
   int64_t full = static_cast<int64_t>(static_cast<double>(prefix) * scale);
@@ -112,9 +113,9 @@ FASTSMC_HD inline int64_t find_cell_after(const u64* prefix, int64_t n, int64_t 
   return from + find_cell(prefix + from, from + step <= n ? step : n - from, point);
 }
 
-// Srinivasan sampling process: the fractional parts of two particles at a time meet until one of them is 0 or 1; the
-// winner is random so that expectations stay. u[k] serves the k-th meeting, n − 1 in all. Meetings
-// wait for one another, so one thread does them all. part: the integer weights, overwritten.
+// Srinivasan sampling process: two particles at a time pool their fractional parts until one part is 0 or 1; which of
+// them grows is random, so that expectations stay. u[k] serves the k-th of n − 1 such meetings. Each needs the outcome
+// of the one before, so one thread does them all. part: the integer weights, overwritten.
 FASTSMC_HD inline void ssp(u64* part, int64_t n, u64 total, const double* u, int64_t* counts) {
   for (int64_t i = 0; i < n; ++i) {
     const u64 expected = part[i] * static_cast<u64>(n);

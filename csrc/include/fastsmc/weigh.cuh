@@ -10,11 +10,12 @@
 // reduction by multiples of log 2, and the conversion is part of the scaling by 1/T. A score beyond ±2.3e38 counts as
 // infinite.
 //
-// −inf is zero mass. NaN or +inf anywhere in a tile makes its sum NaN, without a test per element: exp2_nonpositive
-// passes NaN on, and +inf is its own maximum (inf − inf).
+// −inf is zero mass. NaN or +inf anywhere in a tile makes its sum NaN without a test per element: exp2_nonpositive
+// passes NaN on, and +inf is its own maximum, so that the subtraction gives inf − inf = NaN.
 //
-// cpu_weigh.hpp does the same for AVX-512 with the subtraction fused into the product, and no buffer. In a tile of −1e9
-// (masked tokens) scores exceed the rounded maximum by more than exponents hold, so that is for tame tiles only.
+// Dead end: no buffer, and the subtraction of the maximum fused into the scaling. The maximum is rounded to float32,
+// the fused product is not; with logits of −1e9 (masked tokens) scores then exceed their maximum by more than an
+// exponent holds. cpu_weigh.hpp does fuse them, for AVX-512, but only in tiles whose scores lie near a frame.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -90,7 +91,7 @@ FASTSMC_HD inline void unpack_mask(const uint32_t* mask, int n, float* x) {
   }
 }
 
-// Tile k of a row, null where the row is.
+// Tile k of a row; null if the row is null.
 template <typename T>
 FASTSMC_HD inline const T* tile_of(const T* row, int64_t k) {
   return row + k * kTile;
@@ -137,13 +138,13 @@ FASTSMC_HD inline float sum_tile(const float* x, float max) {
   return sum;
 }
 
-// log Σ over tiles. Turns sums[k], relative to shifts[k], into masses relative to `top`, the row's maximum; all in units
-// of log 2. No mass: −inf, masses 0, *max −inf. NaN or +inf in the row: NaN, masses 0, *max NaN.
+// log Σ over tiles. Turns sums[k], relative to shifts[k], into masses relative to `top`, the row's maximum; all in
+// units of log 2. No mass: −inf, masses 0, *max −inf. NaN or +inf in the row: NaN, masses 0, *max NaN.
 FASTSMC_HD inline double join_tiles(const float* shifts, double* sums, int64_t n_tiles, float top, float* max) {
   bool bad = false;
   for (int64_t k = 0; k < n_tiles; ++k) bad |= sums[k] != sums[k];
   double total = 0.0, factor = 0.0;
-  float shift = __builtin_nanf("");  // whose factor it is: neighbours often share theirs, and exponentials are dear
+  float shift = __builtin_nanf("");  // the shift that `factor` is for: neighbours often share it, and exp2 is costly
   for (int64_t k = 0; k < n_tiles; ++k) {
     if (bad || !(sums[k] > 0.0)) {
       sums[k] = 0.0;

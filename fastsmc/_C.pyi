@@ -1,0 +1,127 @@
+"""Types of the extension `fastsmc._C`, whose source is csrc/bindings.cpp; tests/test_package.py compares the two.
+
+An address is that of `Tensor.data_ptr()`, 0 for null. The extension checks no shape, dtype or index range: fastsmc.ops
+does, and nothing else calls it. Arguments are positional.
+"""
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Address: TypeAlias = int
+#: address, row stride in elements, dtype code, address of the row index
+MatrixArgs: TypeAlias = tuple[Address, int, int, Address]
+#: eight addresses: log_weights, uniforms, ancestors, counts, rank, ess, log_mean, resampled
+ResampleArgs: TypeAlias = Sequence[Address]
+#: table, row stride, columns; ancestors, rows; position, its address; block size; genealogy, steps, step, its address
+ReindexArgs: TypeAlias = tuple[Address, int, int, Address, int, int, Address, int, Address, int, int, Address]
+#: address, block stride in bytes, blocks, pieces, bytes per piece, bytes per slot
+CacheArgs: TypeAlias = tuple[Address, int, int, int, int, int]
+#: address, row stride, rows, columns
+TableArgs: TypeAlias = tuple[Address, int, int, int]
+#: key and value address, block and head stride in elements, block size, head dimension, layout code
+KVArgs: TypeAlias = tuple[Address, Address, int, int, int, int, int]
+
+#: tokens per tile of `weigh`
+TILE: int
+#: how bfloat16 is multiplied: 'tiles' (AMX), 'pairs' (AVX-512 BF16) or 'floats'
+BF16_MATH: str
+#: compute capabilities that CUDA code was compiled for; empty without the CUDA backend
+cuda_archs: tuple[int, ...]
+
+def uniforms(out: Address, n: int, seed: int, group: int, step: int, stream: int, /) -> None: ...
+def weigh(
+    logits: MatrixArgs,
+    psi: MatrixArgs,
+    mask: MatrixArgs,
+    n_rows: int,
+    vocab: int,
+    temperature: float,
+    lse: Address,
+    lse_psi: Address,
+    tile_mass: Address,
+    max_psi: Address,
+    /,
+) -> None: ...
+def draw(
+    logits: MatrixArgs,
+    psi: MatrixArgs,
+    mask: MatrixArgs,
+    vocab: int,
+    temperature: float,
+    lse: Address,
+    tile_mass: Address,
+    rows: Address,
+    u: Address,
+    n_draws: int,
+    tokens: Address,
+    log_prob: Address,
+    log_psi: Address,
+    /,
+) -> None: ...
+
+# index of the first value that is not allowed, −1 if there is none
+def bad_log_weight(log_weights: Address, n: int, /) -> int: ...
+def bad_uniform(u: Address, n: int, /) -> int: ...
+def not_in_place(ancestors: Address, n: int, /) -> int: ...
+def bad_tail(args: ReindexArgs, caches: Sequence[CacheArgs], /) -> int: ...
+def resample(args: ResampleArgs, groups: int, n: int, scheme: str, sorted: bool, threshold: float, /) -> None: ...
+def ssp(part: Address, u: Address, n: int, counts: Address, /) -> None: ...
+def ess_log_mean(log_weights: Address, n: int, /) -> tuple[float, float]: ...
+def reindex(args: ReindexArgs, caches: Sequence[CacheArgs], /) -> None: ...
+
+# rows of (row_begin, row_end, column_begin, column_end), flattened
+def plan(table: TableArgs, order: Address, /) -> NDArray[np.int32]: ...
+def attend(
+    query: Address,
+    query_stride: int,
+    out: Address,
+    out_stride: int,
+    dtype: int,
+    n_heads: int,
+    n_key_heads: int,
+    kv: KVArgs,
+    table: TableArgs,
+    length: int,
+    order: Address,
+    nodes: Address,
+    n_nodes: int,
+    scale: float,
+    /,
+) -> None: ...
+
+# for tests: what a device runs, thread by thread on the host
+def emulate_resample(
+    args: ResampleArgs, groups: int, n: int, scheme: str, sorted: bool, threshold: float, threads: int, seed: int, /
+) -> None: ...
+def emulate_reindex(args: ReindexArgs, caches: Sequence[CacheArgs], parts: int, threads: int, seed: int, /) -> None: ...
+
+# The following are there only where `cuda_archs` is not empty. `stream` is the address of a CUDA stream.
+def cuda_uniforms(
+    device: int,
+    stream: Address,
+    out: Address,
+    n: int,
+    seed: int,
+    group: int,
+    step: int,
+    step_at: Address,
+    stream_id: int,
+    /,
+) -> None: ...
+def cuda_resample_memory(device: int, n: int, /) -> int: ...
+def cuda_resample(
+    device: int,
+    stream: Address,
+    args: ResampleArgs,
+    groups: int,
+    n: int,
+    scheme: str,
+    sorted: bool,
+    threshold: float,
+    memory: Address,
+    /,
+) -> None: ...
+def cuda_reindex(device: int, stream: Address, args: ReindexArgs, caches: Sequence[CacheArgs], /) -> None: ...
