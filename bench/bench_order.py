@@ -1,6 +1,6 @@
 """Two orders of the children after a resampling, by what they cost: spread of log Ẑ, and rows that move.
 
-    python bench/bench_order.py --json bench/results/resample_order.json          ten minutes, no engine
+    python bench/bench_order.py --json bench/results/resample_order.json          two minutes, no engine
 
     in place   a survivor keeps its slot, dead slots take the surplus children (what `ops.resample` gives)
     sorted     particle i repeated counts[i] times, so that relatives lie side by side
@@ -27,16 +27,23 @@ from torch import Tensor
 from fastsmc import ops
 from fastsmc.params import RESAMPLING_SCHEMES
 
-STEPS, STATES, RUNS = 32, 32, 4000
+STEPS, STATES, RUNS = 32, 32, 2000
 PARTICLES = (64, 256)
 THRESHOLDS = (0.5, 1.0)
-#: counts, in-place ancestors → ancestors
-ORDERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "inplace": lambda counts, ancestors: ancestors,
-    "sorted": lambda counts, ancestors: torch.searchsorted(
-        counts.cumsum(1), torch.arange(counts.shape[1]).expand_as(counts).contiguous(), right=True
-    ),
-}
+
+
+def in_place(done: ops.Resampled) -> tuple[Tensor, Tensor]:
+    return done.ancestors, done.rank
+
+
+def in_order(done: ops.Resampled) -> tuple[Tensor, Tensor]:
+    """The same counts, sorted: (ancestors, index of a slot among the children of its parent)."""
+    ends, slots = done.counts.cumsum(1), torch.arange(done.counts.shape[1]).expand_as(done.counts).contiguous()
+    ancestors = torch.searchsorted(ends, slots, right=True)
+    return ancestors, slots - (ends - done.counts).gather(1, ancestors)
+
+
+ORDERS: dict[str, Callable[[ops.Resampled], tuple[Tensor, Tensor]]] = {"inplace": in_place, "sorted": in_order}
 
 
 class Drift:
@@ -76,7 +83,8 @@ class Chain:
         self.log_z = float(ahead[0].log())
         joint = p * (self.share * value).exp()
         self.log_weight = joint.sum(1).log()
-        self.cdf = joint.cumsum(1) / joint.sum(1, keepdim=True)
+        # row after row, each one higher than the one before: a search among them all
+        self.cdf = (joint.cumsum(1) / joint.sum(1, keepdim=True) + torch.arange(STATES)[:, None]).view(-1)
         self.rest = (1.0 - self.share) * value
 
     def start(self, shape: tuple[int, int]) -> Tensor:
@@ -86,7 +94,7 @@ class Chain:
         # what the last token's φ has over its ψ is weighed with the next token's normaliser, as at an end
         ancestors, u = resample(self.log_weight[state] + (self.rest[state] if t else 0.0))
         state = state.gather(1, ancestors)
-        return torch.searchsorted(self.cdf[state], u[..., None], right=True).squeeze(-1).clamp_(max=STATES - 1)
+        return (torch.searchsorted(self.cdf, state + u, right=True) - STATES * state).clamp_(max=STATES - 1)
 
     def last(self, state: Tensor) -> Tensor:
         return self.rest[state]
@@ -103,17 +111,11 @@ def simulate(model: Drift | Chain, n: int, scheme: str, threshold: float, order:
         nonlocal log_w, log_z, moved, resampled
         done = ops.resample(log_w + increments, torch.rand_like(log_w), scheme=scheme, threshold=threshold)
         went = done.resampled[:, None]
-        ancestors = torch.where(went, ORDERS[order](done.counts, done.ancestors), torch.arange(n))
+        ancestors, rank = ORDERS[order](done)
         log_z = log_z + torch.where(done.resampled, done.log_mean, 0.0)
         log_w = torch.where(went, 0.0, log_w + increments)
         moved += int((ancestors != torch.arange(n)).sum())
         resampled += int(done.resampled.sum())
-        # index among the siblings, in slot order: done.rank is that of the in-place form
-        by_parent = ancestors.argsort(dim=1, stable=True)
-        first = done.counts.cumsum(1) - done.counts
-        rank = torch.empty_like(ancestors).scatter_(
-            1, by_parent, torch.arange(n) - first.gather(1, ancestors.gather(1, by_parent))
-        )
         u = torch.rand_like(log_w)
         return ancestors, torch.where(went, ops.stratify(u, rank, done.counts.gather(1, ancestors)), u)
 

@@ -14,7 +14,7 @@
 # attend_ops     5    one layer's attention, and the costs that the engine's switch goes by (with COSTS=1 it writes them)
 # peers          5    genlm-control in turn with fastsmc; PEER: its interpreter (bench/peers/.venv/bin/python)
 # infill        25    training and divergences: numbers that a busy machine does not change, only their time
-# order         10    orders of ancestors: the same
+# order          2    orders of ancestors: the same
 # against        6
 #
 # PYTHON: the interpreter (.venv/bin/python). Everything that is compared runs in turn within one part; medians. Load is
