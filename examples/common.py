@@ -55,7 +55,7 @@ def study(name, args, prompt, params, potential, config, exact_count, samples=10
     trainer.run(progress=True)
     del hf, trainer
 
-    llm = LLM(path, dtype="float32", max_model_len=512, enforce_eager=True, kv_cache_memory_bytes=2 << 30)
+    llm = LLM(path, dtype="float32", max_model_len=512, enforce_eager=True)
     print(f"\n{prompt!r}: twist in {directory}")
     runs = 4 if args.quick else 16
     if exact_count:

@@ -463,11 +463,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         status, message = 2, one_line(error)
     except RuntimeError as error:
-        kinds = {
-            "SMCError": 1,
-            "UnsupportedError": 2,
-            "EngineError": 2,
-        }  # by name: their modules may not be importable here
+        # by name: the modules of these may not be importable here
+        kinds = {"SMCError": 1, "UnsupportedError": 2, "EngineError": 2}
         if type(error).__name__ not in kinds:
             raise
         status, message = kinds[type(error).__name__], one_line(error)

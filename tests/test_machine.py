@@ -21,26 +21,27 @@ def rank(node=0, node_free=20, host_free=20, group_free=None, host="a"):
 
 
 @pytest.mark.parametrize(
-    ("ranks", "free"),
+    ("ranks", "size"),
     [
-        ([rank()], 20),
-        ([rank(node_free=5.45, host_free=23)], 5.45),  # a small first node
-        ([rank(node=1, node_free=30, host_free=8)], 8),  # a node cannot have more than the machine
-        ([rank(group_free=4)], 4),
-        ([rank(node=0), rank(node=0)], 10),  # two ranks share their node
-        ([rank(node=0, host_free=64), rank(node=1, node_free=6, host_free=64)], 6),  # the poorer of two decides
-        ([rank(node=0, node_free=30, host_free=40), rank(node=1, node_free=30, host_free=40)], 20),  # share the machine
-        ([rank(node=0, group_free=6), rank(node=1, group_free=6)], 3),  # and the control group
-        ([rank(host="a"), rank(host="b", node_free=8)], 8),  # node 0 of another machine is another node
+        ([rank()], 0.3 * 20),  # of the machine
+        ([rank(node_free=5.45, host_free=23)], 0.5 * 5.45),  # a small first node
+        ([rank(node=1, node_free=30, host_free=8)], 0.3 * 8),  # a node cannot have more than the machine
+        ([rank(group_free=4)], 0.5 * 4),
+        ([rank(node=0), rank(node=0)], 0.3 * 10),
+        ([rank(node=0, node_free=8), rank(node=0, node_free=8)], 0.5 * 4),  # two ranks share their node
+        ([rank(node=0, host_free=64), rank(node=1, node_free=6, host_free=64)], 0.5 * 6),  # the poorer of two decides
+        ([rank(node=0, node_free=30, host_free=40), rank(node=1, node_free=30, host_free=40)], 0.3 * 20),  # the machine
+        ([rank(node=0, group_free=6), rank(node=1, group_free=6)], 0.5 * 3),  # and the control group are shared
+        ([rank(host="a"), rank(host="b", node_free=8)], 0.5 * 8),  # node 0 of another machine is another node
     ],
 )
-def test_cache_takes_its_share_of_what_is_free(ranks, free):
-    assert machine.kv_cache_bytes(ranks, NEED) == pytest.approx(machine.KV_SHARE * free * GIB, abs=2)
+def test_cache_takes_its_share_of_what_is_free(ranks, size):
+    assert machine.kv_cache_bytes(ranks, NEED) == pytest.approx(size * GIB, abs=2)
 
 
 def test_cache_is_no_more_than_useful_and_no_less_than_the_least():
     assert machine.kv_cache_bytes([rank()], NEED._replace(useful=GIB)) == GIB
-    assert machine.kv_cache_bytes([rank(node_free=1.25)], NEED._replace(least=GIB // 2)) == GIB // 2  # over its share
+    assert machine.kv_cache_bytes([rank(node_free=1.25)], NEED._replace(least=700 << 20)) == 700 << 20  # over its share
     assert machine.kv_cache_bytes([rank(node_free=0.75)], NEED) == GIB // 4  # to the last byte: least and step
     size = machine.kv_cache_bytes([rank(node_free=10)], NEED._replace(step=9 * GIB))
     assert size == GIB  # a step's room is left

@@ -14,8 +14,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-#: share of the free memory that the KV cache takes where no size was given
-KV_SHARE = 0.3
+#: shares that the KV cache takes where no size was given: of the machine's free memory, which other programs want too,
+#: and of what is free where less than the machine is there to begin with, a memory node or a control group
+MACHINE_SHARE, PART_SHARE = 0.3, 0.5
 #: the most cores per rank at which none is left to the scheduler; see `thread_settings`
 FEW_CORES = 4
 #: bytes of /dev/shm that vLLM wants free before it makes a queue between its processes (10 chunks of 24 MiB in a sparse
@@ -66,34 +67,33 @@ def step_bytes(rows: int, tokens: int, vocab: int, hidden: int, intermediate: in
 def kv_cache_bytes(ranks: Sequence[Rank], need: Need) -> int:
     """Returns the size of each rank's KV cache where no size was given: the same for all, what the poorest can have.
 
-    A rank's free memory is the least of what its NUMA node, its machine and its control group have free, each shared
-    by the ranks that live there. The cache takes `KV_SHARE` of it, no more than is ever useful, at least what vLLM
-    accepts, and always leaves what a step needs.
+    Memory comes out of a rank's NUMA node, its machine and its control group, each shared by the ranks that live there.
+    Of each the cache takes at most a share (`MACHINE_SHARE`, `PART_SHARE`) of what is free, and always leaves what a
+    step needs. It is no larger than is ever useful, and at least what vLLM accepts.
 
     Raises:
         ValueError: the least cache and a step do not fit; the message is one line with the figures.
     """
-    sizes = []
+    sizes = [need.useful]
     for rank in ranks:
         on_host = [other for other in ranks if other.host == rank.host]
         on_node = sum(other.node == rank.node for other in on_host)
-        free = {
-            f"memory node {rank.node}": (rank.node_free, on_node),
-            "the machine": (rank.host_free, len(on_host)),
-        }
-        if rank.group_free is not None:
-            free["the control group"] = (rank.group_free, len(on_host))
-        where = min(free, key=lambda name: free[name][0] // free[name][1])
-        total, n_sharing = free[where]
-        share = total // n_sharing
-        if share < need.step + need.least:
-            each = "" if n_sharing == 1 else f" for {n_sharing} ranks"
-            raise ValueError(
-                f"no room for a KV cache: {where} has {gib(total)} free{each}; each rank needs {gib(need.least)} for "
-                f"the smallest cache ({need.words}) and {gib(need.step)} for a step: lower max_model_len, max_num_seqs "
-                "or max_num_batched_tokens, or free memory"
-            )
-        sizes.append(min(need.useful, share - need.step, max(need.least, int(KV_SHARE * share))))
+        for where, total, n_sharing, share in (
+            (f"memory node {rank.node}", rank.node_free, on_node, PART_SHARE),
+            ("the machine", rank.host_free, len(on_host), MACHINE_SHARE),
+            ("the control group", rank.group_free, len(on_host), PART_SHARE),
+        ):
+            if total is None:
+                continue
+            free = total // n_sharing
+            if free < need.step + need.least:
+                each = "" if n_sharing == 1 else f" for {n_sharing} ranks"
+                raise ValueError(
+                    f"no room for a KV cache: {where} has {gib(total)} free{each}; each rank needs {gib(need.least)} "
+                    f"for the smallest cache ({need.words}) and {gib(need.step)} for a step: lower max_model_len, "
+                    "max_num_seqs or max_num_batched_tokens, or free memory"
+                )
+            sizes.append(min(free - need.step, max(need.least, int(share * free))))
     return min(sizes)
 
 

@@ -56,7 +56,7 @@ class SMCCPUWorker(SMCWorkerMixin, CPUWorker):
         ranks: list[Any] = [None] * world.world_size
         torch.distributed.all_gather_object(ranks, self._measure_rank(), group=world.cpu_group)
         size = machine.kv_cache_bytes(ranks, self._need())
-        logger.info("KV cache: %s, sized by what is free: %s", machine.gib(size), ranks[world.rank_in_group])
+        logger.info("KV cache: %d MiB, sized by what is free: %s", size >> 20, ranks[world.rank_in_group])
         return size
 
     def _measure_rank(self) -> machine.Rank:
@@ -87,8 +87,9 @@ class SMCCPUWorker(SMCWorkerMixin, CPUWorker):
         if (blocks := self.cache_config.num_gpu_blocks_override) is not None:
             return machine.Need(step, blocks * block, blocks * block, f"num_gpu_blocks_override={blocks}")
         sequence = max_memory_usage_bytes(config, specs)
-        # one more block, which vLLM keeps back; and each row may hold one more while it is reindexed
-        useful = rows * (sequence + block) + block
+        # each row may hold one more block while it is reindexed, and vLLM keeps one back; as much again holds prompts
+        # that may come a second time
+        useful = 2 * rows * (sequence + block) + block
         if model.original_max_model_len == -1:  # vLLM then takes the longest that fits
             return machine.Need(step, 2 * block, useful, "one block")
         return machine.Need(step, sequence + block, useful, f"one sequence of max_model_len={model.max_model_len}")

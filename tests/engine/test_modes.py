@@ -57,10 +57,10 @@ def test_engine_core_in_its_own_process(process_engine, alone):
 
 
 def test_a_cache_without_a_size_is_what_the_rows_can_use(process_engine):
-    """The tiny model's fits everywhere: 32 rows of 512 tokens, a block of 32 more for each, and the null block. vLLM's
-    own default is 0.92 of a memory node, and no engine where less is free."""
+    """The tiny model's fits everywhere: 32 rows of 512 tokens and a block of 32 more for each, twice, and the null
+    block. vLLM's own default is 0.92 of a memory node, and no engine where less is free."""
     cache = process_engine.llm_engine.vllm_config.cache_config
-    assert cache.num_gpu_blocks == 32 * (512 // 32 + 1) + 1
+    assert cache.num_gpu_blocks == 2 * 32 * (512 // 32 + 1) + 1
     assert cache.gpu_memory_utilization == type(cache).gpu_memory_utilization and cache.kv_cache_memory_bytes is None
 
 

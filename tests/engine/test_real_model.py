@@ -92,7 +92,7 @@ def test_a_thousand_particles():
         enforce_eager=True,
         max_model_len=256,
         max_num_seqs=1024,
-        kv_cache_memory_bytes=5 << 30,
+        kv_cache_memory_bytes=3 << 30,
     )
     params = SMCParams(n_particles=1024, max_tokens=64, ess_threshold=0.5, ignore_eos=True)
     population = engine.smc(PROMPT, params, Lexicon(words=["sea"], weight=2.0))
