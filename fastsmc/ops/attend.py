@@ -42,6 +42,7 @@ class AttendPlan:
     Attributes:
         backend: whose plan it is.
         table: (R, C) int32, a copy.
+        known_shared: as `plan_attend` got it.
         order: (R,) int32, rows sorted by their blocks. For 'triton' it and n_shared are made when first asked for, so
             that a plan that is not used costs the device a copy.
         n_shared: columns on which all rows agree, the common prefix: an int, or for 'triton' (1,) int32 on the device.
@@ -54,10 +55,9 @@ class AttendPlan:
     """
 
     def __init__(self, table: Tensor, backend: str, known_shared: int = 0) -> None:
-        self.backend, self.table = backend, table.contiguous().clone()
+        self.backend, self.table, self.known_shared = backend, table.contiguous().clone(), known_shared
         if backend == "triton":
             n_rows, n_columns = table.shape
-            self._known_shared = known_shared
             self.n_nodes = n_rows * (n_columns > known_shared) + (known_shared > 0)
             self.n_reads = known_shared + n_rows * (n_columns - known_shared)
             return
@@ -76,7 +76,7 @@ class AttendPlan:
     def _made(self) -> tuple[Tensor, int | Tensor]:
         from fastsmc.kernels import attend as kernel
 
-        return kernel.plan(self.table, self._known_shared)
+        return kernel.plan(self.table, self.known_shared)
 
     @property
     def order(self) -> Tensor:

@@ -67,7 +67,7 @@ class Engine:
         device: torch.device of the group's tensors.
         vocab_size: int V, columns of `logw_next`.
         hidden_size: int H, or None.
-        model: the base model as the engine runs it, or None.
+        model: the base model as the engine runs it, or None. Raises under tensor parallelism: no process has it whole.
         model_name: its name or path, or None.
     """
 

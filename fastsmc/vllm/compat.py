@@ -133,6 +133,9 @@ def check_config(config: Any) -> None:
     model, parallel = config.model_config, config.parallel_config
     refused = {
         **{f"{name} > 1": getattr(parallel, name) > 1 for name in _PARALLEL},
+        "distributed_executor_backend='external_launcher' with tensor_parallel_size > 1": (
+            parallel.tensor_parallel_size > 1 and parallel.distributed_executor_backend == "external_launcher"
+        ),
         "speculative decoding": config.speculative_config is not None,
         "KV transfer (kv_transfer_config)": config.kv_transfer_config is not None,
         "LoRA (enable_lora)": config.lora_config is not None,

@@ -69,6 +69,13 @@ class Model:
             self.attend.measure(layers, stock_metadata, max_rows, max_length)
         self.attend.costs = ranks.broadcast_object(self.attend.costs, src=0)
 
+    def forward(
+        self, tokens: Tensor, position: int, table: Tensor, slots: Tensor, plan: ops.AttendPlan | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(R, V) logits and (R, H) last hidden states of R rows, one token each; arguments as of `hidden`."""
+        hidden = self.hidden(tokens, position, table, slots, plan=plan)
+        return self.logits(hidden, slice(None)), hidden
+
     def hidden(
         self,
         tokens: Tensor,
@@ -81,14 +88,15 @@ class Model:
         """(R * n_query, H) last hidden states of R rows.
 
         Args:
-            tokens: (R * n_query,) int64, row by row.
+            tokens: (R * n_query,) integers, row by row.
             position: of each row's first token.
             table: (R, C) int32 block table, covering position + n_query tokens.
             slots: (R * n_query,) int64 where the keys and values go.
-            plan: of the table, for n_query = 1: rows may read the blocks that they share together.
+            plan: of the table, for n_query = 1: the rows read the blocks that they share together (`attend`). None:
+                vLLM's attention.
         """
         n_rows, length = table.shape[0], position + n_query
-        if plan is not None and self.attend.pays(plan, length):
+        if plan is not None:
             metadata = dict.fromkeys(self.layers, self.attend.metadata(plan, length))
         else:
             metadata = self._stock_metadata(table, length, slots, n_query)
@@ -122,14 +130,9 @@ class Model:
             metadata.update(dict.fromkeys(group.layer_names, built))
         return metadata
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(R, V) logits; every tensor-parallel rank gets them."""
-        return self._model.compute_logits(hidden)
-
-    def copy_block(self, source: int, target: Tensor, n_used: int) -> None:
-        """Copies the first `n_used` slots of one block onto another, (1,) int32, in every layer."""
-        head = torch.tensor([source], dtype=torch.int32, device=self.device)
-        self.reindex(torch.cat([head, target])[:, None], torch.zeros(2, dtype=torch.int64, device=self.device), n_used)
+    def logits(self, hidden: Tensor, rows: slice) -> Tensor:
+        """(R, V) logits of R rows of what `hidden` gave last; every tensor-parallel rank takes part."""
+        return self._model.compute_logits(hidden[rows])
 
     def reindex(self, table: Tensor, ancestors: Tensor, position: int) -> None:
         """`ops.reindex` of a table (N, C) int32 whose rows hold `position` tokens, and of the caches of all layers."""

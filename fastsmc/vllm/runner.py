@@ -51,24 +51,26 @@ class VllmRows:
         """The prompt's last token once more, in a private block, because the prompt's own may be shared."""
         model, paging, start = self._model, self.paging, self._start
         position = paging.position - 1
-        column = position // model.block_size
+        column, n_used = divmod(position, model.block_size)
+        source = torch.tensor([start.prompt_blocks[column]], dtype=torch.int32, device=model.device)
         scratch = paging.table[:1, paging.tail : paging.tail + 1]  # slot 0's own tail
-        model.copy_block(start.prompt_blocks[column], scratch[0], position % model.block_size)
+        both = torch.cat([source, scratch[0]])[:, None]
+        model.reindex(both, torch.zeros(2, dtype=torch.int64, device=model.device), n_used)
         table = torch.cat([paging.table[:1, :column], scratch], dim=1)
-        slots = scratch[0].long() * model.block_size + position % model.block_size
-        hidden = model.hidden(torch.tensor(start.prompt[-1:], device=model.device), position, table, slots)
-        return model.logits(hidden), hidden
+        slots = scratch[0].long() * model.block_size + n_used
+        return model.forward(torch.tensor(start.prompt[-1:], device=model.device), position, table, slots)
 
     def next(self, tokens: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
-        paging = self.paging
+        paging, attend = self.paging, self._model.attend
         table = paging.table[slots, : paging.tail + 1]
         # what the table hangs on: slots are ascending, and between moves rows can only drop out (RowModel.next)
         seen = (self._n_moves, len(slots), paging.tail)
-        if self._model.attend.why_not is None and seen != self._planned_for:
-            self._plan, self._planned_for = self._model.attend.plan(table, paging.n_prompt_columns), seen
-        hidden = self._model.hidden(tokens, paging.position, table, paging.slots(slots), plan=self._plan)
+        if attend.why_not is None and seen != self._planned_for:
+            self._plan, self._planned_for = attend.plan(table, paging.n_prompt_columns), seen
+        pays = self._plan is not None and attend.pays(self._plan, paging.position + 1)
+        out = self._model.forward(tokens, paging.position, table, paging.slots(slots), self._plan if pays else None)
         paging.position += 1
-        return self._model.logits(hidden), hidden
+        return out
 
     def reindex(self, ancestors: Tensor) -> None:
         self._n_moves += 1
@@ -88,19 +90,20 @@ class VllmRows:
             hidden = model.hidden(
                 query.reshape(-1), paging.position, paging.table[part, :n_columns], paging.slots(part, n), n
             )
-            scores = []
-            for h, want in zip(
-                hidden.split(model.max_logits_rows), target.repeat(len(part)).split(model.max_logits_rows), strict=True
-            ):
-                logits = model.logits(h)
+            scores, wanted = [], target.repeat(len(part))
+            for begin in range(0, len(hidden), model.max_logits_rows):
+                rows = slice(begin, begin + model.max_logits_rows)
+                logits = model.logits(hidden, rows)
                 lse = ops.weigh(logits, temperature=temperature).lse
-                scores.append(logits.gather(1, want[:, None])[:, 0].double() / temperature - lse)
+                scores.append(logits.gather(1, wanted[rows, None])[:, 0].double() / temperature - lse)
             out[i : i + chunk] = torch.cat(scores).reshape(len(part), n).sum(1)
         return out
 
 
 class ParticleRunner:
     """The groups and potentials of one worker."""
+
+    engine_class = GroupEngine
 
     def __init__(self, model_runner: Any) -> None:
         self.model = Model(model_runner)
@@ -120,7 +123,7 @@ class ParticleRunner:
                 tokenizer = AutoTokenizer.from_pretrained(
                     config.tokenizer, revision=config.tokenizer_revision, trust_remote_code=config.trust_remote_code
                 )
-            self._engine = GroupEngine(
+            self._engine = self.engine_class(
                 tokenizer, self.model.device, config.get_vocab_size(), config.get_hidden_size(), self._net, config.model
             )
         return self._engine

@@ -1,8 +1,8 @@
 """vLLM's workers with a particle runner beside the model runner.
 
 The particle runner is made at start-up, as soon as the model and the KV cache are there, so that what it cannot do is
-refused then. A particle-only step
-schedules no tokens for vLLM, so its result is returned from `execute_model` itself, in every process mode.
+refused then. A particle-only step schedules no tokens for vLLM, so its result is returned from `execute_model` itself,
+in every process mode. Of several tensor-parallel ranks vLLM takes the first one's result (`fastsmc.vllm.ranks`).
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.worker.gpu_worker import Worker
 
 from fastsmc.vllm import attention, compat
+from fastsmc.vllm.ranks import Follower, make_runner
 from fastsmc.vllm.runner import ParticleRunner
 
 
 class SMCWorkerMixin:
-    smc_runner: ParticleRunner
+    smc_runner: ParticleRunner | Follower
 
     def load_model(self, *args: Any, **kwargs: Any) -> Any:
         compat.check_attention()
@@ -27,7 +28,7 @@ class SMCWorkerMixin:
 
     def compile_or_warm_up_model(self) -> Any:
         times = super().compile_or_warm_up_model()
-        self.smc_runner = ParticleRunner(self.model_runner)
+        self.smc_runner = make_runner(self.model_runner)
         return times
 
     def execute_model(self, scheduler_output: Any) -> Any:
@@ -41,7 +42,12 @@ class SMCWorkerMixin:
         return super().execute_model(scheduler_output)
 
     def smc_put_potential(self, name: str, potential: Any) -> str | None:
-        """Keeps a potential (an object, or cloudpickle bytes of one); None, or why it could not be set up."""
+        """Keeps a potential (an object, or cloudpickle bytes of one); None, or why it could not be set up.
+
+        Only tensor-parallel rank 0 unpickles it and sets it up; the others are asked too, since vLLM asks all.
+        """
+        if isinstance(self.smc_runner, Follower):
+            return None
         try:
             if isinstance(potential, bytes):
                 potential = cloudpickle.loads(potential)
@@ -51,7 +57,8 @@ class SMCWorkerMixin:
         return None
 
     def smc_drop_potential(self, name: str) -> None:
-        self.smc_runner.drop_potential(name)
+        if not isinstance(self.smc_runner, Follower):
+            self.smc_runner.drop_potential(name)
 
 
 class SMCGPUWorker(SMCWorkerMixin, Worker):

@@ -1,4 +1,7 @@
-"""The same seed gives the same population in every process mode, and beside whatever traffic."""
+"""The same seed gives the same population in every process mode, and beside whatever traffic.
+
+Tensor parallelism is in test_tensor_parallel.py.
+"""
 
 import pytest
 from tiny import PROMPT, TableTwist, value_table
@@ -86,25 +89,12 @@ def test_chunked_prefill_and_prefix_cache(engine, process_engine):
     assert cached.outputs[0].token_ids == fresh.outputs[0].token_ids
 
 
-def test_tensor_parallel(tiny_path, alone):
-    check(
-        make_engine(
-            tiny_path,
-            in_process=False,
-            env={"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
-            tensor_parallel_size=2,
-            max_num_seqs=64,
-        ),
-        alone,
-    )
-
-
 def test_a_progress_bar_counts_particle_steps(engine, capfd, all_blocks_back):
     engine.smc(PROMPT, SMCParams(n_particles=4, max_tokens=20), use_tqdm=True)
     assert "20/20" in capfd.readouterr().err
 
 
-def test_unsupported_features_are_refused_by_name(tiny_path, engine):
+def test_unsupported_features_are_refused_by_name(engine, monkeypatch):
     from fastsmc.vllm import compat
     from fastsmc.vllm.llm import engine_args
 
@@ -112,13 +102,16 @@ def test_unsupported_features_are_refused_by_name(tiny_path, engine):
         engine_args({"worker_cls": "mine"})
     with pytest.raises(compat.UnsupportedError, match="pipeline_parallel_size > 1, enable_lora"):
         engine_args({"pipeline_parallel_size": 2, "enable_lora": True, "max_model_len": 5})
-    config = engine.llm_engine.vllm_config
-    config.parallel_config.pipeline_parallel_size = 2
-    try:
-        with pytest.raises(compat.UnsupportedError, match="pipeline_parallel_size > 1"):
-            compat.check_config(config)
-    finally:
-        config.parallel_config.pipeline_parallel_size = 1
+    parallel = engine.llm_engine.vllm_config.parallel_config
+    for change, name in (
+        ({"pipeline_parallel_size": 2}, "pipeline_parallel_size > 1"),
+        # every rank would have a scheduler of its own, and the results are rank 0's
+        ({"tensor_parallel_size": 2, "distributed_executor_backend": "external_launcher"}, "'external_launcher' with"),
+    ):
+        with monkeypatch.context() as patch, pytest.raises(compat.UnsupportedError, match=name):
+            for field, value in change.items():
+                patch.setattr(parallel, field, value)
+            compat.check_config(engine.llm_engine.vllm_config)
 
 
 def test_an_unknown_version_is_refused(monkeypatch):

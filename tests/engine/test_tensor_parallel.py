@@ -1,0 +1,380 @@
+"""Two tensor-parallel ranks: one decides, both hold the same tokens in their KV caches, whatever a potential does."""
+
+import os
+import random
+from collections import deque
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from tiny import PROMPT, TableTwist, hf_log_probs
+from vllm import SamplingParams
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from fastsmc import Potential, SMCError, SMCParams, ops
+from fastsmc.potentials import Infill
+from fastsmc.vllm.lead import Tick
+from fastsmc.vllm.ranks import Follower, Leader, LeadingRunner
+
+from .conftest import VOCAB, environment, make_engine
+from .test_engine import EVERY_STEP, Broken, check_log_probs, prompt_of, same
+from .test_modes import PARAMS, POTENTIAL, alone, check  # noqa: F401  `alone` is a fixture
+from .test_twist import PHI, params_of, save_twist
+
+GREEDY = SamplingParams(max_tokens=30, temperature=0.0, ignore_eos=True)
+ENV = {
+    "VLLM_CPU_OMP_THREADS_BIND": "0|1",
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # functions are sent to the workers
+    "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": "90",  # ranks that have parted wait for each other: an error, and no more
+}
+
+
+@pytest.fixture(scope="module")
+def parallel(tiny_path):
+    with environment(**ENV):
+        yield make_engine(
+            tiny_path,
+            in_process=False,
+            env=ENV,
+            tensor_parallel_size=2,
+            max_num_seqs=64,
+            num_gpu_blocks_override=161,
+            kv_cache_memory_bytes=1 << 26,
+        )
+
+
+def every_block_is_free(engine):
+    """A group that needs 151 of the 160 blocks finds them."""
+    population = engine.smc(PROMPT, SMCParams(n_particles=50, max_tokens=90, ess_threshold=0.0), POTENTIAL)
+    assert [len(tokens) for tokens in population.token_ids] == [90] * 50
+
+
+@pytest.fixture
+def all_blocks_back(request):
+    yield
+    every_block_is_free(request.getfixturevalue("parallel"))
+
+
+def test_populations_are_those_of_one_rank(parallel, alone, all_blocks_back):  # noqa: F811
+    """Side by side with other groups and ordinary requests too; a group that fails, fails alone."""
+    check(parallel, alone)
+
+
+# -------------------------------------------------------------------------------------- answers that differ by rank
+class Divergent(TableTwist):
+    """Answers differently in every process, and puts down which processes have asked."""
+
+    def __init__(self, how, folder):
+        super().__init__(POTENTIAL.value.numpy())
+        self.how, self.folder = how, folder
+
+    def setup(self, engine):
+        self.noise = torch.Generator().manual_seed(os.getpid())
+        # a set of texts has another order in each process
+        order = [int(text) for text in {str(token) for token in range(VOCAB)}]
+        random.Random(os.getpid()).shuffle(order)
+        self.bonus = torch.zeros(VOCAB, dtype=torch.float64)
+        self.bonus[order] = torch.linspace(-2, 2, VOCAB, dtype=torch.float64)
+        (self.folder / f"setup-{os.getpid()}").touch()
+
+    def reset(self, n_particles, prompt):
+        (self.folder / f"reset-{os.getpid()}").touch()
+
+    def _change(self, n):
+        return 2 * torch.randn(n, VOCAB, generator=self.noise) if self.how == "noise" else self.bonus.expand(n, -1)
+
+    def prefix(self, state):
+        return super().prefix(state) + self._change(len(state.finished))[:, 0].double()
+
+    def logw_next(self, state):
+        return super().logw_next(state) + self._change(len(state.finished))
+
+
+@pytest.mark.parametrize("how", ["noise", "order"])
+@pytest.mark.parametrize("proposal", ["twisted", "base"])
+def test_answers_that_differ_by_rank(parallel, tiny_path, tmp_path, proposal, how, all_blocks_back):
+    """The particles' log-probs are those of their tokens; one process has set the potential up and asked it."""
+    params = SMCParams(n_particles=32, max_tokens=60, ess_threshold=1.0, proposal=proposal, stop_token_ids=[5], seed=2)
+    populations = parallel.smc([prompt_of(50), PROMPT], params, Divergent(how, tmp_path))
+    for prompt, population in zip([prompt_of(50), PROMPT], populations, strict=True):
+        assert population.resampled[1:-1].any() and population.n_particles == 32
+        check_log_probs(tiny_path, prompt, population)
+    assert sorted(path.name.partition("-")[0] for path in tmp_path.iterdir()) == ["reset", "setup"]
+
+
+def test_the_other_ranks_hold_nothing(parallel):
+    names = parallel.collective_rpc(lambda worker: (type(worker.smc_runner).__name__, *vars(worker.smc_runner)))
+    assert names[0][0] == "LeadingRunner" and names[1] == ("Follower", "_model", "_ranks")
+
+
+# --------------------------------------------------------------------------- what a potential asks of the model
+class TwoEnds(Potential):
+    """Scores two continuations by the model, of unlike lengths; the second as often as the first one's score says."""
+
+    lookahead = 5
+
+    def setup(self, engine):
+        self.engine = engine
+
+    def prefix(self, state):
+        if state.step == 0:
+            return torch.zeros(len(state.finished), dtype=torch.float64)
+        return self.complete(state)
+
+    def complete(self, state):
+        score = self.engine.continuation_log_prob([1, 4, 6, 2, 7])
+        if float(score.max()) > -10.0:
+            score = torch.logaddexp(score, self.engine.continuation_log_prob([3, 0]))
+        return score
+
+
+def ask_in_parts(worker):
+    """Scores are made of 7 rows of logits at a time, 20 rows of hidden states."""
+    worker.smc_runner.model.max_logits_rows, worker.smc_runner.model.max_tokens = 7, 20
+
+
+def test_continuations_are_scored_by_all_ranks(parallel, engine, tiny_path, all_blocks_back):
+    parallel.collective_rpc(lambda worker: hasattr(worker.smc_runner, "model") and ask_in_parts(worker))
+    prompt, wanted = prompt_of(40), [1, 4, 6, 2, 7]
+    for every_step in (False, True):
+        params = SMCParams(n_particles=12, max_tokens=40, ess_threshold=0.0, stop_token_ids=[5], seed=4)
+        population = parallel.smc(prompt, params, Infill(wanted, every_step))
+        check_log_probs(tiny_path, prompt, population)
+        scores = hf_log_probs(tiny_path, prompt, [tokens + wanted for tokens in population.token_ids])
+        np.testing.assert_allclose(population.log_weights, [one[-5:].sum() for one in scores], atol=2.5e-3)
+        same(population, engine.smc(prompt, params, Infill(wanted, every_step)))
+    for make in (lambda: Infill(wanted, every_step=True), TwoEnds):
+        same(*(llm.smc(prompt, EVERY_STEP, make()) for llm in (parallel, engine)))
+
+
+def attend_always(worker):
+    runner = worker.smc_runner
+    if isinstance(runner, LeadingRunner):
+        runner.model.attend.pays = lambda plan, length: length % 3 != 0
+        return
+    attend, stock = runner._model.attend, runner._model._stock_metadata
+    runner.seen = {"attend": 0, "stock": 0}
+
+    def counted(name, function):
+        def call(*args):
+            runner.seen[name] += 1
+            return function(*args)
+
+        return call
+
+    attend.plan, runner._model._stock_metadata = counted("attend", attend.plan), counted("stock", stock)
+
+
+def attend_as_it_pays(worker):
+    model = getattr(worker.smc_runner, "_model", worker.smc_runner.__dict__.get("model"))
+    model.attend.__dict__.pop("pays", None), model.attend.__dict__.pop("plan", None)
+    model.__dict__.pop("_stock_metadata", None)
+    return worker.smc_runner.__dict__.pop("seen", None)
+
+
+def test_rank_zero_chooses_the_attention(parallel, engine, tiny_path, all_blocks_back):
+    """Of two steps in three `attend`, by a plan that each rank makes for itself: the same particles."""
+    parallel.collective_rpc(attend_always)
+    population = parallel.smc(prompt_of(50), EVERY_STEP, POTENTIAL)
+    check_log_probs(tiny_path, prompt_of(50), population)
+    same(population, engine.smc(prompt_of(50), EVERY_STEP, POTENTIAL))
+    lengths = range(51, 51 + 71)  # of the steps after the first one, whose row has nobody to share with
+    stock = 1 + sum(length % 3 == 0 for length in lengths)
+    assert parallel.collective_rpc(attend_as_it_pays)[1] == {"attend": 72 - stock, "stock": stock}
+
+
+def test_a_learned_twist(parallel, engine, tiny_path, tmp_path, all_blocks_back):
+    path = save_twist("linear", tiny_path, tmp_path / "twist")
+    for proposal in ("twisted", "base"):
+        params = params_of(24, 1.0, proposal=proposal)
+        same(*(llm.smc(PROMPT, params, PHI, twist=path) for llm in (parallel, engine)))
+
+
+class CallsTheModel(Potential):
+    def setup(self, engine):
+        assert engine.model is not None
+
+    def prefix(self, state):
+        return torch.zeros(len(state.finished), dtype=torch.float64)
+
+
+def test_the_network_alone_is_refused_by_name(parallel, engine):
+    params = SMCParams(n_particles=4, max_tokens=4)
+    assert engine.smc(PROMPT, params, CallsTheModel()).log_z == 0.0
+    with pytest.raises(SMCError, match=r"CallsTheModel.setup: .*engine.model: at tensor_parallel_size=2"):
+        parallel.smc(PROMPT, params, CallsTheModel())
+
+
+# ------------------------------------------------------------------------------------------------------ bad ends
+class FailsOnRankZero(TwoEnds):
+    """Fails where a model's answer is at hand, on one rank only."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def complete(self, state):
+        score = super().complete(state)
+        if state.step == self.step and torch.distributed.get_rank() == 0:
+            raise TimeoutError("no answer")
+        return score
+
+
+@pytest.mark.parametrize("step", [1, 30])
+def test_a_failure_ends_its_group_alone(parallel, engine, alone, all_blocks_back, step):  # noqa: F811
+    good, bad = POTENTIAL, FailsOnRankZero(step)
+    prompts = [prompt_of(50), PROMPT, prompt_of(9)]
+    with pytest.raises(SMCError, match=f"FailsOnRankZero.prefix at step {step - 1}.*TimeoutError: no answer") as caught:
+        parallel.smc(prompts, PARAMS["base"], [good, bad, Broken("nan")])
+    first, *others = caught.value.populations
+    same(first, alone["base"])
+    assert others == [None, None]
+    same(parallel.smc(prompt_of(50), PARAMS["twisted"], good), alone["twisted"])
+    outputs = [llm.generate({"prompt_token_ids": prompt_of(50)}, GREEDY, use_tqdm=False) for llm in (parallel, engine)]
+    assert outputs[0][0].outputs[0].token_ids == outputs[1][0].outputs[0].token_ids
+
+
+def test_aborts(parallel, alone, all_blocks_back):  # noqa: F811
+    """In the queue, in its prefill and while it runs."""
+    core, name = parallel.llm_engine, parallel.register_potential(POTENTIAL)
+    for n_steps in (0, 1, 3, 6):
+        request_id = str(next(parallel.request_counter))
+        core.add_request(request_id, parallel._prompt(prompt_of(50)), parallel.lead_params(EVERY_STEP, name))
+        for _ in range(n_steps):
+            core.step()
+        core.abort_request([request_id])
+    parallel.drop_potential(name)
+    same(parallel.smc(prompt_of(50), PARAMS["twisted"], POTENTIAL), alone["twisted"])
+
+
+# ------------------------------------------------------------------------------------------ messages, with no engine
+BLOCK, COLUMNS = 4, 6
+
+
+class Net:
+    """A `Model` that puts down its calls, over KV caches that are real."""
+
+    device, block_size, max_tokens, max_logits_rows = torch.device("cpu"), BLOCK, 64, 64
+
+    def __init__(self):
+        self.attend = SimpleNamespace(
+            plan=lambda table, known_shared: ops.plan_attend(table, known_shared=known_shared)
+        )
+        generator = torch.Generator().manual_seed(0)
+        self.caches = [torch.randn(200, 2, BLOCK, 3, generator=generator) for _ in range(2)]
+        self.calls, self.fails = [], False
+
+    def forward(self, tokens, position, table, slots, plan=None):
+        return self.logits(self.hidden(tokens, position, table, slots, 1, plan), slice(None)), None
+
+    def hidden(self, tokens, position, table, slots, n_query=1, plan=None):
+        if self.fails:
+            raise MemoryError("no room")
+        kept = torch.stack([cache.sum() for cache in self.caches]).tolist()  # what is there when the call is made
+        known = plan and (plan.known_shared, plan.table.tolist())
+        self.calls.append((tokens.tolist(), position, table.tolist(), slots.tolist(), n_query, known, kept))
+        for cache in self.caches:
+            for i, slot in enumerate(slots.tolist()):
+                cache[slot // BLOCK, :, slot % BLOCK] = float(tokens[i] + i)
+        return torch.arange(len(tokens))
+
+    def logits(self, hidden, rows):
+        self.calls.append(hidden[rows].tolist())
+
+    def reindex(self, table, ancestors, position):
+        ops.reindex(table, ancestors, position=position, block_size=BLOCK, caches=self.caches, slot_dim=2)
+
+
+@pytest.fixture
+def pair():
+    """A leader, its network, the messages that it has sent, and what the other rank's network has made of them."""
+    sent, net, other = deque(), Net(), Net()
+    follower = Follower(other, SimpleNamespace(broadcast_object=sent.popleft, rank_in_group=1))
+    return Leader(net, SimpleNamespace(broadcast_object=sent.append)), net, sent, follower, other
+
+
+def in_place_form(generator, n):
+    ancestors = torch.randint(n, (n,), generator=generator)
+    kept = torch.unique(ancestors)
+    return ancestors.scatter(0, kept, kept)
+
+
+def test_the_other_rank_makes_the_same_calls(pair):
+    """Two groups of unlike size in turn, moves in plenty before, between and after the calls."""
+    leader, net, sent, follower, other = pair
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(4):
+        blocks = [torch.arange(n * COLUMNS, dtype=torch.int32) + 100 * i for i, n in enumerate((5, 9))]
+        tables, n_messages = [ids.view(-1, COLUMNS) for ids in blocks], 1
+        with leader.tick():
+            for position in range(3, 14):
+                for table in tables:
+                    for _ in range(int(torch.randint(3, (), generator=generator))):
+                        leader.reindex(table, in_place_form(generator, len(table)), position)
+                    rows = torch.arange(0, len(table), 1 + position % 2)
+                    used, n_query = table[rows, : position // BLOCK + 2], 1 + 2 * (position % 3 == 0)
+                    slots = torch.arange(position, position + n_query)
+                    slots = (used[:, slots // BLOCK].long() * BLOCK + slots % BLOCK).reshape(-1)
+                    tokens = torch.randint(50, (len(slots),), generator=generator)
+                    n_messages += 1
+                    if n_query == 1:
+                        plan = ops.plan_attend(used, known_shared=position % 2) if position % 5 else None
+                        leader.forward(tokens, position, used, slots, plan)
+                    else:
+                        hidden = leader.hidden(tokens, position, used, slots, n_query)
+                        for begin in range(0, len(hidden), 4):
+                            leader.logits(hidden, slice(begin, begin + 4))
+                            n_messages += 1
+            leader.reindex(tables[0], in_place_form(generator, 5), 14)  # of a group that no pass follows in this tick
+        assert len(sent) == n_messages  # one per call, and the end
+        assert follower.run(Tick([], [])) == [] and not sent
+        assert other.calls == net.calls and len(net.calls) > 20
+        assert all(map(torch.equal, other.caches, net.caches))
+
+
+def test_what_fails_outside_the_model_leaves_the_ranks_together(pair):
+    leader, net, sent, follower, other = pair
+    table = torch.arange(12, dtype=torch.int32).view(3, 4)
+    with pytest.raises(KeyError), leader.tick():
+        leader.reindex(table, torch.tensor([0, 0, 2]), 6)
+        with pytest.raises(ValueError, match="ancestors"):
+            leader.reindex(table, torch.tensor([1, 2, 0]), 6)  # refused: moves nothing anywhere
+        raise KeyError
+    assert follower.run(Tick([], [])) == [] and not sent
+    assert all(map(torch.equal, other.caches, net.caches)) and not torch.equal(net.caches[0], Net().caches[0])
+    with pytest.raises(RuntimeError, match="outside a tick"):
+        leader.logits(torch.zeros(3), slice(None))
+    assert not sent
+
+
+def test_a_model_that_fails_fails_the_step(pair):
+    """Even if a potential has swallowed the error: the other ranks wait in a collective."""
+    leader, net, sent, _, _ = pair
+    table, one = torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, dtype=torch.int64)
+    runner = object.__new__(LeadingRunner)
+    runner.model, runner.groups = leader, {}
+    net.fails = True
+
+    def run_group(part, result):
+        for _ in range(2):
+            with pytest.raises((MemoryError, RuntimeError), match="no room"):
+                leader.forward(one, 0, table, one)
+
+    runner._run_group = run_group
+    part = SimpleNamespace(request_id="a", epoch=0)
+    with pytest.raises(RuntimeError, match="tensor-parallel rank 0.*no room"):
+        runner.run(Tick([part], []))
+    assert [call.verb for call, _ in sent] == ["forward"]  # nobody hears what comes after
+
+
+# ------------------------------------------------------------------------------------------------- the engine's end
+def break_the_network(worker):
+    if torch.distributed.get_rank() == 1:
+        worker.smc_runner._model._model = None
+
+
+def test_a_rank_that_cannot_follow_ends_the_engine(parallel):
+    """At once, as when a worker dies, and not after a time-out. The last test of this engine."""
+    parallel.collective_rpc(break_the_network)
+    with pytest.raises(EngineDeadError):
+        parallel.smc(PROMPT, PARAMS["base"], POTENTIAL)
