@@ -1,4 +1,7 @@
-"""The same seed gives the same population in every process mode, and beside whatever traffic."""
+"""The same seed gives the same population in every process mode, and beside whatever traffic.
+
+Tensor parallelism is in test_tensor_parallel.py.
+"""
 
 import re
 
@@ -184,6 +187,11 @@ def test_unsupported_configurations_are_refused_by_name(engine, monkeypatch):
             patch.setattr(part, name, value)
             with pytest.raises(compat.UnsupportedError, match=said):
                 compat.check_config(config)
+    with monkeypatch.context() as patch:  # every rank would have a scheduler of its own, and the results are rank 0's
+        patch.setattr(config.parallel_config, "tensor_parallel_size", 2)
+        patch.setattr(config.parallel_config, "distributed_executor_backend", "external_launcher")
+        with pytest.raises(compat.UnsupportedError, match="'external_launcher' with"):
+            compat.check_config(config)
     # a model with a vision tower that may be asked to look; the same model as a text model is taken
     for multimodal in (True, False):
         with monkeypatch.context() as patch:
