@@ -100,22 +100,27 @@ def _of_mapping(prompt: Mapping, name: str) -> Any:
     return prompt["prompt"]
 
 
-def read_exact(name: str, exact: Any, params: SMCParams, vocab_size: int | None = None) -> list[list[int]]:
-    """Exact samples of a target, for one prompt, as lists of token ids.
-
-    Raises:
-        ValueError: naming `name`: it is no list of such, not as many as a group takes, or one is too long.
-    """
+def read_samples(name: str, exact: Any, vocab_size: int | None = None) -> list[list[int]]:
+    """Exact samples of a target as lists of token ids. ValueError, naming `name`: it is no list of such."""
     rows = exact.tolist() if getattr(exact, "ndim", None) == 2 and hasattr(exact, "tolist") else exact
     if not isinstance(rows, (list, tuple)) or not len(rows) or any(map(_is_number, rows)):
         raise ValueError(f"{name}={short(exact)}: must be a list of exact samples, each a list of token ids")
-    n = params.n_particles
+    return [token_list(f"{name}[{i}]", ids, vocab_size) for i, ids in enumerate(rows)]
+
+
+def read_exact(name: str, exact: Any, params: SMCParams, vocab_size: int | None = None) -> list[list[int]]:
+    """As `read_samples`, for one group, which takes one sample or as many as it has particles.
+
+    Raises:
+        ValueError: naming `name`: it is no list of samples, or there are not as many as that.
+    """
+    rows, n = read_samples(name, exact, vocab_size), params.n_particles
     if len(rows) not in (1, n) or (len(rows) > 1 and params.ess_threshold > 0.0):
         raise ValueError(
             f"{name}: {len(rows)} sequences for {n} particles at ess_threshold={params.ess_threshold:g}; give one, or "
             "at ess_threshold=0 as many as particles"
         )
-    return [token_list(f"{name}[{i}]", ids, vocab_size) for i, ids in enumerate(rows)]
+    return rows
 
 
 def read_each(

@@ -247,7 +247,7 @@ def _exact(path: str | None) -> list[list[int]] | None:
 
     try:
         value = json.loads(Path(path).read_text())
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # bytes that are no text, too
         raise ValueError(f"--exact {path}: is not JSON: {error}") from None
     if not isinstance(value, list) or not value:
         raise ValueError(f"--exact {path}: must be a list of lists of token ids")

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from fastsmc.arguments import read_samples
 from fastsmc.params import SMCParams
 from fastsmc.population import Population
 from fastsmc.potentials import Potential
@@ -33,18 +34,15 @@ Z95 = 1.959963984540054
 def _check(exact: Any, runs: int) -> list[list[int]]:
     if isinstance(runs, bool) or not hasattr(runs, "__index__") or runs < 1:
         raise ValueError(f"runs={runs!r}: must be an integer of at least 1")
-    if exact is None or isinstance(exact, str) or not len(exact):
-        raise ValueError(f"exact={exact!r}: needs at least one exact sample of the target, as a list of token ids")
-    return [[int(v) for v in ids] for ids in exact]
+    return read_samples("exact", exact)
 
 
 def _run(
     llm: Any, prompt: Any, params: SMCParams, potential: Potential | None, twist: Any, runs: int, first: int, exact=None
 ) -> list[Population]:
     """Runs `runs` groups of one prompt, numbered from params.group + first."""
-    ids = llm.get_tokenizer().encode(prompt) if isinstance(prompt, str) else [int(v) for v in prompt]
     params = dataclasses.replace(params, group=params.group + first)
-    return llm.smc([ids] * runs, params, potential, twist=twist, exact=exact)
+    return llm.smc([prompt] * runs, params, potential, twist=twist, exact=exact)
 
 
 def _mean(values: np.ndarray, clusters: np.ndarray | None = None) -> tuple[float, float]:
@@ -287,6 +285,7 @@ def weigh(
     twist: str | os.PathLike | None = None,
 ) -> np.ndarray:
     """Computes log p0 φ / q of complete sequences, (K,) float64, with n_particles of them per group."""
+    exact = read_samples("exact", exact)
     size = min(params.n_particles, len(exact))
     chunks = [list(exact[i : i + size]) for i in range(0, len(exact), size)]
     fill = size - len(chunks[-1])

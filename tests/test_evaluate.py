@@ -132,6 +132,6 @@ def test_runs_without_any_weight(tiny):
 
 def test_refusals(tiny):
     params, llm = SMCParams(n_particles=4, max_tokens=STEPS), TableLLM(tiny)
-    for exact, runs, why in (([], 4, "exact="), (None, 4, "exact="), ([[0, 0, 0]], 0, "runs=0")):
+    for exact, runs, why in (([], 4, "exact="), (None, 4, "exact="), ([5, 6], 4, "exact="), ([[0, 0, 0]], 0, "runs=0")):
         with pytest.raises(ValueError, match=why):
             evaluate.log_z_bounds(llm, PROMPT, params, POTENTIAL, exact=exact, runs=runs)
