@@ -25,7 +25,8 @@ from fastsmc import ops
 from fastsmc.group import DRAW, RESAMPLE, SMCError
 from fastsmc.params import SMCParams
 from fastsmc.population import Population
-from fastsmc.potentials import Potential, Rows, State, answered
+from fastsmc.potentials import Potential, State, answered
+from fastsmc.potentials.answers import NextRows
 
 # what `fault` may hold first: who gave a number that it must not
 _FAULTS = {1: "the model's logits", 2: "logw_next", 3: "prefix", 4: "complete", 5: "the block pool"}
@@ -221,10 +222,10 @@ class CapturedGroup:
 
     def _step_twisted(self, logits: Tensor, first: bool) -> None:
         active = ~self.finished & self._going
-        log_psi, psi_rows = self._twist()
+        twist = self._twist(logits.shape[1])
         rows = torch.where(active, self._rows, -1)
-        given = {"logit_rows": rows, "psi_rows": psi_rows, "temperature": self.params.temperature}
-        weighed = ops.weigh(logits, log_psi, **given)
+        given = {"logit_rows": rows, **twist._asdict(), "temperature": self.params.temperature}
+        weighed = ops.weigh(logits, **given)
         self._check(active & weighed.lse.isnan(), _MODEL)
         self._check(active & weighed.lse_psi.isnan(), _NEXT)
         change = torch.where(active, weighed.lse_psi - weighed.lse, 0.0).nan_to_num(nan=-math.inf, neginf=-math.inf)
@@ -242,7 +243,7 @@ class CapturedGroup:
             active = active[parents]
         active = active & (ess > 0)  # without any weight nothing is drawn
         u = ops.stratify(self._uniforms(DRAW), rank, count)
-        drawn = ops.draw(logits, weighed, parents, u, log_psi, **given)
+        drawn = ops.draw(logits, weighed, parents, u, **given)
         ended = self._append(drawn, active)
         self.log_psi += torch.where(active, drawn.log_psi.nan_to_num(nan=-math.inf, neginf=-math.inf), 0.0)
         self._reweigh(torch.where(ended, self._ask(self.potential.complete, ended, _COMPLETE), self.log_psi))
@@ -263,12 +264,11 @@ class CapturedGroup:
             same = (self.log_w == self.log_w[0]).all()
             self._rank.copy_(torch.where(same, self._rows, 0))
             self._count.copy_(torch.where(same, self.n, 1))
-        twist = self._twist() if self._weighs_by_next else None
+        twist = self._twist(logits.shape[1]) if self._weighs_by_next else None
         drawn = ops.draw(logits, weighed, self._rows, ops.stratify(u, self._rank, self._count), **given)
         new_psi = self.log_psi
         if twist is not None:
-            log_psi, psi_rows = twist
-            change = log_psi[psi_rows, drawn.tokens.clamp(min=0)].double()
+            change = twist.of_tokens(self._rows, drawn.tokens.clamp(min=0))
             new_psi = new_psi + self._checked(change, active & (drawn.tokens >= 0), _NEXT)
         ended = self._append(drawn, active)
         if self.potential is not None:
@@ -363,15 +363,12 @@ class CapturedGroup:
     def _ask(self, method: object, asked: Tensor, kind: int) -> Tensor:
         return self._checked(method(_State(self, self._step + 1)), asked, kind)
 
-    def _twist(self) -> tuple[Tensor, Tensor]:
-        answer = self.potential.logw_next(_State(self, self._step))
-        if isinstance(answer, Rows):
-            return answer.values, answer.index
-        if not isinstance(answer, Tensor) or answer.dim() != 2 or answer.shape[0] != self.n:
-            what = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
-            name = type(self.potential).__name__
-            raise SMCError(f"potential {name}.logw_next: returned {what}, must be (N, V) or Rows")
-        return answer, self._rows
+    def _twist(self, vocab: int) -> NextRows:
+        """As `Group._twist_rows`, but that indices are not looked at."""
+        try:
+            return NextRows.of(self.potential.logw_next(_State(self, self._step)), self.n, vocab, self.device)
+        except ValueError as error:
+            raise SMCError(f"potential {type(self.potential).__name__}.logw_next: {error}") from None
 
     def _lineages(self) -> Tensor:
         """(N, T) int64: each particle's own tokens, −1 beyond the last. T gathers of N, and only when looked at."""

@@ -1,4 +1,4 @@
-"""The contract of a potential: `Potential`, and what it sees (`State`, `Engine`) and may answer (`Rows`)."""
+"""The contract of a potential: `Potential`, and what it sees (`State`, `Engine`) and may answer (`Rows`, `Masked`)."""
 
 from __future__ import annotations
 
@@ -24,6 +24,25 @@ class Rows(NamedTuple):
 
     values: Tensor
     index: Tensor
+
+
+class Masked(NamedTuple):
+    """An (N, V) matrix of which only some tokens are allowed: −inf for those that are not, else `values`.
+
+    `Potential.logw_next` may return it. It is what constraints are made of: a row costs V / 8 bytes, and is read where
+    the logits are. The layout is that of `ops.weigh`, xgrammar and llguidance: particle i may take token v where bit
+    v % 32 of `bits[index[i], v // 32]` is set. Bits behind V are ignored; a particle without any bit has no next token,
+    and so weight zero. Values of tokens that are not allowed are not looked at.
+
+    Attributes:
+        bits: (M, ceil(V / 32)) int32.
+        index: (N,) int64 in [0, M).
+        values: (N, V) floating point or Rows, of the allowed tokens; None: 0.
+    """
+
+    bits: Tensor
+    index: Tensor
+    values: Tensor | Rows | None = None
 
 
 class State:
@@ -105,10 +124,15 @@ class Potential:
     proposal_only: bool = False
 
     def prepare(self, tokenizer: Any) -> None:
-        """Called in the front end, before `lookahead` is read; tokenizer: as `Engine.tokenizer`. Default: nothing."""
+        """Host work that may be slow, such as compiling tables; tokenizer: as `Engine.tokenizer`. Default: nothing.
+
+        Called before `setup` and before `lookahead` is read: in the front end for an object, which then travels to the
+        worker as it is; for a potential that a request names, in a thread of the worker, so that no step waits for it.
+        """
 
     def setup(self, engine: Engine) -> None:
-        """Called once, in the worker process, before the first group that uses this object."""
+        """Called once, in the worker process, before the first group that uses this object. Other groups wait for it:
+        what is slow belongs into `prepare`."""
 
     def reset(self, n_particles: int, prompt: list[int]) -> None:
         """Called when a group starts: per-particle state for `n_particles` empty sequences begins here."""
@@ -124,7 +148,7 @@ class Potential:
         """(N,) log φ(s); asked at each step at which particles end, about those."""
         return self.prefix(state)
 
-    def logw_next(self, state: State) -> Tensor | Rows | None:
+    def logw_next(self, state: State) -> Tensor | Rows | Masked | None:
         """(N, V) log ψ_{t+1}(s, v) − log ψ_t(s) for every next token v; None: not used in the proposal."""
         return None
 
