@@ -31,8 +31,21 @@ def accepts(found, text):
     return bool(found.accept[state])
 
 
-ATOMS = [*"abéZ .", r"\w", r"\W", r"\d", r"\S", "[a-c]", "[^ab]", "[]a-]", r"[\d_é]", r"[^\W\d]", "{", r"\.", r"\x61", "ß",
-         "漢", "(?:)"]  # fmt: skip
+ATOMS = [
+    *"abéZ .ß漢{",
+    r"\w",
+    r"\W",
+    r"\d",
+    r"\S",
+    "[a-c]",
+    "[^ab]",
+    "[]a-]",
+    r"[\d_é]",
+    r"[^\W\d]",
+    r"\.",
+    r"\x61",
+    "(?:)",
+]
 TEXTS = ["", *"abcABZéÉß ẞ漢1_.-]{\n", "ab", "ba", "aab", "éa", "a漢b", "  ", "aaa", "1a", "a1é", "bab", "abab", "ZZ"]
 
 
@@ -53,7 +66,7 @@ def random_pattern(rng, depth=0):
 @pytest.mark.parametrize("seed", range(4))
 def test_random_patterns_mean_what_re_means(seed):
     rng, n_true = random.Random(seed), 0
-    for _ in range(150):
+    for _ in range(50):
         pattern = random_pattern(rng)
         flag = rng.choice(["", "", "(?i)"])
         found = bytes_of(flag + pattern)
@@ -61,7 +74,7 @@ def test_random_patterns_mean_what_re_means(seed):
             want = re.fullmatch(flag + pattern, text) is not None
             assert accepts(found, text) == want, (flag + pattern, text)
             n_true += want
-    assert n_true > 500
+    assert n_true > 150
 
 
 @pytest.mark.parametrize(
@@ -128,16 +141,19 @@ def test_the_automaton_is_minimal():
 REFUSED = {
     "(?=a)a": "look-ahead", "(?!a)b": "look-ahead", "(?<=a)b": "look-behind", "(?<!a)b": "look-behind",
     r"(a)\1": "back-reference", r"(?P<n>a)(?P=n)": "back-reference", r"(?P<n>a)\k<n>": "back-reference",
-    "(": "group", "(a": "group", "a)": "group", "a)|(b": "group", "(?P<1>a)": "group's name", "(?P<a>x)(?P<a>y)": "group's name",
+    "(": "group", "(a": "group", "a)": "group", "a)|(b": "group", "(?P<1>a)": "group's name",
+    "(?P<a>x)(?P<a>y)": "group's name",
     "(?": "group", "(?'n'a)": "group", "(?#a": "group", "*a": "repetition", "a|+": "repetition", "{2}": "repetition",
-    "a{3,1}": "repetition", "a**": "repetition of a repetition", "a{2}{3}": "repetition of a repetition", "^*": "anchor",
+    "a{3,1}": "repetition", "a**": "repetition of a repetition", "a{2}{3}": "repetition of a repetition",
+    "^*": "anchor",
     "a{9999999999}": "repetition", "a++": "possessive", "a*+": "possessive", "a{2}+b": "possessive", "(?>a)": "atomic",
     "(?|a|b)": "branch-reset", "(a)?(?(1)b|c)": "conditional", "(?R)": "recursion", "(a)(?1)": "recursion",
     "(?m)^a": "flag m", "(?x) a": "flag x", "(?-u)a": "flag u, switched off", "(*UTF8)a": "control verb",
     r"\ba": "word boundary", r"a\B": "word boundary", r"\Ga": "anchor", r"\X": "grapheme", r"\R": "line break",
     r"\07": "octal", r"\q": "escape", "a\\": "escape", r"\xg1": "hexadecimal", r"\x{110000}": "hexadecimal",
-    r"\ud800": "hexadecimal", r"\N{NOTHING}": "named character", r"\p{Foo}": "Unicode property", r"\p": "Unicode property",
-    "[a": "class", "[]": "class", "[z-a]": "range", r"[a-\d]": "range", "[[:alpha:]]": "POSIX class", "[a[b]]": "set within a set",
+    r"\ud800": "hexadecimal", r"\N{NOTHING}": "named character", r"\p{Foo}": "Unicode property",
+    r"\p": "Unicode property", "[a": "class", "[]": "class", "[z-a]": "range", r"[a-\d]": "range",
+    "[[:alpha:]]": "POSIX class", "[a[b]]": "set within a set", "[--z]": "difference",
     "[a&&b]": "intersection", "[a-z--b]": "difference", "a\ud800": "surrogate", "(" * 200 + "a" + ")" * 200: "nested",
 }  # fmt: skip
 
@@ -157,8 +173,8 @@ def test_the_token_automaton_is_a_walk_of_the_bytes(seed):
     rng = random.Random(seed)
     for _ in range(25):
         found = bytes_of(random_pattern(rng))
-        tokens = [rng.choice([None, b"", "".join(rng.choice("abé漢Z1 .") for _ in range(rng.randint(1, 4))).encode(), bytes([rng.randrange(256)])])
-                  for _ in range(60)]  # fmt: skip
+        words = ["".join(rng.choice("abé漢Z1 .") for _ in range(rng.randint(1, 4))).encode() for _ in range(30)]
+        tokens = rng.sample([None, b"", *words, *words[:5], *(bytes([rng.randrange(256)]) for _ in range(30))], k=60)
         moves = token_moves(found, tokens, Limits(10**5, 60))
         byte_state, todo, edges = {0: 0}, [0], set()
         while todo:

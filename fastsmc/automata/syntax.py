@@ -309,7 +309,8 @@ class _Parser:
         if self.at >= len(self.text):
             self.refuse("a character class, or set in brackets, is opened and never closed", at)
         for sign, what in (("[:", "a POSIX class"), ("[", "a set within a set"), ("&&", "an intersection of sets"),
-                           ("~~", "a difference of sets"), ("||", "a union of sets")):  # fmt: skip
+                           ("~~", "a difference of sets"),
+            ("--", "a difference of sets"), ("||", "a union of sets")):  # fmt: skip
             if self.peek(sign):
                 self.unsupported(f"{what} (escape a character that stands for itself)", at)
         c = self.text[self.at]

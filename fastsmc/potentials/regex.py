@@ -25,31 +25,36 @@ class _Masks:
     """Masks of the states that particles have been in, by one number of tokens left; kept until they are too many.
 
     Attributes:
-        slot_of: (S + 1,) int64, where a state's mask is, -1 if it is not made.
-        bits: (capacity, ceil(V / 32)) int32, of which the first `used` are masks. What a step was given never changes.
+        states: (m + 1,) int64, ascending, whose masks there are; the last is no state.
+        slots: (m + 1,) int64, where they are in `bits`.
+        bits: (capacity, ceil(V / 32)) int32, of which the first m are masks. What a step was given never changes.
     """
 
     def __init__(self, n_states: int, n_words: int, device: torch.device) -> None:
-        self.slot_of = torch.full((n_states,), -1, dtype=torch.int64, device=device)
-        self.bits, self.used = torch.empty((0, n_words), dtype=torch.int32, device=device), 0
+        self.states = torch.tensor([n_states], dtype=torch.int64, device=device)
+        self.slots = torch.zeros_like(self.states)
+        self.bits = torch.empty((0, n_words), dtype=torch.int32, device=device)
 
     @property
     def n_bytes(self) -> int:
-        return 4 * self.bits.numel() + 8 * len(self.slot_of)
+        return 4 * self.bits.numel() + 16 * len(self.states)
+
+    def find(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """(N,) slots of states (N,) int64, and (N,) bool which of them have no mask."""
+        at = torch.searchsorted(self.states, states)
+        return self.slots[at], self.states[at] != states
 
     def add(self, states: Tensor, masks: Tensor) -> None:
-        """states (m,) int64, masks (m, W) int32."""
-        if 4 * self.bits.shape[1] * (self.used + len(states)) > MAX_MASK_BYTES:
-            self.slot_of.fill_(-1)
-            self.bits, self.used = self.bits[:0], 0
-        end = self.used + len(states)
+        """states (m,) int64 without masks, masks (m, W) int32."""
+        used = len(self.states) - 1
+        end = used + len(states)
         if end > len(self.bits):
             old = self.bits
-            self.bits = old.new_empty((max(end, 2 * len(old)), old.shape[1]))
-            self.bits[: self.used] = old[: self.used]
-        self.bits[self.used : end] = masks
-        self.slot_of[states] = torch.arange(self.used, end, device=states.device)
-        self.used = end
+            self.bits = old.new_empty((max(end, len(old) + len(old) // 20), old.shape[1]))
+            self.bits[:used] = old[:used]
+        self.bits[used:end] = masks
+        self.states, order = torch.sort(torch.cat([self.states, states]))
+        self.slots = torch.cat([self.slots, torch.arange(used, end, device=states.device)])[order]
 
 
 class _Budget:
@@ -126,21 +131,25 @@ class _Budget:
 
     def mask(self, at: Tensor, left: int) -> Masked:
         """(N,) states -> the next tokens after which, with `left` more, an accepting end is possible."""
-        entry, device = self._entry(left), at.device
-        if entry not in self._masks:
-            self._masks[entry] = _Masks(self.n_states, -(-len(self._classes) // 32), device)
+        entry = self._entry(left)
+        masks = self._masks.get(entry)
+        if masks is None:
+            masks = self._masks[entry] = self._no_masks()
         self._masks.move_to_end(entry)
-        masks = self._masks[entry]
-        slots = masks.slot_of[at]
-        if bool((slots < 0).any()):
-            new = torch.unique(at)
-            if masks.used * masks.bits.shape[1] * 4 <= MAX_MASK_BYTES // 2:
-                new = new[masks.slot_of[new] < 0]  # else all of them, because `add` may drop what there is
-            masks.add(new, torch.as_tensor(self._pack(new.tolist(), entry), device=device))
+        slots, missing = masks.find(at)
+        if bool(missing.any()):
+            new = torch.unique(at[missing])
+            if masks.n_bytes + 4 * masks.bits.shape[1] * len(new) > MAX_MASK_BYTES:
+                masks, new = self._no_masks(), torch.unique(at)
+                self._masks[entry] = masks
+            masks.add(new, torch.as_tensor(self._pack(new.tolist(), entry), device=at.device))
             while len(self._masks) > 1 and sum(m.n_bytes for m in self._masks.values()) > MAX_MASK_BYTES:
                 self._masks.popitem(last=False)
-            slots = masks.slot_of[at]
-        return Masked(masks.bits[: masks.used], slots)
+            slots, _ = masks.find(at)
+        return Masked(masks.bits, slots)
+
+    def _no_masks(self) -> _Masks:
+        return _Masks(self.n_states, -(-len(self._classes) // 32), self.accept.device)
 
     def _pack(self, states: list[int], entry: int) -> np.ndarray:
         """(m, ceil(V / 32)) int32 masks of m states, made on the host."""

@@ -257,11 +257,13 @@ class _Preparation:
     """A potential that a request named, made and prepared in a thread of its own.
 
     Attributes:
-        done: set when there is a potential, or an error.
+        done: set when there is a potential, or an error, or when it was given up.
+        wanted: bool, whether a group waits for it; if not, it is not begun any more.
     """
 
     def __init__(self, name: str, args: str, get_engine: Callable[[], GroupEngine], turns: threading.Semaphore) -> None:
         self.done = threading.Event()
+        self.wanted, self.given_up = True, False
         self.error: str | None = None
         self.potential: Potential | None = None
         # a daemon: an engine that is shut down does not wait for what nobody will use
@@ -270,6 +272,9 @@ class _Preparation:
     def _run(self, name: str, args: str, get_engine: Callable[[], GroupEngine], turns: threading.Semaphore) -> None:
         try:
             with turns:
+                if not self.wanted:
+                    self.given_up = True
+                    return
                 potential = potentials.resolve(name, json.loads(args))
                 potential.prepare(get_engine().tokenizer)
             self.potential = potential
@@ -367,9 +372,10 @@ class ParticleRunner:
         """
         if start.potential is None or start.potential.startswith(OBJECT) or (key := _named(start)) in self._potentials:
             return True
-        if key not in self._preparing:
+        if key not in self._preparing or self._preparing[key].given_up:
             self._preparing[key] = _Preparation(start.potential, start.potential_args, self._get_engine, self._turns)
         preparation, ranks = self._preparing[key], get_tp_group()
+        preparation.wanted = True
         # tensor-parallel ranks must agree: the first says when, and one that has failed has failed for all
         if not ranks.broadcast_object(preparation.done.is_set(), src=0):
             return False
@@ -410,8 +416,16 @@ class ParticleRunner:
         for request_id in request_ids:
             self.groups.pop(request_id, None)
             self._waiting.pop(request_id, None)
-        wanted = {_named(start) for start, _ in self._waiting.values()}
-        self._preparing = {key: p for key, p in self._preparing.items() if key in wanted or not p.done.is_set()}
+        wanted, idle = {_named(start) for start, _ in self._waiting.values()}, []
+        for key, preparation in list(self._preparing.items()):
+            preparation.wanted = key in wanted
+            if not preparation.wanted and preparation.done.is_set():
+                if preparation.potential is None:
+                    del self._preparing[key]
+                else:
+                    idle.append(key)
+        for key in idle[:-_MAX_NAMED]:
+            del self._preparing[key]
 
     def _wait_a_little(self, seconds: float) -> None:
         """Until one of the potentials that groups wait for is prepared, but not for long."""
