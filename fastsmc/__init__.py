@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from fastsmc.params import SMCParams
 from fastsmc.population import Population
-from fastsmc.potentials import Potential, Rows
+from fastsmc.potentials import Masked, Potential, Rows
 
 if TYPE_CHECKING:
     from fastsmc.group import SMCError
     from fastsmc.vllm.llm import LLM
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "Population", "Potential", "Rows", "SMCError", "SMCParams"]
+__all__ = ["LLM", "Masked", "Population", "Potential", "Rows", "SMCError", "SMCParams"]
 
 
 def __getattr__(name: str) -> Any:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,8 +24,8 @@ from fastsmc import ops
 from fastsmc.group import DRAW, RESAMPLE, SMCError
 from fastsmc.params import SMCParams
 from fastsmc.population import Population
-from fastsmc.potentials import Potential, Rows, State, answered
-from fastsmc.potentials.base import check_next, check_scores
+from fastsmc.potentials import Potential, State, answered
+from fastsmc.potentials.answers import NextRows, check_next, check_scores
 from fastsmc.potentials.copying import own_copy
 
 # what `fault` may hold first: who gave a number that it must not
@@ -227,10 +227,10 @@ class CapturedGroup:
 
     def _step_twisted(self, logits: Tensor, first: bool) -> None:
         active = ~self.finished & self._going
-        log_psi, psi_rows = self._twist()
+        twist = self._twist(logits.shape[1])
         rows = torch.where(active, self._rows, -1)
-        given = {"logit_rows": rows, "psi_rows": psi_rows, "temperature": self.params.temperature}
-        weighed = ops.weigh(logits, log_psi, **given)
+        given = {"logit_rows": rows, **twist._asdict(), "temperature": self.params.temperature}
+        weighed = ops.weigh(logits, **given)
         self._check(active & weighed.lse.isnan(), _MODEL)
         self._check(active & weighed.lse_psi.isnan(), _NEXT)
         change = torch.where(active, weighed.lse_psi - weighed.lse, 0.0).nan_to_num(nan=-math.inf, neginf=-math.inf)
@@ -248,8 +248,8 @@ class CapturedGroup:
             active = active[parents]
         active = active & (ess > 0)  # without any weight nothing is drawn
         u = ops.stratify(self._uniforms(DRAW), rank, count)
-        drawn = ops.draw(logits, weighed, parents, u, log_psi, **given)
-        if not first:  # not before the draw: `log_psi` may be a buffer that the potential moves, too
+        drawn = ops.draw(logits, weighed, parents, u, **given)
+        if not first:  # not before the draw: what it read may be a buffer that the potential moves, too
             self._call("reindex", 0, parents.clone())
         ended = self._append(drawn, active)
         self.log_psi += torch.where(active, drawn.log_psi.nan_to_num(nan=-math.inf, neginf=-math.inf), 0.0)
@@ -271,12 +271,11 @@ class CapturedGroup:
             same = (self.log_w == self.log_w[0]).all()
             self._rank.copy_(torch.where(same, self._rows, 0))
             self._count.copy_(torch.where(same, self.n, 1))
-        twist = self._twist() if self._weighs_by_next else None
+        twist = self._twist(logits.shape[1]) if self._weighs_by_next else None
         drawn = ops.draw(logits, weighed, self._rows, ops.stratify(u, self._rank, self._count), **given)
         new_psi = self.log_psi
         if twist is not None:
-            log_psi, psi_rows = twist
-            change = log_psi[psi_rows, drawn.tokens.clamp(min=0)].double()
+            change = twist.of_tokens(self._rows, drawn.tokens.clamp(min=0))
             new_psi = new_psi + self._checked(change, active & (drawn.tokens >= 0), _NEXT, 0)
         ended = self._append(drawn, active)
         if self.potential is not None:
@@ -368,31 +367,36 @@ class CapturedGroup:
         self._check(values.isnan() | (values == math.inf), kind, later)
         return values.nan_to_num(nan=-math.inf, posinf=-math.inf, neginf=-math.inf)
 
-    def _call(self, method: str, later: int, *args: object) -> object:
+    def _error(self, method: str, later: int, what: str) -> SMCError:
+        return SMCError(f"potential {type(self.potential).__name__}.{method} at step {self.t + later}: {what}")
+
+    def _call(self, method: str, later: int, *args: object, vocab_size: int | None = None) -> Any:
         """Whatever the potential does in a method ends this group alone; what it answers is checked."""
         try:
             answer = getattr(self.potential, method)(*args)
-            if method == "logw_next":
-                answer = check_next(self.potential, answer, self.finished)
-            elif method in ("prefix", "complete"):
-                answer = check_scores(self.potential, method, answer, self.finished)
         except KeyboardInterrupt:
             raise
         except BaseException as error:
-            name = type(self.potential).__name__
-            what = f"raised {type(error).__name__}: {error}"
-            raise SMCError(f"potential {name}.{method} at step {self.t + later}: {what}") from error
+            raise self._error(method, later, f"raised {type(error).__name__}: {error}") from error
+        try:
+            if method == "logw_next":
+                return check_next(self.potential, answer, self.finished, vocab_size)
+            if method in ("prefix", "complete"):
+                return check_scores(self.potential, method, answer, self.finished)
+        except TypeError as error:
+            raise self._error(method, later, str(error).partition(" ")[2]) from None
         return answer
 
     def _ask(self, method: str, later: int, asked: Tensor, kind: int) -> Tensor:
         """(N,) what `prefix` or `complete` answers of the State at the group's step + `later`; 0 outside `asked`."""
         return self._checked(self._call(method, later, _State(self, self._step + later)), asked, kind, later)
 
-    def _twist(self) -> tuple[Tensor, Tensor]:
-        answer = self._call("logw_next", 0, _State(self, self._step))
+    def _twist(self, vocab: int) -> NextRows:
+        """As `Group._twist_rows`, but that indices are not looked at."""
+        answer = self._call("logw_next", 0, _State(self, self._step), vocab_size=vocab)
         if answer is None:
-            raise SMCError(f"potential {type(self.potential).__name__}.logw_next at step {self.t}: returned None")
-        return (answer.values, answer.index) if isinstance(answer, Rows) else (answer, self._rows)
+            raise self._error("logw_next", 0, "returned None")
+        return NextRows.of(answer)
 
     def _lineages(self) -> Tensor:
         """(N, T) int64: each particle's own tokens, −1 beyond the last. T gathers of N, and only when looked at."""

@@ -37,8 +37,8 @@ from fastsmc import ops
 from fastsmc.arguments import read_exact
 from fastsmc.params import SMCParams
 from fastsmc.population import Population
-from fastsmc.potentials import Engine, Potential, Rows, State, answered
-from fastsmc.potentials.base import check_next, check_rows, check_scores
+from fastsmc.potentials import Engine, Potential, State, answered
+from fastsmc.potentials.answers import NextRows, check_next, check_rows, check_scores
 from fastsmc.potentials.copying import for_others, own_copy
 from fastsmc.potentials.tokens import token_list
 
@@ -277,11 +277,10 @@ class Group:
         if twist is None and self.t == 0:
             self.twisted = False
             return self._step_base(logits)
-        log_psi, psi_rows = self._proposal_rows(twist, logits.shape[1])
+        twist = self._twist_rows(twist, logits.shape[1]).rounded()
         logit_rows = self._row_of[self._active]
-        weighed = ops.weigh(
-            logits, log_psi, logit_rows=logit_rows, psi_rows=psi_rows, temperature=self.params.temperature
-        )
+        given = {"logit_rows": logit_rows, **twist._asdict(), "temperature": self.params.temperature}
+        weighed = ops.weigh(logits, **given)
         self._check_weighed(weighed, "logw_next")
         self._weighed_of = torch.full_like(self._all_rows, -1)
         self._weighed_of[self._active] = torch.arange(len(self._active), device=self.device)
@@ -299,19 +298,10 @@ class Group:
             self._follow(moved)
             return
         rows = self._weighed_of[self._active]
-        drawn = ops.draw(
-            logits,
-            weighed,
-            rows,
-            self._uniforms(),
-            log_psi,
-            logit_rows=logit_rows,
-            psi_rows=psi_rows,
-            temperature=self.params.temperature,
-        )
+        drawn = ops.draw(logits, weighed, rows, self._uniforms(), **given)
         if self._kept is not None:
-            drawn = self._force(drawn, logits, logit_rows[rows], weighed.lse[rows], log_psi, psi_rows[rows])
-        self._follow(moved)  # not before the draw: `log_psi` may be a buffer that the potential moves, too
+            drawn = self._force(drawn, logits, logit_rows[rows], weighed.lse[rows], twist, rows)
+        self._follow(moved)  # not before the draw: what it read may be a buffer that the potential moves, too
         drew = self._active
         ended = self._append(drawn.tokens, drawn.log_prob)
         self.log_psi[drew] += drawn.log_psi
@@ -322,39 +312,30 @@ class Group:
                 self.done = True
 
     def _step_base(self, logits: Tensor) -> None:
-        temperature, drew = self.params.temperature, self._active
+        drew, guide = self._active, None
+        given = {"temperature": self.params.temperature}
         if self._guided:
-            log_psi, psi_rows = self._proposal_rows(self._ask("logw_next", _GroupState(self)), logits.shape[1])
-            logit_rows, rows = self._row_of[drew], torch.arange(len(drew), device=self.device)
-            weighed = ops.weigh(logits, log_psi, logit_rows=logit_rows, psi_rows=psi_rows, temperature=temperature)
-            self._check_weighed(weighed, "logw_next")
+            guide = self._twist_rows(self._ask("logw_next", _GroupState(self)), logits.shape[1]).rounded()
+            rows = torch.arange(len(drew), device=self.device)
+            given |= {"logit_rows": self._row_of[drew], **guide._asdict()}
         else:
-            log_psi = psi_rows = logit_rows = None
             rows = self._row_of[drew]
-            weighed = ops.weigh(logits, temperature=temperature)
-            self._check_weighed(weighed, "model")
+        weighed = ops.weigh(logits, **given)
+        self._check_weighed(weighed, "logw_next" if self._guided else "model")
         if self.t == 0:
             self._stratify_first()
         twist = self._ask("logw_next", _GroupState(self)) if self._weighs_by_next else None
-        drawn = ops.draw(
-            logits,
-            weighed,
-            rows,
-            self._uniforms(),
-            log_psi,
-            logit_rows=logit_rows,
-            psi_rows=psi_rows,
-            temperature=temperature,
-        )
+        drawn = ops.draw(logits, weighed, rows, self._uniforms(), **given)
         if self._kept is not None:
-            drawn = self._force(drawn, logits, self._row_of[drew], weighed.lse[rows], log_psi, psi_rows)
+            drawn = self._force(drawn, logits, self._row_of[drew], weighed.lse[rows], guide, rows)
         if self._guided:  # p0 / q of what was drawn
             change = weighed.lse_psi - weighed.lse - drawn.log_psi
             self.log_w[drew] += torch.where(drawn.tokens < 0, -math.inf, change)
         new_psi = self.log_psi.clone()
         if twist is not None:
-            log_psi, psi_rows = self._twist_rows(twist, logits.shape[1])
-            change = log_psi[psi_rows, drawn.tokens].double()
+            twist = self._twist_rows(twist, logits.shape[1])
+            at = torch.arange(len(drew), device=self.device)
+            change = twist.of_tokens(at, drawn.tokens.clamp(min=0))
             self._check_values("logw_next", change, drew)
             new_psi[drew] += change
         ended = self._append(drawn.tokens, drawn.log_prob)
@@ -487,13 +468,13 @@ class Group:
         logits: Tensor,
         logit_rows: Tensor,
         lse: Tensor,
-        log_psi: Tensor | None,
-        psi_rows: Tensor | None,
+        twist: NextRows | None,
+        rows: Tensor,
     ) -> ops.Drawn:
         """`drawn` (R,) of the active rows with the tokens of the exact samples in their place.
 
         Args:
-            logit_rows, psi_rows: (R,) int64, the rows of logits and log_psi that each draw was from; lse: (R,).
+            logit_rows, rows: (R,) int64, the rows of logits and twist that each draw was from; lse: (R,).
         """
         position = torch.full_like(self._all_rows, -1)
         position[self._active] = torch.arange(len(self._active), device=self.device)
@@ -504,7 +485,7 @@ class Group:
         tokens, log_prob, psi = (x.clone() for x in drawn)
         tokens[at] = want
         log_prob[at] = logits[logit_rows[at], want].double() / self.params.temperature - lse[at]
-        psi[at] = 0.0 if log_psi is None else log_psi[psi_rows[at], want].double()
+        psi[at] = 0.0 if twist is None else twist.of_tokens(rows[at], want)
         if bool((log_prob[at] + psi[at] == -math.inf).any()):
             raise SMCError(f"exact: the model or the twist rules out one of its tokens at step {self.t}")
         return ops.Drawn(tokens, log_prob, psi)
@@ -606,23 +587,16 @@ class Group:
         self._check_values(method, answer, self._all_rows)
         return answer
 
-    def _twist_rows(self, twist: object, vocab: int) -> tuple[Tensor, Tensor]:
-        """(values (M, V), rows (R,) int64): the twist of active row r is values[rows[r]]."""
-        twist = self._checked("logw_next", check_next, self.potential, twist, self.finished, vocab)
-        if isinstance(twist, Rows):
-            twist = self._checked("logw_next", check_rows, self.potential, twist, ~self.finished)
-            return twist.values, twist.index[self._active]
-        if twist is None:
+    def _twist_rows(self, answer: object, vocab: int) -> NextRows:
+        """What `logw_next` answered, for the active rows."""
+        answer = self._checked("logw_next", check_next, self.potential, answer, self.finished, vocab)
+        if answer is None:
             raise self._error("logw_next", "returned None" + " after it had returned a tensor" * (self.t > 0))
-        return twist, self._active
-
-    def _proposal_rows(self, twist: object, vocab: int) -> tuple[Tensor, Tensor]:
-        """As `_twist_rows`, as `weigh` and `draw` read values: float64 is rounded once, not by each of them."""
-        values, rows = self._twist_rows(twist, vocab)
-        return values.float() if values.dtype == torch.float64 else values, rows
+        answer = self._checked("logw_next", check_rows, self.potential, answer, ~self.finished)
+        return NextRows.of(answer).select(self._active)
 
     def _check_weighed(self, weighed: ops.Weighed, who: str) -> None:
-        bad = torch.isnan(weighed.lse_psi)  # it is NaN where lse is
+        bad = torch.isnan(weighed.lse_psi) | torch.isnan(weighed.lse)  # not the same where a mask hides the model's
         if not bool(bad.any()):
             return
         model = torch.nonzero(torch.isnan(weighed.lse))

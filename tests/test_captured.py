@@ -17,7 +17,7 @@ from tiny import PROMPT, TinyLlama, hf_log_probs, make_llama, value_table
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastsmc import Potential, SMCParams
+from fastsmc import Masked, Potential, SMCParams
 from fastsmc.captured import CapturedGroup
 from fastsmc.group import Group, SMCError
 from fastsmc.params import RESAMPLING_SCHEMES
@@ -62,6 +62,27 @@ class NextOnly(Potential):
     capturable = True
     __init__, log_phi, _so_far = Values.__init__, Values.log_phi, Values._so_far
     complete, logw_next = Values.complete, Values.logw_next
+
+
+class MaskedNext(NextOnly):
+    """As NextOnly, where a token may be followed by three others."""
+
+    def __init__(self, value, device="cpu"):
+        super().__init__(value, device=device)
+        self.bits = torch.tensor([[0b111000], [0b101100], [0b100011]], dtype=torch.int32, device=device)
+        self.allowed = (self.bits >> torch.arange(VOCAB, device=device)) & 1 != 0
+
+    def _rows(self, state):
+        return state.lengths % 3
+
+    def complete(self, state):
+        tokens = state.tokens
+        rows = torch.arange(tokens.shape[1], device=tokens.device) % 3
+        wrong = (tokens >= 0) & ~self.allowed[rows, tokens.clamp(min=0)]
+        return torch.where(wrong.any(1), -math.inf, self._so_far(state))
+
+    def logw_next(self, state):
+        return Masked(self.bits, self._rows(state), super().logw_next(state))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -126,7 +147,7 @@ class HostTensors(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("potential", ["values", "next only", "lexicon", None])
+@pytest.mark.parametrize("potential", ["values", "next only", "masked", "lexicon", None])
 @pytest.mark.parametrize("proposal", ["twisted", "base"])
 def test_a_step_asks_the_device_nothing(path, proposal, potential):
     """On PyTorch's device without data: reading a number there raises, as does mixing it with another device."""
@@ -136,7 +157,9 @@ def test_a_step_asks_the_device_nothing(path, proposal, potential):
         potential = Lexicon(token_ids=[0, 2], weight=-math.inf)
         potential.setup(SimpleNamespace(vocab_size=VOCAB, device=device, tokenizer=None))
     elif potential is not None:
-        potential = {"values": Values, "next only": NextOnly}[potential](value_table(STEPS, VOCAB), device=device)
+        potential = {"values": Values, "next only": NextOnly, "masked": MaskedNext}[potential](
+            value_table(STEPS, VOCAB), device=device
+        )
     params = SMCParams(n_particles=5, max_tokens=4 * BLOCK, ess_threshold=0.7, proposal=proposal)
     blocks = list(range(-(-len(PROMPT) // BLOCK)))
     pool = torch.arange(len(blocks), 64, dtype=torch.int32, device=device)
@@ -160,7 +183,7 @@ def test_equals_the_group(path, scheme, threshold, proposal, device):
             n_particles=n, max_tokens=steps, ess_threshold=threshold, resampling=scheme, proposal=proposal,
             stop_token_ids=[STOP], seed=seed,
         )  # fmt: skip
-        for kind in (Values, NextOnly):
+        for kind in (Values, NextOnly, MaskedNext):
             potential = kind(value_table(steps, VOCAB), device=device)
             assert_same(
                 run_captured(path, params, potential, device=device), run_group(path, params, potential, device=device)

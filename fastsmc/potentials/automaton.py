@@ -1,118 +1,195 @@
-"""Regular expressions as deterministic automata over tokens: compiled on the host, kept as tables.
+"""`Automaton`: a regular expression over a tokenizer's tokens, made by a child process and kept.
 
-pattern → automaton over bytes → automaton over classes of tokens
+pattern → fastsmc.automata, in a child with limits on states, memory and time → Automaton → its tables on a device
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import hashlib
+import importlib.util
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import weakref
+from collections import OrderedDict
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from fastsmc.automata import child
+from fastsmc.automata.tokens import TokenMoves
+from fastsmc.potentials.tokens import token_bytes
 
-class Automaton(NamedTuple):
-    """A regular expression as a deterministic automaton over tokens. States 0..S-1, and S, which never accepts.
+#: what one pattern may cost: states of its automaton over bytes, seconds of CPU time, bytes of memory while it is made
+MAX_STATES, MAX_SECONDS, MAX_MEMORY = 50_000, 8.0, 1 << 30
+#: seconds by the clock after which the process that makes an automaton is killed, whatever it does
+MAX_WAIT = 60.0
+#: automata that a process keeps for patterns that come again; the one not used for longest goes first
+MAX_KEPT, MAX_KEPT_BYTES = 64, 256 << 20
+#: seconds after which one line on standard error says what is being waited for
+PATIENCE = 1.0
 
-    Tokens that lead every state to the same state form a class; C is the number of classes, 0 that of the tokens that
-    lead nowhere.
+
+class Automaton:
+    """A regular expression as a deterministic automaton over classes of tokens. It never changes, and so is never
+    copied: groups, and copies that came by several pickles, share one.
 
     Attributes:
-        table: (S + 1, C) int64, next state by state and class.
-        classes: (V,) int64, class of each token of the tokenizer.
-        accept: (S + 1,) bool.
-        start: int.
+        moves: TokenMoves, its tables on the host.
+        vocabulary: bytes, fingerprint of the tokenizer's tokens.
+        pattern: str.
+        on_device: what users of this automaton have made of it on their devices.
     """
 
-    table: np.ndarray
-    classes: np.ndarray
-    accept: np.ndarray
-    start: int
+    def __init__(self, moves: TokenMoves, vocabulary: bytes, pattern: str) -> None:
+        self.moves, self.vocabulary, self.pattern = moves, vocabulary, pattern
+        self.on_device: OrderedDict[Any, Any] = OrderedDict()
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(part.nbytes for part in self.moves if isinstance(part, np.ndarray))
+
+    def __deepcopy__(self, memo: dict) -> Automaton:
+        return self
+
+    def __copy__(self) -> Automaton:
+        return self
+
+    def __reduce__(self) -> tuple:
+        return _shared, (tuple(map(_narrow, self.moves)), self.vocabulary, self.pattern)
 
 
-#: Follows the text in the pattern that is compiled. outlines_core drops what leads from an accepting state to one that
-#: is not, and its engine prefers early alternatives (of `a|ab` it keeps `a`); where nothing accepts before this
-#: character, neither matters, and the pattern's own accepting states are those that this character completes.
-_END = "\U0010ffff"
+def _narrow(part: Any) -> Any:
+    """The same integers in 16 bits where they fit, for the way between processes."""
+    small = isinstance(part, np.ndarray) and part.dtype == np.int32 and part.size and part.max() < 2**16
+    return part.astype(np.uint16) if small else part
 
 
-def _byte_automaton(pattern: str) -> tuple[np.ndarray, np.ndarray, int]:
-    """(table (S + 1, 256) int64 next state by state and byte, accept (S + 1,) bool, start) of a regular expression."""
-    from outlines_core import Index, Vocabulary  # comes with vLLM
+_alive: weakref.WeakValueDictionary[tuple[bytes, str], Automaton] = weakref.WeakValueDictionary()
+_kept: OrderedDict[tuple[bytes, str], Automaton] = OrderedDict()
+_making: dict[tuple[bytes, str], Future] = {}
+_lock = threading.Lock()
 
-    bare = pattern.removeprefix("^")  # the whole text is matched anyway
-    backslashes = len(bare) - 1 - len(bare[:-1].rstrip("\\"))
-    if bare.endswith("$") and backslashes % 2 == 0:
-        bare = bare[:-1]
-    every_byte = {bytes([b]): [b] for b in range(256)}
+
+def _shared(parts: tuple, vocabulary: bytes, pattern: str) -> Automaton:
+    """The automaton of a pickle, or the one of this process that it is equal to."""
+    with _lock:
+        key = vocabulary, pattern
+        automaton = _alive.get(key)
+        if automaton is None:
+            wide = (part.astype(np.int32) if getattr(part, "dtype", None) == np.uint16 else part for part in parts)
+            automaton = _keep(key, Automaton(TokenMoves(*wide), vocabulary, pattern))
+    return automaton
+
+
+def _keep(key: tuple[bytes, str], automaton: Automaton) -> Automaton:
+    _alive[key] = _kept[key] = automaton
+    while len(_kept) > MAX_KEPT or (len(_kept) > 1 and sum(a.n_bytes for a in _kept.values()) > MAX_KEPT_BYTES):
+        _kept.popitem(last=False)
+    return automaton
+
+
+def automaton_of(pattern: str, tokenizer: Any) -> Automaton:
+    """The automaton of `pattern` over a tokenizer's tokens; made once per process, whoever asks how often.
+
+    Waits for the child that makes it, and says so on standard error if that takes long.
+
+    Raises:
+        ValueError: no automaton, or none within the limits; names the pattern and why.
+    """
+    vocabulary = _fingerprint(tokenizer)
+    key = vocabulary, pattern
+    with _lock:
+        automaton = _alive.get(key)
+        if automaton is not None:
+            _kept[key] = automaton
+            _kept.move_to_end(key)
+            return automaton
+        waiting = _making.get(key)
+        if waiting is None:
+            future = _making[key] = Future()
+    if waiting is not None:
+        return waiting.result()
     try:
-        Index(bare, Vocabulary(257, every_byte))  # by itself: brackets must match without ours
-        index = Index(f"(?:{bare})" + r"\x{10FFFF}", Vocabulary(257, every_byte | {_END.encode(): [256]}))
-    except ValueError as error:
-        raise ValueError(f"Regex: pattern={pattern!r}: {error}") from None
-    edges = index.get_transitions()
-    final = index.get_final_states()
-    names = {name: s for s, name in enumerate({index.get_initial_state(), *edges, *final})}
-    table = np.full((len(names) + 1, 256), len(names), dtype=np.int64)
-    accept = np.zeros(len(names) + 1, dtype=bool)
-    for name, targets in edges.items():
-        for token, target in targets.items():
-            if token < 256:
-                table[names[name], token] = names[target]
-            elif token == 256:
-                accept[names[name]] |= target in final
-    return table, accept, names[index.get_initial_state()]
+        moves = compile_tokens(pattern, token_bytes(tokenizer))
+        with _lock:
+            automaton = _keep(key, Automaton(moves, vocabulary, pattern))
+        future.set_result(automaton)
+        return automaton
+    except BaseException as error:
+        # another waiter gets what ended this one, but no KeyboardInterrupt that is not its own
+        future.set_exception(
+            error if isinstance(error, Exception) else ValueError(f"Regex: pattern={pattern!r}: given up")
+        )
+        future.exception()
+        raise
+    finally:
+        with _lock:
+            _making.pop(key, None)
 
 
-def token_automaton(pattern: str, tokens: list[bytes | None]) -> Automaton:
-    """The automaton of `pattern` over the tokens' bytes; None is a token that leads nowhere."""
-    step, accept, start = _byte_automaton(pattern)
-    sink = len(step) - 1
-    flat_step = step.astype(np.int32).reshape(-1)
-    flat = np.frombuffer(b"".join(t or b"" for t in tokens), dtype=np.uint8)
-    lengths = np.array([len(t or b"") for t in tokens], dtype=np.int64)
-    offsets = np.cumsum(lengths) - lengths
-
-    def walk(states: np.ndarray, ids: np.ndarray) -> np.ndarray:
-        """(A,) states, (B,) token ids -> (B, A) int32 state after each token."""
-        at = np.repeat(states[None].astype(np.int32), len(ids), axis=0)
-        at[lengths[ids] == 0] = sink
-        for position in range(int(lengths[ids].max(initial=0))):
-            longer = np.flatnonzero(lengths[ids] > position)
-            at[longer] = flat_step.take(at[longer] * 256 + flat[offsets[ids[longer]] + position, None])
-        return at
-
-    # States that tokens reach, and one 64-bit sum a token of random numbers keyed by (state, next state): tokens with
-    # the same sum have the same column (wrongly so with a probability below V²/2^65).
-    everything = np.arange(len(tokens))
-    numbers = np.arange(len(step), dtype=np.uint64)
-    found = np.isin(np.arange(len(step)), [start, sink])
-    frontier = [start]
-    sums = np.zeros(len(tokens), dtype=np.uint64)
-    salt = np.random.default_rng(0).integers(0, 2**64, size=2, dtype=np.uint64)
-    while frontier:
-        chunk = frontier[: max(1, 2**22 // max(len(tokens), 1))]
-        frontier = frontier[len(chunk) :]
-        for state, after in zip(chunk, walk(np.array(chunk), everything).T, strict=True):
-            keys = _splitmix(_splitmix(np.uint64(state * len(step)) + numbers + salt[0]) ^ salt[1])
-            keys[sink] = 0
-            sums += keys[after]
-            new = np.zeros(len(step), dtype=bool)
-            new[after] = True
-            frontier += np.flatnonzero(new & ~found).tolist()
-            found |= new
-    found[sink] = False
-    order = np.flatnonzero(found)
-    _, first, classes = np.unique(np.append(np.uint64(0), sums), return_index=True, return_inverse=True)
-    after = walk(order, first[1:] - 1)  # class 0 is the sum 0
-    rename = np.full(len(step), len(order), dtype=np.int64)
-    rename[order] = np.arange(len(order))
-    table = np.full((len(order) + 1, len(first)), len(order), dtype=np.int64)
-    table[:-1, 1:] = rename[after].T
-    return Automaton(table, classes.reshape(-1)[1:], np.append(accept[order], False), int(rename[start]))
+_fingerprints: weakref.WeakKeyDictionary[Any, bytes] = weakref.WeakKeyDictionary()
 
 
-def _splitmix(x: np.ndarray) -> np.ndarray:
-    """splitmix64's finaliser on uint64."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+def _fingerprint(tokenizer: Any) -> bytes:
+    if tokenizer not in _fingerprints:
+        _fingerprints[tokenizer] = hashlib.sha256(pickle.dumps(token_bytes(tokenizer))).digest()
+    return _fingerprints[tokenizer]
+
+
+def compile_tokens(
+    pattern: str,
+    tokens: list[bytes | None],
+    states: int = MAX_STATES,
+    seconds: float = MAX_SECONDS,
+    memory: int = MAX_MEMORY,
+    wait: float = MAX_WAIT,
+) -> TokenMoves:
+    """The automaton of `pattern` over tokens given as bytes (None leads nowhere), by a child process with limits.
+
+    Raises:
+        ValueError: naming the pattern, and what is wrong with it or which limit it met.
+    """
+    folders = {str(Path(spec.origin).parent.parent) for name in ("numpy", "regex")
+               if (spec := importlib.util.find_spec(name)) is not None}  # fmt: skip
+    command = [sys.executable, "-I", "-S", child.__file__, *folders]
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    with tempfile.TemporaryFile() as task, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        pickle.dump((pattern, tokens, states, seconds, memory, wait), task)
+        task.seek(0)
+        process = subprocess.Popen(command, stdin=task, stdout=out, stderr=err, env=environment)
+        try:
+            _wait(process, pattern, wait)
+        except subprocess.TimeoutExpired:
+            raise ValueError(f"Regex: pattern={pattern!r}: its states were not ready within {wait:g} s") from None
+        finally:
+            process.kill()  # KeyboardInterrupt is among the reasons; does nothing if it has ended
+            process.wait()
+        if process.returncode != 0:
+            err.seek(0)
+            last = err.read().decode(errors="replace").split("\n")[-2:-1] or [f"exit status {process.returncode}"]
+            raise ValueError(f"Regex: pattern={pattern!r}: the process that makes its states failed: {last[0]}")
+        out.seek(0)
+        kind, answer = pickle.load(out)
+    if kind == "error":
+        raise ValueError(f"Regex: pattern={pattern!r}: {answer}")
+    return TokenMoves(*answer)
+
+
+def _wait(process: subprocess.Popen, pattern: str, seconds: float) -> None:
+    start = time.monotonic()
+    try:
+        process.wait(min(PATIENCE, seconds))
+        return
+    except subprocess.TimeoutExpired:
+        if seconds <= PATIENCE:
+            raise
+    short = pattern if len(pattern) <= 60 else pattern[:57] + "..."
+    print(f"fastsmc: compiling Regex({short!r}) ...", file=sys.stderr, flush=True)
+    process.wait(seconds - (time.monotonic() - start))

@@ -1,4 +1,4 @@
-"""The contract of a potential: `Potential`, and what it sees (`State`, `Engine`) and may answer (`Rows`)."""
+"""The contract of a potential: `Potential`, and what it sees (`State`, `Engine`) and may answer (`Rows`, `Masked`)."""
 
 from __future__ import annotations
 
@@ -24,6 +24,25 @@ class Rows(NamedTuple):
 
     values: Tensor
     index: Tensor
+
+
+class Masked(NamedTuple):
+    """An (N, V) matrix of which only some tokens are allowed: −inf for those that are not, else `values`.
+
+    `Potential.logw_next` may return it. It is what constraints are made of: a row costs V / 8 bytes, and is read where
+    the logits are. The layout is that of `ops.weigh`, xgrammar and llguidance: particle i may take token v where bit
+    v % 32 of `bits[index[i], v // 32]` is set. Bits behind V are ignored; a particle without any bit has no next token,
+    and so weight zero. Values of tokens that are not allowed are not looked at.
+
+    Attributes:
+        bits: (M, ceil(V / 32)) int32.
+        index: (N,) int64 in [0, M).
+        values: (N, V) floating point or Rows, of the allowed tokens; None: 0.
+    """
+
+    bits: Tensor
+    index: Tensor
+    values: Tensor | Rows | None = None
 
 
 class State:
@@ -110,10 +129,15 @@ class Potential:
     shared_by_groups: tuple[str, ...] = ()
 
     def prepare(self, tokenizer: Any) -> None:
-        """Called in the front end, before `lookahead` is read; tokenizer: as `Engine.tokenizer`. Default: nothing."""
+        """Host work that may be slow, such as compiling tables; tokenizer: as `Engine.tokenizer`. Default: nothing.
+
+        Called before `setup` and before `lookahead` is read: in the front end for an object, which then travels to the
+        worker as it is; for a potential that a request names, in a thread of the worker, so that no step waits for it.
+        """
 
     def setup(self, engine: Engine) -> None:
-        """Called once, in the worker process, before the first group that uses this object."""
+        """Called once, in the worker process, before the first group that uses this object. Other groups wait for it:
+        what is slow belongs into `prepare`."""
 
     def reset(self, n_particles: int, prompt: list[int]) -> None:
         """Called when a group starts: per-particle state for `n_particles` empty sequences begins here."""
@@ -129,7 +153,7 @@ class Potential:
         """(N,) log φ(s); asked at each step at which particles end, about those."""
         return self.prefix(state)
 
-    def logw_next(self, state: State) -> Tensor | Rows | None:
+    def logw_next(self, state: State) -> Tensor | Rows | Masked | None:
         """(N, V) log ψ_{t+1}(s, v) − log ψ_t(s) for every next token v; None: not used in the proposal."""
         return None
 
@@ -138,74 +162,6 @@ class Potential:
         from fastsmc.potentials.product import Product
 
         return Product(self, other) if isinstance(other, Potential) else NotImplemented
-
-
-def _what(answer: Any) -> str:
-    if not isinstance(answer, Tensor):
-        return type(answer).__name__
-    layout = "" if answer.layout == torch.strided else f" {answer.layout}"
-    return f"{tuple(answer.shape)} {answer.dtype}{layout} on {answer.device}"
-
-
-def check_scores(potential: Potential, method: str, answer: Any, like: Tensor) -> Tensor:
-    """What `prefix` or `complete` answered, (N,) float64 on the device of `like` (N,).
-
-    Raises:
-        TypeError: it is no vector of N log weights; names class and method.
-    """
-    good = isinstance(answer, Tensor) and answer.is_floating_point() and answer.layout == torch.strided
-    if not good or answer.shape != like.shape or answer.device != like.device:
-        raise TypeError(
-            f"{type(potential).__name__}.{method} returned {_what(answer)}; must be a floating-point torch.Tensor of "
-            f"shape {tuple(like.shape)} on {like.device}"
-        )
-    return answer.detach().double()
-
-
-def check_next(potential: Potential, answer: Any, like: Tensor, vocab_size: int | None = None) -> Tensor | Rows | None:
-    """What `logw_next` answered: None, (N, V) or `Rows` on the device of `like` (N,), with columns in a row.
-
-    Args:
-        vocab_size: V, where it is known.
-
-    Raises:
-        TypeError: it is none of these; names class and method.
-    """
-    if answer is None:
-        return None
-    name, n = f"{type(potential).__name__}.logw_next", len(like)
-    values = answer.values if isinstance(answer, Rows) else answer
-    good = isinstance(values, Tensor) and values.is_floating_point() and values.layout == torch.strided
-    good = good and values.dim() == 2 and values.device == like.device and vocab_size in (None, values.shape[-1])
-    if not good or (values is answer and len(values) != n):
-        of, rows = ("Rows of values ", "M") if isinstance(answer, Rows) else ("", n)
-        raise TypeError(
-            f"{name} returned {of}{_what(values)}; must be floating-point ({rows}, {vocab_size or 'V'}) on "
-            f"{like.device}, or Rows of such"
-        )
-    values = values.detach()
-    if values.stride(1) != 1:
-        values = values.contiguous()
-    if values is answer or not isinstance(answer, Rows):
-        return values
-    index = answer.index
-    if not isinstance(index, Tensor) or index.dtype not in (torch.int64, torch.int32) or index.device != like.device:
-        raise TypeError(f"{name} returned Rows with index {_what(index)}; must be ({n},) torch.int64 on {like.device}")
-    if tuple(index.shape) != (n,):
-        raise TypeError(f"{name} returned Rows with index {_what(index)}; must be ({n},)")
-    return Rows(values, index.long())
-
-
-def check_rows(potential: Potential, rows: Rows, asked: Tensor) -> Rows:
-    """Rows whose index is in range for all particles. TypeError: it was not for one of `asked` (N,) bool."""
-    out = (rows.index < 0) | (rows.index >= len(rows.values))
-    if bool((out & asked).any()):
-        i = int(torch.nonzero(out & asked)[0])
-        raise TypeError(
-            f"{type(potential).__name__}.logw_next returned index[{i}]={int(rows.index[i])}; must be in [0, "
-            f"{len(rows.values)}), the rows of values"
-        )
-    return Rows(rows.values, rows.index.clamp(0, max(len(rows.values) - 1, 0)))
 
 
 def answered(potential: Potential) -> set[str]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastsmc.potentials.base import Engine, Potential, Rows, State, check_next, check_rows, check_scores
+from fastsmc.potentials.answers import check_next, check_rows, check_scores
+from fastsmc.potentials.base import Engine, Masked, Potential, Rows, State
 
 
 class Product(Potential):
@@ -58,22 +60,34 @@ class Product(Potential):
     def complete(self, state: State) -> Tensor:
         return sum(check_scores(f, "complete", f.complete(state), state.finished) for f in self.factors)
 
-    def logw_next(self, state: State) -> Tensor | Rows | None:
-        total = None
+    def logw_next(self, state: State) -> Tensor | Rows | Masked | None:
+        values: Tensor | Rows | None = None
+        masks: Rows | None = None  # of bits; they stay packed
         for f in self.factors:
             change = check_next(f, f.logw_next(state), state.finished)
-            if isinstance(change, Rows):
+            if change is not None:
                 change = check_rows(f, change, ~state.finished)
-            if total is None or change is None:
-                total = change if total is None else total
-                continue
-            a, b = (
-                r if isinstance(r, Rows) else Rows(r, torch.arange(len(r), device=r.device)) for r in (total, change)
-            )
-            pairs, index = torch.unique(a.index * len(b.values) + b.index, return_inverse=True)
-            one, other = a.values[pairs // len(b.values)], b.values[pairs % len(b.values)]
-            total = Rows(one.float() + other.float(), index)
-        return total
+            if isinstance(change, Masked):
+                bits = Rows(change.bits, change.index)
+                masks = bits if masks is None else _by_pairs(torch.bitwise_and, masks, bits)
+                change = change.values
+            if change is not None:
+                values = change if values is None else _by_pairs(_add, _rows(values), _rows(change))
+        return values if masks is None else Masked(*masks, values)
+
+
+def _add(a: Tensor, b: Tensor) -> Tensor:
+    return a.float() + b.float()
+
+
+def _rows(matrix: Tensor | Rows) -> Rows:
+    return matrix if isinstance(matrix, Rows) else Rows(matrix, torch.arange(len(matrix), device=matrix.device))
+
+
+def _by_pairs(combine: Callable[[Tensor, Tensor], Tensor], a: Rows, b: Rows) -> Rows:
+    """combine(row of a, row of b) of every particle, once for each pair of rows that there is."""
+    pairs, index = torch.unique(a.index * len(b.values) + b.index, return_inverse=True)
+    return Rows(combine(a.values[pairs // len(b.values)], b.values[pairs % len(b.values)]), index)
 
 
 class Final(Potential):

@@ -2,18 +2,59 @@
 
 from __future__ import annotations
 
-import weakref
+from collections import OrderedDict
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastsmc.potentials.automaton import Automaton, token_automaton
-from fastsmc.potentials.base import Engine, Potential, Rows, State
-from fastsmc.potentials.tokens import log_of, token_bytes, tokenizer_of
+from fastsmc.automata import syntax
+from fastsmc.potentials.automaton import Automaton, automaton_of
+from fastsmc.potentials.base import Engine, Masked, Potential, State
+from fastsmc.potentials.tokens import log_of, tokenizer_of
 
-_automata: weakref.WeakKeyDictionary[Any, dict[str, Automaton]] = weakref.WeakKeyDictionary()
+#: bytes of masks that one automaton keeps for one set of stop tokens
+MAX_MASK_BYTES = 32 << 20
+#: sets of stop tokens of one automaton, and numbers of tokens left, whose tables stay on the device
+_KEPT = 64
+_NO_KEY = 1 << 62  # behind every key of a move
+
+
+class _Masks:
+    """Masks of the states that particles have been in, by one number of tokens left; kept until they are too many.
+
+    Attributes:
+        states: (m + 1,) int64, ascending, whose masks there are; the last is no state.
+        slots: (m + 1,) int64, where they are in `bits`.
+        bits: (capacity, ceil(V / 32)) int32, of which the first m are masks. What a step was given never changes.
+    """
+
+    def __init__(self, n_states: int, n_words: int, device: torch.device) -> None:
+        self.states = torch.tensor([n_states], dtype=torch.int64, device=device)
+        self.slots = torch.zeros_like(self.states)
+        self.bits = torch.empty((0, n_words), dtype=torch.int32, device=device)
+
+    @property
+    def n_bytes(self) -> int:
+        return 4 * self.bits.numel() + 16 * len(self.states)
+
+    def find(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """(N,) slots of states (N,) int64, and (N,) bool which of them have no mask."""
+        at = torch.searchsorted(self.states, states)
+        return self.slots[at], self.states[at] != states
+
+    def add(self, states: Tensor, masks: Tensor) -> None:
+        """states (m,) int64 without masks, masks (m, W) int32."""
+        used = len(self.states) - 1
+        end = used + len(states)
+        if end > len(self.bits):
+            old = self.bits
+            self.bits = old.new_empty((max(end, len(old) + len(old) // 20), old.shape[1]))
+            self.bits[:used] = old[:used]
+        self.bits[used:end] = masks
+        self.states, order = torch.sort(torch.cat([self.states, states]))
+        self.slots = torch.cat([self.slots, torch.arange(used, end, device=states.device)])[order]
 
 
 class _Budget:
@@ -27,34 +68,50 @@ class _Budget:
     """
 
     def __init__(self, automaton: Automaton, stops: frozenset[int], vocab_size: int, device: torch.device) -> None:
-        self.n_states, n_classes = automaton.table.shape
-        self.stop_class = n_classes
-        classes = np.zeros(vocab_size, dtype=np.int64)
-        known = min(vocab_size, len(automaton.classes))
-        classes[:known] = automaton.classes[:known]
+        moves = self._moves = automaton.moves
+        self.n_states = len(moves.accept)
+        self.sink = self.n_states - 1
+        self.stop_class = int(moves.classes.max(initial=0)) + 1
+        classes = np.zeros(vocab_size, dtype=np.int32)
+        known = min(vocab_size, len(moves.classes))
+        classes[:known] = moves.classes[:known]
         stop_ids = [v for v in stops if v < vocab_size]
         classes[stop_ids] = self.stop_class
-        used = np.setdiff1d(classes, [self.stop_class])
-        targets = automaton.table[:, used]
-        edges = np.unique(np.repeat(np.arange(self.n_states), len(used)) * self.n_states + targets.reshape(-1))
-        self._source, self._target = edges // self.n_states, edges % self.n_states
-        self._accept = automaton.accept
+        self._classes = classes
+        source = np.repeat(np.arange(self.n_states, dtype=np.int64), np.diff(moves.first))
+        self._edges = moves.edges
+        lost = np.setdiff1d(moves.classes, classes)
+        if len(lost):  # classes all of whose tokens are stop tokens or beyond V
+            left = ~np.isin(moves.by, lost)
+            self._edges = np.stack([source[left], moves.to[left]])
         # With stop tokens an accepting state may end at once; without, a particle ends by its length alone.
-        self._may_end = automaton.accept if stop_ids else np.zeros_like(automaton.accept)
-        self._reach = [automaton.accept]  # [k]: states that can end well within (without stop tokens: after) k tokens
-        self._seen = {automaton.accept.tobytes(): 0}
+        self._may_end = moves.accept if stop_ids else np.zeros_like(moves.accept)
+        self._reach = [moves.accept]  # [k]: states that can end well within (without stop tokens: after) k tokens
+        self._seen = {moves.accept.tobytes(): 0}
         self._cycle: int | None = None  # from this entry on, `_reach` repeats itself
-        self.table = torch.as_tensor(automaton.table, device=device)
-        self.classes = torch.as_tensor(classes, device=device)
-        self.accept = torch.as_tensor(automaton.accept, device=device)
-        self._on_device: dict[int, Tensor] = {}
-        self._all_states: tuple[int, Tensor] | None = None
+        keys = np.append(source * (self.stop_class + 1) + moves.by, _NO_KEY)
+        self._keys = torch.as_tensor(keys, device=device)
+        self._to = torch.as_tensor(np.append(moves.to, self.sink).astype(np.int64), device=device)
+        self.classes = torch.as_tensor(classes.astype(np.int64), device=device)
+        self.accept = torch.as_tensor(moves.accept, device=device)
+        self._on_device: OrderedDict[int, Tensor] = OrderedDict()
+        self._masks: OrderedDict[int, _Masks] = OrderedDict()
+
+    def __deepcopy__(self, memo: dict) -> _Budget:
+        return self
+
+    def move(self, states: Tensor, kinds: Tensor) -> Tensor:
+        """(N,) next states by states (N,) and classes of tokens (N,)."""
+        keys = states * (self.stop_class + 1) + kinds
+        at = torch.searchsorted(self._keys, keys)
+        return torch.where(self._keys[at] == keys, self._to[at], self.sink)
 
     def _entry(self, left: int) -> int:
         """Index into `_reach` for `left` tokens, which it grows as needed."""
+        source, target = self._edges
         while self._cycle is None and len(self._reach) <= left:
             now = self._may_end.copy()
-            now[self._source[self._reach[-1][self._target]]] = True
+            now[source[self._reach[-1][target]]] = True
             self._cycle = self._seen.setdefault(now.tobytes(), len(self._reach))
             if self._cycle == len(self._reach):
                 self._cycle = None
@@ -67,25 +124,46 @@ class _Budget:
         """(S + 1,) bool: states from which an accepting end is possible when `left` tokens are."""
         entry = self._entry(left)
         if entry not in self._on_device:
-            self._on_device[entry] = torch.as_tensor(self._reach[entry], device=self.table.device)
+            self._on_device[entry] = torch.as_tensor(self._reach[entry], device=self.accept.device)
+            if len(self._on_device) > _KEPT:
+                self._on_device.popitem(last=False)
         return self._on_device[entry]
 
-    def _mask(self, states: Tensor, left: int) -> Tensor:
-        """(M,) states -> (M, V) float16, 0 where the next token leaves an accepting end possible, else -inf."""
-        by_class = torch.cat([self.reach(left)[self.table[states]], self.accept[states, None]], dim=1)
-        return log_of(by_class, torch.float16)[:, self.classes]
-
-    def rows(self, at: Tensor, left: int) -> Rows:
-        """(N,) states -> masks of the next token, after which `left` tokens are possible."""
+    def mask(self, at: Tensor, left: int) -> Masked:
+        """(N,) states -> the next tokens after which, with `left` more, an accepting end is possible."""
         entry = self._entry(left)
-        settled = self._cycle is not None and entry >= self._cycle  # else the masks change from step to step
-        if not settled or self.n_states * len(self.classes) > 2**25:
-            states, index = torch.unique(at, return_inverse=True)
-            return Rows(self._mask(states, left), index)
-        if self._all_states is None or self._all_states[0] != entry:
-            everything = torch.arange(self.n_states, device=at.device)
-            self._all_states = (entry, self._mask(everything, left))
-        return Rows(self._all_states[1], at)
+        masks = self._masks.get(entry)
+        if masks is None:
+            masks = self._masks[entry] = self._no_masks()
+        self._masks.move_to_end(entry)
+        slots, missing = masks.find(at)
+        if bool(missing.any()):
+            new = torch.unique(at[missing])
+            if masks.n_bytes + 4 * masks.bits.shape[1] * len(new) > MAX_MASK_BYTES:
+                masks, new = self._no_masks(), torch.unique(at)
+                self._masks[entry] = masks
+            masks.add(new, torch.as_tensor(self._pack(new.tolist(), entry), device=at.device))
+            while len(self._masks) > 1 and sum(m.n_bytes for m in self._masks.values()) > MAX_MASK_BYTES:
+                self._masks.popitem(last=False)
+            slots, _ = masks.find(at)
+        return Masked(masks.bits, slots)
+
+    def _no_masks(self) -> _Masks:
+        return _Masks(self.n_states, -(-len(self._classes) // 32), self.accept.device)
+
+    def _pack(self, states: list[int], entry: int) -> np.ndarray:
+        """(m, ceil(V / 32)) int32 masks of m states, made on the host."""
+        moves, reach, n_words = self._moves, self._reach[entry], -(-len(self._classes) // 32)
+        out = np.zeros((len(states), 4 * n_words), dtype=np.uint8)
+        allowed = np.zeros(self.stop_class + 1, dtype=bool)
+        for row, s in zip(out, states, strict=True):
+            part = slice(moves.first[s], moves.first[s + 1])
+            allowed[:] = False
+            allowed[moves.by[part]] = reach[moves.to[part]]
+            allowed[self.stop_class] = moves.accept[s]
+            packed = np.packbits(allowed[self._classes], bitorder="little")
+            row[: len(packed)] = packed
+        return out.view("<i4").astype(np.int32, copy=False)
 
 
 class Regex(Potential):
@@ -95,12 +173,23 @@ class Regex(Potential):
     twisted proposal runs out of tokens in the middle of a match. Stop tokens are allowed where the text matches. The
     text is the bytes of the tokens in a row; special tokens other than stop tokens are never part of a match.
 
+    The syntax is what Python's `re` and Rust's `regex` agree on, with the sets of characters of `re`: `.`, sets in
+    brackets, `\\d \\w \\s` and their negations (Unicode), `\\p{...}`, groups with and without names, alternatives,
+    repetitions (lazy ones, too: the language is the same), `^ $ \\A \\z \\Z` anywhere (the start and the very end of
+    the text), escapes `\\n \\t \\r \\f \\v \\a \\xHH \\x{H..} \\uHHHH \\UHHHHHHHH \\N{NAME}`, comments, and the flags
+    i, s, a and u. A brace that starts no repetition stands for itself. Refused by name: look-around, back-references,
+    word boundaries, possessive repetitions, atomic, conditional and recursive groups, other flags, octal escapes, sets
+    within sets.
+
+    The automaton is made once per tokenizer and pattern, in a process of its own with limits on states, time and
+    memory (`fastsmc.potentials.automaton`).
+
     Args:
-        pattern: a regular expression as outlines_core takes it (Rust's syntax: no look-around, no back references;
-            classes are Unicode, `.` is anything but a line feed).
+        pattern: the regular expression.
 
     Raises:
-        ValueError: in `setup`: the pattern is not one, or no sequence of tokens matches it.
+        ValueError: the pattern is not one, or has what is not supported; in `prepare` and `setup`: its automaton is
+            beyond the limits, or no sequence of tokens matches it.
     """
 
     shared_by_groups = ("_automaton", "_budgets")
@@ -108,42 +197,54 @@ class Regex(Potential):
     def __init__(self, pattern: str) -> None:
         if not isinstance(pattern, str):
             raise ValueError(f"pattern={pattern!r}: must be a string")
+        try:
+            syntax.parse(pattern)
+        except ValueError as error:
+            raise ValueError(f"Regex: pattern={pattern!r}: {error}") from None
         self.pattern = pattern
+        self._automaton: Automaton | None = None
+
+    def prepare(self, tokenizer: Any) -> None:
+        if tokenizer is None:
+            raise ValueError("Regex: this engine has no tokenizer")
+        self._automaton = automaton_of(self.pattern, tokenizer)
+        if not self._automaton.moves.accept.any():  # its states are those that tokens lead to
+            raise ValueError(f"Regex: no sequence of this model's tokens matches pattern={self.pattern!r}")
 
     def setup(self, engine: Engine) -> None:
-        known = _automata.setdefault(tokenizer_of(engine, "Regex"), {})
-        if self.pattern not in known:
-            known[self.pattern] = token_automaton(self.pattern, token_bytes(engine.tokenizer))
-        self._automaton = known[self.pattern]
+        self.prepare(tokenizer_of(engine, "Regex"))  # made already, unless nobody prepared this object
         self._device, self._vocab_size = engine.device, engine.vocab_size
         self._budgets: dict[frozenset[int], _Budget] = {}
-        if not self._automaton.accept.any():  # its states are those that tokens lead to
-            raise ValueError(f"Regex: no sequence of this model's tokens matches pattern={self.pattern!r}")
         self.reset(0, [])
 
     def reset(self, n_particles: int, prompt: list[int]) -> None:
-        self._at = torch.full((n_particles,), self._automaton.start, dtype=torch.int64, device=self._device)
+        self._at = torch.full((n_particles,), self._automaton.moves.start, dtype=torch.int64, device=self._device)
         self._consumed = 0
 
     def reindex(self, ancestors: Tensor) -> None:
         self._at = self._at[ancestors]
 
     def _budget(self, stops: frozenset[int]) -> _Budget:
-        if stops not in self._budgets:
-            self._budgets[stops] = _Budget(self._automaton, stops, self._vocab_size, self._device)
-        return self._budgets[stops]
+        """Shared by all groups of this automaton."""
+        kept, key = self._automaton.on_device, (stops, self._vocab_size, self._device)
+        if key not in kept:
+            kept[key] = _Budget(self._automaton, *key)
+            if len(kept) > _KEPT:
+                kept.popitem(last=False)
+        return kept[key]
 
     def _states(self, state: State, budget: _Budget) -> Tensor:
         """(N,) int64 automaton states, brought up to `state.step` tokens; stop tokens do not move them."""
         if state.step < self._consumed or len(self._at) != len(state.lengths):
             self.reset(len(state.lengths), state.prompt)
-        for column in range(self._consumed, state.step):
-            token = state.tokens[:, column]
-            kind = budget.classes[token.clamp(min=0)]
-            moves = (token >= 0) & (kind != budget.stop_class)
-            after = budget.table[self._at, torch.where(moves, kind, torch.zeros_like(kind))]
-            self._at = torch.where(moves, after, self._at)
-        self._consumed = state.step
+        if self._consumed < state.step:
+            tokens = state.tokens
+            for column in range(self._consumed, state.step):
+                token = tokens[:, column]
+                kind = budget.classes[token.clamp(min=0)]
+                moves = (token >= 0) & (kind != budget.stop_class)
+                self._at = torch.where(moves, budget.move(self._at, kind), self._at)
+            self._consumed = state.step
         return self._at
 
     def prefix(self, state: State) -> Tensor:
@@ -154,6 +255,6 @@ class Regex(Potential):
         budget = self._budget(state.stop_token_ids)
         return log_of(budget.accept[self._states(state, budget)])
 
-    def logw_next(self, state: State) -> Rows:
+    def logw_next(self, state: State) -> Masked:
         budget = self._budget(state.stop_token_ids)
-        return budget.rows(self._states(state, budget), max(state.max_tokens - state.step - 1, 0))
+        return budget.mask(self._states(state, budget), max(state.max_tokens - state.step - 1, 0))

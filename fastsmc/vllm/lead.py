@@ -226,10 +226,15 @@ class GroupTick:
 
 @dataclasses.dataclass
 class Tick:
-    """Travels on SchedulerOutput as attribute `smc`."""
+    """Travels on SchedulerOutput as attribute `smc`.
+
+    Attributes:
+        patience: seconds that the worker may wait for a potential to be prepared; 0 where there is other work.
+    """
 
     groups: list[GroupTick]
     drop: list[str]
+    patience: float = 0.0
 
 
 @dataclasses.dataclass
@@ -240,6 +245,7 @@ class GroupResult:
         step: particle steps done so far.
         need: KV blocks without which it cannot go on; 0: none.
         surplus: KV blocks given back.
+        waiting: its potential is still being prepared; ask again.
         error: the group has failed: why.
         token_ids, stopped: of one particle drawn by weight, when the group is done; token_ids is None if no particle
             has any weight.
@@ -253,6 +259,7 @@ class GroupResult:
     done: bool = False
     need: int = 0
     surplus: list[int] = dataclasses.field(default_factory=list)
+    waiting: bool = False
     error: str | None = None
     token_ids: list[int] | None = None
     stopped: bool = False

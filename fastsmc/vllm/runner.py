@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import base64
 import json
+import threading
+import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,6 +29,13 @@ logger = init_logger(__name__)
 
 #: potentials by name and arguments that a worker keeps set up; the oldest goes first
 _MAX_NAMED = 32
+#: potentials by name that are prepared at the same time; others wait for their turn
+_MAX_PREPARING = 2
+
+
+def _named(start: GroupStart) -> str:
+    """What potentials by name are kept under."""
+    return f"{start.potential} {start.potential_args}"
 
 
 class VllmRows:
@@ -100,6 +110,38 @@ class VllmRows:
         return out
 
 
+class _Preparation:
+    """A potential that a request named, made and prepared in a thread of its own.
+
+    Attributes:
+        done: set when there is a potential, or an error, or when it was given up.
+        wanted: bool, whether a group waits for it; if not, it is not begun any more.
+    """
+
+    def __init__(self, name: str, args: str, get_engine: Callable[[], GroupEngine], turns: threading.Semaphore) -> None:
+        self.done = threading.Event()
+        self.wanted, self.given_up = True, False
+        self.error: str | None = None
+        self.potential: Potential | None = None
+        # a daemon: an engine that is shut down does not wait for what nobody will use
+        threading.Thread(target=self._run, args=(name, args, get_engine, turns), daemon=True).start()
+
+    def _run(self, name: str, args: str, get_engine: Callable[[], GroupEngine], turns: threading.Semaphore) -> None:
+        try:
+            with turns:
+                if not self.wanted:
+                    self.given_up = True
+                    return
+                potential = potentials.resolve(name, json.loads(args))
+                potential.prepare(get_engine().tokenizer)
+            self.potential = potential
+        except BaseException as error:  # of whatever a user's code does, only this potential's groups hear
+            named = isinstance(error, ValueError) and str(error).startswith("potential ")
+            self.error = str(error) if named else f"potential {name!r}: prepare raised {type(error).__name__}: {error}"
+        finally:
+            self.done.set()
+
+
 class ParticleRunner:
     """The groups and potentials of one worker."""
 
@@ -110,23 +152,36 @@ class ParticleRunner:
         self._model_config = model_runner.vllm_config.model_config
         self._net = model_runner.model
         self._engine: GroupEngine | None = None
+        self._engine_lock = threading.Lock()
         self._potentials: dict[str, Potential] = {}
+        self._preparing: dict[str, _Preparation] = {}  # by name and arguments
+        self._turns = threading.Semaphore(_MAX_PREPARING)
+        # groups whose potential is being prepared: what they are to start with, and the blocks that they have got
+        self._waiting: dict[str, tuple[GroupStart, list[int]]] = {}
         self.groups: dict[str, tuple[Group, GroupStart]] = {}
 
     # ---------------------------------------------------------------------------------------------- potentials
     def _get_engine(self) -> GroupEngine:
-        if self._engine is None:
-            config, tokenizer = self._model_config, None
-            if not config.skip_tokenizer_init:
-                from transformers import AutoTokenizer
+        with self._engine_lock:  # threads that prepare potentials ask, too
+            if self._engine is None:
+                config, tokenizer = self._model_config, None
+                if not config.skip_tokenizer_init:
+                    from transformers import AutoTokenizer
 
-                tokenizer = AutoTokenizer.from_pretrained(
-                    config.tokenizer, revision=config.tokenizer_revision, trust_remote_code=config.trust_remote_code
+                    tokenizer = AutoTokenizer.from_pretrained(
+                        config.tokenizer,
+                        revision=config.tokenizer_revision,
+                        trust_remote_code=config.trust_remote_code,
+                    )
+                self._engine = self.engine_class(
+                    tokenizer,
+                    self.model.device,
+                    config.get_vocab_size(),
+                    config.get_hidden_size(),
+                    self._net,
+                    config.model,
                 )
-            self._engine = self.engine_class(
-                tokenizer, self.model.device, config.get_vocab_size(), config.get_hidden_size(), self._net, config.model
-            )
-        return self._engine
+            return self._engine
 
     def put_potential(self, name: str, potential: Potential) -> None:
         """Sets a potential up and keeps it under `name`."""
@@ -160,17 +215,36 @@ class ParticleRunner:
             if name not in self._potentials:
                 raise SMCError(f"potential={name!r}: not known to this engine; LLM.register_potential gives names")
             return self._potentials[name]
-        key = f"{name} {start.potential_args}"
-        if key not in self._potentials:
-            self._make_room()
-            self.put_potential(key, potentials.resolve(name, json.loads(start.potential_args)))
-        return self._potentials[key]
+        return self._potentials[_named(start)]
+
+    def _is_prepared(self, start: GroupStart) -> bool:
+        """Whether the potential that a group names is there; begins to prepare it if nobody has, and sets it up.
+
+        Raises:
+            SMCError: it cannot be made, prepared or set up.
+        """
+        if start.potential is None or start.potential.startswith(OBJECT) or (key := _named(start)) in self._potentials:
+            return True
+        if key not in self._preparing or self._preparing[key].given_up:
+            self._preparing[key] = _Preparation(start.potential, start.potential_args, self._get_engine, self._turns)
+        preparation = self._preparing[key]
+        preparation.wanted = True
+        if not preparation.done.is_set():
+            return False
+        if preparation.error is not None:
+            raise SMCError(preparation.error)  # kept for other groups that wait for it; the last takes it away
+        del self._preparing[key]
+        self._make_room()
+        self.put_potential(key, preparation.potential)
+        return True
 
     # ------------------------------------------------------------------------------------------------- a tick
     @torch.inference_mode()
     def run(self, tick: Tick) -> list[GroupResult]:
         """Runs each group of the tick; a group that fails is dropped and says why, the others go on."""
         results = []
+        if tick.patience and self._preparing:
+            self._wait_a_little(tick.patience)
         for part in tick.groups:
             result = GroupResult(part.request_id, part.epoch)
             try:
@@ -183,38 +257,67 @@ class ParticleRunner:
                 logger.exception("group %s failed", part.request_id)
                 result.error = f"internal error: {type(error).__name__}: {error}"
             if result.done or result.error is not None:
-                self.groups.pop(part.request_id, None)
+                self.drop([part.request_id])
             results.append(result)
         return results
 
     def drop(self, request_ids: list[str]) -> None:
-        """Forgets groups that were aborted or preempted."""
+        """Forgets groups that have ended, or were aborted or preempted. What is being prepared for them is kept."""
         for request_id in request_ids:
             self.groups.pop(request_id, None)
+            self._waiting.pop(request_id, None)
+        wanted, idle = {_named(start) for start, _ in self._waiting.values()}, []
+        for key, preparation in list(self._preparing.items()):
+            preparation.wanted = key in wanted
+            if not preparation.wanted and preparation.done.is_set():
+                if preparation.potential is None:
+                    del self._preparing[key]
+                else:
+                    idle.append(key)
+        for key in idle[:-_MAX_NAMED]:
+            del self._preparing[key]
+
+    def _wait_a_little(self, seconds: float) -> None:
+        """Until one of the potentials that groups wait for is prepared, but not for long."""
+        until = time.monotonic() + seconds
+        while not any(p.done.is_set() for p in self._preparing.values()) and time.monotonic() < until:
+            time.sleep(seconds / 5)
+
+    def _start(self, start: GroupStart, blocks: list[int]) -> Group:
+        potential = self._potential(start)
+        if potential is not None and potential.lookahead > start.lookahead:
+            raise SMCError(
+                f"potential={start.potential!r}: needs a lookahead of {potential.lookahead} tokens that could not be "
+                "known when the group was admitted; give its continuation as token ids"
+            )
+        rows = VllmRows(self.model, start, start.lookahead)
+        rows.paging.grant(blocks)
+        return Group(
+            start.params,
+            rows,
+            potential,
+            start.prompt,
+            start.stop_token_ids,
+            self.model.device,
+            self._engine,
+            start.exact,
+        )
 
     def _run_group(self, part: GroupTick, result: GroupResult) -> None:
         if part.start is not None:
-            potential = self._potential(part.start)
-            if potential is not None and potential.lookahead > part.start.lookahead:
-                raise SMCError(
-                    f"potential={part.start.potential!r}: needs a lookahead of {potential.lookahead} tokens that could "
-                    "not be known when the group was admitted; give its continuation as token ids"
-                )
-            rows = VllmRows(self.model, part.start, part.start.lookahead)
-            group = Group(
-                part.start.params,
-                rows,
-                potential,
-                part.start.prompt,
-                part.start.stop_token_ids,
-                self.model.device,
-                self._engine,
-                part.start.exact,
-            )
-            self.groups[part.request_id] = (group, part.start)
+            self._waiting[part.request_id] = (part.start, [])
+        if part.request_id in self._waiting:
+            start, blocks = self._waiting[part.request_id]
+            blocks += part.blocks
+            if not self._is_prepared(start):
+                result.waiting = True
+                return
+            del self._waiting[part.request_id]
+            self.groups[part.request_id] = (self._start(start, blocks), start)
+        else:
+            self.groups[part.request_id][0].model.paging.grant(part.blocks)
         group, start = self.groups[part.request_id]
         paging = group.model.paging
-        paging.grant(part.blocks)
         for _ in range(part.steps):
             if group.done:
                 break

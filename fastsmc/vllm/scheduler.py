@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import time
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
@@ -46,6 +47,9 @@ logger = init_logger(__name__)
 
 #: particle steps in one engine step when nothing else waits; with other work around it is 1
 STEPS_PER_TICK = 8
+#: seconds that a worker waits for potentials to be prepared when there is nothing else to do, and seconds between two
+#: engine steps that do nothing but ask for them when there is
+POLL, POLL_BESIDE_WORK = 0.005, 0.05
 
 
 @dataclasses.dataclass
@@ -60,6 +64,7 @@ class _Group:
     epoch: int = 0  # counts restarts, so that a result from before a preemption is not taken for one after
     started: bool = False
     in_flight: bool = False
+    waiting: bool = False  # for its potential to be prepared
     need: int = 0  # blocks without which it cannot go on
     short: bool = False  # queued for want of blocks
     blocks: dict[int, Any] = dataclasses.field(default_factory=dict)  # block id → KVCacheBlock
@@ -87,6 +92,7 @@ class _SMCMixin(_Scheduler):
         self._dropped: list[str] = []
         self._particle_turn = False
         self._hold_admission = False
+        self._polled = -math.inf  # when groups that wait for their potentials were last asked, and nothing else
 
     # ----------------------------------------------------------------------------------------------- coming in
     def add_request(self, request: Request) -> None:
@@ -154,7 +160,7 @@ class _SMCMixin(_Scheduler):
         """Returns all of a group's blocks and makes the workers forget it."""
         self._pool.free_blocks(group.blocks.values())
         group.blocks, group.to_grant, group.need = {}, [], 0
-        group.in_flight = False
+        group.in_flight = group.waiting = False
         if group.started:
             self._dropped.append(group.request.request_id)
             group.started = False
@@ -170,11 +176,20 @@ class _SMCMixin(_Scheduler):
             r.request_id not in hidden for r in self.waiting
         )
         ready = [] if paused else [g for g in self._groups.values() if self._is_ready(g)]
+        patience = 0.0
+        if ready and all(
+            g.waiting for g in ready
+        ):  # they wait for their potentials: nothing is kept from others for them
+            now, busy = time.monotonic(), work or any(g.in_flight for g in self._groups.values())
+            if busy and now < self._polled + POLL_BESIDE_WORK:
+                ready = []
+            else:
+                self._polled, patience = now, 0.0 if busy else POLL
         if ready and (self._particle_turn or not work):
             self._particle_turn = False
             output = SchedulerOutput.make_empty()
             steps = 1 if work else STEPS_PER_TICK
-            output.smc = Tick([self._tick(g, steps) for g in ready], self._take_dropped())
+            output.smc = Tick([self._tick(g, steps) for g in ready], self._take_dropped(), patience)
             return output
 
         since = self._waiting_for_blocks_since()
@@ -301,7 +316,7 @@ class _SMCMixin(_Scheduler):
         group = self._groups.get(result.request_id)
         if group is None or group.epoch != result.epoch or not group.in_flight:
             return  # aborted or preempted while the step ran
-        group.in_flight = False
+        group.in_flight, group.waiting = False, result.waiting
         group.need = result.need
         self._pool.free_blocks([group.blocks.pop(block) for block in result.surplus])
         if result.error is not None:
@@ -316,7 +331,7 @@ class _SMCMixin(_Scheduler):
             else:
                 status = RequestStatus.FINISHED_STOPPED if result.stopped else RequestStatus.FINISHED_LENGTH_CAPPED
             self._finish(group, status, result.token_ids or [], payload, outputs)
-        else:
+        elif not result.waiting:
             self._emit(group.request, [], None, {"step": result.step}, outputs)
 
     def _finish(

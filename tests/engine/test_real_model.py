@@ -1,5 +1,6 @@
 """A real model with a real tokenizer, SmolLM2-135M, in vLLM's default process mode."""
 
+import json
 import re
 
 import numpy as np
@@ -9,7 +10,7 @@ from tiny import hf_log_probs
 from vllm import SamplingParams
 
 import fastsmc
-from fastsmc import Population, SMCParams
+from fastsmc import Population, SMCError, SMCParams
 from fastsmc.models import smollm2
 from fastsmc.potentials import Infill, Lexicon, Regex, TextPotential
 
@@ -66,6 +67,23 @@ def test_a_regular_expression_is_obeyed(real, proposal):
     else:
         population = real.smc(PROMPT, params, Lexicon(words=["."], weight=-np.inf) * Regex(r"[^!]*"))
         assert all("!" not in t for t, w in zip(population.texts, population.weights, strict=True) if w > 0)
+
+
+def test_a_hostile_pattern_by_name_ends_alone(real):
+    """Its automaton has a million states. A pattern whose automaton has 12,361 runs beside it, as does a request."""
+    greedy = SamplingParams(max_tokens=24, temperature=0.0)
+    alone = real.generate(PROMPT, greedy, use_tqdm=False)[0]
+    params = SMCParams(n_particles=8, max_tokens=12, seed=1)
+    leads = [real.lead_params(params, "regex", group=i, return_population=True) for i in range(3)]
+    patterns = ["(a|b)*a(a|b){20}", r"\w{1,40}", r"\w{1,40}"]
+    for lead, pattern in zip(leads, patterns, strict=True):
+        lead.extra_args["smc_potential_args"] = json.dumps({"pattern": pattern})
+    outputs = real.generate([PROMPT] * 4, [*leads, greedy], use_tqdm=False)
+    assert outputs[3].outputs[0].text == alone.outputs[0].text
+    with pytest.raises(SMCError, match=r"Regex: pattern='\(a\|b\)\*a\(a\|b\)\{20\}': more than 50000 states"):
+        real.population(outputs[0])
+    for output in outputs[1:3]:
+        assert all(re.fullmatch(patterns[1], text) for text in real.population(output).texts)
 
 
 def test_potentials_of_text_and_of_what_follows(real):

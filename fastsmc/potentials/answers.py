@@ -1,0 +1,163 @@
+"""What a potential answered, checked, and in the form that `weigh` and `draw` take.
+
+check_scores   of `prefix` and `complete`
+check_next     of `logw_next`: types, shapes, devices; the host waits for nothing
+check_rows     of the same: indices, for which the host waits
+NextRows       the same as arguments of the ops
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from fastsmc.potentials.base import Masked, Potential, Rows
+
+Answer = TypeVar("Answer", Tensor, Rows, Masked)
+
+
+def _what(answer: Any) -> str:
+    if not isinstance(answer, Tensor):
+        return type(answer).__name__
+    layout = "" if answer.layout == torch.strided else f" {answer.layout}"
+    return f"{tuple(answer.shape)} {answer.dtype}{layout} on {answer.device}"
+
+
+def _refuse(potential: Potential, method: str, what: str, allowed: str) -> TypeError:
+    return TypeError(f"{type(potential).__name__}.{method} returned {what}; must be {allowed}")
+
+
+def check_scores(potential: Potential, method: str, answer: Any, like: Tensor) -> Tensor:
+    """Returns what `prefix` or `complete` answered, (N,) float64 on the device of `like` (N,).
+
+    Raises:
+        TypeError: it is no vector of N log weights; names class and method.
+    """
+    good = isinstance(answer, Tensor) and answer.is_floating_point() and answer.layout == torch.strided
+    if not good or answer.shape != like.shape or answer.device != like.device:
+        allowed = f"a floating-point torch.Tensor of shape {tuple(like.shape)} on {like.device}"
+        raise _refuse(potential, method, _what(answer), allowed)
+    return answer.detach().double()
+
+
+def check_next(
+    potential: Potential, answer: Any, like: Tensor, vocab_size: int | None = None
+) -> Tensor | Rows | Masked | None:
+    """Returns what `logw_next` answered about N particles, on the device of `like` (N,), with columns in a row.
+
+    Args:
+        vocab_size: V, where it is known.
+
+    Raises:
+        TypeError: it is none of what `logw_next` may return; names class and method.
+    """
+    if isinstance(answer, Masked):
+        bits, words = answer.bits, "V / 32" if vocab_size is None else -(-vocab_size // 32)
+        good = isinstance(bits, Tensor) and bits.dtype == torch.int32 and bits.dim() == 2
+        if not good or bits.device != like.device or (vocab_size is not None and bits.shape[1] != words):
+            allowed = f"(M, {words}) torch.int32 on {like.device}"
+            raise _refuse(potential, "logw_next", f"Masked with bits {_what(bits)}", allowed)
+        index = _check_index(potential, "Masked", answer.index, like)
+        if isinstance(answer.values, Masked):
+            raise _refuse(potential, "logw_next", "Masked with values Masked", "floating-point, Rows or None")
+        values = check_next(potential, answer.values, like, vocab_size)
+        return Masked(bits if bits.stride(1) == 1 else bits.contiguous(), index, values)  # type: ignore[arg-type]
+    if isinstance(answer, Rows):
+        values = _check_matrix(potential, "Rows of values ", answer.values, like, None, vocab_size)
+        return Rows(values, _check_index(potential, "Rows", answer.index, like))
+    return None if answer is None else _check_matrix(potential, "", answer, like, len(like), vocab_size)
+
+
+def _check_matrix(
+    potential: Potential, kind: str, values: Any, like: Tensor, n_rows: int | None, vocab_size: int | None
+) -> Tensor:
+    """Returns (n_rows, V) floating point, detached, with columns in a row; n_rows None: any number of rows."""
+    good = isinstance(values, Tensor) and values.is_floating_point() and values.layout == torch.strided
+    good = good and values.dim() == 2 and values.device == like.device and vocab_size in (None, values.shape[1])
+    if not good or n_rows not in (None, len(values)):
+        allowed = f"floating-point ({n_rows or 'M'}, {vocab_size or 'V'}) on {like.device}, or Rows or Masked of such"
+        raise _refuse(potential, "logw_next", kind + _what(values), allowed)
+    values = values.detach()
+    return values if values.stride(1) == 1 else values.contiguous()
+
+
+def _check_index(potential: Potential, kind: str, index: Any, like: Tensor) -> Tensor:
+    """Returns (N,) int64."""
+    good = isinstance(index, Tensor) and index.dtype in (torch.int64, torch.int32)
+    if not good or index.device != like.device or index.shape != like.shape:
+        allowed = f"{tuple(like.shape)} torch.int64 on {like.device}"
+        raise _refuse(potential, "logw_next", f"{kind} with index {_what(index)}", allowed)
+    return index.long()
+
+
+def check_rows(potential: Potential, answer: Answer, asked: Tensor) -> Answer:
+    """Returns what `check_next` gave, with indices that are in range for all particles.
+
+    Raises:
+        TypeError: an index was out of range for one of `asked` (N,) bool; names class, method and particle.
+    """
+
+    def in_range(index: Tensor, n_rows: int, what: str) -> Tensor:
+        out = (index < 0) | (index >= n_rows)
+        if bool((out & asked).any()):
+            i = int(torch.nonzero(out & asked)[0])
+            allowed = f"in [0, {n_rows}), the rows of {what}"
+            raise _refuse(potential, "logw_next", f"index[{i}]={int(index[i])}", allowed)
+        return index.clamp(0, max(n_rows - 1, 0))
+
+    if isinstance(answer, Masked):
+        values = None if answer.values is None else check_rows(potential, answer.values, asked)
+        return Masked(answer.bits, in_range(answer.index, len(answer.bits), "bits"), values)
+    if isinstance(answer, Rows):
+        return Rows(answer.values, in_range(answer.index, len(answer.values), "values"))
+    return answer
+
+
+class NextRows(NamedTuple):
+    """Log ψ changes by row and token; as keyword arguments of `ops.weigh` and `ops.draw`.
+
+    Attributes:
+        log_psi: (M, V), or None: all are 0.
+        psi_rows: (R,) int64 in [0, M), or None: the identity.
+        mask: (B, ceil(V / 32)) int32, or None: all tokens are allowed.
+        mask_rows: (R,) int64 in [0, B).
+    """
+
+    log_psi: Tensor | None
+    psi_rows: Tensor | None
+    mask: Tensor | None
+    mask_rows: Tensor | None
+
+    @classmethod
+    def of(cls, answer: Tensor | Rows | Masked) -> NextRows:
+        """From what `check_next` gave, a row per particle."""
+        mask, mask_rows, values = answer if isinstance(answer, Masked) else (None, None, answer)
+        log_psi, psi_rows = values if isinstance(values, Rows) else (values, None)
+        return cls(log_psi, psi_rows, mask, mask_rows)
+
+    def select(self, particles: Tensor) -> NextRows:
+        """The rows of `particles` (R,) int64 alone."""
+        psi_rows = None
+        if self.log_psi is not None:
+            psi_rows = particles if self.psi_rows is None else self.psi_rows[particles]
+        mask_rows = None if self.mask_rows is None else self.mask_rows[particles]
+        return NextRows(self.log_psi, psi_rows, self.mask, mask_rows)
+
+    def rounded(self) -> NextRows:
+        """The same as `weigh` and `draw` read it: float64 is rounded once, not by each of them."""
+        if self.log_psi is None or self.log_psi.dtype != torch.float64:
+            return self
+        return self._replace(log_psi=self.log_psi.float())
+
+    def of_tokens(self, rows: Tensor, tokens: Tensor) -> Tensor:
+        """(K,) float64: log ψ changes of tokens (K,) in rows (K,)."""
+        out = torch.zeros(len(tokens), dtype=torch.float64, device=tokens.device)
+        if self.log_psi is not None:
+            out = self.log_psi[rows if self.psi_rows is None else self.psi_rows[rows], tokens].double()
+        if self.mask is not None:
+            words = self.mask[self.mask_rows[rows], tokens >> 5]
+            out = out.masked_fill((words >> (tokens & 31).int()) & 1 == 0, -math.inf)
+        return out
