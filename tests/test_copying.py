@@ -235,7 +235,6 @@ class Scribbler(Potential):
     def reset(self, n_particles, prompt):
         self.score = torch.zeros(n_particles, dtype=torch.float64)
         self.next, self.index = torch.zeros(n_particles, VOCAB), torch.arange(n_particles)
-        self.total = torch.zeros(n_particles, dtype=torch.float64)
         self._spoil(prompt)
 
     def _spoil(self, *given):
@@ -252,13 +251,14 @@ class Scribbler(Potential):
             self._spoil(value if isinstance(value, torch.Tensor) else None)
 
     def reindex(self, ancestors):
-        self.total = self.total[ancestors]
         self._spoil(ancestors)
         if self.scribbles:
             self.next.fill_(-9.0), self.score.fill_(-9.0), self.index.zero_()
 
     def _value(self, state):
-        return torch.where(state.tokens >= 0, 0.3 * (state.tokens % 3), 0.0).double().sum(1)
+        value = torch.where(state.tokens >= 0, 0.3 * (state.tokens % 3), 0.0).double().sum(1)
+        hidden = getattr(state, "hidden", None)
+        return value if hidden is None else value + 0.01 * hidden.sum(1).tanh()
 
     def prefix(self, state):
         self.score.copy_(self._value(state))

@@ -411,3 +411,12 @@ def test_refuses(args, kw, message):
 def test_refuses_to_interpret_unasked():
     with pytest.raises(ValueError, match="backend='triton': tensors are on cpu, which needs TRITON_INTERPRET=1"):
         ops.weigh(Z, backend="triton")
+
+
+def test_a_tensor_that_is_copied_on_write_is_read_where_it_lies():
+    """Tables that groups share (`potentials.copying`) are not copied by reading them."""
+    logits, psi = torch.randn(3, 40), torch.randn(9, 40)
+    want = ops.weigh(logits, psi[2:5], psi_rows=torch.tensor([0, 2, 1]))
+    lazy = torch._lazy_clone(psi)[2:5]
+    got = ops.weigh(torch._lazy_clone(logits), lazy, psi_rows=torch._lazy_clone(torch.tensor([0, 2, 1])))
+    assert torch._C._is_cow_tensor(lazy) and torch.equal(got.lse_psi, want.lse_psi)
