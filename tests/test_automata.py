@@ -246,7 +246,7 @@ def test_the_child_imports_neither_torch_nor_fastsmc_and_gives_what_this_process
         "atexit.register(lambda: print(sorted(m for m in ('torch', 'fastsmc') if m in sys.modules), file=sys.stderr))\n"
         "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')\n"
     )
-    task = pickle.dumps(("a", [b"a"], 10, 10.0, 1 << 30, 60.0))
+    task = pickle.dumps(("a", [b"a"], 10, 10.0, 1 << 30, 60.0, 0))
     numpy_folder = np.__file__.rsplit("/", 2)[0]
     done = subprocess.run(
         [sys.executable, "-I", "-S", "-c", code, automaton.child.__file__, numpy_folder],

@@ -227,6 +227,47 @@ def test_regex_rows_are_deduplicated_and_padding_is_forbidden(engine):
     assert bool(torch.isneginf(dense(rows)[:, len(TOKENS) :]).all())
 
 
+def test_regex_masks_are_packed_kept_bounded_and_shared(tokenizer, monkeypatch):
+    """A mask is made once per state and number of tokens left, and costs 1/15 of float16 values or less; copies of the
+    potential, as groups work on, have one set of tables."""
+    vocab, depth = 49152, 40
+    big = GroupEngine(tokenizer=tokenizer, vocab_size=vocab)
+    regex = Regex(f"a{{1,{depth}}}|b")
+    regex.setup(big)
+    budget = regex._budget(frozenset([EOS]))
+    for twin in (copy.copy(regex), copy.deepcopy(regex)):
+        assert twin._budget(frozenset([EOS])) is budget
+    made = []
+    pack = type(budget)._pack
+    monkeypatch.setattr(
+        type(budget), "_pack", lambda self, states, entry: made.extend(states) or pack(self, states, entry)
+    )
+
+    def ask(length, left=100):
+        paths = [[1] * length] * 5
+        regex.reset(5, [1])
+        state = make_state(paths, length + left, length)
+        return regex.logw_next(state)
+
+    for _ in range(2):
+        for length in range(depth):
+            masked = ask(length)
+            bits = masked.bits[masked.index[0]]
+            allowed = [v for v in range(96) if bits[v // 32] >> (v % 32) & 1]
+            assert allowed == ([EOS, 1] if length else [1, 2])
+    assert len(made) == len(set(made)) == depth
+    (masks,) = budget._masks.values()
+    assert masks.n_bytes <= depth * vocab * 2 / 15
+
+    monkeypatch.setattr("fastsmc.potentials.regex.MAX_MASK_BYTES", 10 * vocab // 8)
+    budget._masks.clear()
+    for left in (100, 1, 2, 100, 3):
+        for length in range(depth - 1):
+            masked = ask(length, left)
+            assert int(masked.bits[masked.index[0]].sum()) == (0b011 if length else 0b110)
+            assert sum(m.n_bytes for m in budget._masks.values()) <= 11 * vocab // 8 + 1000
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_regex_follows_reindex(engine, seed):
     """Against a fresh object that reads the whole history, with methods skipped, repeated and reindexed at random."""

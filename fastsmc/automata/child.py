@@ -2,8 +2,8 @@
 
 Run as a script, with the folders of numpy (and of the package regex) as arguments, so that neither site-packages nor
 fastsmc are imported as a whole. Standard input: a pickled tuple of pattern, tokens (bytes or None), and limits on
-states, seconds of CPU time, bytes of memory and seconds by the clock. Standard output: a pickled pair ("ok", fields of
-a `TokenMoves`) or ("error", why not).
+states, seconds of CPU time, bytes of memory and seconds by the clock, and how nice to be to other processes. Standard
+output: a pickled pair ("ok", fields of a `TokenMoves`) or ("error", why not).
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import sys
 
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's affair
-    pattern, tokens, states, seconds, memory, wait = pickle.load(sys.stdin.buffer)
+    pattern, tokens, states, seconds, memory, wait, nice = pickle.load(sys.stdin.buffer)
     signal.alarm(int(wait) + 1)  # should the parent be gone
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-    os.nice(5)  # the engine's steps come first
+    os.nice(nice)
     try:
         answer = "ok", _make(pattern, tokens, states, seconds)
     except MemoryError:

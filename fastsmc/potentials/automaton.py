@@ -30,6 +30,8 @@ from fastsmc.potentials.tokens import token_bytes
 MAX_STATES, MAX_SECONDS, MAX_MEMORY = 50_000, 8.0, 1 << 30
 #: seconds by the clock after which the process that makes an automaton is killed, whatever it does
 MAX_WAIT = 60.0
+#: how nice the child of a thread beside an engine's steps is
+NICE = 10
 #: automata that a process keeps for patterns that come again; the one not used for longest goes first
 MAX_KEPT, MAX_KEPT_BYTES = 64, 256 << 20
 #: seconds after which one line on standard error says what is being waited for
@@ -161,7 +163,8 @@ def compile_tokens(
     command = [sys.executable, "-I", "-S", child.__file__, *folders]
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryFile() as task, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        pickle.dump((pattern, tokens, states, seconds, memory, wait), task)
+        beside_steps = threading.current_thread() is not threading.main_thread()  # which come first
+        pickle.dump((pattern, tokens, states, seconds, memory, wait, NICE if beside_steps else 0), task)
         task.seek(0)
         process = subprocess.Popen(command, stdin=task, stdout=out, stderr=err, env=environment)
         try:
