@@ -6,8 +6,8 @@
     sorted     particle i repeated counts[i] times, so that relatives lie side by side
 
 Both start from the same counts and are equally unbiased, but systematic and stratified resampling look at the
-particles in their order, so the next counts differ (smc-math §3). Two models, both with a known Z, each with many
-groups at a time:
+particles in their order, so the next counts differ (docs/mathematics.md §3). Two models, both with a known Z, each with
+many groups at a time:
 
     drift      x_t = 0.95 x_{t−1} + noise, observed with noise, drawn from the prior: relatives stay alike for long
     chain      a Markov chain of 32 tokens with a twist that knows 60 % of φ: draw from p0·ψ, stratified among siblings

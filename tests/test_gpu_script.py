@@ -76,7 +76,7 @@ def test_all_parts(call):
                 assert f"def {test}" in (ROOT / file).read_text() if test else True, argument
     assert sum("pytest" in arguments for _, _, *arguments in commands) == 3 + 2 + 3
     for multiprocessing, _, script, *_ in commands:
-        if script.startswith("bench/bench_") or script == "bench/tune.py":
+        if re.fullmatch(r"bench/(bench_\w+|tune)\.py", script):
             assert multiprocessing == "1"
 
 

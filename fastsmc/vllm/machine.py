@@ -184,7 +184,7 @@ def thread_settings(
 
     vLLM binds rank r to the physical cores of memory node r and takes one core per rank off for its scheduler, which
     has little to do when requests are groups. On two cores the model then has one: 534 against 872 tokens/s at N = 64
-    (bench/results/smc_cpu.json, smc_cpu_all_cores.json). With both, scheduler and model get in each other's way, and
+    (bench/results/smc_cpu_one_core.json, smc_cpu.json). With both, scheduler and model get in each other's way, and
     18 % of the double is lost: about what one core of five or six would bring. So up to `FEW_CORES` cores per rank all
     go to the model, and on larger machines vLLM's choice stands. Moreover:
 
