@@ -46,12 +46,14 @@ class Automaton:
         moves: TokenMoves, its tables on the host.
         vocabulary: bytes, fingerprint of the tokenizer's tokens.
         pattern: str.
-        on_device: what users of this automaton have made of it on their devices.
+        tables: its moves on devices, as `Regex` looks them up.
+        budgets: what `Regex` has made of it for sets of stop tokens, the latest last.
     """
 
     def __init__(self, moves: TokenMoves, vocabulary: bytes, pattern: str) -> None:
         self.moves, self.vocabulary, self.pattern = moves, vocabulary, pattern
-        self.on_device: OrderedDict[Any, Any] = OrderedDict()
+        self.tables: dict[Any, Any] = {}
+        self.budgets: OrderedDict[Any, Any] = OrderedDict()
 
     @property
     def n_bytes(self) -> int:

@@ -17,7 +17,7 @@ from fastsmc.potentials.tokens import log_of, tokenizer_of
 #: bytes of masks that one automaton keeps for one set of stop tokens
 MAX_MASK_BYTES = 32 << 20
 #: sets of stop tokens of one automaton, and numbers of tokens left, whose tables stay on the device
-_KEPT = 64
+MAX_BUDGETS, MAX_REACHES = 16, 64
 _NO_KEY = 1 << 62  # behind every key of a move
 
 
@@ -89,9 +89,11 @@ class _Budget:
         self._reach = [moves.accept]  # [k]: states that can end well within (without stop tokens: after) k tokens
         self._seen = {moves.accept.tobytes(): 0}
         self._cycle: int | None = None  # from this entry on, `_reach` repeats itself
-        keys = np.append(source * (self.stop_class + 1) + moves.by, _NO_KEY)
-        self._keys = torch.as_tensor(keys, device=device)
-        self._to = torch.as_tensor(np.append(moves.to, self.sink).astype(np.int64), device=device)
+        if device not in automaton.tables:
+            keys = np.append(source * (self.stop_class + 1) + moves.by, _NO_KEY)
+            to = np.append(moves.to, self.sink).astype(np.int64)
+            automaton.tables[device] = torch.as_tensor(keys, device=device), torch.as_tensor(to, device=device)
+        self._keys, self._to = automaton.tables[device]
         self.classes = torch.as_tensor(classes.astype(np.int64), device=device)
         self.accept = torch.as_tensor(moves.accept, device=device)
         self._on_device: OrderedDict[int, Tensor] = OrderedDict()
@@ -125,7 +127,7 @@ class _Budget:
         entry = self._entry(left)
         if entry not in self._on_device:
             self._on_device[entry] = torch.as_tensor(self._reach[entry], device=self.accept.device)
-            if len(self._on_device) > _KEPT:
+            if len(self._on_device) > MAX_REACHES:
                 self._on_device.popitem(last=False)
         return self._on_device[entry]
 
@@ -226,11 +228,12 @@ class Regex(Potential):
 
     def _budget(self, stops: frozenset[int]) -> _Budget:
         """Shared by all groups of this automaton."""
-        kept, key = self._automaton.on_device, (stops, self._vocab_size, self._device)
+        kept, key = self._automaton.budgets, (stops, self._vocab_size, self._device)
         if key not in kept:
             kept[key] = _Budget(self._automaton, *key)
-            if len(kept) > _KEPT:
+            if len(kept) > MAX_BUDGETS:
                 kept.popitem(last=False)
+        kept.move_to_end(key)
         return kept[key]
 
     def _states(self, state: State, budget: _Budget) -> Tensor:
