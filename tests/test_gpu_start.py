@@ -18,13 +18,13 @@ ROOT = Path(__file__).resolve().parents[1]
 GIB = 1 << 30
 IMPORTS = """
 import importlib, sys, torch
-MODULES = "worker attention attention_gpu attend_costs scheduler llm runner lead capacity warm_up".split()
+MODULES = "worker attention attention_gpu attend_costs scheduler llm model ranks runner lead capacity warm_up".split()
 for name in MODULES:
     importlib.import_module(f"fastsmc.vllm.{name}")
 from fastsmc.vllm.llm import engine_args
 from vllm.platforms import current_platform
 kind = type(current_platform)
-kind.is_cpu, kind.is_cuda = (lambda self: False), (lambda self: True)
+kind.is_cpu, kind.is_cuda, kind.device_type = (lambda self: False), (lambda self: True), "cuda"
 path, name = engine_args({})["worker_cls"].rsplit(".", 1)
 assert path == "fastsmc.vllm.worker"
 from vllm.v1.worker.gpu_worker import Worker
@@ -106,7 +106,7 @@ def test_groups_are_prepared_before_vllm_watches_what_is_compiled(monkeypatch):
     from fastsmc.vllm import worker as ours
 
     order = []
-    monkeypatch.setattr(ours, "ParticleRunner", lambda runner: order.append(runner))
+    monkeypatch.setattr(ours, "make_runner", lambda runner: order.append(runner))
     monkeypatch.setattr(gpu_worker.Worker, "compile_or_warm_up_model", lambda self: order.append("vLLM") or "times")
     worker = ours.SMCGPUWorker.__new__(ours.SMCGPUWorker)
     worker.model_runner = "groups"

@@ -15,7 +15,6 @@ from vllm.config import CacheConfig
 from vllm.distributed.parallel_state import get_world_group
 from vllm.logger import init_logger
 from vllm.utils.cpu_resource_utils import get_allowed_cpu_list, get_memory_node_info, get_visible_memory_node
-from vllm.v1.core.kv_cache_utils import max_memory_usage_bytes
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from fastsmc.vllm import machine
@@ -86,7 +85,7 @@ class SMCCPUWorker(SMCWorkerMixin, CPUWorker):
         )
         if (blocks := self.cache_config.num_gpu_blocks_override) is not None:
             return machine.Need(step, blocks * block, blocks * block, f"num_gpu_blocks_override={blocks}")
-        sequence = max_memory_usage_bytes(config, specs)
+        sequence = sum(spec.max_memory_usage_bytes(config) for spec in specs)
         # each row may hold one more block while it is reindexed, and vLLM keeps one back; as much again holds prompts
         # that may come a second time
         useful = 2 * rows * (sequence + block) + block
