@@ -17,7 +17,7 @@ import numpy as np
 
 
 def arguments(description: str) -> argparse.Namespace:
-    """--quick: minutes on two CPU cores; without it, the size for a GPU."""
+    """Reads the options; --quick takes minutes on two CPU cores, and without it sizes are for a GPU."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="few steps and particles: minutes on a CPU")
     parser.add_argument("--model", default="smollm2", help="name or path, as for vLLM (default: %(default)s)")
@@ -37,8 +37,8 @@ def study(name, args, prompt, params, potential, config, exact_count, samples=10
             evaluated.
         exact_count: exact samples by rejection for the upper bound; 0: φ is too rare, or not at most 1, and log Ẑ and
             ESS are compared instead.
-        samples: of each set that is trained on. With too few a step, hardly any of which φ likes, a twist may repeat
-            the first that it saw: `positive_ess` in metrics.jsonl is near 1 then, and KL(σ‖q) large.
+        samples: of each set that is trained on. With too few per step, so that φ likes hardly any, a twist may repeat
+            the first that φ liked: `positive_ess` in metrics.jsonl is near 1 then, and KL(σ‖q) large.
     """
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -79,7 +79,7 @@ def study(name, args, prompt, params, potential, config, exact_count, samples=10
 
 
 def compare(llm, prompt, params, potential, directory, runs):
-    """log Ẑ and final ESS of `runs` groups without the twist and with it; a figure of them."""
+    """Draws log Ẑ and final ESS of `runs` groups without the twist and with it, and prints their means."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 3.4), layout="constrained")
@@ -98,7 +98,7 @@ def compare(llm, prompt, params, potential, directory, runs):
 
 
 def classifier(name, label_index):
-    """texts → log-probability of one label, by a Hugging Face text classifier."""
+    """Makes a function of texts that gives the log-probability of a label, by a Hugging Face text classifier."""
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 

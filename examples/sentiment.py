@@ -17,7 +17,7 @@ from fastsmc.training import TwistConfig
 
 
 def vader():
-    """texts → log sigmoid(6 · compound): VADER's score, -1 to 1, as a probability of "positive"."""
+    """Makes a function of texts that gives log sigmoid(6 · compound): VADER's score, -1 to 1, as log p(positive)."""
     from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
     analyser = SentimentIntensityAnalyzer()

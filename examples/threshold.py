@@ -18,12 +18,12 @@ LIMIT, LOG_FLOOR = -0.4, -5.0
 
 
 def beyond(scores):
-    """Log of the indicator with a floor."""
+    """Takes the log of the indicator, with a floor."""
     return [0.0 if score <= LIMIT else LOG_FLOOR for score in scores]
 
 
 def vader():
-    """texts → compound score, -1 to 1."""
+    """Makes a function of texts that gives their compound scores, -1 to 1."""
     from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
     analyser = SentimentIntensityAnalyzer()

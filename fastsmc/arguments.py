@@ -11,19 +11,23 @@ Prompts come in the forms that vLLM and tokenizers give them, and leave as lists
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
 
 from fastsmc.params import SMCParams
 from fastsmc.potentials import Potential
 from fastsmc.potentials.tokens import short, token_list
 
-#: entries of a prompt given as a dict that say nothing else than its tokens
+#: what a type checker can know to be one prompt, and to be several; the other forms tell by their shape
+Prompt: TypeAlias = str | Sequence[int]
+Prompts: TypeAlias = list[str] | tuple[str, ...] | Sequence[Sequence[int]] | Sequence[Mapping[str, Any]]
+
+#: keys of a prompt that is a dict: what says nothing but its tokens
 _KEYS = ("prompt", "prompt_token_ids", "input_ids", "attention_mask", "token_type_ids", "special_tokens_mask")
 
 
 def read_prompts(prompts: Any, tokenizer: Any, vocab_size: int) -> tuple[list[list[int]], bool]:
-    """Token ids of each prompt; whether it was one prompt rather than a list of them. An empty list is one of none.
+    """Reads token ids of each prompt, and whether it was a single prompt. An empty list is a list of no prompts.
 
     Args:
         tokenizer: encodes text, with its special tokens; None: text is refused.
@@ -42,7 +46,7 @@ def _split(prompts: Any) -> tuple[list[Any], bool]:
         ids = prompts.get("input_ids")
         shape = getattr(ids, "shape", None)
         several = len(shape) == 2 and shape[0] != 1 if shape is not None else _is_nested(ids)
-        if not several:
+        if ids is None or not several:
             return [prompts], True
         masks = prompts.get("attention_mask")
         rest = {key: value for key, value in prompts.items() if key not in ("input_ids", "attention_mask")}
@@ -77,7 +81,7 @@ def _read(prompt: Any, name: str, tokenizer: Any, vocab_size: int) -> list[int]:
 
 
 def _of_mapping(prompt: Mapping, name: str) -> Any:
-    """The text or the token ids of a prompt that is a dict."""
+    """Finds the text or the token ids in a prompt that is a dict."""
     others = sorted(str(key) for key, value in prompt.items() if key not in _KEYS and value is not None)
     if others:
         raise ValueError(
@@ -101,7 +105,7 @@ def _of_mapping(prompt: Mapping, name: str) -> Any:
 
 
 def read_samples(name: str, exact: Any, vocab_size: int | None = None) -> list[list[int]]:
-    """Exact samples of a target as lists of token ids. ValueError, naming `name`: it is no list of such."""
+    """Reads exact samples of a target as lists of token ids. ValueError, naming `name`: it is no list of such."""
     rows = exact.tolist() if getattr(exact, "ndim", None) == 2 and hasattr(exact, "tolist") else exact
     if not isinstance(rows, (list, tuple)) or not len(rows) or any(map(_is_number, rows)):
         raise ValueError(f"{name}={short(exact)}: must be a list of exact samples, each a list of token ids")
@@ -109,10 +113,10 @@ def read_samples(name: str, exact: Any, vocab_size: int | None = None) -> list[l
 
 
 def read_exact(name: str, exact: Any, params: SMCParams, vocab_size: int | None = None) -> list[list[int]]:
-    """As `read_samples`, for one group, which takes one sample or as many as it has particles.
+    """Reads the samples of one group, which takes a single sample or as many as it has particles.
 
     Raises:
-        ValueError: naming `name`: it is no list of samples, or there are not as many as that.
+        ValueError: naming `name`: it is no list of samples, or not of so many.
     """
     rows, n = read_samples(name, exact, vocab_size), params.n_particles
     if len(rows) not in (1, n) or (len(rows) > 1 and params.ess_threshold > 0.0):
@@ -126,7 +130,7 @@ def read_exact(name: str, exact: Any, params: SMCParams, vocab_size: int | None 
 def read_each(
     n_prompts: int, single: bool, params: Any, potential: Any, exact: Any, vocab_size: int
 ) -> tuple[list[SMCParams], list[Potential | None], list[list[list[int]] | None]]:
-    """Parameters, potential and exact samples of each of the prompts of a call of `smc`.
+    """Reads parameters, potential and exact samples of each prompt of a call of `smc`.
 
     Raises:
         ValueError: naming the argument, its value and what is allowed.

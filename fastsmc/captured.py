@@ -8,7 +8,7 @@ repeat random numbers nor write to the same place), whether a group resamples, w
 fault. The host knows only how many steps it has asked for; it reads nothing until the end. For equal logits both give
 the same particles, tokens and weights.
 
-The price: N rows go through the model at every step, and a resampling moves block-table rows and tails at once.
+It costs more: N rows go through the model at every step, and a resampling moves block-table rows and tails at once.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ _MODEL, _NEXT, _PREFIX, _COMPLETE, _POOL = _FAULTS
 
 
 class PagedModel(Protocol):
-    """What a captured step needs of a model with paged keys and values.
+    """Says what a captured step needs of a model with paged keys and values.
 
     Attributes:
-        block_size: tokens a block, B.
+        block_size: tokens per block, B.
         caches: tensors (blocks, ...) of keys and values.
-        slot_dim: dimension of these that indexes the B slots of a block; None if there is none such.
+        slot_dim: the dimension of the caches that indexes the B slots of a block; None if they have none.
     """
 
     block_size: int
@@ -54,10 +54,13 @@ class PagedModel(Protocol):
 
 
 class _State(State):
-    """As `State`, but of fixed shape: `tokens` (N, max_tokens), −1 where nothing is drawn yet; `step` is a tensor.
+    """A `State` of fixed shape: `tokens` is (N, max_tokens), −1 where nothing is drawn yet, and `step` a tensor.
 
-    Nothing of it is the group's own, so that it may be written to.
+    It shares no memory with the group, so it may be written to. `tokens` are made when they are looked at: a property,
+    where `State` has an attribute.
     """
+
+    step: Any  # a 0-dim int64 tensor, where other groups have an int
 
     def __init__(self, group: CapturedGroup, n_drawn: Tensor) -> None:
         self._group = group
@@ -69,18 +72,18 @@ class _State(State):
         self.stop_token_ids = group.stop_token_ids
 
     @property
-    def tokens(self) -> Tensor:
+    def tokens(self) -> Tensor:  # type: ignore[override]  # see above
         return self._group._lineages()
 
 
 class CapturedGroup:
-    """One group of N particles on one device.
+    """Holds one group of N particles on one device, and steps it.
 
     Args:
         params: what to do.
         model: holds the prompt's keys and values in `prompt_blocks`, but for those of the prompt's last token.
         potential: with `capturable` set; None for plain ancestral sampling. It must have been set up. The group works
-            on its own copy (`potentials.copying`).
+            on a copy (`potentials.copying`).
         prompt: token ids.
         prompt_blocks: ceil(P / B) block ids. Read, and only the last token's slot of the last block is written.
         pool: (M,) int32 ids of blocks that are this group's own. N·(ceil((P + T)/B) − floor(P/B)) always suffice; with
@@ -111,10 +114,10 @@ class CapturedGroup:
         if potential is not None and (not potential.capturable or potential.proposal_only):
             what = "proposal-only" if potential.capturable else "not capturable (Potential.capturable)"
             raise ValueError(f"potential={type(potential).__name__}: is {what}")
-        own = answered(potential) if potential is not None else set()
+        methods = answered(potential) if potential is not None else set()
         self.potential = None if potential is None else own_copy(potential, on_write=False)
-        self._twisted = params.proposal == "twisted" and "logw_next" in own
-        self._weighs_by_next = not self._twisted and "logw_next" in own and "prefix" not in own
+        self._twisted = params.proposal == "twisted" and "logw_next" in methods
+        self._weighs_by_next = not self._twisted and "logw_next" in methods and "prefix" not in methods
         self.params, self.model, self.prompt = params, model, list(prompt)
         self.stop_token_ids = frozenset(stop_token_ids)
         self.device, self.n, steps = device, n, params.max_tokens
@@ -141,13 +144,11 @@ class CapturedGroup:
         self._resampled, self._ran = zeros(steps + 1, dtype=torch.bool), zeros(steps, dtype=torch.bool)
 
         self._pool = pool
-        shared = len(prompt) // block
-        columns = (len(prompt) + steps - 1) // block + 1
-        self._n_shared_columns = shared
-        self._table = zeros(n, columns, dtype=torch.int32)
-        self._table[:, :shared] = torch.tensor(prompt_blocks[:shared], dtype=torch.int32, device=device)
         self._n_block_ids = min(cache.shape[0] for cache in model.caches)
         self._prompt_row = torch.tensor([list(prompt_blocks)], dtype=torch.int32, device=device)
+        self._n_shared_columns = len(prompt) // block
+        self._table = zeros(n, (len(prompt) + steps - 1) // block + 1, dtype=torch.int32)
+        self._table[:, : self._n_shared_columns] = self._prompt_row[:, : self._n_shared_columns]
         if self.potential is not None:
             self._call("reset", 0, n, list(prompt))
             psi = self._ask("prefix", 0, ~self.finished, _PREFIX)
@@ -159,8 +160,8 @@ class CapturedGroup:
     # -------------------------------------------------------------------------------------------------- driving it
     @torch.inference_mode()
     def run(self) -> Population:
-        """All steps. On a GPU the first two run one by one, which compiles what is to be compiled; then the rest of
-        them is one graph, captured and replayed."""
+        """Runs all steps. On a GPU the first two run one by one, which compiles what is to be compiled; then a step is
+        captured as a graph, which is replayed for the rest of them."""
         while self.t < self.params.max_tokens:
             if self.t == 2 and self.device.type == "cuda":
                 self.capture()
@@ -169,7 +170,7 @@ class CapturedGroup:
 
     @torch.inference_mode()
     def advance(self) -> None:
-        """One step, by the graph if there is one. Asks the device nothing."""
+        """Takes one step, by the graph if there is one. Asks the device nothing."""
         if self.t == self.params.max_tokens:
             raise ValueError(f"advance: all max_tokens={self.t} steps are done")
         if self.t == 0:
@@ -195,14 +196,14 @@ class CapturedGroup:
         self._graph = graph
 
     def _first(self) -> None:
-        """The prompt's last token, once; its logits are every particle's. Then each particle gets the prompt's tail."""
+        """Runs the prompt's last token once, for the logits of every particle, which then gets the prompt's tail."""
         logits, hidden = self.model.forward(self.last_tokens[:1], self._position, self._prompt_row)
         self._position += 1
         block = self.model.block_size
         if len(self.prompt) % block:
             self._open_column()
-            own = self._table[:, self._n_shared_columns]
-            table = torch.cat([self._prompt_row[0, -1:], own])[:, None].contiguous()
+            tails = self._table[:, self._n_shared_columns]
+            table = torch.cat([self._prompt_row[0, -1:], tails])[:, None].contiguous()
             parents = torch.zeros(self.n + 1, dtype=torch.int64, device=self.device)
             ops.reindex(
                 table, parents, position=len(self.prompt) % block, block_size=block, caches=self.model.caches,
@@ -216,6 +217,7 @@ class CapturedGroup:
         logits, hidden = self.model.forward(self.last_tokens.clamp(min=0), self._position, self._table)
         self._position += 1
         if hidden is not None:
+            assert self.hidden is not None  # made by `_first`
             self.hidden.copy_(hidden)
         self._smc_step(logits, first=False)
 
@@ -227,10 +229,10 @@ class CapturedGroup:
 
     def _step_twisted(self, logits: Tensor, first: bool) -> None:
         active = ~self.finished & self._going
-        twist = self._twist(logits.shape[1])
+        twist = self._twist(logits.shape[1]).rounded()
         rows = torch.where(active, self._rows, -1)
-        given = {"logit_rows": rows, **twist._asdict(), "temperature": self.params.temperature}
-        weighed = ops.weigh(logits, **given)
+        inputs = {"logit_rows": rows, **twist._asdict(), "temperature": self.params.temperature}
+        weighed = ops.weigh(logits, **inputs)
         self._check(active & weighed.lse.isnan(), _MODEL)
         self._check(active & weighed.lse_psi.isnan(), _NEXT)
         change = torch.where(active, weighed.lse_psi - weighed.lse, 0.0).nan_to_num(nan=-math.inf, neginf=-math.inf)
@@ -248,7 +250,7 @@ class CapturedGroup:
             active = active[parents]
         active = active & (ess > 0)  # without any weight nothing is drawn
         u = ops.stratify(self._uniforms(DRAW), rank, count)
-        drawn = ops.draw(logits, weighed, parents, u, **given)
+        drawn = ops.draw(logits, weighed, parents, u, **inputs)
         if not first:  # not before the draw: what it read may be a buffer that the potential moves, too
             self._call("reindex", 0, parents.clone())
         ended = self._append(drawn, active)
@@ -263,8 +265,8 @@ class CapturedGroup:
     def _step_base(self, logits: Tensor, first: bool) -> None:
         active = ~self.finished & self._going
         rows = torch.where(active, self._rows, -1)
-        given = {"logit_rows": rows, "temperature": self.params.temperature}
-        weighed = ops.weigh(logits, **given)
+        inputs: dict[str, Any] = {"logit_rows": rows, "temperature": self.params.temperature}
+        weighed = ops.weigh(logits, **inputs)
         self._check(active & weighed.lse.isnan(), _MODEL)
         u = self._uniforms(DRAW)
         if first:  # all are the same empty sequence: with equal weights they are siblings
@@ -272,7 +274,7 @@ class CapturedGroup:
             self._rank.copy_(torch.where(same, self._rows, 0))
             self._count.copy_(torch.where(same, self.n, 1))
         twist = self._twist(logits.shape[1]) if self._weighs_by_next else None
-        drawn = ops.draw(logits, weighed, self._rows, ops.stratify(u, self._rank, self._count), **given)
+        drawn = ops.draw(logits, weighed, self._rows, ops.stratify(u, self._rank, self._count), **inputs)
         new_psi = self.log_psi
         if twist is not None:
             change = twist.of_tokens(self._rows, drawn.tokens.clamp(min=0))
@@ -301,7 +303,7 @@ class CapturedGroup:
 
     # ------------------------------------------------------------------------------------------- parts of a step
     def _put(self, record: Tensor, row: Tensor) -> None:
-        """record[step] = row, where the group is still going."""
+        """Sets record[step] = row, where the group is still going."""
         old = record.index_select(0, self._step[None])
         record.index_copy_(0, self._step[None], torch.where(self._going, row[None], old))
 
@@ -310,7 +312,7 @@ class CapturedGroup:
         return ops.uniforms(self.n, seed=p.seed, group=p.group, step=self._step, stream=stream, device=self.device)
 
     def _resample(self, threshold: float) -> ops.Resampled:
-        """As ops.resample; a group that is over, or whose particles have all ended at the base proposal, stays."""
+        """Resamples, but a group that is over, or whose particles have all ended at the base proposal, stays."""
         r = ops.resample(self.log_w, self._uniforms(RESAMPLE), scheme=self.params.resampling, threshold=threshold)
         go = self._going if self._twisted else self._going & ~self.finished.all()
         return r._replace(
@@ -321,12 +323,12 @@ class CapturedGroup:
         )
 
     def _follow(self, resampled: ops.Resampled, step: Tensor) -> None:
-        """All of a particle but what its potential knows follows its ancestor; the genealogy's row is `step`."""
+        """Lets all but what the potential knows of a particle follow its ancestor; the genealogy's row is `step`."""
         ancestors = resampled.ancestors
         self.log_z += torch.where(resampled.resampled, resampled.log_mean, 0.0)
         self.log_w.copy_(torch.where(resampled.resampled, 0.0, self.log_w))
-        for mine in (self.log_psi, self.lengths, self.finished):
-            mine.copy_(mine[ancestors])
+        for values in (self.log_psi, self.lengths, self.finished):
+            values.copy_(values[ancestors])
         if self.hidden is not None:
             self.hidden.copy_(self.hidden[ancestors])
         self._resampled.index_copy_(0, step[None], resampled.resampled[None])
@@ -336,9 +338,9 @@ class CapturedGroup:
         )  # fmt: skip
 
     def _append(self, drawn: ops.Drawn, active: Tensor) -> Tensor:
-        """Records a draw of the particles in `active` (N,) bool; (N,) bool: those that end with it.
+        """Records a draw of the particles in `active` (N,) bool. Returns (N,) bool, those that end with it.
 
-        A particle whose every next token has weight zero draws none. Its own weight is zero, so it ends unasked.
+        A particle whose every next token has weight zero draws none. It has weight zero too, so it ends unasked.
         """
         drew = active & (drawn.tokens >= 0)
         tokens = torch.where(drew, drawn.tokens, -1)
@@ -351,7 +353,7 @@ class CapturedGroup:
         return ended
 
     def _reweigh(self, new_psi: Tensor) -> None:
-        """Weights go from the twist that they hold to `new_psi` (N,). A weight of zero stays zero."""
+        """Takes weights from the twist that they hold to `new_psi` (N,). A weight of zero stays zero."""
         alive = self.log_psi > -math.inf
         self.log_w += torch.where(alive, new_psi - self.log_psi, 0.0)
         self.log_psi.copy_(torch.where(alive, new_psi, self.log_psi))
@@ -371,7 +373,8 @@ class CapturedGroup:
         return SMCError(f"potential {type(self.potential).__name__}.{method} at step {self.t + later}: {what}")
 
     def _call(self, method: str, later: int, *args: object, vocab_size: int | None = None) -> Any:
-        """Whatever the potential does in a method ends this group alone; what it answers is checked."""
+        """Asks the potential, and checks what it answers. Whatever it does in a method ends this group alone."""
+        assert self.potential is not None  # else nobody asks
         try:
             answer = getattr(self.potential, method)(*args)
         except KeyboardInterrupt:
@@ -388,18 +391,18 @@ class CapturedGroup:
         return answer
 
     def _ask(self, method: str, later: int, asked: Tensor, kind: int) -> Tensor:
-        """(N,) what `prefix` or `complete` answers of the State at the group's step + `later`; 0 outside `asked`."""
+        """Asks `prefix` or `complete` of the State at the group's step + `later`: (N,) float64, 0 outside `asked`."""
         return self._checked(self._call(method, later, _State(self, self._step + later)), asked, kind, later)
 
     def _twist(self, vocab: int) -> NextRows:
-        """As `Group._twist_rows`, but that indices are not looked at."""
+        """Asks `logw_next` for all particles. Indices are not looked at: the host would wait for them."""
         answer = self._call("logw_next", 0, _State(self, self._step), vocab_size=vocab)
         if answer is None:
             raise self._error("logw_next", 0, "returned None")
         return NextRows.of(answer)
 
     def _lineages(self) -> Tensor:
-        """(N, T) int64: each particle's own tokens, −1 beyond the last. T gathers of N, and only when looked at."""
+        """Traces each particle back: (N, T) int64 tokens, −1 beyond the last. T gathers of N, when looked at only."""
         rows, columns = self._rows, []
         for t in reversed(range(self.params.max_tokens)):
             # with the base proposal ancestors[t + 1] are known before anything is drawn at t + 1
@@ -409,9 +412,9 @@ class CapturedGroup:
 
     # -------------------------------------------------------------------------------------------------- paging
     def _open_column(self) -> None:
-        """Gives each particle a block of its own in the column of the next position: N free ones of the pool.
+        """Gives each particle a private block in the column of the next position: N free blocks of the pool.
 
-        Free is what no unfinished particle reads. Marks and counts have fixed shapes, so nothing is asked of the host.
+        Free is what no unfinished particle reads. Marks and counts have fixed shapes, so the host waits for nothing.
         """
         column = (self._position // self.model.block_size)[None]
         past = torch.arange(self._table.shape[1], device=self.device) < column
@@ -429,7 +432,7 @@ class CapturedGroup:
 
     # ---------------------------------------------------------------------------------------------- the result
     def population(self) -> Population:
-        """The weighted particles. The only place where the host waits for the device."""
+        """Gives the weighted particles. This is the only place where the host waits for the device."""
         kind, step, particle = self._fault.tolist()
         if kind == _POOL:
             raise SMCError(f"pool: its {len(self._pool)} blocks were not enough at step {step}")

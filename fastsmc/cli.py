@@ -27,7 +27,7 @@ BENCHES = ("ops", "smc", "step", "twist", "infill")
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse, with errors of one line."""
+    """Parses as argparse does, with errors of one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")
@@ -89,7 +89,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _add_task(parser: argparse.ArgumentParser, default: SMCParams) -> None:
-    """The options that say what is sampled: model, prompt, potential, length."""
+    """Adds the options that say what is sampled: model, prompt, potential, length."""
     add = parser.add_argument
     add("--model", default="smollm2", help="name or path, as for vLLM (default: %(default)s)")
     add("--prompt", required=True)
@@ -103,7 +103,7 @@ def _add_task(parser: argparse.ArgumentParser, default: SMCParams) -> None:
 
 
 def _add_engine(parser: argparse.ArgumentParser) -> None:
-    """The options of commands that start an engine."""
+    """Adds the options of commands that start an engine."""
     parser.add_argument(
         "--engine-args",
         metavar="JSON",
@@ -202,7 +202,7 @@ def _engine(model: str, engine_args: dict[str, Any], params: SMCParams, log: Eng
 
 
 def format_result(population: Any, k: int, seconds: float, width: int) -> str:
-    """The table of the k heaviest texts, and below it log Ẑ, final ESS and tokens/s; lines of at most `width`."""
+    """Sets the k heaviest texts as a table, below it log Ẑ, final ESS and tokens/s; lines of at most `width`."""
     lines = [f"{'weight':>8}  {'log p0':>9}  text"]
     for text, weight, log_prob in population.best(k):
         shown = json.dumps(text, ensure_ascii=False)
@@ -219,17 +219,17 @@ def format_result(population: Any, k: int, seconds: float, width: int) -> str:
 
 
 def _potential(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
-    """The potential that the options name (or None) and its arguments; the prompt is checked with them."""
+    """Makes the potential that the options name (or None), and reads its arguments; checks the prompt with them."""
     from fastsmc.potentials import resolve
 
     if not args.prompt:
         raise ValueError("--prompt: is empty")
-    given = _json_object("--potential-args", args.potential_args)
+    potential_args = _json_object("--potential-args", args.potential_args)
     if args.potential is not None:
-        return resolve(args.potential, given), given
-    if given:
+        return resolve(args.potential, potential_args), potential_args
+    if potential_args:
         raise ValueError("--potential-args: given without --potential")
-    return None, given
+    return None, potential_args
 
 
 def _twist(path: str) -> str:
@@ -240,7 +240,7 @@ def _twist(path: str) -> str:
 
 
 def _exact(path: str | None) -> list[list[int]] | None:
-    """Exact samples from a JSON file: a list of lists of token ids."""
+    """Reads exact samples from a JSON file: a list of lists of token ids."""
     if path is None:
         return None
     from fastsmc.potentials import token_list
@@ -359,7 +359,7 @@ def _check_writable(option: str, path: str | None) -> None:
 
 
 def _plot_paths(path: str) -> tuple[Path, Path]:
-    """`path` (.png unless it has a suffix) for the weights, and the same with '-genealogy' before the suffix."""
+    """Names the plots: `path` (.png unless it has a suffix) for the weights, with '-genealogy' for the other."""
     from matplotlib.backend_bases import FigureCanvasBase
 
     weights = Path(path) if Path(path).suffix else Path(path + ".png")
@@ -380,6 +380,7 @@ def command_bench(args: argparse.Namespace) -> int:
         )
     sys.path.insert(0, str(script.parent))  # as for `python bench/…`
     spec = importlib.util.spec_from_file_location(f"fastsmc_{script.stem}", script)
+    assert spec is not None and spec.loader is not None  # it is a .py file
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     module.run(args.json)
@@ -388,7 +389,7 @@ def command_bench(args: argparse.Namespace) -> int:
 
 # -- info --------------------------------------------------------------------------------------------------------------
 def gather_info() -> dict[str, Any]:
-    """What `fastsmc info` shows, in plain JSON values. Nothing of it needs vLLM or the extension to be there."""
+    """Gathers what `fastsmc info` shows, in plain JSON values. Neither vLLM nor the extension need be there."""
     import torch
 
     import fastsmc
@@ -452,7 +453,7 @@ def command_info(args: argparse.Namespace) -> int:
 
 # -- errors ------------------------------------------------------------------------------------------------------------
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; the exit status: 0, 1 (a group failed), 2 (bad input or surroundings)."""
+    """Runs the command line and gives the exit status: 0, 1 (a group failed), 2 (bad input or surroundings)."""
     args = make_parser().parse_args(argv)
     call: Callable[[argparse.Namespace], int] = args.call
     try:

@@ -15,7 +15,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -78,7 +78,7 @@ def constrained(llm: LLM, n: int, seed: int, say: Callable[[str], None]) -> None
     from fastsmc import SMCParams
     from fastsmc.potentials import Regex
 
-    def timed(call):
+    def timed(call: Callable[[], Any]) -> tuple[Any, float]:
         start = time.perf_counter()
         result = call()
         return result, time.perf_counter() - start

@@ -62,7 +62,7 @@ def _mean(values: np.ndarray, clusters: np.ndarray | None = None) -> tuple[float
 # -- bounds ------------------------------------------------------------------------------------------------------------
 @dataclasses.dataclass(eq=False, repr=False)
 class LogZBounds:
-    """Two-sided bounds on log Z.
+    """Holds two-sided bounds on log Z.
 
     Attributes:
         lower: (R,) float64, log Ẑ of ordinary runs; their mean is at most log Z, and exp(lower) is unbiased for Z.
@@ -93,12 +93,12 @@ class LogZBounds:
 
     @property
     def upper_se(self) -> float:
-        """Runs that kept the same exact sample count as one observation; NaN with a single sample."""
+        """Counts runs that kept the same exact sample as one observation; NaN with a single sample."""
         return _mean(self.upper, self.sample)[1]
 
     @property
     def gap(self) -> float:
-        """Upper less lower bound; on average it is at least the symmetrised KL divergence of one returned sample."""
+        """Subtracts the lower bound from the upper; on average at least the symmetrised KL divergence of one sample."""
         return self.upper_mean - self.lower_mean
 
     @property
@@ -210,7 +210,7 @@ def bridge(lower: np.ndarray, upper: np.ndarray) -> tuple[float, float]:
 # -- divergences -------------------------------------------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True)
 class KL:
-    """Divergences in nats between the proposal q and the target σ, with standard errors.
+    """Holds divergences in nats between the proposal q and the target σ, with standard errors.
 
     Attributes:
         q_sigma, q_sigma_se: KL(q‖σ) = log Z − E_q[log p0 φ / q]; infinite if a draw of q has φ = 0.

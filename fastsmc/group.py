@@ -16,7 +16,7 @@ A group may be *conditional*: one particle, in a uniform slot, keeps an exact sa
 tokens, forced ancestor), and the others are resampled from all N weights. Then E[1/Ẑ] = 1/Z, so that log Ẑ bounds log Z
 from above on average (docs/mathematics.md §4). That holds because the others have the law that they have in an ordinary
 run given the kept one, which is simple for independent draws: a conditional group resamples multinomially and draws
-without strata, whatever its parameters say. With N exact samples instead of one nothing is random: each is weighed.
+without strata, whatever its parameters say. With N exact samples nothing is random: each of them is weighed.
 
 Nothing of length t is ever moved: tokens and ancestors are kept step by step and traced back once, at the end (or when
 a potential looks at `state.tokens`).
@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -42,16 +42,22 @@ from fastsmc.potentials.answers import NextRows, check_next, check_rows, check_s
 from fastsmc.potentials.copying import for_others, own_copy
 from fastsmc.potentials.tokens import token_list
 
-# Philox streams: one a purpose, so that no random number serves twice.
+# Philox streams: one per purpose, so that no random number serves twice.
 DRAW, RESAMPLE, CHOOSE, KEEP = 0, 1, 2, 3
 
 
 class SMCError(RuntimeError):
-    """A group that could not go on, or was refused. Other groups and requests are not touched by it."""
+    """A group could not go on, or was refused. Other groups and requests are not touched by it.
+
+    Attributes:
+        populations: of a call of `smc`: what each prompt gave, None for the groups that failed; else empty.
+    """
+
+    populations: Sequence[Population | None] = ()
 
 
 def set_up(potential: Potential, engine: GroupEngine) -> Potential:
-    """Sets a potential up; what its groups start from, which whoever holds the object cannot change any more.
+    """Sets a potential up and returns what its groups start from: a copy, out of reach of whoever holds the object.
 
     Raises:
         SMCError: its `setup` raised, or left what no group can have a copy of.
@@ -66,30 +72,30 @@ def set_up(potential: Potential, engine: GroupEngine) -> Potential:
 
 
 class RowModel(Protocol):
-    """What a group needs of the model: N slots, each for a history of the prompt and the same number of tokens."""
+    """Says what a group needs of the model: N slots, each for the prompt and a history of the same number of tokens."""
 
     def first(self) -> tuple[Tensor, Tensor | None]:
-        """Logits (1, V) and hidden state (1, H) after the prompt, which slot 0 holds from now on."""
+        """Gives logits (1, V) and hidden state (1, H) after the prompt, which slot 0 holds from now on."""
 
     def next(self, tokens: Tensor, slots: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Appends tokens (R,) int64 to distinct slots (R,) int64; their logits (R, V) and hidden states (R, H).
+        """Appends tokens (R,) int64 to distinct slots (R,) int64; gives their logits (R, V), hidden states (R, H).
 
         Slots are ascending. Unless `reindex` was called since the last call, they are among those of that call.
         """
 
     def reindex(self, ancestors: Tensor) -> None:
-        """Slot i becomes a copy of slot ancestors[i] (N,) int64; ancestors[ancestors[i]] == ancestors[i]."""
+        """Makes slot i a copy of slot ancestors[i], (N,) int64 with ancestors[ancestors[i]] == ancestors[i]."""
 
     def continuation_log_prob(
         self, tokens: Tensor, slots: Tensor, continuation: list[int], temperature: float
     ) -> Tensor:
-        """(R,) float64 log p0(continuation | slot, token), where tokens (R,) are drawn but not yet appended."""
+        """Computes (R,) float64 log p0(continuation | slot, token); tokens (R,) are drawn but not yet appended."""
 
 
 class GroupEngine(Engine):
-    """The worker's engine as potentials see it; `continuation_log_prob` speaks for the group that is asking.
+    """The worker's engine as potentials see it; `continuation_log_prob` answers for the group whose potential asks.
 
-    Args: as the attributes of `Engine`.
+    The arguments are the attributes of `Engine`.
     """
 
     def __init__(
@@ -112,9 +118,9 @@ class GroupEngine(Engine):
 
 
 class _GroupState(State):
-    """The view of a group that its potential gets: nothing of it is the group's own, so that it may be written to.
+    """The view of a group that its potential gets. It shares no memory with the group, so it may be written to.
 
-    `tokens`, `hidden` and `hidden_rows` are made when they are looked at.
+    `tokens`, `hidden` and `hidden_rows` are made when they are looked at: properties, where `State` has attributes.
     """
 
     def __init__(self, group: Group) -> None:
@@ -129,32 +135,32 @@ class _GroupState(State):
         self.rows = group._row_of.clone()
 
     @property
-    def tokens(self) -> Tensor:
+    def tokens(self) -> Tensor:  # type: ignore[override]  # see above
         return self._group._lineages().clone()
 
     @property
-    def hidden(self) -> Tensor | None:
+    def hidden(self) -> Tensor | None:  # type: ignore[override]
         return self._group._hidden_by_row()
 
     @functools.cached_property
-    def hidden_rows(self) -> Tensor | None:
+    def hidden_rows(self) -> Tensor | None:  # type: ignore[override]
         hidden = self._group._hidden
         return None if hidden is None else for_others(hidden)
 
 
 class Group:
-    """State of one group on its device.
+    """Holds the state of one group on its device, and steps it.
 
     Args:
         params: what to do.
         model: its slots.
         potential: None for plain ancestral sampling. It must have been set up (`Potential.setup`); the group works on
-            its own copy of it (`potentials.copying`), so that groups do not share per-particle state.
+            a copy of it (`potentials.copying`), so that groups do not share per-particle state.
         prompt: the prompt's token ids.
         stop_token_ids: all tokens that end a particle (end of sequence included).
         device: where the group's tensors live.
         engine: what the potential was set up with, for its calls of `continuation_log_prob`.
-        exact: one complete sequence of token ids, which makes the group conditional; or N of them, to be weighed.
+        exact: a list of one complete sequence of token ids, which makes the group conditional, or of N, to be weighed.
 
     Raises:
         SMCError: the potential or `exact` is refused.
@@ -197,7 +203,7 @@ class Group:
         self._hidden: Tensor | None = None
         self._events: list[tuple[str, Tensor]] = []  # draws and moves since _history was last brought up to date
         self._history = torch.zeros((n, 0), dtype=torch.int64, device=self.device)
-        # the record, one entry a step
+        # the record, one entry per step
         self._tokens: list[Tensor] = []
         self._token_log_probs: list[Tensor] = []
         self._ancestors: list[Tensor] = []
@@ -208,45 +214,51 @@ class Group:
         self._kept: Tensor | None = None  # (K,) rows of the exact samples
         if exact is not None:
             self._keep(exact)
-        self.potential = potential
+        self.potential: Potential | None = None
         self.twisted = False
         self._weighs_by_next = False
         self._guided = False  # draws from p0·ψ, but ψ is no target: weighed after the draw
-        if self.potential is not None:
-            try:
-                own = answered(potential)
-                self.potential = own_copy(potential, engine)
-            except ValueError as error:
-                raise SMCError(str(error)) from error
-            self._guided = self.potential.proposal_only
-            if self._guided and params.proposal != "twisted":
-                raise SMCError(
-                    f"potential {type(self.potential).__name__}: is proposal-only and no intermediate target, so "
-                    f"proposal={params.proposal!r} cannot use it; use proposal='twisted'"
-                )
-            self.twisted = params.proposal == "twisted" and "logw_next" in own and not self._guided
-            self._weighs_by_next = not self.twisted and not self._guided and "logw_next" in own and "prefix" not in own
-            self._ask("reset", n, list(prompt))
-            psi = self._scores("prefix", ~self.finished)  # log ψ_0
-            self.log_psi += psi
-            self.log_w += psi
-            if bool((self.log_w == -math.inf).all()):
-                self._record_weights()
-                self._ancestors.append(self._all_rows)
-                self._resampled.append(False)
-                self._end_without_weight()
+        if potential is not None:
+            self._start_with(potential)
+
+    def _start_with(self, potential: Potential) -> None:
+        """Takes a copy of the potential, says how its answers are used, and weighs the empty sequences."""
+        try:
+            methods = answered(potential)
+            self.potential = own_copy(potential, self._engine)
+        except ValueError as error:
+            raise SMCError(str(error)) from error
+        proposal = self.params.proposal
+        self._guided = self.potential.proposal_only
+        if self._guided and proposal != "twisted":
+            raise SMCError(
+                f"potential {type(self.potential).__name__}: is proposal-only and no intermediate target, so "
+                f"proposal={proposal!r} cannot use it; use proposal='twisted'"
+            )
+        by_next = "logw_next" in methods and not self._guided
+        self.twisted = by_next and proposal == "twisted"
+        self._weighs_by_next = by_next and not self.twisted and "prefix" not in methods
+        self._ask("reset", self.n, list(self.prompt))
+        psi = self._scores("prefix", ~self.finished)  # log ψ_0
+        self.log_psi += psi
+        self.log_w += psi
+        if bool((self.log_w == -math.inf).all()):
+            self._record_weights()
+            self._ancestors.append(self._all_rows)
+            self._resampled.append(False)
+            self._end_without_weight()
 
     # ------------------------------------------------------------------------------------------------- the step
     @property
     def readers(self) -> Tensor:
-        """(N,) bool: slots whose history goes on."""
+        """Marks the slots whose history goes on, (N,) bool."""
         used = torch.zeros_like(self.finished)
         used[self._slot_of[self._active]] = True
         return used
 
     @torch.inference_mode()
     def step(self) -> None:
-        """One step of all unfinished particles. Sets `done` when none is left or no weight is left.
+        """Takes one step with all unfinished particles. Sets `done` when none is left or no weight is left.
 
         Raises:
             SMCError: the potential raised, or gave a wrong shape, NaN or +inf; the model gave NaN.
@@ -256,10 +268,10 @@ class Group:
             logits, self._hidden = self.model.first()
             self._row_of = torch.zeros_like(self._all_rows)
         else:
-            tokens, slots, which = self._settle(self._active)
+            tokens, slots, row_of = self._settle(self._active)
             logits, self._hidden = self.model.next(tokens, slots)
             self._row_of = torch.full_like(self._all_rows, -1)
-            self._row_of[self._active] = which
+            self._row_of[self._active] = row_of
         if len(self._ancestors) == t:  # not resampled after the last step
             self._ancestors.append(self._all_rows)
             self._resampled.append(False)
@@ -273,14 +285,14 @@ class Group:
         self.t += 1
 
     def _step_twisted(self, logits: Tensor) -> None:
-        twist = self._ask("logw_next", _GroupState(self))
-        if twist is None and self.t == 0:
+        answer = self._ask("logw_next", _GroupState(self))
+        if answer is None and self.t == 0:
             self.twisted = False
             return self._step_base(logits)
-        twist = self._twist_rows(twist, logits.shape[1]).rounded()
+        twist = self._twist_rows(answer, logits.shape[1]).rounded()
         logit_rows = self._row_of[self._active]
-        given = {"logit_rows": logit_rows, **twist._asdict(), "temperature": self.params.temperature}
-        weighed = ops.weigh(logits, **given)
+        inputs = {"logit_rows": logit_rows, **twist._asdict(), "temperature": self.params.temperature}
+        weighed = ops.weigh(logits, **inputs)
         self._check_weighed(weighed, "logw_next")
         self._weighed_of = torch.full_like(self._all_rows, -1)
         self._weighed_of[self._active] = torch.arange(len(self._active), device=self.device)
@@ -298,7 +310,7 @@ class Group:
             self._follow(moved)
             return
         rows = self._weighed_of[self._active]
-        drawn = ops.draw(logits, weighed, rows, self._uniforms(), **given)
+        drawn = ops.draw(logits, weighed, rows, self._uniforms(), **inputs)
         if self._kept is not None:
             drawn = self._force(drawn, logits, logit_rows[rows], weighed.lse[rows], twist, rows)
         self._follow(moved)  # not before the draw: what it read may be a buffer that the potential moves, too
@@ -313,29 +325,28 @@ class Group:
 
     def _step_base(self, logits: Tensor) -> None:
         drew, guide = self._active, None
-        given = {"temperature": self.params.temperature}
+        inputs: dict[str, Any] = {"temperature": self.params.temperature}
         if self._guided:
             guide = self._twist_rows(self._ask("logw_next", _GroupState(self)), logits.shape[1]).rounded()
             rows = torch.arange(len(drew), device=self.device)
-            given |= {"logit_rows": self._row_of[drew], **guide._asdict()}
+            inputs |= {"logit_rows": self._row_of[drew], **guide._asdict()}
         else:
             rows = self._row_of[drew]
-        weighed = ops.weigh(logits, **given)
+        weighed = ops.weigh(logits, **inputs)
         self._check_weighed(weighed, "logw_next" if self._guided else "model")
         if self.t == 0:
             self._stratify_first()
-        twist = self._ask("logw_next", _GroupState(self)) if self._weighs_by_next else None
-        drawn = ops.draw(logits, weighed, rows, self._uniforms(), **given)
+        answer = self._ask("logw_next", _GroupState(self)) if self._weighs_by_next else None
+        drawn = ops.draw(logits, weighed, rows, self._uniforms(), **inputs)
         if self._kept is not None:
             drawn = self._force(drawn, logits, self._row_of[drew], weighed.lse[rows], guide, rows)
         if self._guided:  # p0 / q of what was drawn
             change = weighed.lse_psi - weighed.lse - drawn.log_psi
             self.log_w[drew] += torch.where(drawn.tokens < 0, -math.inf, change)
         new_psi = self.log_psi.clone()
-        if twist is not None:
-            twist = self._twist_rows(twist, logits.shape[1])
+        if answer is not None:
             at = torch.arange(len(drew), device=self.device)
-            change = twist.of_tokens(at, drawn.tokens.clamp(min=0))
+            change = self._twist_rows(answer, logits.shape[1]).of_tokens(at, drawn.tokens.clamp(min=0))
             self._check_values("logw_next", change, drew)
             new_psi[drew] += change
         ended = self._append(drawn.tokens, drawn.log_prob)
@@ -343,7 +354,7 @@ class Group:
             # first `complete`: scoring continuations lets go of the slots of all but those asked and going
             if ended is not None and bool(ended.any()):
                 new_psi = torch.where(ended, self._scores("complete", ended), new_psi)
-            if twist is None and not self.done:
+            if answer is None and not self.done:
                 going = ~self.finished
                 new_psi = torch.where(going, self._scores("prefix", going), new_psi)
             self._reweigh(new_psi)
@@ -365,10 +376,10 @@ class Group:
         particle of `rows` is in. Particles outside `rows` lose their histories.
 
         Returns:
-            tokens (K,), slots (K,) ascending: the distinct histories, not yet appended; which (R,) of them each
-            particle has.
+            tokens (K,), slots (K,) ascending: the distinct histories, not yet appended; and (R,) int64, the index of
+            each particle's among them.
         """
-        keys, which = torch.unique(self._slot_of[rows] << 32 | self._last_tokens[rows], return_inverse=True)
+        keys, key_of = torch.unique(self._slot_of[rows] << 32 | self._last_tokens[rows], return_inverse=True)
         parents, tokens = keys >> 32, keys & 0xFFFFFFFF
         copied = torch.zeros_like(parents, dtype=torch.bool)
         copied[1:] = parents[1:] == parents[:-1]
@@ -381,12 +392,12 @@ class Group:
             ancestors[slots] = parents
             self.model.reindex(ancestors)
             slots, by = torch.sort(slots)
-            tokens, which = tokens[by], torch.argsort(by)[which]
-        self._slot_of[rows] = slots[which]
-        return tokens, slots, which
+            tokens, key_of = tokens[by], torch.argsort(by)[key_of]
+        self._slot_of[rows] = slots[key_of]
+        return tokens, slots, key_of
 
     def _uniforms(self) -> Tensor:
-        """(R,) uniforms of the active rows, keyed by (seed, group, particle, step), stratified among siblings."""
+        """Makes (R,) uniforms of the active rows, keyed by (seed, group, particle, step), stratified among siblings."""
         p = self.params
         u = ops.uniforms(self.n, seed=p.seed, group=p.group, step=self.t, stream=DRAW, device=self.device)
         if self._strata is not None:
@@ -395,14 +406,14 @@ class Group:
         return u[self._active]
 
     def _stratify_first(self) -> None:
-        """All particles are the same empty sequence: if their weights are equal, they are siblings."""
+        """Takes all particles, the same empty sequence, for siblings, if their weights are equal."""
         if self._kept is None and bool((self.log_w == self.log_w[0]).all()):
             self._strata = (self._all_rows, torch.full_like(self._all_rows, self.n))
 
     def _append(self, drawn: Tensor, drawn_log_probs: Tensor) -> Tensor | None:
-        """Records a draw (R,) of the active rows; (N,) bool: rows that end with it. None: no row does.
+        """Records a draw (R,) of the active rows. Returns (N,) bool, the rows that end with it, or None: no row does.
 
-        A row whose every next token has weight zero draws none (−1). Its own weight is zero, so it ends unasked.
+        A row whose every next token has weight zero draws none (−1). It has weight zero too, so it ends unasked.
         """
         dead = drawn < 0
         tokens = torch.full_like(self._all_rows, -1)
@@ -427,7 +438,7 @@ class Group:
         self.done = len(self._active) == 0
 
     def _reweigh(self, new_psi: Tensor) -> None:
-        """Weights go from the twist that they hold to `new_psi` (N,). A weight of zero stays zero."""
+        """Takes weights from the twist that they hold to `new_psi` (N,). A weight of zero stays zero."""
         alive = self.log_psi > -math.inf
         change = torch.where(alive, new_psi - self.log_psi, torch.zeros_like(new_psi))
         self.log_w = self.log_w + change
@@ -440,7 +451,7 @@ class Group:
 
     # ------------------------------------------------------------------------------------------- exact samples
     def _keep(self, exact: Sequence[Sequence[int]]) -> None:
-        """Gives the exact samples their slots: one a uniform one, N of them their own."""
+        """Gives the exact samples their slots: N of them all slots, a single one a random slot."""
         p, n = self.params, self.n
         try:
             exact = read_exact("exact", exact, p, (self._engine and self._engine.vocab_size) or None)
@@ -471,15 +482,16 @@ class Group:
         twist: NextRows | None,
         rows: Tensor,
     ) -> ops.Drawn:
-        """`drawn` (R,) of the active rows with the tokens of the exact samples in their place.
+        """Puts the tokens of the exact samples in the place of what the active rows drew, (R,).
 
         Args:
             logit_rows, rows: (R,) int64, the rows of logits and twist that each draw was from; lse: (R,).
         """
+        assert self._kept is not None  # else nothing is forced
         position = torch.full_like(self._all_rows, -1)
         position[self._active] = torch.arange(len(self._active), device=self.device)
-        which = torch.nonzero(position[self._kept] >= 0).squeeze(1)
-        at, want = position[self._kept[which]], self._kept_tokens[which, self.t]
+        going = torch.nonzero(position[self._kept] >= 0).squeeze(1)
+        at, want = position[self._kept[going]], self._kept_tokens[going, self.t]
         if len(want) and int(want.max()) >= logits.shape[1]:
             raise SMCError(f"exact: token {int(want.max())} is outside the vocabulary of {logits.shape[1]}")
         tokens, log_prob, psi = (x.clone() for x in drawn)
@@ -491,9 +503,10 @@ class Group:
         return ops.Drawn(tokens, log_prob, psi)
 
     def _conditional_ancestors(self, u: Tensor) -> Tensor:
-        """(N,) int64: independent draws by weight from uniforms (N,), but for the kept particle and its new slot."""
-        # in integers, whose sums are the same in every order: a GPU adds float64 numbers in none that is fixed. What is
-        # cut off is less than 2**-50 of the weights; a total of about 2**50 times u < 1 rounds to less than the total
+        """Draws ancestors (N,) int64 by weight, independently, but that the kept particle goes to a random slot."""
+        assert self._kept is not None  # else the group is not conditional
+        # in integers, because a GPU adds float64 numbers in no fixed order. What is cut off is less than 2**-50 of the
+        # weights; a total of about 2**50 times u < 1 rounds to less than the total
         cumulative = (torch.softmax(self.log_w, 0) * 2.0**50).long().cumsum(0)
         ancestors = torch.searchsorted(cumulative, (u * cumulative[-1]).long(), right=True)
         slot = self._uniform_slot(self.t + 1)
@@ -507,7 +520,7 @@ class Group:
             self._ask("reindex", ancestors.clone())
 
     def _maybe_resample(self) -> Tensor | None:
-        """The ancestors (N,) if it resampled; the potential does not know of them yet."""
+        """Resamples if the ESS is low, and then returns the ancestors (N,); the potential does not know of them yet."""
         threshold = self.params.ess_threshold
         if threshold < 1.0 and not self._ess[-1] < threshold * self.n:
             return None
@@ -540,7 +553,7 @@ class Group:
         return ancestors
 
     def _end_without_weight(self) -> None:
-        """All weights are zero: log Ẑ = −inf, and no particle is worth continuing."""
+        """Ends a group whose weights are all zero: log Ẑ = −inf, and no particle is worth continuing."""
         self.done = True
         if len(self._ess) > len(self._tokens):  # the twisted proposal found out before it drew
             self._tokens.append(torch.full_like(self._all_rows, -1))
@@ -548,7 +561,7 @@ class Group:
 
     # ---------------------------------------------------------------------------------------- asking the potential
     def _error(self, method: str, what: str) -> SMCError:
-        """At the step of the `State` that the potential saw."""
+        """Makes an error that names the step of the `State` that the potential saw."""
         return SMCError(f"potential {type(self.potential).__name__}.{method} at step {self.t_drawn}: {what}")
 
     def _ask(self, method: str, *args: object) -> object:
@@ -564,36 +577,41 @@ class Group:
             if self._engine is not None:
                 self._engine._asking = None
 
-    def _checked(self, method: str, check: Callable, *args: object) -> object:
-        """An answer that `check` takes, or the group's error."""
-        try:
-            return check(*args)
-        except TypeError as error:
-            raise self._error(method, str(error).partition(" ")[2]) from None
+    def _refused(self, method: str, error: TypeError) -> SMCError:
+        """Makes the group's error of one of `potentials.answers`, which begins with class and method."""
+        return self._error(method, str(error).partition(" ")[2])
 
     def _check_values(self, method: str, values: Tensor, rows: Tensor) -> None:
-        """values (R,) of particles rows (R,): NaN and +inf are errors."""
+        """Refuses NaN and +inf among values (R,) of particles rows (R,)."""
         bad = torch.isnan(values) | (values == math.inf)
         if bool(bad.any()):
             i = int(torch.nonzero(bad)[0])
             raise self._error(method, f"particle {int(rows[i])} got {float(values[i])}; must be finite or -inf")
 
     def _scores(self, method: str, asked: Tensor) -> Tensor:
-        """(N,) float64 answer of `prefix` or `complete`; rows outside `asked` (N,) bool are 0."""
+        """Asks `prefix` or `complete`: (N,) float64, 0 in rows outside `asked` (N,) bool."""
+        assert self.potential is not None  # else nobody asks
         self._asked = asked
         answer = self._ask(method, _GroupState(self))
-        answer = self._checked(method, check_scores, self.potential, method, answer, asked)
-        answer = torch.where(asked, answer, torch.zeros_like(self.log_w))
-        self._check_values(method, answer, self._all_rows)
-        return answer
+        try:
+            scores = check_scores(self.potential, method, answer, asked)
+        except TypeError as error:
+            raise self._refused(method, error) from None
+        scores = torch.where(asked, scores, torch.zeros_like(self.log_w))
+        self._check_values(method, scores, self._all_rows)
+        return scores
 
     def _twist_rows(self, answer: object, vocab: int) -> NextRows:
-        """What `logw_next` answered, for the active rows."""
-        answer = self._checked("logw_next", check_next, self.potential, answer, self.finished, vocab)
-        if answer is None:
-            raise self._error("logw_next", "returned None" + " after it had returned a tensor" * (self.t > 0))
-        answer = self._checked("logw_next", check_rows, self.potential, answer, ~self.finished)
-        return NextRows.of(answer).select(self._active)
+        """Checks what `logw_next` answered, and gives it for the active rows."""
+        assert self.potential is not None  # it has answered
+        try:
+            checked = check_next(self.potential, answer, self.finished, vocab)
+            if checked is None:
+                raise self._error("logw_next", "returned None" + " after it had returned a tensor" * (self.t > 0))
+            checked = check_rows(self.potential, checked, ~self.finished)
+        except TypeError as error:
+            raise self._refused("logw_next", error) from None
+        return NextRows.of(checked).select(self._active)
 
     def _check_weighed(self, weighed: ops.Weighed, who: str) -> None:
         bad = torch.isnan(weighed.lse_psi) | torch.isnan(weighed.lse)  # not the same where a mask hides the model's
@@ -606,6 +624,7 @@ class Group:
         raise self._error(who, f"particle {row} got NaN or +inf; must be finite or -inf")
 
     def _continuation_log_prob(self, token_ids: list[int]) -> Tensor:
+        assert self._engine is not None and self.potential is not None  # the potential has asked through the engine
         token_ids = token_list("token_ids", token_ids, self._engine.vocab_size or None)
         if not 0 < len(token_ids) <= self.potential.lookahead:
             raise ValueError(
@@ -617,17 +636,17 @@ class Group:
         if not bool(self._asked.any()):
             return out
         rows = torch.nonzero(self._asked | ~self.finished).squeeze(1)
-        tokens, slots, which = self._settle(rows)
-        asked = torch.unique(which[self._asked[rows]])
+        tokens, slots, slot_of = self._settle(rows)
+        asked = torch.unique(slot_of[self._asked[rows]])
         scores = torch.zeros(len(slots), dtype=torch.float64, device=self.device)
         scores[asked] = self.model.continuation_log_prob(
             tokens[asked], slots[asked], token_ids, self.params.temperature
         )
-        out[rows] = scores[which]
+        out[rows] = scores[slot_of]
         return torch.where(self._asked, out, torch.zeros_like(out))
 
     def _lineages(self) -> Tensor:
-        """(N, t) int64 tokens of each row's own history, −1 after its end."""
+        """Traces each row's history back: (N, t) int64 tokens, −1 after its end."""
         rows, columns = self._all_rows, []
         for kind, values in reversed(self._events):
             if kind == "draw":
@@ -649,7 +668,7 @@ class Group:
 
     # ---------------------------------------------------------------------------------------------- the result
     def choose(self) -> int | None:
-        """A particle drawn by the final weights, None if there is no weight: one sample of the target."""
+        """Draws a particle by the final weights, one sample of the target; None if there is no weight."""
         weights = torch.softmax(self.log_w, 0).cpu().numpy()
         if not np.isfinite(weights).all():
             return None
@@ -660,7 +679,7 @@ class Group:
         return min(i, int(np.flatnonzero(weights)[-1]))
 
     def population(self) -> Population:
-        """The weighted particles, traced back through the genealogy."""
+        """Gives the weighted particles, traced back through the genealogy."""
         steps = len(self._tokens)
 
         def record(rows: list[Tensor], dtype: type) -> np.ndarray:  # one copy from the device

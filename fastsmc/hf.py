@@ -14,13 +14,13 @@ import copy
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
 from fastsmc import ops
-from fastsmc.arguments import read_each, read_prompts
+from fastsmc.arguments import Prompt, Prompts, read_each, read_prompts
 from fastsmc.group import Group, GroupEngine, SMCError, set_up
 from fastsmc.params import SMCParams
 from fastsmc.population import Population
@@ -35,14 +35,14 @@ CHUNK = 1024
 
 
 def fork(cache: Any) -> Any:
-    """A KV cache that can go on without this one: selecting rows and appending make new tensors."""
+    """Makes a KV cache that goes on without touching this one: selecting rows and appending make new tensors."""
     out = copy.copy(cache)
     out.layers = [copy.copy(layer) for layer in cache.layers]
     return out
 
 
 class Trunk:
-    """A Hugging Face causal language model, hidden states and logits apart.
+    """Runs a Hugging Face causal language model, hidden states and logits apart.
 
     Args:
         model: `AutoModelForCausalLM`; its logits must be its output embedding of its last hidden state.
@@ -66,24 +66,25 @@ class Trunk:
     def load(cls, name: str | os.PathLike, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Trunk:
         from transformers import AutoModelForCausalLM
 
-        return cls(AutoModelForCausalLM.from_pretrained(str(name), dtype=dtype).to(device))
+        model: Any = AutoModelForCausalLM.from_pretrained(str(name), dtype=dtype)
+        return cls(model.to(device))
 
     def unembedding(self) -> Tensor:
-        """(V, H) the output embedding."""
+        """Gives the output embedding (V, H)."""
         return self._unembed.weight.detach()
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(…, H) -> (…, V)."""
+        """Maps hidden states (…, H) to logits (…, V)."""
         return self._unembed(hidden)
 
     def start(self, prompt: list[int]) -> tuple[Tensor, Any]:
-        """Hidden state (1, H) after the prompt, and its KV cache."""
+        """Runs the prompt: the hidden state (1, H) after it, and its KV cache."""
         ids = torch.tensor([prompt], device=self.device)
         out = self._body(input_ids=ids, use_cache=True)
         return out.last_hidden_state[:, -1], out.past_key_values
 
     def next(self, cache: Any, parents: Tensor, tokens: Tensor) -> tuple[Tensor, Any]:
-        """Row r continues row parents[r] of the cache with tokens[r] (R,) or (R, n); the cache is consumed.
+        """Continues, for row r, row parents[r] of the cache with tokens[r] (R,) or (R, n); the cache is consumed.
 
         Returns:
             hidden states (R, H) or (R, n, H), and the cache of the R rows.
@@ -95,7 +96,7 @@ class Trunk:
         return (hidden[:, -1] if tokens.ndim == 1 else hidden), out.past_key_values
 
     def hidden(self, prompt: list[int], tokens: Tensor) -> Tensor:
-        """(B, T, H): the hidden state before each of tokens (B, T) int64; -1 is padding after a sequence's end.
+        """Gives (B, T, H), the hidden state before each of tokens (B, T) int64; -1 is padding after a sequence's end.
 
         Gradients reach the trunk's parameters, so every row goes through it with its prompt.
         """
@@ -105,9 +106,9 @@ class Trunk:
 
     @torch.no_grad()
     def frozen_hidden(self, prompt: list[int], tokens: Tensor) -> Tensor:
-        """As `hidden`, without gradients: the prompt goes through the trunk once, and so does each distinct history."""
+        """Does as `hidden`, without gradients: prompt and distinct histories go through the trunk once each."""
         padded = torch.cat([torch.zeros_like(tokens[:, :1]), tokens[:, :-1].clamp(min=0)], dim=1)  # never 0 columns
-        histories, which = torch.unique(padded, dim=0, return_inverse=True)
+        histories, history_of = torch.unique(padded, dim=0, return_inverse=True)
         first, cache = self.start(prompt)
         parts = []
         for part in histories[:, 1:].split(CHUNK):
@@ -117,11 +118,11 @@ class Trunk:
                 after, _ = self.next(fork(cache), parents, part)
                 before = torch.cat([before, after], dim=1)
             parts.append(before)
-        return torch.cat(parts)[which]
+        return torch.cat(parts)[history_of]
 
 
 class TrunkRows:
-    """The slots of one group over a trunk: `RowModel`."""
+    """Keeps the slots of one group over a trunk, as a `RowModel`."""
 
     def __init__(self, trunk: Trunk, prompt: list[int], n: int) -> None:
         self._trunk, self._prompt = trunk, prompt
@@ -156,7 +157,7 @@ class TrunkRows:
 
 
 class HFEngine:
-    """Groups over a Hugging Face model in this process.
+    """Runs groups over a Hugging Face model in this process.
 
     Args:
         model: name or path, or a `Trunk`.
@@ -186,11 +187,11 @@ class HFEngine:
         if stop_token_ids is None:
             config = getattr(self.trunk.model, "generation_config", None)
             ids = getattr(config, "eos_token_id", None)
-            stop_token_ids = [] if ids is None else [ids] if isinstance(ids, int) else ids
-            stop_token_ids = {*stop_token_ids} | ({tokenizer.eos_token_id} if tokenizer is not None else set())
+            ids = [ids] if ids is None or isinstance(ids, int) else ids
+            ends: Sequence[int | None] = [*ids, None if tokenizer is None else tokenizer.eos_token_id]
         else:
-            stop_token_ids = token_list("stop_token_ids", stop_token_ids, self.trunk.vocab_size)
-        self.stop_token_ids = frozenset(stop_token_ids) - {None}
+            ends = token_list("stop_token_ids", stop_token_ids, self.trunk.vocab_size)
+        self.stop_token_ids = frozenset(token for token in ends if token is not None)
         trunk = self.trunk
         self.engine = GroupEngine(tokenizer, trunk.device, trunk.vocab_size, trunk.hidden_size, trunk.model, name)
 
@@ -198,16 +199,49 @@ class HFEngine:
         return self.engine.tokenizer
 
     def encode(self, prompt: Any) -> list[int]:
-        """Token ids of one prompt, in any form that `smc` takes. ValueError: it is none of them, or is empty."""
+        """Reads one prompt, in any form that `smc` takes: token ids. ValueError: it has no such form, or is empty."""
         prompts, single = read_prompts(prompt, self.engine.tokenizer, self.engine.vocab_size)
         if not single:
             raise ValueError(f"prompt={short(prompt)}: must be one prompt, got {len(prompts)}")
         return prompts[0]
 
     def stops(self, params: SMCParams) -> frozenset[int]:
-        """All tokens that end a particle."""
+        """Collects all tokens that end a particle."""
         return frozenset(params.stop_token_ids or ()) | (frozenset() if params.ignore_eos else self.stop_token_ids)
 
+    @overload
+    def smc(
+        self,
+        prompts: Prompt,
+        params: SMCParams | None = None,
+        potential: Potential | Sequence[Potential | None] | None = None,
+        *,
+        twist: str | os.PathLike | None = None,
+        exact: Sequence | None = None,
+        use_tqdm: bool = False,
+    ) -> Population: ...
+    @overload
+    def smc(
+        self,
+        prompts: Prompts,
+        params: SMCParams | None = None,
+        potential: Potential | Sequence[Potential | None] | None = None,
+        *,
+        twist: str | os.PathLike | None = None,
+        exact: Sequence | None = None,
+        use_tqdm: bool = False,
+    ) -> list[Population]: ...
+    @overload  # forms that are one prompt or several by their shape
+    def smc(
+        self,
+        prompts: Any,
+        params: SMCParams | None = None,
+        potential: Potential | Sequence[Potential | None] | None = None,
+        *,
+        twist: str | os.PathLike | None = None,
+        exact: Sequence | None = None,
+        use_tqdm: bool = False,
+    ) -> Population | list[Population]: ...
     @torch.no_grad()  # not inference mode: what is sampled may be trained on
     def smc(
         self,
@@ -219,7 +253,7 @@ class HFEngine:
         exact: Sequence | None = None,
         use_tqdm: bool = False,
     ) -> Population | list[Population]:
-        """As `fastsmc.LLM.smc`, one group after the other; potentials are set up at every call.
+        """Samples as `fastsmc.LLM.smc` does, one group after the other; potentials are set up at every call.
 
         Raises:
             ValueError: an argument that cannot be, or one that a potential's `setup` refuses.
@@ -235,36 +269,39 @@ class HFEngine:
             return []
         guide = None if twist is None else twists.Twist.load(twist)
         ready: dict[int, Potential | None] = {}
-        for given in chosen:
-            if id(given) not in ready:
-                ready[id(given)] = self._set_up(given if guide is None else guide.guide(given))
-        for prompt, own, given in zip(ids, each, chosen, strict=True):
-            self._check_context(prompt, own, ready[id(given)])
+        for target in chosen:
+            if id(target) in ready:
+                continue
+            if target is None and guide is not None:
+                raise ValueError("potential=None: with a twist each prompt needs a potential")
+            guided = target if target is None or guide is None else guide.guide(target)
+            ready[id(target)] = None if guided is None else self._set_up(guided)
+        for prompt, asked, target in zip(ids, each, chosen, strict=True):
+            self._check_context(prompt, asked, ready[id(target)])
         bar = None
         if use_tqdm:
             from tqdm.auto import tqdm
 
-            bar = tqdm(total=sum(own.max_tokens for own in each), desc="particle steps", file=sys.stderr)
+            bar = tqdm(total=sum(asked.max_tokens for asked in each), desc="particle steps", file=sys.stderr)
         populations: list[Population | None] = []
-        errors = []
-        for i, (prompt, own, given, exacts) in enumerate(zip(ids, each, chosen, kept, strict=True)):
+        failures = []
+        for i, (prompt, asked, target, samples) in enumerate(zip(ids, each, chosen, kept, strict=True)):
             try:
-                populations.append(self._run(prompt, own, ready[id(given)], exacts, bar))
+                populations.append(self._run(prompt, asked, ready[id(target)], samples, bar))
             except SMCError as error:
                 error.populations = [None]
                 if single:
                     raise
                 populations.append(None)
-                errors.append((f"prompt {i}: {error}", error))
-        if errors:
-            error = SMCError("; ".join(text for text, _ in errors))
-            error.populations = populations
-            raise error from errors[0][1]
-        return populations[0] if single else populations
+                failures.append((f"prompt {i}: {error}", error))
+        if failures:
+            failure = SMCError("; ".join(text for text, _ in failures))
+            failure.populations = populations
+            raise failure from failures[0][1]
+        done = [population for population in populations if population is not None]
+        return done[0] if single else done
 
-    def _set_up(self, potential: Potential | None) -> Potential | None:
-        if potential is None:
-            return None
+    def _set_up(self, potential: Potential) -> Potential:
         try:
             potential.prepare(self.engine.tokenizer)
             return set_up(potential, self.engine)

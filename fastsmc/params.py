@@ -50,7 +50,7 @@ def _check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SMCParams:
-    """Parameters of one group of particles.
+    """Says what one group of particles is asked to do.
 
     Args:
         n_particles: number of particles N, 1 to 2**20.
@@ -110,25 +110,25 @@ class SMCParams:
     _OWN = ("n_particles", "ess_threshold", "resampling", "proposal", "group")
 
     def to_extra_args(self) -> dict[str, Any]:
-        """The flat `smc_*` keys for `SamplingParams.extra_args`."""
+        """Makes the flat `smc_*` keys for `SamplingParams.extra_args`."""
         return {PREFIX + name: getattr(self, name) for name in self._OWN}
 
     @classmethod
     def from_request(cls, extra_args: Mapping[str, Any], **shared: Any) -> SMCParams:
-        """SMCParams of a lead, from its `extra_args` and the fields that SamplingParams has words for.
+        """Reads a lead's parameters from its `extra_args` and the fields that SamplingParams has words for.
 
         Raises:
             ValueError: for an unknown `smc_*` key, or a value that `SMCParams` refuses.
         """
-        own = {}
+        fields = {}
         for key, value in extra_args.items():
             if str(key).startswith(PREFIX) and key not in REQUEST_KEYS:
                 name = key[len(PREFIX) :]
                 if name not in cls._OWN:
                     known = sorted(REQUEST_KEYS | {PREFIX + n for n in cls._OWN})
                     raise ValueError(f"extra_args[{key!r}]={value!r}: unknown key; known are {', '.join(known)}")
-                own[name] = value
-        return cls(**own, **shared)
+                fields[name] = value
+        return cls(**fields, **shared)
 
 
 #: `smc_*` keys of a lead that are not SMCParams: the potential's name, its JSON arguments, the directory of a learned

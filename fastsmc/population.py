@@ -41,7 +41,7 @@ _ARRAYS = {  # field: (dtype, shape in words of N and T)
 
 
 class _Texts:
-    """Descriptor of the field `texts`, which may be put in later: N str, or None."""
+    """Checks what the field `texts`, which may be put in later, is set to: N str, or None."""
 
     def __get__(self, obj: Any, owner: type) -> list[str] | None:
         return None if obj is None else obj._texts  # of the class: the dataclass field's default
@@ -58,7 +58,7 @@ class _Texts:
 
 @dataclasses.dataclass(eq=False, repr=False, kw_only=True)
 class Population:
-    """N weighted particles after T steps. Arrays are converted to the dtypes below and checked for shape.
+    """Holds N weighted particles after T steps. Arrays are converted to the dtypes below and checked for shape.
 
     Args:
         token_ids: N lists of int, generated tokens only, stop token included.
@@ -92,7 +92,7 @@ class Population:
     step_log_weights: np.ndarray
     prompt_token_ids: list[int]
     params: SMCParams
-    texts: list[str] | None = _Texts()  # type: ignore[assignment]
+    texts: list[str] | None = _Texts()  # type: ignore[assignment]  # a descriptor, typed as what it gives
 
     def __post_init__(self) -> None:
         sizes = {"N": len(self.token_ids), "T": len(self.ess)}
@@ -138,16 +138,16 @@ class Population:
         """Traces each final particle back through a record kept step by step; token_log_probs: (T, N), as `tokens`."""
         steps, n = tokens.shape
         rows = np.arange(n)
-        own_tokens, own_log_probs = np.empty((n, steps), np.int32), np.empty((n, steps))
+        traced, log_probs = np.empty((n, steps), np.int32), np.empty((n, steps))
         for t in reversed(range(steps)):
-            own_tokens[:, t], own_log_probs[:, t] = tokens[t, rows], token_log_probs[t, rows]
+            traced[:, t], log_probs[:, t] = tokens[t, rows], token_log_probs[t, rows]
             rows = ancestors[t, rows]
         return cls(
-            token_ids=[row[row >= 0].tolist() for row in own_tokens],
+            token_ids=[row[row >= 0].tolist() for row in traced],
             log_weights=log_weights,
             log_z=log_z,
-            log_probs=own_log_probs.sum(axis=1),
-            token_log_probs=own_log_probs,
+            log_probs=log_probs.sum(axis=1),
+            token_log_probs=log_probs,
             ess=ess,
             resampled=resampled,
             ancestors=ancestors,
@@ -160,22 +160,22 @@ class Population:
     # -- sizes and weights -----------------------------------------------------------------------------------------
     @property
     def n_particles(self) -> int:
-        """N."""
+        """Counts the particles, N."""
         return len(self.token_ids)
 
     @property
     def T(self) -> int:
-        """Number of steps; at most `params.max_tokens`."""
+        """Counts the steps; at most `params.max_tokens`."""
         return len(self.ess)
 
     @property
     def degenerate(self) -> bool:
-        """True if every particle has weight zero."""
+        """Says whether every particle has weight zero."""
         return bool(np.isneginf(self.log_weights).all())
 
     @property
     def weights(self) -> np.ndarray:
-        """(N,) float64, sum 1; all zeros if `degenerate`."""
+        """Normalises the weights: (N,) float64, sum 1; all zeros if `degenerate`."""
         if self.degenerate:
             return np.zeros(self.n_particles)
         weights = np.exp(self.log_weights - self.log_weights.max())
@@ -183,12 +183,12 @@ class Population:
 
     @property
     def final_ess(self) -> float:
-        """Effective sample size of the final weights, 1 to N; 0 if `degenerate`."""
+        """Computes the effective sample size of the final weights, 1 to N; 0 if `degenerate`."""
         weights = self.weights
         return 0.0 if self.degenerate else float(1.0 / np.square(weights).sum())
 
     def sample(self, k: int, seed: int = 0) -> np.ndarray:
-        """(k,) int64 particle indices, drawn independently from `weights` with replacement.
+        """Draws (k,) int64 particle indices independently by `weights`, with replacement.
 
         Raises:
             ValueError: if k is not a whole number >= 0, or if all weights are zero.
@@ -204,7 +204,7 @@ class Population:
 
     # -- genealogy -------------------------------------------------------------------------------------------------
     def lineage(self, i: int) -> np.ndarray:
-        """(T,) int32 rows that final particle i visited; `tokens[t, lineage(i)[t]]` spells `token_ids[i]`.
+        """Finds the rows that final particle i visited, (T,) int32; `tokens[t, lineage(i)[t]]` spells `token_ids[i]`.
 
         Raises:
             IndexError: if i is not in [-N, N).
@@ -219,11 +219,11 @@ class Population:
         return rows
 
     def distinct_ancestors(self) -> np.ndarray:
-        """(T,) int64: rows of step t that have descendants among the final particles; the last entry is N."""
+        """Counts the rows of each step that have descendants among the final particles, (T,) int64; the last is N."""
         return self._surviving().sum(axis=1)
 
     def _surviving(self) -> np.ndarray:
-        """(T, N) bool: rows that have final descendants."""
+        """Marks rows that have final descendants, (T, N) bool."""
         alive = np.zeros((self.T, self.n_particles), dtype=bool)
         alive[-1:] = True
         for t in range(self.T - 1, 0, -1):
@@ -232,7 +232,7 @@ class Population:
 
     # -- summaries -------------------------------------------------------------------------------------------------
     def best(self, k: int = 10) -> list[tuple[str, float, float]]:
-        """The k heaviest distinct texts as (text, total weight, log p0 of its likeliest particle), heaviest first.
+        """Ranks the k heaviest distinct texts as (text, total weight, log p0 of its likeliest particle).
 
         Raises:
             ValueError: there are no texts, because the engine had no tokenizer.
@@ -248,8 +248,8 @@ class Population:
         return [(text, weight, log_prob) for text, (weight, log_prob) in ranked[:k]]
 
     def summary(self, k: int = 5) -> dict[str, Any]:
-        """Plain JSON values; a number that JSON lacks (-inf) is None. `best` is None without a tokenizer."""
-        best = None if self._texts is None else self.best(k)
+        """Sums up in plain JSON values; a number that JSON lacks (-inf) is None, as is `best` without a tokenizer."""
+        best = None if self.texts is None else self.best(k)
         return {
             "n_particles": self.n_particles,
             "steps": self.T,
@@ -263,14 +263,14 @@ class Population:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """`summary()` and what each particle is, in plain JSON values under the names of the attributes."""
+        """Adds to `summary()` what each particle is, in plain JSON values under the names of the attributes."""
         names = ("log_weights", "weights", "log_probs", "ess", "resampled")
         return {
             **self.summary(),
             "params": dataclasses.asdict(self.params),
             "prompt_token_ids": self.prompt_token_ids,
             "token_ids": [list(map(int, ids)) for ids in self.token_ids],
-            "texts": self._texts,
+            "texts": self.texts,
             **{name: _jsonable(getattr(self, name).tolist()) for name in names},
         }
 
@@ -282,7 +282,7 @@ class Population:
 
     # -- files -----------------------------------------------------------------------------------------------------
     def to_bytes(self) -> bytes:
-        """The population as one .npz archive in memory (no pickles inside); `from_bytes` reads it back exactly."""
+        """Makes an .npz archive in memory (no pickles inside); `from_bytes` reads it back exactly."""
         lengths = np.array([len(ids) for ids in self.token_ids], dtype=np.int64)
         flat = np.fromiter((v for ids in self.token_ids for v in ids), dtype=np.int64, count=int(lengths.sum()))
         arrays = {name: getattr(self, name) for name in _ARRAYS}
@@ -292,7 +292,7 @@ class Population:
             "version": VERSION,
             "params": dataclasses.asdict(self.params),
             "prompt_token_ids": self.prompt_token_ids,
-            "texts": self._texts,
+            "texts": self.texts,
             "digest": _digest(arrays),
         }
         out = io.BytesIO()
@@ -301,7 +301,7 @@ class Population:
 
     @classmethod
     def from_bytes(cls, data: bytes, source: str = "population bytes") -> Population:
-        """The inverse of `to_bytes`.
+        """Reads what `to_bytes` made.
 
         Raises:
             ValueError: naming `source` and what is wrong with it.
@@ -351,7 +351,7 @@ class Population:
 
     # -- pictures --------------------------------------------------------------------------------------------------
     def plot_weights(self, path: str | os.PathLike | None = None) -> Any:
-        """ESS over steps, resamplings marked, above the spread of the log weights. Returns a matplotlib Figure.
+        """Draws the ESS over steps, resamplings marked, above the spread of the log weights: a matplotlib Figure.
 
         Args:
             path: where to write the picture (the suffix gives the format), or None.
@@ -391,14 +391,14 @@ class Population:
         return figure
 
     def plot_genealogy(self, path: str | os.PathLike | None = None, max_lines: int = 200_000) -> Any:
-        """The genealogy: a line from each row of step t - 1 to the rows that continue it at step t.
+        """Draws the genealogy: a line from each row of step t - 1 to the rows that continue it at step t.
 
         Lines that lead to a final particle are coloured by their row at step 0, the others are grey; lines of
         particles that had ended are paler. Dots at the right are the final particles, their area the weight.
 
         Args:
             path: where to write the picture (the suffix gives the format), or None.
-            max_lines: of grey and of coloured lines, no more than so many are drawn each, evenly spaced; at least 1.
+            max_lines: at most so many grey and so many coloured lines are drawn, evenly spaced; at least 1.
 
         Returns:
             a matplotlib Figure.
@@ -433,11 +433,11 @@ class Population:
         width = float(np.clip(60 / n, 0.25, 1.8))
         ended = self.tokens[1:] < 0
         for mask, order in ((~alive[1:], 1), (alive[1:], 2)):
-            t, i = thin(mask)
-            starts = np.stack([t - 1, self.ancestors[t, i]], axis=1)
-            colour = colours[root[t, i]] if order == 2 else np.tile((0.78, 0.78, 0.78, 1.0), (len(t), 1))
-            colour[:, 3] = np.where(ended[t - 1, i], 0.3, 1.0)
-            segments = np.stack([starts, np.stack([t, i], axis=1)], axis=1)
+            at, i = thin(mask)
+            starts = np.stack([at - 1, self.ancestors[at, i]], axis=1)
+            colour = colours[root[at, i]] if order == 2 else np.tile(np.array([0.78, 0.78, 0.78, 1.0]), (len(at), 1))
+            colour[:, 3] = np.where(ended[at - 1, i], 0.3, 1.0)
+            segments = list(np.stack([starts, np.stack([at, i], axis=1)], axis=1))
             lines = LineCollection(segments, colors=colour, linewidths=width * (0.7, 1.0)[order - 1], zorder=order)
             axes.add_collection(lines)
         if steps:
@@ -462,13 +462,13 @@ class Population:
 
 
 def _as_array(name: str, value: Any, dtype: type) -> np.ndarray:
-    """`value` as a contiguous array of `dtype`; ValueError, naming `name`: its numbers are of another kind."""
+    """Makes `value` a contiguous array of `dtype`; ValueError, naming `name`: its numbers are of another kind."""
     try:
         array = np.asarray(value)
         kinds = {"f": "fiu", "i": "iu", "b": "b"}[np.dtype(dtype).kind]
         if array.size and array.dtype.kind not in kinds:
             raise ValueError(f"dtype {array.dtype}, expected {np.dtype(dtype)}")
-        out = np.ascontiguousarray(array, dtype=dtype)
+        out: np.ndarray = np.ascontiguousarray(array, dtype=dtype)
     except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{name}: {error}") from None
     if array.size and kinds == "iu" and not np.array_equal(out, array):
@@ -478,7 +478,7 @@ def _as_array(name: str, value: Any, dtype: type) -> np.ndarray:
 
 # -- files: an .npz archive, read with nothing taken on trust ----------------------------------------------------------
 def _digest(arrays: dict[str, Any]) -> str:
-    """SHA-256 of named arrays, so that none stands in for another."""
+    """Computes the SHA-256 of named arrays, so that none stands in for another."""
     digest = hashlib.sha256()
     for name in sorted(arrays):
         digest.update(name.encode() + b"\0" + np.ascontiguousarray(arrays[name]).tobytes())
@@ -486,7 +486,7 @@ def _digest(arrays: dict[str, Any]) -> str:
 
 
 def _members(data: bytes) -> dict[str, bytes]:
-    """Member name → bytes of an archive that holds uncompressed .npy files from its first byte to its last.
+    """Reads the bytes of each member of an archive that holds uncompressed .npy files from its first byte to its last.
 
     Raises:
         ValueError: it is another file, or says that a member is longer than it is.
@@ -506,7 +506,7 @@ def _members(data: bytes) -> dict[str, bytes]:
 
 
 def _array(members: dict[str, bytes], name: str, dtype: type) -> np.ndarray:
-    """A member's array. Its size is checked before there is memory for it. KeyError: there is no such member."""
+    """Reads a member's array. Its size is checked before memory is taken for it. KeyError: there is no such member."""
     file = io.BytesIO(members[name])
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
@@ -518,7 +518,7 @@ def _array(members: dict[str, bytes], name: str, dtype: type) -> np.ndarray:
 
 
 def _jsonable(value: Any) -> Any:
-    """A number, or a list of them, with None for what JSON has no number for."""
+    """Puts None for what JSON has no number for, in a number or in a list of them."""
     if isinstance(value, list):
         return [_jsonable(v) for v in value]
     return value if math.isfinite(value) else None

@@ -1,4 +1,4 @@
-"""A screen with our own words only: what engines and other packages say goes to a file that errors name.
+"""A screen with fastsmc's words only: what engines and other packages say goes to a file that errors name.
 
 `engine_log` gives the file descriptors 1 and 2 to a log while an engine runs, so that also its processes, and libraries
 that know nothing of Python, write there. `EngineLog.say` writes to the screen, and `EngineLog.cause` says in one line
@@ -33,7 +33,7 @@ class EngineError(RuntimeError):
 
 
 class EngineLog:
-    """Where the engine's words go, and where ours do. `path` is None where everything goes to the screen."""
+    """Knows where the engine's words go, and where ours do. `path` is None where everything goes to the screen."""
 
     def __init__(self, path: Path | None, out: TextIO, err: TextIO) -> None:
         self.path, self.out, self.err = path, out, err
@@ -117,7 +117,8 @@ def engine_log(name: str, verbose: bool = False) -> Iterator[EngineLog]:
     sys.stdout.flush(), sys.stderr.flush()
     with contextlib.ExitStack() as stack:
         saved = [os.dup(1), os.dup(2)]
-        stack.callback(lambda: [os.close(fd) for fd in saved])
+        for fd in saved:
+            stack.callback(os.close, fd)
         out, err = _screen(sys.stdout, 1, stack), _screen(sys.stderr, 2, stack)
         with open(path, "ab") as file:
             os.dup2(file.fileno(), 1)

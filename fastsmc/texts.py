@@ -18,7 +18,7 @@ _PARTIAL = "\ufffd"
 
 
 def texts_after(tokenizer: Any, prompt: Sequence[int], sequences: Sequence[Sequence[int]]) -> list[str]:
-    """What each of the sequences of token ids adds to the prompt's text, without special tokens."""
+    """Decodes what each sequence of token ids adds to the prompt's text, without special tokens."""
     if not sequences:
         return []
     length = CONTEXT
@@ -35,7 +35,7 @@ def texts_after(tokenizer: Any, prompt: Sequence[int], sequences: Sequence[Seque
 
 
 def _beyond(before: str, text: str) -> str:
-    """`text` without `before`, of which a last character may have been completed or an end rewritten."""
+    """Takes `before` off `text`, where its last character may have been completed or its end rewritten."""
     if text.startswith(before):
         return text[len(before) :]
     whole = before.rstrip(_PARTIAL)
@@ -48,7 +48,7 @@ def _beyond(before: str, text: str) -> str:
 
 
 def _decode(tokenizer: Any, sequences: list[list[int]]) -> list[str]:
-    """Texts as the tokenizer's model has them: transformers' beautification (" ." to ".") would change them."""
+    """Decodes as the tokenizer's model has it: transformers' beautification (" ." to ".") would change texts."""
     options = {"skip_special_tokens": True}
     if any(base.__name__ == "PreTrainedTokenizerBase" for base in type(tokenizer).__mro__):
         options["clean_up_tokenization_spaces"] = False

@@ -123,7 +123,7 @@ class TwistConfig:
 def ctl_loss(
     positive: Tensor, positive_mask: Tensor, positive_weights: Tensor, log_psi: Tensor, mask: Tensor, weights: Tensor
 ) -> Tensor:
-    """Contrastive: −[Σ_k W_k mean_t log ψ_t(s^k) − mean_t Σ_k W_{t,k} log ψ_t(s^k)].
+    """Computes the contrastive loss −[Σ_k W_k mean_t log ψ_t(s^k) − mean_t Σ_k W_{t,k} log ψ_t(s^k)].
 
     Args:
         positive, log_psi: (K, T), (B, T) log ψ of positives and samples; their masks (bool) say where there is a token.
@@ -135,27 +135,36 @@ def ctl_loss(
 
 
 def rl_loss(log_psi: Tensor, mask: Tensor, target: Tensor) -> Tensor:
-    """Soft Q: mean over tokens of (log ψ_t − target)², target = log Σ_v p0 ψ_{t+1}, at the end log φ; all (B, T)."""
+    """Computes the soft Q loss: mean over tokens of (log ψ_t − target)²; all are (B, T).
+
+    Args:
+        target: log Σ_v p0 ψ_{t+1}, at the end log φ.
+    """
     return (F.mse_loss(log_psi, target.where(mask, log_psi.detach()), reduction="none") * mask).sum() / mask.sum()
 
 
 def sixo_loss(
     positive: Tensor, positive_mask: Tensor, positive_weights: Tensor, log_psi: Tensor, mask: Tensor
 ) -> Tensor:
-    """Density ratio: −Σ_k W_k mean_t log sigmoid(log ψ_t(s^k)) − mean_{p0} log(1 − sigmoid(log ψ_t)); as `ctl_loss`."""
+    """Computes the density ratio loss −Σ_k W_k mean_t log sigmoid(log ψ_t(s^k)) − mean_{p0} log(1 − sigmoid(log ψ_t)).
+
+    The arguments are as in `ctl_loss`.
+    """
     up = (positive_weights[:, None] * F.logsigmoid(positive) * positive_mask).sum()
     down = (F.logsigmoid(-log_psi) * mask).sum() / len(log_psi)
     return -(up + down) / log_psi.shape[1]
 
 
 def fudge_loss(raw: Tensor, mask: Tensor, log_phi: Tensor) -> Tensor:
-    """Cross-entropy of ψ_t = sigmoid(raw), (B, T), against the chance φ (B,) <= 1 of the class of a roll-out of p0."""
+    """Computes the cross-entropy of ψ_t = sigmoid(raw), (B, T), against a roll-out's chance φ (B,) of the class."""
     phi = log_phi.exp()[:, None].expand_as(raw).to(raw.dtype)
     return (F.binary_cross_entropy_with_logits(raw, phi, reduction="none") * mask).sum() / mask.sum()
 
 
 def dpg_loss(log_psi: Tensor, log_norm: Tensor, mask: Tensor, weights: Tensor) -> Tensor:
-    """−Σ_k W_k mean_t [log ψ_t(s_t) − log Σ_v p0 ψ_t(v)]: its gradient is that of −log ψ_t(s_t) + E_{v~q} log ψ_t(v).
+    """Computes the loss −Σ_k W_k mean_t [log ψ_t(s_t) − log Σ_v p0 ψ_t(v)].
+
+    Its gradient is that of −log ψ_t(s_t) + E_{v~q} log ψ_t(v).
 
     Args:
         log_psi, log_norm, mask: (K, T) at positives; weights: (K,) sum 1.
@@ -166,7 +175,7 @@ def dpg_loss(log_psi: Tensor, log_norm: Tensor, mask: Tensor, weights: Tensor) -
 # -- sequences ---------------------------------------------------------------------------------------------------------
 @dataclasses.dataclass
 class Sequences:
-    """B sequences as tensors.
+    """Holds B sequences as tensors.
 
     Attributes:
         tokens: (B, T) int64, −1 after the end.
@@ -399,14 +408,14 @@ class Trainer:
                 return self._draw_more()
         known = 0 if self._positives is None else len(self._positives)
         if config.positives == "rejection" or known != len(self.exact):
-            self._positives = self._hidden(self._given(self.exact))
+            self._positives = self._hidden(self._exact_sequences(self.exact))
 
     def _draw_more(self) -> None:
         """Draws another set, under other random numbers, because nothing has been accepted yet."""
         self.params = dataclasses.replace(self.params, seed=self.params.seed + 1)
         self._draw()
 
-    def _given(self, exact: Sequence[Sequence[int]]) -> Sequences:
+    def _exact_sequences(self, exact: Sequence[Sequence[int]]) -> Sequences:
         tokens = _padded(exact, self.params.max_tokens).to(self.engine.trunk.device)
         zeros = torch.zeros(tokens.shape, dtype=torch.float64, device=tokens.device)
         return Sequences(tokens, zeros, zeros[:, 0])
@@ -414,7 +423,7 @@ class Trainer:
     @torch.no_grad()
     def _of(self, population: Population, base: bool) -> Sequences:
         """Makes sequences of a population that was never resampled. log φ is no NaN: groups refuse that."""
-        out = self._given(population.token_ids)
+        out = self._exact_sequences(population.token_ids)
         log_w = torch.as_tensor(population.log_weights, device=out.tokens.device)
         if base:
             out.log_phi = log_w

@@ -45,7 +45,7 @@ LOSSES = ("ctl", "rl", "sixo", "fudge", "dpg")
 # -- the card ----------------------------------------------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Card:
-    """What a twist is for and how it was made.
+    """Says what a twist is for and how it was made.
 
     Args:
         kind: one of `KINDS`.
@@ -96,7 +96,7 @@ class Card:
 
     @property
     def bounded(self) -> bool:
-        """FUDGE's ψ is a probability: log ψ = log sigmoid of what the head gives."""
+        """Says whether ψ is a probability, as FUDGE's is: log ψ = log sigmoid of what the head gives."""
         return self.loss == "fudge"
 
     @classmethod
@@ -226,7 +226,7 @@ def add_lora(model: Any, rank: int, alpha: float) -> dict[str, LoraLinear]:
 
 # -- the potential -----------------------------------------------------------------------------------------------------
 class Twist(Potential):
-    """A learned twist. It has no φ: `guide` joins it to the potential that has.
+    """Gives a learned ψ. It has no φ: `guide` joins it to the potential that has.
 
     Args:
         card: what the twist is.

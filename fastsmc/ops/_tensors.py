@@ -38,7 +38,7 @@ GPU_OPS = {"cuda": ("uniforms", "resample", "reindex"), "triton": ("weigh", "dra
 
 
 def missing_on_gpu(built: Sequence[str]) -> str | None:
-    """One line about the kernels that a GPU lacks here, from the backends that are built; None: it lacks none."""
+    """Says in one line which kernels a GPU lacks here, from the backends that are built; None: it lacks none."""
     why = {
         "cuda": "fastsmc was built without CUDA, which takes nvcc (FASTSMC_BUILD_CUDA=1 makes its lack an error)",
         "triton": "triton is not installed",
@@ -52,7 +52,7 @@ def missing_on_gpu(built: Sequence[str]) -> str | None:
 
 
 def pick_backend(backend: str | None, device: torch.device, gpu: str) -> str:
-    """Picks the backend that was asked for, or the device's own: 'cpu' (fastsmc._C) for CPU tensors; for CUDA tensors
+    """Picks the backend that was asked for, or the device's: 'cpu' (fastsmc._C) for CPU tensors; for CUDA tensors
     the op's `gpu`, 'triton' or 'cuda' (fastsmc._C), where it is built; else 'torch' (eager, any device).
 
     Raises:
@@ -88,7 +88,7 @@ def values_are_checked(device: torch.device) -> bool:
 def custom_op(name: str, mutates_args: Sequence[str] = ()) -> Callable:
     """Makes a function an op, as torch.library.custom_op does, so that torch.compile and CUDA graphs take it.
 
-    The op is called with its device before its own arguments. On the CPU, where nothing traces, the call goes to the
+    The op is called with its device before its arguments. On the CPU, where nothing traces, the call goes to the
     function itself: the dispatcher takes longer than the arithmetic of a small group. No gradient flows either way.
     """
 
@@ -204,10 +204,11 @@ class Matrices(NamedTuple):
 
 
 def read_address(tensor: Tensor) -> int:
-    """Where a tensor's elements begin, for who only reads them: unlike `data_ptr`, this makes no copy of one that is
-    copied when it is written to (`torch._lazy_clone`)."""
-    if torch._C._is_cow_tensor(tensor):
-        return torch._C._data_address(tensor) + tensor.storage_offset() * tensor.element_size()
+    """Finds where a tensor's elements begin, for reading only: a tensor that is copied when it is written to
+    (`torch._lazy_clone`) is not copied here, as it would be by `data_ptr`."""
+    if torch._C._is_cow_tensor(tensor):  # type: ignore[attr-defined]  # not in torch's stubs
+        start = torch._C._data_address(tensor)  # type: ignore[attr-defined]
+        return start + tensor.storage_offset() * tensor.element_size()
     return tensor.data_ptr()
 
 

@@ -34,7 +34,7 @@ def uniforms(n: int, seed: int, group: int, step: int | Tensor, stream: int, dev
 
 # -- weigh, draw -------------------------------------------------------------------------------------------------------
 def _without_minus_one(m: Matrices) -> tuple[Matrices, Tensor | None]:
-    """Replaces indices of −1 by ones that can be looked up, and marks them: (matrices, (R,) bool that have no row).
+    """Replaces indices of −1 by others that can be looked up, and marks them: (matrices, (R,) bool that have no row).
 
     The second is None where no output row can lack a row.
     """
@@ -244,7 +244,7 @@ def _resample_group(
 
 
 def _place_children(counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """ancestors, counts, rank."""
+    """Places children of counts (N,): ancestors, counts, rank."""
     n = counts.shape[0]
     slots = torch.arange(n, device=counts.device)
     dead = counts == 0

@@ -48,7 +48,7 @@ def resample(
     threshold: float | None = None,
     backend: str | None = None,
 ) -> Resampled:
-    """Resamples N particles, or G groups of them, each as in a call of its own.
+    """Resamples N particles, or G groups of them, each as if it were alone.
 
     Schemes: 'systematic' counts floor(N·C_i + u_0) with one uniform; 'stratified' has one uniform per stratum;
     'multinomial' N independent draws; 'residual' floor(N W_i) copies and the rest multinomial on the remainders; 'ssp'
@@ -78,7 +78,7 @@ def resample(
     log_weights = _check_log_weights(log_weights)
     device, n = log_weights.device, log_weights.shape[-1]
     if n > MAX_PARTICLES:
-        raise ValueError(f"log_weights: has {n} particles a group, at most {MAX_PARTICLES} are supported")
+        raise ValueError(f"log_weights: has {n} particles per group, at most {MAX_PARTICLES} are supported")
     uniforms = _check_float64("uniforms", uniforms, log_weights)
     if values_are_checked(device) and (bad := _C.bad_uniform(uniforms.data_ptr(), uniforms.numel())) >= 0:
         index = _index(uniforms, bad)

@@ -356,7 +356,7 @@ def test_refuses_weights(weights, message):
         ({"log_weights": torch.zeros(2)}, "log_weights: must be a vector .* of torch.float64, got torch.float32"),
         ({"threshold": 1.5}, "threshold=1.5"),
         ({"threshold": nan}, "threshold=nan"),
-        ({"log_weights": torch.zeros(2**20 + 1, dtype=torch.float64)}, "log_weights: has 1048577 particles a group"),
+        ({"log_weights": torch.zeros(2**20 + 1, dtype=torch.float64)}, "log_weights: has 1048577 particles per group"),
         ({"backend": "cuda"}, f"backend='cuda': {'tensors are on cpu' if _C.cuda_archs else '.*built without CUDA'}"),
     ],
 )
