@@ -50,7 +50,7 @@ PROMPTS = (8, 512, 1024, 4096)
 
 
 def grid(cases: dict[Shape, tuple[Any, Any, Any]]) -> list[tuple[Shape, str, int, int]]:
-    """(shape, sharing, rows, length) that fit into the cache and differ."""
+    """Lists (shape, sharing, rows, length) that fit into the cache and differ."""
     return [
         (shape, sharing, n, length)
         for shape, (rows, lengths, sharings) in cases.items()
@@ -77,7 +77,8 @@ def bench_case(shape: Shape, sharing: str, n_rows: int, length: int, dtype: Any,
     caches = [cache, *(cache.clone() for _ in range(min(LAYERS, -(-CACHE_BYTES // cache.nbytes)) - 1))]
     layers = [split_cache(cache) for cache in caches]
     isa = _get_attn_isa(dtype, block, size)
-    layout = find_layout(isa, dtype, block, size)
+    if (layout := find_layout(isa, dtype, block, size)) is None:
+        raise RuntimeError(f"attend does not know the KV layout of vLLM's kernels for {isa!r}")
     query = torch.randn(n_rows, heads, size).to(dtype)
     out, theirs = torch.empty_like(query), torch.empty_like(query)
     starts = torch.arange(n_rows + 1, dtype=torch.int32)
@@ -193,12 +194,14 @@ def bench_steps(n: int, prompts: tuple[int, ...], max_tokens: int, repeats: int)
         if len(rows) > before and self.t > 4:  # by then nearly all histories differ
             spent["ours" if len(rows) % 2 == 0 else "stock"].append(seconds)
 
-    Attend.pays, Group.step = choose, timed
-    records = []
+    Attend.pays, Group.step = choose, timed  # type: ignore[method-assign]  # timed from outside
+    records: list[dict[str, Any]] = []
     for prompt_len in prompts:
         for i in range(repeats + 1):
             if i <= 1:
-                spent.clear(), rows.clear(), used.clear()
+                spent.clear()
+                rows.clear()
+                used.clear()
             rows[:] = rows[: len(rows) // 2 * 2]
             llm.smc(text[:prompt_len], params, potential)
             if i % 2:
@@ -226,12 +229,12 @@ def bench_steps(n: int, prompts: tuple[int, ...], max_tokens: int, repeats: int)
             f"{r['attend_chosen']:.0%} of the steps",
             flush=True,
         )
-    Attend.pays, Group.step = pays, step
+    Attend.pays, Group.step = pays, step  # type: ignore[method-assign]
     return {"bench": "attend steps", "records": records}
 
 
 def bench_gpu(seconds: float) -> dict[str, Any]:
-    """One layer; a generated block is shared by 8 rows on the average, as after resampling, the tail by none."""
+    """Times a layer; a generated block is shared by 8 rows on the average, as after resampling, the tail by none."""
     import torch
     from vllm.vllm_flash_attn import flash_attn_varlen_func
 
@@ -254,11 +257,12 @@ def bench_gpu(seconds: float) -> dict[str, Any]:
         starts = torch.arange(n_rows + 1, dtype=torch.int32, device="cuda")
         lengths = torch.full((n_rows,), length, dtype=torch.int32, device="cuda")
         plan, tokens = ops.plan_attend(table), lengths[:1]
-        ours = [t.transpose(1, 2) for t in (keys, values)]
+        ours = keys.transpose(1, 2), values.transpose(1, 2)
         twin, scale = torch.empty_like(cache), size**-0.5
 
         def attend(plan=plan, ours=ours, tokens=tokens, query=query, out=out, scale=scale):
-            return ops.attend(query, *ours, plan, tokens, scale=scale, out=out)
+            our_keys, our_values = ours
+            return ops.attend(query, our_keys, our_values, plan, tokens, scale=scale, out=out)
 
         def dense(keys=keys, values=values, query=query, table=table, starts=starts, lengths=lengths, length=length):
             return flash_attn_varlen_func(

@@ -20,7 +20,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +133,7 @@ def bench_weigh_draw(n: int, vocab: int, dtype: torch.dtype, twist: bool, clock:
         if (baseline := make(logits, log_psi, TEMPERATURE)) is not None:
             functions[name] = baseline
     times = clock.medians(functions)
-    nbytes = logits.nbytes + (log_psi.nbytes if twist else 0)
+    nbytes = logits.nbytes + (0 if log_psi is None else log_psi.nbytes)
     bandwidth = 2 * logits.nbytes / times["copy"]
     out = record(
         "weigh+draw", "triton", clock, n, times, v=vocab, dtype=str(dtype).removeprefix("torch."), twist=twist,
@@ -205,14 +205,17 @@ def bench_reindex(slot_dim: int | None, clock: Clock) -> dict[str, Any]:
 
 
 class _Still:
-    """A model whose logits are always the same: `captured.PagedModel` without a model's cost."""
+    """Has the same logits always: a `captured.PagedModel` without a model's cost."""
 
-    block_size, slot_dim = 16, 2
+    block_size = 16
+    slot_dim: int | None = 2
 
     def __init__(self, logits: Tensor, blocks: int) -> None:
         self.logits = logits
         shape = (blocks, 3, self.block_size, 64)
-        self.caches = [torch.zeros(shape, dtype=torch.bfloat16, device=logits.device) for _ in range(LAYERS)]
+        self.caches: Sequence[Tensor] = [
+            torch.zeros(shape, dtype=torch.bfloat16, device=logits.device) for _ in range(LAYERS)
+        ]
 
     def forward(self, tokens: Tensor, position: Tensor, table: Tensor) -> tuple[Tensor, None]:
         return self.logits[: len(tokens)], None

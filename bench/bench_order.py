@@ -100,7 +100,7 @@ class Chain:
         return self.rest[state]
 
 
-def simulate(model: Drift | Chain, n: int, scheme: str, threshold: float, order: str) -> dict[str, object]:
+def simulate(model: Drift | Chain, n: int, scheme: str, threshold: float, order: str) -> dict[str, float]:
     """Runs `RUNS` groups of n particles side by side."""
     torch.manual_seed(n)
     log_w, log_z = torch.zeros(RUNS, n, dtype=torch.float64), torch.zeros(RUNS, dtype=torch.float64)

@@ -18,6 +18,7 @@ import argparse
 import statistics
 import tempfile
 import time
+from typing import Any
 
 import numpy as np
 from machine import write_result
@@ -25,7 +26,7 @@ from machine import write_result
 from fastsmc import Population
 
 #: Llama configurations by name, for speed where there is no model hub
-SHAPES = {
+SHAPES: dict[str, dict[str, Any]] = {
     "llama-3.1-8b": dict(
         vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
         num_key_value_heads=8, head_dim=128, max_position_embeddings=131072, rms_norm_eps=1e-5,
@@ -41,7 +42,7 @@ CASES = ((16, 8), (64, 8), (256, 8), (1024, 8), (64, 512), (256, 512), (1024, 51
 
 
 def forward_share(population: Population) -> float:
-    """Rows that went through the model, as a share of N rows a step: distinct histories, step by step."""
+    """Counts rows that went through the model, as a share of N rows per step: distinct histories, step by step."""
     n = population.n_particles
     histories, rows = np.zeros(n, dtype=np.int64), 0
     for tokens, ancestors in zip(population.tokens[:-1], population.ancestors, strict=False):
@@ -68,7 +69,7 @@ def run(
     max_tokens: int = 32,
     repeats: int = 3,
     shapes: str | None = None,
-    **engine: object,
+    **engine: Any,
 ) -> list[dict]:
     """Measures each (N, prompt length) of `cases`, with `model` or with random weights of `shapes`; writes and returns
     the records."""
@@ -79,7 +80,9 @@ def run(
     from fastsmc.potentials import Lexicon
 
     longest = max(prompt_len for _, prompt_len in cases)
-    args = dict(dtype="bfloat16", max_model_len=max(1024, longest + max_tokens), max_num_seqs=max(n for n, _ in cases))
+    args: dict[str, Any] = dict(
+        dtype="bfloat16", max_model_len=max(1024, longest + max_tokens), max_num_seqs=max(n for n, _ in cases)
+    )
     args.update(engine)
     if shapes is None:
         llm = LLM(resolve(model), **args)
@@ -114,7 +117,7 @@ def run(
                 result = call()
                 if i:
                     times[name].append(time.perf_counter() - begin)
-                if name == "smc":
+                if isinstance(result, Population):
                     share = forward_share(result)
         seconds = {name: statistics.median(values) for name, values in times.items()}
         record = {
@@ -137,7 +140,8 @@ def run(
         )
     if json_path:
         cache = llm.llm_engine.vllm_config.cache_config
-        engine_args = {k: str(v) for k, v in args.items()}
+        assert cache.num_gpu_blocks is not None  # the engine has started
+        engine_args: dict[str, Any] = {k: str(v) for k, v in args.items()}
         engine_args["kv_cache_tokens"] = cache.num_gpu_blocks * cache.block_size  # too few, and stock sampling preempts
         write_result(json_path, {"bench": "smc", "model": shapes or model, "engine": engine_args, "records": records})
     return records
@@ -153,9 +157,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--eager", action="store_true", help="enforce_eager")
     args = parser.parse_args()
-    cases = CASES
+    cases: tuple[tuple[int, int], ...] = CASES
     if args.cases:
-        cases = tuple(tuple(int(x) for x in case.split(":")) for case in args.cases.split(","))
+        pairs = (case.split(":") for case in args.cases.split(","))
+        cases = tuple((int(n), int(prompt_len)) for n, prompt_len in pairs)
     engine = {"enforce_eager": True} if args.eager else {}
     run(args.json, args.model, cases, args.max_tokens, args.repeats, args.shapes, **engine)
 

@@ -48,7 +48,7 @@ METHODS = ("prefix", "complete", "logw_next", "reindex")
 
 
 def tensors(answer: Any) -> Iterator[Any]:
-    """The tensors of what `logw_next` returned."""
+    """Yields the tensors of what `logw_next` returned."""
     if hasattr(answer, "untyped_storage"):
         yield answer
     elif answer is not None:
@@ -58,7 +58,7 @@ def tensors(answer: Any) -> Iterator[Any]:
 
 
 class Engine:
-    """An engine in this process, of the fastsmc that Python finds, with its parts timed."""
+    """Starts an engine in this process, of the fastsmc that Python finds, with its parts timed."""
 
     def __init__(self, model: str, max_tokens: int) -> None:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -117,7 +117,7 @@ class Engine:
         return self.potentials[name]
 
     def step(self, n: int, potential: str) -> dict[str, float]:
-        """Seconds of one run by part, the whole as "total", and the bytes of the largest answer as "answer"."""
+        """Returns the seconds of a run by part, the whole as "total", and the largest answer's bytes as "answer"."""
         from fastsmc import SMCParams
 
         params = SMCParams(n_particles=n, max_tokens=self.max_tokens, ess_threshold=1.0, ignore_eos=True)
@@ -129,7 +129,7 @@ class Engine:
         return {"total": time.perf_counter() - start, **self.spent, "answer": self._answer}
 
     def build(self, pattern: str) -> dict[str, float]:
-        """Seconds of a first call with `pattern`."""
+        """Returns the seconds of a first call with `pattern`."""
         from fastsmc import SMCParams
         from fastsmc.potentials import Regex
 
@@ -139,7 +139,7 @@ class Engine:
 
 
 class OtherEngine:
-    """The same in another process, with the fastsmc of `tree`."""
+    """Does as `Engine` in another process, with the fastsmc of `tree`."""
 
     def __init__(self, tree: Path, *arguments: str) -> None:
         environment = os.environ | {"PYTHONPATH": str(tree)}
@@ -149,17 +149,19 @@ class OtherEngine:
             [sys.executable, __file__, "--serve", *arguments],
             env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
+        assert self.process.stdin is not None and self.process.stdout is not None  # pipes
+        self._requests, self._answers = self.process.stdin, self.process.stdout
         self._read()
 
     def _read(self) -> Any:
-        line = self.process.stdout.readline()
+        line = self._answers.readline()
         if not line:
             raise RuntimeError(f"the engine of {self.tree} ended with exit code {self.process.wait()}")
         return json.loads(line)
 
     def _call(self, *request: Any) -> dict[str, float]:
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
+        self._requests.write(json.dumps(request) + "\n")
+        self._requests.flush()
         return self._read()
 
     def step(self, n: int, potential: str) -> dict[str, float]:
@@ -169,12 +171,12 @@ class OtherEngine:
         return self._call("build", pattern)
 
     def close(self) -> None:
-        self.process.stdin.close()
+        self._requests.close()
         self.process.wait(60)
 
 
 def serve(model: str, max_tokens: int) -> None:
-    """What `OtherEngine` starts: requests by line on stdin, answers on stdout, where vLLM no longer writes."""
+    """Serves an `OtherEngine`: requests by line on stdin, answers on stdout, where vLLM no longer writes."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     engine = Engine(model, max_tokens)
@@ -185,7 +187,7 @@ def serve(model: str, max_tokens: int) -> None:
 
 
 def summary(runs: list[dict[str, float]], max_tokens: int) -> dict[str, Any]:
-    """Medians of runs: ms per step by part, and the share outside forward and lm head."""
+    """Returns medians of runs: ms per step by part, and the share outside forward and lm head."""
     outside = [r["total"] - r["hidden"] - r["logits"] for r in runs]
     names = sorted({name for r in runs for name in r} - {"answer", "total"})
     ms = {name: 1e3 * statistics.median(r.get(name, 0.0) for r in runs) / max_tokens for name in ("total", *names)}
@@ -206,6 +208,7 @@ def run(
     potentials: tuple[str, ...] = tuple(POTENTIALS),
 ) -> list[dict]:
     """Measures each N of `particles` with each of `potentials`; writes and returns the records."""
+    engines: dict[str, Engine | OtherEngine]
     if against is None:
         engines = {"this": Engine(model, max_tokens)}
     else:

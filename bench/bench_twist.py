@@ -14,6 +14,7 @@ import os
 import statistics
 import tempfile
 import time
+from typing import Any
 
 from machine import write_result
 
@@ -51,7 +52,8 @@ def run(json_path: str | None = None, model: str = "smollm2", max_tokens: int = 
         return out
 
     # the module's own name for torch.nn.functional, so that only twists are timed
-    twists.F = type("Timed", (), {"linear": staticmethod(timed_linear), "pad": twists.F.pad})
+    timed: Any = type("Timed", (), {"linear": staticmethod(timed_linear), "pad": twists.F.pad})
+    twists.F = timed
 
     directories = {}
     for kind, rank in HEADS:
@@ -77,21 +79,21 @@ def run(json_path: str | None = None, model: str = "smollm2", max_tokens: int = 
                 total = time.perf_counter() - start
                 if i:
                     seconds.append((total, product[0]))
-        for (kind, rank), own in zip(HEADS, list(times.values())[1:], strict=True):
+        for (kind, rank), with_head in zip(HEADS, list(times.values())[1:], strict=True):
             plain = [a for a, _ in times["none"]]
-            extra = statistics.median((t - p) / base - 1 for (t, p), base in zip(own, plain, strict=True))
+            extra = statistics.median((t - p) / base - 1 for (t, p), base in zip(with_head, plain, strict=True))
             record = {
                 "n_particles": n,
                 "head": kind,
                 "rank": rank,
                 "step_ms_without": 1e3 * statistics.median(plain) / max_tokens,
-                "step_ms_with": 1e3 * statistics.median(t for t, _ in own) / max_tokens,
-                "product_ms": 1e3 * statistics.median(p for _, p in own) / max_tokens,
+                "step_ms_with": 1e3 * statistics.median(t for t, _ in with_head) / max_tokens,
+                "product_ms": 1e3 * statistics.median(p for _, p in with_head) / max_tokens,
                 "extra_share_without_product": extra,
             }
             records.append(record)
             print(
-                f"N={n:4d} {kind:<7} ms a step: without {record['step_ms_without']:.1f}  with "
+                f"N={n:4d} {kind:<7} ms per step: without {record['step_ms_without']:.1f}  with "
                 f"{record['step_ms_with']:.1f}  of which product {record['product_ms']:.1f}  extra {extra:.1%}",
                 flush=True,
             )

@@ -40,7 +40,7 @@ def say_what_runs(llm: Any) -> None:
 
 def check_groups(llm: Any, path: Path, prompt: list[int], tolerance: float) -> bool:
     import numpy as np
-    from tiny import hf_log_probs
+    from tiny import hf_log_probs  # type: ignore[import-not-found]  # tests/tiny.py, which mypy does not look at
 
     from fastsmc import SMCParams
     from fastsmc.potentials import Lexicon
@@ -75,11 +75,11 @@ def main() -> int:
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     from tiny import make_llama
     from vllm import LLM as PlainLLM
-    from vllm import SamplingParams
+    from vllm import SamplingParams, TokensPrompt
 
     path = make_llama(Path(tempfile.mkdtemp()), VOCAB, heads=(4, 2))
     prompt = [(7 * i) % VOCAB for i in range(PROMPT_LEN)]
-    engine = dict(
+    engine: dict[str, Any] = dict(
         dtype=args.dtype, skip_tokenizer_init=True, enforce_eager=args.eager, max_model_len=512, max_num_seqs=256,
         kv_cache_memory_bytes=1 << 28,
     )  # fmt: skip
@@ -99,7 +99,7 @@ def main() -> int:
             say_what_runs(llm)
         right = check_groups(llm, path, prompt, TOLERANCE[args.dtype])
     greedy = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
-    outputs = llm.generate([{"prompt_token_ids": prompt}] * 3, greedy, use_tqdm=False)
+    outputs = llm.generate([TokensPrompt(prompt_token_ids=prompt)] * 3, greedy, use_tqdm=False)
     tokens = [list(output.outputs[0].token_ids) for output in outputs]
     print("ordinary requests:", tokens)
     right = right and all(len(t) == 8 for t in tokens)

@@ -10,11 +10,13 @@ not 2 % better than the default does not replace it.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from machine import machine
@@ -34,7 +36,7 @@ PSI_DTYPES = (None, torch.float32, torch.bfloat16, torch.float16)
 
 
 def seconds(f: Callable[[], object], repeats: int = 20) -> float:
-    """Median device time of a call."""
+    """Returns the median device time of a call."""
     for _ in range(3):
         f()
     times = []
@@ -50,17 +52,17 @@ def seconds(f: Callable[[], object], repeats: int = 20) -> float:
 
 def tune(dtype: torch.dtype, psi_dtype: torch.dtype | None, masked: bool, file: dict, architecture: str) -> None:
     """Adds the best configuration of each op for these data types to `file`."""
-    cases = []
+    cases: list[dict[str, Callable[[], object]]] = []
     for n, vocab in SIZES:
         logits = (torch.randn(n, vocab, device="cuda") * 3).to(dtype)
         psi = None if psi_dtype is None else torch.randn(n, vocab, device="cuda").to(psi_dtype)
         mask = torch.randint(-(2**31), 2**31, (n, -(-vocab // 32)), device="cuda").int() if masked else None
-        kw = {"log_psi": psi, "mask": mask, "backend": "triton"}
+        kw: dict[str, Any] = {"log_psi": psi, "mask": mask, "backend": "triton"}
         rows, u = torch.arange(n, device="cuda"), torch.rand(n, dtype=torch.float64, device="cuda")
         weighed = ops.weigh(logits, **kw)
         cases.append({
-            "weigh": lambda logits=logits, kw=kw: ops.weigh(logits, **kw),
-            "draw": lambda logits=logits, w=weighed, rows=rows, u=u, kw=kw: ops.draw(logits, w, rows, u, **kw),
+            "weigh": functools.partial(ops.weigh, logits, **kw),
+            "draw": functools.partial(ops.draw, logits, weighed, rows, u, **kw),
         })  # fmt: skip
     types = launch.data_types(check_matrices(logits, psi, None, None, mask, None))
     configs = launch._configs()  # what the kernels read

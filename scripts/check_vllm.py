@@ -37,13 +37,14 @@ UNHASHED = {"type_comment", "type_params", "kind", "ctx", "annotation", "returns
 def load_names(path: Path = ROOT / "fastsmc" / "vllm" / "names.py") -> ModuleType:
     """Load names.py alone, so that neither fastsmc nor what it requires is imported."""
     spec = importlib.util.spec_from_file_location("names", path)
+    assert spec is not None and spec.loader is not None  # of a file
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
 class Tree:
-    """The Python source of a vLLM, in a folder or a wheel."""
+    """Reads the Python source of a vLLM, in a folder or a wheel."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -143,7 +144,7 @@ class Tree:
         return [arg.arg for arg in [*args.posonlyargs, *args.args, *args.kwonlyargs]]
 
     def fields(self, path: str) -> list[str]:
-        """Annotated names in the bodies of a class and its bases: fields of dataclasses and structs."""
+        """Lists annotated names in the bodies of a class and its bases: fields of dataclasses and structs."""
         return [
             node.target.id
             for _, kind in reversed(list(self.mro(*(self.resolve(path) or ("", ast.Pass())))))
@@ -152,14 +153,14 @@ class Tree:
         ]
 
     def members(self, path: str) -> set[str] | None:
-        """Attributes of a class and its bases, and those that their methods set on self."""
+        """Lists attributes of a class and its bases, and those that their methods set on self."""
         found = self.resolve(path)
         if found is None:
             return None
         names = set()
         for _, kind in self.mro(*found):
             for node in statements(kind.body):
-                if isinstance(node, (*Function.__args__, ast.ClassDef)):
+                if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
                     names.add(node.name)
                 elif isinstance(node, (ast.Assign, ast.AnnAssign)):
                     names |= assigned(node)
@@ -175,7 +176,7 @@ class Tree:
 
 
 def statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
-    """Statements of a module or class, into `if`, `try` and `with`."""
+    """Yields the statements of a module or class, into `if`, `try` and `with`."""
     for node in body:
         yield node
         for part in ("body", "orelse", "finalbody"):
@@ -191,7 +192,7 @@ def assigned(node: ast.Assign | ast.AnnAssign) -> set[str]:
 
 
 def normal(node: Any) -> Any:
-    """A syntax tree as nested lists, equal for code that does the same under any Python that can parse it."""
+    """Writes a syntax tree as nested lists, equal for code that does the same under any Python that can parse it."""
     if isinstance(node, list):
         return [normal(item) for item in node]
     if not isinstance(node, ast.AST):
@@ -210,7 +211,7 @@ def digest(node: ast.AST) -> str:
 
 
 def missing(tree: Tree, names: ModuleType) -> list[str]:
-    """What of CALLS and MEMBERS is not there."""
+    """Lists what of CALLS and MEMBERS is not there."""
     out = []
     for path, wanted in names.CALLS.items():
         known = tree.parameters(path)
@@ -222,19 +223,19 @@ def missing(tree: Tree, names: ModuleType) -> list[str]:
         else:
             out += [f"{path}({name})" for name in wanted if name not in known]
     for path, wanted in names.MEMBERS.items():
-        known = tree.members(path)
-        out += [path] if known is None else [f"{path}.{name}" for name in wanted if name not in known]
+        members = tree.members(path)
+        out += [path] if members is None else [f"{path}.{name}" for name in wanted if name not in members]
     return out
 
 
 def measure(tree: Tree, names: ModuleType) -> dict[str, Any]:
-    """Hashes of BEHAVIOUR and fields of FIELDS, as check_vllm.json keeps them of a version."""
+    """Returns hashes of BEHAVIOUR and fields of FIELDS, as check_vllm.json keeps them of a version."""
     hashes = {path: digest(found[1]) if (found := tree.resolve(path)) else None for path in names.BEHAVIOUR}
     return {"hashes": hashes, "fields": {path: tree.fields(path) for path in names.FIELDS}}
 
 
 def changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
-    """Path → what changed between two versions."""
+    """Maps a path to what changed between two versions."""
     out = {}
     for path, value in new["hashes"].items():
         if value != old["hashes"].get(path):
@@ -301,12 +302,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", metavar="PATH", nargs="+", type=Path)
     parser.add_argument("--record", action="store_true", help="add these versions to check_vllm.json")
-    given = parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
     names, good = load_names(), True
-    for path in given.paths:
+    for path in args.paths:
         tree = Tree(path)
         record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
-        if given.record:
+        if args.record:
             record = add(tree, names, record)
             RECORD.write_text(json.dumps(record, indent=1) + "\n")
         print(f"vLLM {tree.version} ({path}):")

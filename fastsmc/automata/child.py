@@ -13,9 +13,12 @@ import pickle
 import resource
 import signal
 import sys
+from typing import TYPE_CHECKING
 
 
 def main() -> None:
+    """Reads a task from standard input and answers it on standard output."""
+    answer: tuple[str, tuple | str]
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's affair
     pattern, tokens, states, seconds, memory, wait, nice = pickle.load(sys.stdin.buffer)
     signal.alarm(int(wait) + 1)  # should the parent be gone
@@ -31,9 +34,15 @@ def main() -> None:
 
 
 def _make(pattern: str, tokens: list[bytes | None], states: int, seconds: float) -> tuple:
-    from automata.language import Limits, byte_automaton
-    from automata.syntax import parse
-    from automata.tokens import token_moves
+    # "automata" is this folder, under the name that it has when it is a script's; see below
+    if TYPE_CHECKING:
+        from fastsmc.automata.language import Limits, byte_automaton
+        from fastsmc.automata.syntax import parse
+        from fastsmc.automata.tokens import token_moves
+    else:
+        from automata.language import Limits, byte_automaton
+        from automata.syntax import parse
+        from automata.tokens import token_moves
 
     limits = Limits(states, seconds)
     return tuple(token_moves(byte_automaton(parse(pattern), limits), tokens, limits))
@@ -50,6 +59,7 @@ if __name__ == "__main__":
     spec = importlib.util.spec_from_file_location(
         "automata", os.path.join(here, "__init__.py"), submodule_search_locations=[here]
     )
+    assert spec is not None and spec.loader is not None  # it names a file
     sys.modules["automata"] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     main()

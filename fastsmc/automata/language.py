@@ -24,11 +24,11 @@ PER_STATE = 8
 
 
 class LimitError(ValueError):
-    """An automaton that is larger, or takes longer, than allowed."""
+    """An automaton is larger, or takes longer, than allowed."""
 
 
 class Limits:
-    """What an automaton may cost. `check` is called wherever work grows.
+    """Limits what an automaton may cost. `check` is called wherever work grows.
 
     Args:
         states: of the automaton over bytes.
@@ -53,7 +53,7 @@ class Limits:
 
 
 class ByteAutomaton(NamedTuple):
-    """States 0..S-1; 0 is the start.
+    """Is an automaton over bytes, of states 0..S-1; 0 is the start.
 
     Attributes:
         table: (S, 256) int32, next state by state and byte, or DEAD.
@@ -65,7 +65,7 @@ class ByteAutomaton(NamedTuple):
 
 
 def byte_automaton(tree: tuple, limits: Limits) -> ByteAutomaton:
-    """The minimal automaton of a syntax tree over bytes; raises LimitError."""
+    """Makes the minimal automaton of a syntax tree over bytes; raises LimitError."""
     nfa = _Nfa(tree, limits)
     atom_of, atoms_of = _atoms(nfa.sets) if nfa.sets else (np.zeros(LAST + 1, dtype=np.int32), [])
     table, accept = _minimal(*_determinise(nfa, atoms_of, int(atom_of.max()) + 1, limits), limits)
@@ -80,7 +80,7 @@ def _everything() -> str:
 
 
 def _class_ranges(name: str, ascii: bool) -> list[tuple[int, int]]:
-    """Ranges of a class such as \\w or \\p{Lu}."""
+    """Finds the ranges of a class such as \\w or \\p{Lu}."""
     if name[1] in "pP":
         import regex
 
@@ -92,7 +92,7 @@ def _class_ranges(name: str, ascii: bool) -> list[tuple[int, int]]:
 
 @functools.cache
 def _folds() -> dict[int, list[int]]:
-    """Code point → all that it equals without regard to case, for those where there are such."""
+    """Maps a code point to all that it equals without regard to case, where there are such."""
     parent: dict[str, str] = {}
 
     def root(c: str) -> str:
@@ -124,7 +124,7 @@ def _folds() -> dict[int, list[int]]:
 
 
 def _changes(chars: Chars) -> np.ndarray:
-    """Ascending code points at which membership of a set changes, the first of them into it. No set has surrogates."""
+    """Finds the ascending code points at which membership of a set changes, first into it. No set has surrogates."""
     member = np.zeros(LAST + 3, dtype=bool)  # by code point + 1, with one before and one behind
     for part in chars.parts:
         for low, high in _class_ranges(part, chars.ascii) if isinstance(part, str) else [part]:
@@ -140,7 +140,7 @@ def _changes(chars: Chars) -> np.ndarray:
 
 
 def _atoms(sets: list[Chars]) -> tuple[np.ndarray, list[list[int]]]:
-    """(LAST + 1,) int32 atom of each code point, atom 0 that of those in no set; atoms of each set."""
+    """Returns (LAST + 1,) int32 atom of each code point, atom 0 that of those in no set; atoms of each set."""
     changes = [_changes(chars) for chars in sets]
     cuts = np.unique(np.concatenate([[0, 0xD800, LAST + 1], *changes]))
     member = np.array([np.searchsorted(c, cuts[:-1], side="right") % 2 for c in changes], dtype=np.uint8)
@@ -151,7 +151,7 @@ def _atoms(sets: list[Chars]) -> tuple[np.ndarray, list[list[int]]]:
 
 # ------------------------------------------------------------------------------------------- without determinism
 class _Nfa:
-    """Thompson's automaton, built from the end: a node is compiled towards the state that follows it.
+    """Is Thompson's automaton, built from the end: a node is compiled towards the state that follows it.
 
     Attributes:
         sets: distinct sets of characters.
@@ -191,7 +191,8 @@ class _Nfa:
         if kind == "alt":
             return self._new(empty=[(self._compile(part, behind), "") for part in node[1]])
         if kind == "rep":
-            return self._repeat(*node[1:], behind)
+            _, part, least, most = node
+            return self._repeat(part, least, most, behind)
         return self._new(empty=[(behind, kind)])
 
     def _repeat(self, node: tuple, least: int, most: int | None, behind: int) -> int:
@@ -210,8 +211,8 @@ class _Nfa:
         return at
 
     def closure(self, state: int, at_start: bool) -> set[int]:
-        """The states that read a character and are reached from `state` without reading; `accept` among them if the
-        text may end here."""
+        """Finds the states that read a character and are reached from `state` without reading; `accept` among them if
+        the text may end here."""
         out, seen, stack = set(), set(), [(state, False)]
         while stack:
             s, at_end = pair = stack.pop()
@@ -228,7 +229,7 @@ class _Nfa:
 
 # ------------------------------------------------------------------------------------------------- deterministic
 def _determinise(nfa: _Nfa, atoms_of: list[list[int]], n_atoms: int, limits: Limits) -> tuple[np.ndarray, np.ndarray]:
-    """(table (Q, K) int32 by state and atom, DEAD where nothing is left; accept (Q,) bool)."""
+    """Returns (table (Q, K) int32 by state and atom, DEAD where nothing is left; accept (Q,) bool)."""
     closures: dict[int, set[int]] = {}
     order = [frozenset(nfa.closure(nfa.start, True))]
     found = {order[0]: 0}
@@ -258,7 +259,7 @@ def _determinise(nfa: _Nfa, atoms_of: list[list[int]], n_atoms: int, limits: Lim
 
 
 def _distance(table: np.ndarray, goal: np.ndarray) -> np.ndarray:
-    """(Q,) characters from each state to the nearest of `goal` (Q,) bool; Q + 1 where there is no way."""
+    """Counts (Q,) characters from each state to the nearest of `goal` (Q,) bool; Q + 1 where there is no way."""
     n_states, n_atoms = table.shape
     order = np.argsort(table, axis=None, kind="stable")
     first = np.searchsorted(table.reshape(-1)[order], np.arange(n_states + 1))
@@ -273,7 +274,7 @@ def _distance(table: np.ndarray, goal: np.ndarray) -> np.ndarray:
 
 
 def ranges(first: np.ndarray, end: np.ndarray) -> np.ndarray:
-    """All integers of the ranges [first, end), one after the other."""
+    """Lists all integers of the ranges [first, end), one after the other."""
     n = end - first
     return np.repeat(first - (np.cumsum(n) - n), n) + np.arange(n.sum())
 
@@ -303,7 +304,7 @@ def _minimal(table: np.ndarray, accept: np.ndarray, limits: Limits) -> tuple[np.
 
 
 def splitmix(x: np.ndarray) -> np.ndarray:
-    """splitmix64's finaliser on uint64."""
+    """Applies splitmix64's finaliser to uint64."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
@@ -311,7 +312,7 @@ def splitmix(x: np.ndarray) -> np.ndarray:
 
 # --------------------------------------------------------------------------------------------------------- bytes
 def _unique_rows(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(distinct rows, index of each row among them) of an (n, 64) array."""
+    """Returns (distinct rows, index of each row among them) of an (n, 64) array."""
     rows = np.ascontiguousarray(rows)
     view = rows.view(np.dtype((np.void, rows.dtype.itemsize * rows.shape[1]))).reshape(-1)
     _, first, inverse = np.unique(view, return_index=True, return_inverse=True)
@@ -319,7 +320,7 @@ def _unique_rows(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _utf8(atoms: np.ndarray) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
-    """How the bytes of a character lead to its atom.
+    """Says how the bytes of a character lead to its atom.
 
     Returns:
         nodes: for one, two and three bytes that are still to come, (n, 64) int32: by the next byte's lower six bits,
@@ -353,7 +354,7 @@ def _over_bytes(table: np.ndarray, accept: np.ndarray, atoms: np.ndarray, limits
     partial: list[np.ndarray] = []  # rows of states within a character, by the lower six bits of the next byte
 
     def states_of(rows: np.ndarray) -> np.ndarray:
-        """(n, 64) next states -> (n,) the state that has them."""
+        """Returns (n,) the states that have these next states (n, 64)."""
         out = np.full(len(rows), DEAD, dtype=np.int32)
         some = np.flatnonzero((rows != DEAD).any(axis=1))
         for i in some.tolist():

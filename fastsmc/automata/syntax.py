@@ -43,7 +43,7 @@ _REFUSED_GROUPS = {
 
 
 class Chars(NamedTuple):
-    """A set of characters as it was written.
+    """Is a set of characters as it was written.
 
     Attributes:
         parts: ranges (first, last) of code points, and names of classes as `re` or `regex` write them.
@@ -59,7 +59,7 @@ class Chars(NamedTuple):
 
 
 def parse(pattern: str) -> tuple:
-    """The syntax tree of a pattern.
+    """Returns the syntax tree of a pattern.
 
     Raises:
         ValueError: it is no regular expression, or has what is not supported; says where and names what.
@@ -104,7 +104,7 @@ class _Parser:
         return tree
 
     def alternatives(self, depth: int) -> tuple:
-        """Up to the end of the pattern or the parenthesis that closes the group."""
+        """Reads up to the end of the pattern or the parenthesis that closes the group."""
         if depth > MAX_DEPTH:
             self.refuse(f"groups are nested more than {MAX_DEPTH} deep")
         flags = self.fold, self.dotall, self.ascii
@@ -141,7 +141,8 @@ class _Parser:
         return ("rep", node, least, most)
 
     def repetition(self) -> tuple[int, int | None] | None:
-        """(least, most or None) if one stands here. A brace that starts none stands for itself, as in Python's `re`."""
+        """Reads a repetition, (least, most or None), if one is here. A brace that starts none stands for itself, as in
+        Python's `re`."""
         for sign, bounds in (("*", (0, None)), ("+", (1, None)), ("?", (0, 1))):
             if self.take(sign):
                 return bounds
@@ -155,7 +156,7 @@ class _Parser:
         return least, (int(found[3]) if found[3] else None) if found[2] else least
 
     def atom(self, depth: int) -> tuple | None:
-        """The next node; None for what only sets flags, or is a comment."""
+        """Reads the next node; None for what only sets flags, or is a comment."""
         start, c = self.at, self.text[self.at]
         self.at += 1
         if c == "(":
@@ -236,7 +237,7 @@ class _Parser:
         return found[3] == ")"
 
     def escape(self, start: int) -> tuple[int, int] | str:
-        """What follows a backslash: one character, as a range, or the name of a class."""
+        """Reads what follows a backslash: a character, as a range, or the name of a class."""
         if self.at == len(self.text):
             self.refuse("an escape at the end of the pattern", start)
         c = self.text[self.at]
@@ -284,8 +285,9 @@ class _Parser:
         return f"\\{c}{{{name[1]}}}"
 
     def bracket(self, start: int) -> Chars:
-        """A set in brackets, after the opening one."""
-        negated, parts = self.take("^"), []
+        """Reads a set in brackets, after the opening bracket."""
+        negated = self.take("^")
+        parts: list[tuple[int, int] | str] = []
         while True:
             if self.at >= len(self.text):
                 self.refuse("a character class, or set in brackets, is opened and never closed", start)

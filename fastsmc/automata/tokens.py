@@ -20,7 +20,7 @@ MAX_MOVES = 1 << 24
 
 
 class TokenMoves(NamedTuple):
-    """An automaton over classes of tokens. States 0..S-1 are those that tokens lead to; C classes.
+    """Is an automaton over classes of tokens. States 0..S-1 are those that tokens lead to; C classes.
 
     Attributes:
         first: (S + 2,) int64; the moves of state s are first[s] .. first[s + 1] - 1, in the order of their classes.
@@ -43,7 +43,7 @@ class TokenMoves(NamedTuple):
 
 
 class _Trie:
-    """Byte strings as a trie; node 0 is the root. Children of a node are consecutive.
+    """Holds byte strings as a trie; node 0 is the root. Children of a node are consecutive.
 
     Attributes:
         first_child: (nodes + 1,) int64; the children of node i are first_child[i] .. first_child[i + 1] - 1.
@@ -52,7 +52,7 @@ class _Trie:
     """
 
     def __init__(self, words: Sequence[bytes]) -> None:
-        """words: distinct, not empty, ascending."""
+        """Builds it from words that are distinct, not empty and ascending."""
         text = np.frombuffer(b"".join(words), dtype=np.uint8)
         lengths = np.array([len(word) for word in words], dtype=np.int64)
         offsets = np.cumsum(lengths) - lengths
@@ -109,7 +109,7 @@ def _walk(
 
 
 def _spelled(automaton: ByteAutomaton, tokens: Sequence[bytes | None]) -> tuple[list[bytes], list[int]]:
-    """Tokens with every byte replaced by one that does the same in all states: what is left of a vocabulary is small.
+    """Replaces every byte of tokens by one that does the same in all states: what is left of a vocabulary is small.
 
     Returns:
         the distinct words, ascending; for each token the index of its word, -1 for those that lead nowhere.
@@ -127,7 +127,7 @@ def _spelled(automaton: ByteAutomaton, tokens: Sequence[bytes | None]) -> tuple[
 
 
 def token_moves(automaton: ByteAutomaton, tokens: Sequence[bytes | None], limits: Limits) -> TokenMoves:
-    """The automaton over tokens; None and empty tokens lead nowhere. Raises LimitError."""
+    """Makes the automaton over tokens; None and empty tokens lead nowhere. Raises LimitError."""
     words, word_of = _spelled(automaton, tokens)
     n_states = len(automaton.table)
     everything = np.arange(n_states)
@@ -168,7 +168,7 @@ def token_moves(automaton: ByteAutomaton, tokens: Sequence[bytes | None], limits
 
 
 def _reachable(source: np.ndarray, to: np.ndarray, n_states: int) -> np.ndarray:
-    """(states,) bool: those that moves lead to from state 0; source ascends."""
+    """Returns (states,) bool: those that moves lead to from state 0; source ascends."""
     first = np.searchsorted(source, np.arange(n_states + 1))
     found = np.zeros(n_states, dtype=bool)
     found[0] = True

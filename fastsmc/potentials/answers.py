@@ -9,14 +9,12 @@ NextRows       the same as arguments of the ops
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastsmc.potentials.base import Masked, Potential, Rows
-
-Answer = TypeVar("Answer", Tensor, Rows, Masked)
 
 
 def _what(answer: Any) -> str:
@@ -93,7 +91,7 @@ def _check_index(potential: Potential, kind: str, index: Any, like: Tensor) -> T
     return index.long()
 
 
-def check_rows(potential: Potential, answer: Answer, asked: Tensor) -> Answer:
+def check_rows(potential: Potential, answer: Tensor | Rows | Masked, asked: Tensor) -> Tensor | Rows | Masked:
     """Returns what `check_next` gave, with indices that are in range for all particles.
 
     Raises:
@@ -108,16 +106,17 @@ def check_rows(potential: Potential, answer: Answer, asked: Tensor) -> Answer:
             raise _refuse(potential, "logw_next", f"index[{i}]={int(index[i])}", allowed)
         return index.clamp(0, max(n_rows - 1, 0))
 
+    values = answer.values if isinstance(answer, Masked) else answer
+    if isinstance(values, Rows):
+        values = Rows(values.values, in_range(values.index, len(values.values), "values"))
     if isinstance(answer, Masked):
-        values = None if answer.values is None else check_rows(potential, answer.values, asked)
         return Masked(answer.bits, in_range(answer.index, len(answer.bits), "bits"), values)
-    if isinstance(answer, Rows):
-        return Rows(answer.values, in_range(answer.index, len(answer.values), "values"))
-    return answer
+    assert values is not None  # only those of a mask may be
+    return values
 
 
 class NextRows(NamedTuple):
-    """Log ψ changes by row and token; as keyword arguments of `ops.weigh` and `ops.draw`.
+    """Holds log ψ changes by row and token; as keyword arguments of `ops.weigh` and `ops.draw`.
 
     Attributes:
         log_psi: (M, V), or None: all are 0.
@@ -133,13 +132,13 @@ class NextRows(NamedTuple):
 
     @classmethod
     def of(cls, answer: Tensor | Rows | Masked) -> NextRows:
-        """From what `check_next` gave, a row per particle."""
+        """Takes what `check_next` gave, a row per particle."""
         mask, mask_rows, values = answer if isinstance(answer, Masked) else (None, None, answer)
         log_psi, psi_rows = values if isinstance(values, Rows) else (values, None)
         return cls(log_psi, psi_rows, mask, mask_rows)
 
     def select(self, particles: Tensor) -> NextRows:
-        """The rows of `particles` (R,) int64 alone."""
+        """Returns the rows of `particles` (R,) int64 alone."""
         psi_rows = None
         if self.log_psi is not None:
             psi_rows = particles if self.psi_rows is None else self.psi_rows[particles]
@@ -147,17 +146,18 @@ class NextRows(NamedTuple):
         return NextRows(self.log_psi, psi_rows, self.mask, mask_rows)
 
     def rounded(self) -> NextRows:
-        """The same as `weigh` and `draw` read it: float64 is rounded once, not by each of them."""
+        """Returns the same as `weigh` and `draw` read it: float64 is rounded once, not by each of them."""
         if self.log_psi is None or self.log_psi.dtype != torch.float64:
             return self
         return self._replace(log_psi=self.log_psi.float())
 
     def of_tokens(self, rows: Tensor, tokens: Tensor) -> Tensor:
-        """(K,) float64: log ψ changes of tokens (K,) in rows (K,)."""
+        """Returns (K,) float64: log ψ changes of tokens (K,) in rows (K,)."""
         out = torch.zeros(len(tokens), dtype=torch.float64, device=tokens.device)
         if self.log_psi is not None:
             out = self.log_psi[rows if self.psi_rows is None else self.psi_rows[rows], tokens].double()
         if self.mask is not None:
+            assert self.mask_rows is not None  # comes with the mask
             words = self.mask[self.mask_rows[rows], tokens >> 5]
             out = out.masked_fill((words >> (tokens & 31).int()) & 1 == 0, -math.inf)
         return out

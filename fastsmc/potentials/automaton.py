@@ -39,8 +39,8 @@ PATIENCE = 1.0
 
 
 class Automaton:
-    """A regular expression as a deterministic automaton over classes of tokens. It never changes, and so is never
-    copied: groups, and copies that came by several pickles, share one.
+    """Is a regular expression as a deterministic automaton over classes of tokens. It never changes, and so is never
+    copied: groups, and copies that came by several pickles, share it.
 
     Attributes:
         moves: TokenMoves, its tables on the host.
@@ -70,7 +70,7 @@ class Automaton:
 
 
 def _narrow(part: Any) -> Any:
-    """The same integers in 16 bits where they fit, for the way between processes."""
+    """Returns the same integers in 16 bits where they fit, for the way between processes."""
     small = isinstance(part, np.ndarray) and part.dtype == np.int32 and part.size and part.max() < 2**16
     return part.astype(np.uint16) if small else part
 
@@ -82,7 +82,7 @@ _lock = threading.Lock()
 
 
 def _shared(parts: tuple, vocabulary: bytes, pattern: str) -> Automaton:
-    """The automaton of a pickle, or the one of this process that it is equal to."""
+    """Returns the automaton of a pickle, or that of this process which it is equal to."""
     with _lock:
         key = vocabulary, pattern
         automaton = _alive.get(key)
@@ -100,7 +100,7 @@ def _keep(key: tuple[bytes, str], automaton: Automaton) -> Automaton:
 
 
 def automaton_of(pattern: str, tokenizer: Any) -> Automaton:
-    """The automaton of `pattern` over a tokenizer's tokens; made once per process, whoever asks how often.
+    """Returns the automaton of `pattern` over a tokenizer's tokens; made once per process, whoever asks how often.
 
     Waits for the child that makes it, and says so on standard error if that takes long.
 
@@ -155,13 +155,13 @@ def compile_tokens(
     memory: int = MAX_MEMORY,
     wait: float = MAX_WAIT,
 ) -> TokenMoves:
-    """The automaton of `pattern` over tokens given as bytes (None leads nowhere), by a child process with limits.
+    """Makes the automaton of `pattern` over tokens given as bytes (None leads nowhere), by a child process with limits.
 
     Raises:
         ValueError: naming the pattern, and what is wrong with it or which limit it met.
     """
-    folders = {str(Path(spec.origin).parent.parent) for name in ("numpy", "regex")
-               if (spec := importlib.util.find_spec(name)) is not None}  # fmt: skip
+    specs = [importlib.util.find_spec(name) for name in ("numpy", "regex")]
+    folders = {str(Path(spec.origin).parent.parent) for spec in specs if spec is not None and spec.origin is not None}
     command = [sys.executable, "-I", "-S", child.__file__, *folders]
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryFile() as task, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:

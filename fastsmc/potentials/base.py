@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Rows(NamedTuple):
-    """An (N, V) matrix whose rows repeat: row i is `values[index[i]]`.
+    """Stands for an (N, V) matrix whose rows repeat: row i is `values[index[i]]`.
 
     `Potential.logw_next` may return it instead of an (N, V) tensor, so that N particles in M distinct states cost
     M rows.
@@ -23,11 +23,11 @@ class Rows(NamedTuple):
     """
 
     values: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # the field's name hides tuple.index, which nobody calls
 
 
 class Masked(NamedTuple):
-    """An (N, V) matrix of which only some tokens are allowed: −inf for those that are not, else `values`.
+    """Stands for an (N, V) matrix of which only some tokens are allowed: −inf for those that are not, else `values`.
 
     `Potential.logw_next` may return it. It is what constraints are made of: a row costs V / 8 bytes, and is read where
     the logits are. The layout is that of `ops.weigh`, xgrammar and llguidance: particle i may take token v where bit
@@ -41,12 +41,12 @@ class Masked(NamedTuple):
     """
 
     bits: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # as in Rows
     values: Tensor | Rows | None = None
 
 
 class State:
-    """What a potential sees of a group of N particles after t generated tokens.
+    """Shows what a potential sees of a group of N particles after t generated tokens.
 
     Attributes:
         tokens: (N, t) int64, generated tokens so far, -1 after a particle's end.
@@ -79,7 +79,7 @@ class State:
 
 
 class Engine:
-    """What `Potential.setup` gets.
+    """Is what `Potential.setup` gets.
 
     Attributes:
         tokenizer: the model's tokenizer (a Hugging Face tokenizer), or None.
@@ -98,7 +98,7 @@ class Engine:
     model_name: str | None
 
     def continuation_log_prob(self, token_ids: list[int]) -> Tensor:
-        """(N,) float64 log p0(token_ids | prompt, particle) at the group's temperature, by the engine's own KV cache.
+        """Returns (N,) float64 log p0(token_ids | prompt, particle) at the group's temperature, by the engine's KV.
 
         To be called from within `prefix` or `complete` of a potential whose `lookahead >= len(token_ids)`; rows that
         the call was not about (in `prefix` the finished ones, in `complete` those that did not end now) are 0.
@@ -107,7 +107,7 @@ class Engine:
 
 
 class Potential:
-    """Base class of potentials. Override what you need; all results are natural logarithms, -inf allowed.
+    """Is the base class of potentials. Override what you need; all results are natural logarithms, -inf allowed.
 
     The target is p0(s)·φ(s)/Z with log φ = `complete`. `prefix` is log ψ_t, the twist of an unfinished sequence.
     `complete` defaults to `prefix`: then φ is the last ψ. One of the two must be overridden.
@@ -129,43 +129,43 @@ class Potential:
     shared_by_groups: tuple[str, ...] = ()
 
     def prepare(self, tokenizer: Any) -> None:
-        """Host work that may be slow, such as compiling tables; tokenizer: as `Engine.tokenizer`. Default: nothing.
+        """Does host work that may be slow, such as compiling tables; tokenizer: as `Engine.tokenizer`. Default: none.
 
         Called before `setup` and before `lookahead` is read: in the front end for an object, which then travels to the
         worker as it is; for a potential that a request names, in a thread of the worker, so that no step waits for it.
         """
 
     def setup(self, engine: Engine) -> None:
-        """Called once, in the worker process, before the first group that uses this object. Other groups wait for it:
-        what is slow belongs into `prepare`."""
+        """Is called once, in the worker process, before the first group that uses this object. Other groups wait
+        meanwhile: what is slow belongs into `prepare`."""
 
     def reset(self, n_particles: int, prompt: list[int]) -> None:
-        """Called when a group starts: per-particle state for `n_particles` empty sequences begins here."""
+        """Is called when a group starts: per-particle state for `n_particles` empty sequences begins here."""
 
     def reindex(self, ancestors: Tensor) -> None:
-        """(N,) int64: per-particle state of row i becomes a copy of row ancestors[i]."""
+        """Makes the per-particle state of row i a copy of row ancestors[i]; ancestors (N,) int64."""
 
     def prefix(self, state: State) -> Tensor:
-        """(N,) log ψ_t(s_{1:t}) of unfinished particles."""
+        """Returns (N,) log ψ_t(s_{1:t}) of unfinished particles."""
         return torch.zeros(state.finished.shape[0], dtype=torch.float64, device=state.finished.device)
 
     def complete(self, state: State) -> Tensor:
-        """(N,) log φ(s); asked at each step at which particles end, about those."""
+        """Returns (N,) log φ(s); asked at each step at which particles end, about those."""
         return self.prefix(state)
 
     def logw_next(self, state: State) -> Tensor | Rows | Masked | None:
-        """(N, V) log ψ_{t+1}(s, v) − log ψ_t(s) for every next token v; None: not used in the proposal."""
+        """Returns (N, V) log ψ_{t+1}(s, v) − log ψ_t(s) for every next token v; None: not used in the proposal."""
         return None
 
     def __mul__(self, other: Potential) -> Product:
-        """ψ = ψ_self · ψ_other."""
+        """Makes the product, of ψ = ψ_self · ψ_other."""
         from fastsmc.potentials.product import Product
 
         return Product(self, other) if isinstance(other, Potential) else NotImplemented
 
 
 def answered(potential: Potential) -> set[str]:
-    """Which of `prefix`, `complete` and `logw_next` a potential defines.
+    """Says which of `prefix`, `complete` and `logw_next` a potential defines.
 
     Raises:
         ValueError: neither of the first two, so that there is no log φ.

@@ -68,7 +68,7 @@ _ABSENT = object()
 
 
 def own_copy(potential: Potential, engine: Engine | None = None, *, on_write: bool = True) -> Potential:
-    """A potential that shares no state with `potential`, by the rules of this module.
+    """Makes a potential that shares no state with `potential`, by the rules of this module.
 
     Args:
         potential: as its `setup` left it.
@@ -88,7 +88,7 @@ def own_copy(potential: Potential, engine: Engine | None = None, *, on_write: bo
 
 
 def for_others(tensor: Tensor) -> Tensor:
-    """`tensor` for somebody who may write to it: on the CPU it is copied only then."""
+    """Returns `tensor` for somebody who may write to it: on the CPU it is copied only then."""
     if tensor.device.type == "cpu":
         try:
             return torch._lazy_clone(tensor)
@@ -98,7 +98,7 @@ def for_others(tensor: Tensor) -> Tensor:
 
 
 class _Refused(Exception):
-    """Something that cannot be copied; `path` grows on the way out."""
+    """Something cannot be copied; `path` grows on the way out."""
 
     def __init__(self, what: str, path: str = "") -> None:
         super().__init__(what)
@@ -106,7 +106,7 @@ class _Refused(Exception):
 
 
 class _Copier:
-    """One walk over what a potential holds.
+    """Walks once over what a potential holds, and copies it.
 
     Attributes:
         memo: id → copy, as of `copy.deepcopy`; `keep` holds the originals, so that no id is used twice.
@@ -143,7 +143,7 @@ class _Copier:
 
     # ------------------------------------------------------------------------------------------------- containers
     def each(self, pairs: Any, name: Callable[[Any], str], copied: Callable[[Any], Any] | None = None) -> list[Any]:
-        """Copies of the values of (key, value) pairs; `name` says in errors what a key stands for."""
+        """Copies the values of (key, value) pairs; `name` says in errors what a key stands for."""
         out, copied = [], copied or self
         for key, value in pairs:
             try:
@@ -153,18 +153,18 @@ class _Copier:
                 raise
         return out
 
-    def list(self, value: list) -> list:
+    def list_(self, value: list) -> list:
         out = self.memo[id(value)] = []
         out += value if _atomic(value) else self.each(enumerate(value), "[{}]".format)
         return out
 
-    def tuple(self, value: tuple) -> tuple:
+    def tuple_(self, value: tuple) -> tuple:
         if _atomic(value):
             return value
         out = tuple(self.each(enumerate(value), "[{}]".format))
         return self.memo.get(id(value), out)  # met again within itself
 
-    def dict(self, value: dict) -> dict:
+    def dict_(self, value: dict) -> dict:
         out = self.memo[id(value)] = {}
         if _atomic(value) and _atomic(value.values()):
             out.update(value)
@@ -173,7 +173,7 @@ class _Copier:
             out.update(zip(keys, self.each(value.items(), "[{!r}]".format), strict=True))
         return out
 
-    def set(self, value: Any) -> Any:
+    def set_(self, value: Any) -> Any:
         return type(value)(value if _atomic(value) else self.each(((v, v) for v in value), " element {!r}".format))
 
     # ---------------------------------------------------------------------------------------------------- objects
@@ -212,8 +212,9 @@ class _Copier:
         return functools.lru_cache(**value.cache_parameters())(self(value.__wrapped__))
 
     def instance(self, value: Any) -> Any:
-        """An object of a class written in Python: its attributes, whatever it says to pickle."""
-        kind, is_potential = type(value), isinstance(value, Potential)
+        """Copies an object of a class written in Python: its attributes, whatever it says to pickle."""
+        kind: Any = type(value)  # mypy takes type[Any] for no Hashable, which `functools.cache` wants
+        is_potential = isinstance(value, Potential)
         out, known, outer = object.__new__(kind), len(self.memo), self.linked
         self.memo[id(value)] = out
         self.linked = False
@@ -242,7 +243,7 @@ class _Copier:
         return out
 
     def apart(self, value: Any) -> Any:
-        """A potential, or a tuple of them, each asked by itself: one that stands twice is two."""
+        """Copies a potential, or a tuple of them, each by itself: of one that stands twice come two."""
         forks = []
 
         def alone(part: Potential) -> Potential:
@@ -258,7 +259,7 @@ class _Copier:
         return out
 
     def reduce(self, value: Any) -> Any:
-        """As pickle takes it apart: subclasses of containers and most of what is written in C."""
+        """Copies as pickle takes apart: subclasses of containers and most of what is written in C."""
         try:
             reduced = value.__reduce_ex__(4)
         except Exception:
@@ -309,7 +310,7 @@ class _Copier:
         return out.requires_grad_() if value.requires_grad else out
 
     def _storage(self, value: Tensor) -> torch.UntypedStorage:
-        """A copy of the whole storage of a tensor."""
+        """Copies the whole storage of a tensor."""
         if self.on_write:
             try:
                 return torch._lazy_clone(value).untyped_storage()
@@ -318,12 +319,12 @@ class _Copier:
         storage = value.untyped_storage()
         if value.device.type != "cpu":
             return storage.clone()
-        start = torch._C._data_address(value)  # of the storage
+        start = torch._C._data_address(value)  # type: ignore[attr-defined]  # of the storage; not in torch's stubs
         memory, first = self._block(start, start + storage.nbytes())
         return torch.from_numpy(memory[start - first : start - first + storage.nbytes()]).untyped_storage()
 
     def _block(self, first: int, end: int) -> tuple[np.ndarray, int]:
-        """The copy of the memory [first, end), or of more; and where that begins."""
+        """Returns a copy of the memory [first, end), or of more; and where that begins."""
         for start, stop, memory in self.blocks:
             if start <= first and end <= stop:
                 return memory, start
@@ -362,7 +363,7 @@ def _atomic(values: Any) -> bool:
 
 
 def _storages(model: nn.Module) -> frozenset[int]:
-    """The storages of a model's weights: nobody copies those, nor lets them be copied on write."""
+    """Returns the storages of a model's weights: nobody copies those, nor lets them be copied on write."""
     if model not in _model_storages:
         tensors = [*model.parameters(), *model.buffers()]
         plain = [t for t in tensors if type(t) in (Tensor, nn.Parameter) and t.layout == torch.strided]
@@ -375,11 +376,12 @@ _model_storages: weakref.WeakKeyDictionary[nn.Module, frozenset[int]] = weakref.
 
 @functools.cache
 def _attributes(kind: type) -> tuple[frozenset[str], frozenset[str]]:
-    """What a class of potentials and its bases name: attributes that are shared, and those that are copied apart."""
-    return tuple(
-        frozenset(name for base in kind.__mro__ for name in vars(base).get(which, ()))
-        for which in ("shared_by_groups", "_apart")
-    )
+    """Returns what a class of potentials and its bases name: attributes to share, and attributes to copy apart."""
+
+    def named(attribute: str) -> frozenset[str]:
+        return frozenset(name for base in kind.__mro__ for name in vars(base).get(attribute, ()))
+
+    return named("shared_by_groups"), named("_apart")
 
 
 @functools.cache
@@ -389,7 +391,7 @@ def _slots(kind: type) -> list[str]:
 
 
 def _in_python(kind: type) -> bool:
-    """Whether instances hold nothing but attributes: no fields of a base class that is written in C."""
+    """Says whether instances hold nothing but attributes: no fields of a base class that is written in C."""
     if kind.__basicsize__ > object.__basicsize__ + 8 * (len(_slots(kind)) + 2) or kind.__itemsize__:
         return False
     try:
@@ -405,7 +407,7 @@ def _is_tokenizer(kind: type) -> bool:
 
 
 def _handler(kind: type) -> Callable[[_Copier, Any], Any]:
-    """How values of a class are copied."""
+    """Chooses how values of a class are copied."""
     if issubclass(kind, Potential):
         return _Copier.ask if hasattr(kind, "__deepcopy__") else _Copier.instance
     for bases, handler in _BY_BASE:
@@ -433,11 +435,11 @@ _BY_BASE: tuple[tuple[Any, Callable], ...] = (
     (torch.Generator, _Copier.generator),
 )
 _BY_TYPE: dict[type, Callable] = {
-    list: _Copier.list,
-    tuple: _Copier.tuple,
-    dict: _Copier.dict,
-    set: _Copier.set,
-    frozenset: _Copier.set,
+    list: _Copier.list_,
+    tuple: _Copier.tuple_,
+    dict: _Copier.dict_,
+    set: _Copier.set_,
+    frozenset: _Copier.set_,
     types.MethodType: _Copier.method,
     types.BuiltinMethodType: _Copier.builtin,
     functools._lru_cache_wrapper: _Copier.cached,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import operator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from fastsmc.potentials.base import Engine, Masked, Potential, Rows, State
 
 
 class Product(Potential):
-    """ψ = product of the factors' ψ, φ of their φ; also written `p * q`.
+    """Multiplies: ψ is the product of the factors' ψ, φ of their φ; also written `p * q`.
 
     With the twisted proposal the factors that give `logw_next` guide every step, and the others come in with their
     `complete` when a particle ends.
@@ -55,10 +57,10 @@ class Product(Potential):
             f.reindex(ancestors)
 
     def prefix(self, state: State) -> Tensor:
-        return sum(check_scores(f, "prefix", f.prefix(state), state.finished) for f in self.factors)
+        return _sum(check_scores(f, "prefix", f.prefix(state), state.finished) for f in self.factors)
 
     def complete(self, state: State) -> Tensor:
-        return sum(check_scores(f, "complete", f.complete(state), state.finished) for f in self.factors)
+        return _sum(check_scores(f, "complete", f.complete(state), state.finished) for f in self.factors)
 
     def logw_next(self, state: State) -> Tensor | Rows | Masked | None:
         values: Tensor | Rows | None = None
@@ -76,6 +78,10 @@ class Product(Potential):
         return values if masks is None else Masked(*masks, values)
 
 
+def _sum(scores: Iterable[Tensor]) -> Tensor:
+    return functools.reduce(operator.add, scores)
+
+
 def _add(a: Tensor, b: Tensor) -> Tensor:
     return a.float() + b.float()
 
@@ -85,13 +91,13 @@ def _rows(matrix: Tensor | Rows) -> Rows:
 
 
 def _by_pairs(combine: Callable[[Tensor, Tensor], Tensor], a: Rows, b: Rows) -> Rows:
-    """combine(row of a, row of b) of every particle, once for each pair of rows that there is."""
+    """Computes combine(row of a, row of b) of every particle, once for each pair of rows that there is."""
     pairs, index = torch.unique(a.index * len(b.values) + b.index, return_inverse=True)
     return Rows(combine(a.values[pairs // len(b.values)], b.values[pairs % len(b.values)]), index)
 
 
 class Final(Potential):
-    """Another potential's φ without its ψ: what particles are weighed with when they end, and nothing before."""
+    """Has another potential's φ without its ψ: particles are weighed with it when they end, and not before."""
 
     _apart = ("potential",)
 

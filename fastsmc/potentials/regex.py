@@ -22,7 +22,7 @@ _NO_KEY = 1 << 62  # behind every key of a move
 
 
 class _Masks:
-    """Masks of the states that particles have been in, by one number of tokens left; kept until they are too many.
+    """Keeps masks of the states that particles have been in, for a number of tokens left, until they are too many.
 
     Attributes:
         states: (m + 1,) int64, ascending, whose masks there are; the last is no state.
@@ -40,12 +40,12 @@ class _Masks:
         return 4 * self.bits.numel() + 16 * len(self.states)
 
     def find(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """(N,) slots of states (N,) int64, and (N,) bool which of them have no mask."""
+        """Returns (N,) slots of states (N,) int64, and (N,) bool which of them have no mask."""
         at = torch.searchsorted(self.states, states)
         return self.slots[at], self.states[at] != states
 
     def add(self, states: Tensor, masks: Tensor) -> None:
-        """states (m,) int64 without masks, masks (m, W) int32."""
+        """Adds masks (m, W) int32 of states (m,) int64 that have none."""
         used = len(self.states) - 1
         end = used + len(states)
         if end > len(self.bits):
@@ -58,7 +58,7 @@ class _Masks:
 
 
 class _Budget:
-    """An automaton on a device, with what can still be accepted within a number of tokens, for one set of stop tokens.
+    """Holds an automaton on a device, with what can still be accepted within a number of tokens, for some stop tokens.
 
     Args:
         automaton: the automaton.
@@ -103,13 +103,13 @@ class _Budget:
         return self
 
     def move(self, states: Tensor, kinds: Tensor) -> Tensor:
-        """(N,) next states by states (N,) and classes of tokens (N,)."""
+        """Returns (N,) next states by states (N,) and classes of tokens (N,)."""
         keys = states * (self.stop_class + 1) + kinds
         at = torch.searchsorted(self._keys, keys)
         return torch.where(self._keys[at] == keys, self._to[at], self.sink)
 
     def _entry(self, left: int) -> int:
-        """Index into `_reach` for `left` tokens, which it grows as needed."""
+        """Returns the index into `_reach` for `left` tokens; `_reach` grows as needed."""
         source, target = self._edges
         while self._cycle is None and len(self._reach) <= left:
             now = self._may_end.copy()
@@ -118,12 +118,12 @@ class _Budget:
             if self._cycle == len(self._reach):
                 self._cycle = None
                 self._reach.append(now)
-        if left < len(self._reach):
+        if self._cycle is None or left < len(self._reach):
             return left
         return self._cycle + (left - self._cycle) % (len(self._reach) - self._cycle)
 
     def reach(self, left: int) -> Tensor:
-        """(S + 1,) bool: states from which an accepting end is possible when `left` tokens are."""
+        """Returns (S + 1,) bool: states from which an accepting end is possible when `left` tokens are."""
         entry = self._entry(left)
         if entry not in self._on_device:
             self._on_device[entry] = torch.as_tensor(self._reach[entry], device=self.accept.device)
@@ -132,7 +132,7 @@ class _Budget:
         return self._on_device[entry]
 
     def mask(self, at: Tensor, left: int) -> Masked:
-        """(N,) states -> the next tokens after which, with `left` more, an accepting end is possible."""
+        """Returns the next tokens by states (N,) after which, with `left` more, an accepting end is possible."""
         entry = self._entry(left)
         masks = self._masks.get(entry)
         if masks is None:
@@ -154,7 +154,7 @@ class _Budget:
         return _Masks(self.n_states, -(-len(self._classes) // 32), self.accept.device)
 
     def _pack(self, states: list[int], entry: int) -> np.ndarray:
-        """(m, ceil(V / 32)) int32 masks of m states, made on the host."""
+        """Makes (m, ceil(V / 32)) int32 masks of m states on the host."""
         moves, reach, n_words = self._moves, self._reach[entry], -(-len(self._classes) // 32)
         out = np.zeros((len(states), 4 * n_words), dtype=np.uint8)
         allowed = np.zeros(self.stop_class + 1, dtype=bool)
@@ -220,24 +220,29 @@ class Regex(Potential):
         self.reset(0, [])
 
     def reset(self, n_particles: int, prompt: list[int]) -> None:
-        self._at = torch.full((n_particles,), self._automaton.moves.start, dtype=torch.int64, device=self._device)
+        self._at = torch.full((n_particles,), self._made().moves.start, dtype=torch.int64, device=self._device)
         self._consumed = 0
 
     def reindex(self, ancestors: Tensor) -> None:
         self._at = self._at[ancestors]
 
+    def _made(self) -> Automaton:
+        assert self._automaton is not None  # setup prepares it
+        return self._automaton
+
     def _budget(self, stops: frozenset[int]) -> _Budget:
-        """Shared by all groups of this automaton."""
-        kept, key = self._automaton.budgets, (stops, self._vocab_size, self._device)
+        """Returns what all groups of this automaton share."""
+        automaton = self._made()
+        kept, key = automaton.budgets, (stops, self._vocab_size, self._device)
         if key not in kept:
-            kept[key] = _Budget(self._automaton, *key)
+            kept[key] = _Budget(automaton, *key)
             if len(kept) > MAX_BUDGETS:
                 kept.popitem(last=False)
         kept.move_to_end(key)
         return kept[key]
 
     def _states(self, state: State, budget: _Budget) -> Tensor:
-        """(N,) int64 automaton states, brought up to `state.step` tokens; stop tokens do not move them."""
+        """Returns (N,) int64 automaton states, brought up to `state.step` tokens; stop tokens do not move them."""
         if state.step < self._consumed or len(self._at) != len(state.lengths):
             self.reset(len(state.lengths), state.prompt)
         if self._consumed < state.step:

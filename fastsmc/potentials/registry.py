@@ -12,12 +12,12 @@ GROUP = "fastsmc.potentials"
 
 
 def registered() -> dict[str, importlib.metadata.EntryPoint]:
-    """The potentials that installed packages register under the entry points `fastsmc.potentials`, by name."""
+    """Finds the potentials that installed packages register under the entry points `fastsmc.potentials`, by name."""
     return {entry.name: entry for entry in sorted(importlib.metadata.entry_points(group=GROUP))}
 
 
 def resolve(name: str, args: Mapping[str, Any] | None = None) -> Potential:
-    """The registered potential `name`, built with keyword arguments `args`.
+    """Builds the registered potential `name` with keyword arguments `args`.
 
     Raises:
         ValueError: an unknown name (the known ones are listed), one that cannot be imported, or arguments that it

@@ -18,7 +18,7 @@ class TextPotential(Potential):
 
     Args:
         fn: list of str -> as many floats (natural logs, -inf allowed). It must be a function of the text alone: a
-            text is asked once a group.
+            text is asked once per group.
         every_step: True makes the same the twist of unfinished particles.
 
     Raises:
@@ -38,7 +38,7 @@ class TextPotential(Potential):
         self._known = {}
 
     def _ask(self, state: State, about: Tensor) -> Tensor:
-        """(N,) fn of the rows `about` (N,) bool, 0 elsewhere."""
+        """Returns (N,) fn of the rows `about` (N,) bool, 0 elsewhere."""
         out = torch.zeros(len(about), dtype=torch.float64, device=about.device)
         rows = torch.nonzero(about).squeeze(1)
         sequences = [[v for v in row if v >= 0] for row in state.tokens[rows].tolist()]
@@ -55,7 +55,7 @@ class TextPotential(Potential):
 
     @staticmethod
     def _floats(values: Any) -> list[float]:
-        """Answers of fn, a sequence or an array of numbers; what is no log weight, such as a bool, is refused."""
+        """Reads answers of fn, a sequence or an array of numbers; what is no log weight, such as a bool, is refused."""
         if hasattr(values, "tolist"):
             values = values.reshape(-1).tolist()
         values = [v.item() if hasattr(v, "item") else v for v in values]

@@ -21,7 +21,7 @@ def tokenizer_of(engine: Engine, who: str) -> Any:
 
 
 def token_list(name: str, ids: Any, vocab_size: int | None = None) -> list[int]:
-    """Token ids as a list of int: from a list, a tuple, a range, or a vector of integers (NumPy, torch).
+    """Reads token ids as a list of int: from a list, a tuple, a range, or a vector of integers (NumPy, torch).
 
     Args:
         vocab_size: V, which no id may reach, where it is known.
@@ -51,13 +51,13 @@ def token_list(name: str, ids: Any, vocab_size: int | None = None) -> list[int]:
 
 
 def short(value: Any) -> str:
-    """A value as errors show it."""
+    """Writes a value as errors show it."""
     text = repr(value)
     return text if len(text) <= 100 else text[:97] + "..."
 
 
 def log_of(ok: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Where `ok` 0, elsewhere -inf."""
+    """Returns 0 where `ok`, elsewhere -inf."""
     return torch.zeros(ok.shape, dtype=dtype, device=ok.device).masked_fill_(~ok, -math.inf)
 
 
@@ -65,7 +65,7 @@ _token_bytes_cache: weakref.WeakKeyDictionary[Any, list[bytes | None]] = weakref
 
 
 def token_bytes(tokenizer: Any) -> list[bytes | None]:
-    """The bytes that each token id stands for; None for special tokens and ids that stand for nothing."""
+    """Returns the bytes that each token id stands for; None for special tokens and ids that stand for nothing."""
     if tokenizer not in _token_bytes_cache:
         from xgrammar import TokenizerInfo  # comes with vLLM; knows byte-level BPE, byte fallback and raw vocabularies
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import logging
 import os
 import platform
 import statistics
@@ -30,8 +29,9 @@ from torch import Tensor
 
 from fastsmc import ops
 from fastsmc.models import cache_dir, locked
+from fastsmc.vllm.compat import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 #: committed: `cost_key` → `Costs`
 COSTS = Path(__file__).with_name("attend_costs.json")

@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from vllm import _custom_ops
-from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
@@ -32,13 +31,14 @@ from vllm.v1.attention.selector import _cached_get_attn_backend
 from fastsmc import ops
 from fastsmc.ops.attend import LANES, LAYOUTS, AttendPlan
 from fastsmc.vllm import attend_costs, compat
+from fastsmc.vllm.compat import get_logger
 
 if TYPE_CHECKING:
     from vllm.v1.attention.backend import AttentionImpl as _VllmImpl
 else:
     _VllmImpl = object  # which of vLLM's comes after `AttendImpl` among the bases of each of ours
 
-logger = init_logger(__name__)
+logger = get_logger(__name__)
 
 #: device type → vLLM's name of a backend → ours. Strings: what a backend imports need not be there on another device
 BACKENDS = {

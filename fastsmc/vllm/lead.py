@@ -46,14 +46,14 @@ _OBJECT_NAME = re.compile(OBJECT + r"[0-9a-f]{32}:(\d{1,6})")
 
 
 def is_lead(sampling_params: Any) -> bool:
-    """Whether a request with these SamplingParams (or None) asks for a group."""
+    """Says whether a request with these SamplingParams (or None) asks for a group."""
     extra = getattr(sampling_params, "extra_args", None) or {}
     return any(str(key).startswith(PREFIX) for key in extra)
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What an engine has: rows (max_num_seqs), tokens a forward pass, KV blocks, tokens a block, positions."""
+    """Says what an engine has: rows (max_num_seqs), tokens per forward pass, KV blocks, tokens per block, positions."""
 
     max_num_seqs: int
     max_num_batched_tokens: int
@@ -63,7 +63,7 @@ class Limits:
 
     @classmethod
     def of(cls, config: Any) -> Limits:
-        """From a VllmConfig after the KV cache was sized. One block is vLLM's null block."""
+        """Reads a VllmConfig after the KV cache was sized. One block is vLLM's null block."""
         return cls(
             max_num_seqs=config.scheduler_config.max_num_seqs,
             max_num_batched_tokens=config.scheduler_config.max_num_batched_tokens,
@@ -75,7 +75,7 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True)
 class Lead:
-    """A validated group request."""
+    """Holds a validated group request."""
 
     params: SMCParams
     potential: str | None
@@ -86,7 +86,7 @@ class Lead:
 
     @classmethod
     def parse(cls, sampling_params: Any) -> Lead:
-        """From a request's SamplingParams. Without a seed the group gets a random one.
+        """Reads a request's SamplingParams. Without a seed the group gets a random one.
 
         Raises:
             ValueError: naming the field, its value and what is allowed.
@@ -137,7 +137,7 @@ class Lead:
             potentials.token_list(f"smc_exact[{i}]", ids, vocab_size)
 
     def lookahead(self) -> int:
-        """Tokens beyond a particle's end that its potential scores, known from name and arguments alone.
+        """Returns how many tokens beyond a particle's end its potential scores, from name and arguments alone.
 
         Raises:
             ValueError: no potential is registered under that name, or it refuses the arguments.
@@ -186,12 +186,12 @@ def check_fits(params: SMCParams, prompt_len: int, lookahead: int, limits: Limit
 
 
 def last_position(params: SMCParams, prompt_len: int, lookahead: int) -> int:
-    """Last position whose KV a group writes: the last token is written only to score what follows it."""
+    """Returns the last position whose KV a group writes: the last token is written only to score what follows it."""
     return max(prompt_len, prompt_len + params.max_tokens - 2 + lookahead)
 
 
 def first_columns(params: SMCParams, prompt_len: int, lookahead: int, block_size: int) -> int:
-    """Columns of private blocks that a group opens before its first token."""
+    """Counts the columns of private blocks that a group opens before its first token."""
     last = min(prompt_len + lookahead, last_position(params, prompt_len, lookahead))
     return last // block_size + 1 - prompt_len // block_size
 
@@ -199,7 +199,7 @@ def first_columns(params: SMCParams, prompt_len: int, lookahead: int, block_size
 # ------------------------------------------------------------------------------- between scheduler and workers
 @dataclasses.dataclass
 class GroupStart:
-    """All that a worker needs to begin a group."""
+    """Holds all that a worker needs to begin a group."""
 
     params: SMCParams
     prompt: list[int]
@@ -215,7 +215,7 @@ class GroupStart:
 
 @dataclasses.dataclass
 class GroupTick:
-    """One group's share of a particle-only engine step: up to `steps` particle steps, with `blocks` newly its own."""
+    """Asks for a group's share of a particle-only engine step: up to `steps` particle steps, with new `blocks`."""
 
     request_id: str
     epoch: int
@@ -239,7 +239,7 @@ class Tick:
 
 @dataclasses.dataclass
 class GroupResult:
-    """What one group's share of a step came to.
+    """Says what one group's share of a step came to.
 
     Attributes:
         step: particle steps done so far.
@@ -249,8 +249,8 @@ class GroupResult:
         error: the group has failed: why.
         token_ids, stopped: of one particle drawn by weight, when the group is done; token_ids is None if no particle
             has any weight.
-        summary: plain values for every client; `population` is the whole (base64 of `Population.to_bytes`, so that it
-            passes through JSON), when asked for.
+        summary: plain values for every client, empty until the group is done; `population` is the whole (base64 of
+            `Population.to_bytes`, so that it passes through JSON), when asked for.
     """
 
     request_id: str
@@ -263,5 +263,5 @@ class GroupResult:
     error: str | None = None
     token_ids: list[int] | None = None
     stopped: bool = False
-    summary: dict[str, Any] | None = None
+    summary: dict[str, Any] = dataclasses.field(default_factory=dict)
     population: str | None = None

@@ -14,13 +14,12 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import NoneType
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 import cloudpickle
 import torch
 import vllm
 from vllm import EngineArgs, RequestOutput, SamplingParams
-from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 from vllm.utils.cpu_resource_utils import get_allowed_cpu_list, get_visible_memory_node
@@ -33,18 +32,22 @@ from fastsmc.population import Population
 from fastsmc.potentials import Potential
 from fastsmc.texts import texts_after
 from fastsmc.vllm import compat, machine
+from fastsmc.vllm.compat import get_logger
 from fastsmc.vllm.lead import OBJECT, Lead, Limits, check_fits, is_lead
+
+if TYPE_CHECKING:
+    from fastsmc.arguments import Prompt, Prompts
 
 #: rows that an engine takes unless `max_num_seqs` says otherwise
 DEFAULT_MAX_NUM_SEQS = 1024
 #: vLLM's default on CPU, 128, makes every particle's private tail four times as large
 DEFAULT_CPU_BLOCK_SIZE = 32
 
-logger = init_logger(f"vllm.{__name__}")  # below vllm, whose handlers show it
+logger = get_logger(__name__)
 
 
 def engine_args(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """`vllm.LLM` arguments with the scheduler, the worker and the defaults that groups need.
+    """Completes `vllm.LLM` arguments with the scheduler, the worker and the defaults that groups need.
 
     Raises:
         ValueError: for an argument that fastsmc sets itself, that vLLM does not know, or that is no number where vLLM
@@ -138,6 +141,30 @@ class LLM(vllm.LLM):
         compat.check_config(self.llm_engine.vllm_config)
 
     # ------------------------------------------------------------------------------------------------------ SMC
+    @overload
+    def smc(
+        self,
+        prompts: Prompt,
+        params: SMCParams | None = None,
+        potential: Potential | Sequence[Potential | None] | None = None,
+        *,
+        twist: str | os.PathLike | None = None,
+        exact: Sequence | None = None,
+        use_tqdm: bool = False,
+    ) -> Population: ...
+
+    @overload
+    def smc(
+        self,
+        prompts: Prompts,
+        params: SMCParams | None = None,
+        potential: Potential | Sequence[Potential | None] | None = None,
+        *,
+        twist: str | os.PathLike | None = None,
+        exact: Sequence | None = None,
+        use_tqdm: bool = False,
+    ) -> list[Population]: ...
+
     def smc(
         self,
         prompts: Any,
@@ -176,32 +203,24 @@ class LLM(vllm.LLM):
         if not ids:
             return []
         inputs = [self._prompt(prompt) for prompt in ids]
-        names: dict[int, str | None] = {id(None): None}
-        own: list[str] = []
+        names: dict[int, str] = {}  # by id; None has none
         try:
-            for one in chosen:
-                if id(one) not in names:
-                    names[id(one)] = self.register_potential(one)
-                    own.append(names[id(one)])
+            for phi in chosen:
+                if phi is not None and id(phi) not in names:
+                    names[id(phi)] = self.register_potential(phi)
             leads = [
-                self.lead_params(
-                    each[i],
-                    names[id(one)],
-                    twist=twist,
-                    exact=kept[i],
-                    return_population=True,
-                )
-                for i, one in enumerate(chosen)
+                self.lead_params(each[i], names.get(id(phi)), twist=twist, exact=kept[i], return_population=True)
+                for i, phi in enumerate(chosen)
             ]
             outputs = self._run_leads(inputs, leads, each[0].max_tokens, use_tqdm)
         finally:
-            for name in own:
+            for name in names.values():
                 self.drop_potential(name)
         populations: list[Population | None] = []
         errors = []
         for i, output in enumerate(outputs):
             payload = (output.kv_transfer_params or {}).get("smc", {}) if output is not None else {}
-            if "population" in payload:
+            if output is not None and "population" in payload:
                 populations.append(self.population(output))
             else:
                 populations.append(None)
@@ -210,7 +229,8 @@ class LLM(vllm.LLM):
             error = SMCError("; ".join(errors))
             error.populations = populations
             raise error
-        return populations[0] if single else populations
+        complete = [population for population in populations if population is not None]  # all: there is no error
+        return complete[0] if single else complete
 
     def lead_params(
         self,
@@ -222,7 +242,7 @@ class LLM(vllm.LLM):
         exact: Sequence[Sequence[int]] | None = None,
         return_population: bool = False,
     ) -> SamplingParams:
-        """SamplingParams of a lead, for `generate`: the request's text is then one posterior sample.
+        """Makes a lead's SamplingParams, for `generate`: the request's text is then one posterior sample.
 
         Args:
             potential: a registered name (`register_potential`, or an entry point in `fastsmc.potentials`).
@@ -251,7 +271,7 @@ class LLM(vllm.LLM):
         )
 
     def population(self, output: RequestOutput) -> Population:
-        """The population that came back with a finished lead that asked for it (`return_population`)."""
+        """Returns the population that came back with a finished lead that asked for it (`return_population`)."""
         payload = (output.kv_transfer_params or {}).get("smc", {})
         if "error" in payload:
             raise SMCError(payload["error"])
@@ -264,7 +284,7 @@ class LLM(vllm.LLM):
         return population
 
     def register_potential(self, potential: Potential) -> str:
-        """Sends a potential to the worker processes and sets it up there; the name to give to `lead_params`.
+        """Sends a potential to the workers and sets it up there; returns the name to give to `lead_params`.
 
         Raises:
             ValueError: not a Potential.
@@ -300,11 +320,10 @@ class LLM(vllm.LLM):
 
     # ---------------------------------------------------------------------------------------------- vLLM's own face
     def generate(self, prompts: Any, sampling_params: Any = None, **kwargs: Any) -> list[RequestOutput]:
-        """As `vllm.LLM.generate`. A lead that can never run is refused before anything is sent."""
-        several = sampling_params if isinstance(sampling_params, Sequence) else [sampling_params]
-        for one in several:
-            if is_lead(one):
-                self._check_lead(one)
+        """Generates as `vllm.LLM` does. A lead that can never run is refused before anything is sent."""
+        for wish in sampling_params if isinstance(sampling_params, Sequence) else [sampling_params]:
+            if is_lead(wish):
+                self._check_lead(wish)
         return super().generate(prompts, sampling_params, **kwargs)
 
     def _run_engine(self, *args: Any, **kwargs: Any) -> list[Any]:
@@ -317,11 +336,11 @@ class LLM(vllm.LLM):
 
     # -------------------------------------------------------------------------------------------------- inner parts
     def _in_process(self) -> bool:
-        """Whether the (single) worker lives in this very process, so that objects need not be pickled."""
+        """Says whether the (single) worker lives in this very process, so that objects need not be pickled."""
         core = getattr(self.llm_engine.engine_core, "engine_core", None)
         return core is not None and hasattr(core.model_executor, "driver_worker")
 
-    def _prompt(self, ids: list[int]) -> dict[str, Any]:
+    def _prompt(self, ids: list[int]) -> Any:  # vLLM's renderer has no type either
         return self.renderer.render_cmpl([{"prompt_token_ids": ids}])[0]
 
     def _check_lead(self, sampling_params: SamplingParams, prompt_len: int = 1) -> None:
@@ -330,10 +349,10 @@ class LLM(vllm.LLM):
         check_fits(lead.params, prompt_len, lead.lookahead(), Limits.of(self.llm_engine.vllm_config))
 
     def _run_leads(
-        self, inputs: list[dict[str, Any]], leads: list[SamplingParams], max_tokens: int, use_tqdm: bool
+        self, inputs: list[Any], leads: list[SamplingParams], max_tokens: int, use_tqdm: bool
     ) -> list[RequestOutput | None]:
-        for one, lead in zip(inputs, leads, strict=True):
-            self._check_lead(lead, len(one["prompt_token_ids"]))
+        for prompt, lead in zip(inputs, leads, strict=True):
+            self._check_lead(lead, len(prompt["prompt_token_ids"]))
         index: dict[str, int] = {}
         outputs: list[RequestOutput | None] = [None] * len(leads)
         steps = [0] * len(leads)
@@ -344,12 +363,12 @@ class LLM(vllm.LLM):
             bar = tqdm(total=len(leads) * max_tokens, desc="particle steps", file=sys.stderr)
         left = len(leads)
         try:
-            for i, (one, lead) in enumerate(zip(inputs, leads, strict=True)):
+            for number, (prompt, lead) in enumerate(zip(inputs, leads, strict=True)):
                 # with a bar, outputs of unfinished requests too: they carry the step
                 lead.output_kind = RequestOutputKind.CUMULATIVE if use_tqdm else RequestOutputKind.FINAL_ONLY
                 request_id = str(next(self.request_counter))
-                index[request_id] = i
-                self.llm_engine.add_request(request_id, one, lead)
+                index[request_id] = number
+                self.llm_engine.add_request(request_id, prompt, lead)
             while left and self.llm_engine.has_unfinished_requests():
                 for output in self.llm_engine.step():
                     i = index.get(output.request_id)
@@ -357,6 +376,7 @@ class LLM(vllm.LLM):
                         if output.finished:
                             self._strays.append(output)
                         continue
+                    assert isinstance(output, RequestOutput)  # of one of our leads
                     payload = (output.kv_transfer_params or {}).get("smc", {})
                     if bar is not None:
                         step = max_tokens if output.finished else payload.get("step", steps[i])

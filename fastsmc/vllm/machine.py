@@ -1,9 +1,9 @@
-"""What the machine lets an engine on the CPU have: memory for the KV cache, threads, and directories that take files.
+"""What the machine lets an engine on the CPU have: a control group's memory and cores, threads, shared memory.
 
-A process seldom has the whole machine. Its memory comes from one NUMA node, to which vLLM's worker binds it, a control
-group may limit memory and processor time below what the machine has, and home directory and /dev/shm may be missing.
-This module reads those limits and does the arithmetic; it imports nothing of vLLM, so that all of it can be tried with
-made-up figures.
+A process seldom has the whole machine: a control group may limit memory and processor time below what the machine has,
+memory nodes may be fewer than ranks, and /dev/shm may be missing. This module reads those limits and chooses settings
+by them; it imports nothing of vLLM, so that all of it can be tried with made-up figures. What memory a step and a KV
+cache take is reckoned in `fastsmc.vllm.capacity`.
 """
 
 from __future__ import annotations
@@ -14,87 +14,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-#: shares that the KV cache takes where no size was given: of the machine's free memory, which other programs want too,
-#: and of what is free where less than the machine is there to begin with, a memory node or a control group
-MACHINE_SHARE, PART_SHARE = 0.3, 0.5
 #: the most cores per rank at which none is left to the scheduler; see `thread_settings`
 FEW_CORES = 4
 #: bytes of /dev/shm that vLLM wants free before it makes a queue between its processes (10 chunks of 24 MiB in a sparse
 #: file, of which a run touches under 1 MiB), and what each tensor-parallel rank takes for sums
 LEAST_SHM, SHM_PER_RANK = 240 << 20, 4 << 20
-#: logits elements that scoring a continuation holds at once (`fastsmc.vllm.runner`)
-SCORE_ELEMENTS = 1 << 27
-
-
-def gib(n_bytes: float) -> str:
-    return f"{n_bytes / 2**30:.2f} GiB"
-
-
-# ------------------------------------------------------------------------------------------------------------- KV cache
-class Rank(NamedTuple):
-    """What one worker sees once every worker of its machine has loaded its weights, in bytes."""
-
-    host: str
-    node: int  #: the NUMA node that its memory comes from
-    node_free: int
-    host_free: int
-    group_free: int | None = None  #: what its control group may still take; None: no limit
-
-
-class Need(NamedTuple):
-    """What a KV cache is for, in bytes per rank."""
-
-    step: int  #: what a step needs beside the cache, `step_bytes`
-    least: int  #: the smallest cache that vLLM accepts
-    useful: int  #: the largest that can be in use at once
-    words: str  #: the settings that `least` comes from, for the error
-
-
-def step_bytes(rows: int, tokens: int, vocab: int, hidden: int, intermediate: int, element: int) -> int:
-    """Returns the bytes per rank that a step may hold beside weights and KV cache, for a dtype of `element` bytes.
-
-    For each of `rows` = max_num_seqs particles and each of V tokens: its logit in the model's dtype and in float32, a
-    dense log ψ in float32, and one float32 temporary such as their sum, so rows·V·(element + 12). To that comes the
-    larger of what never exists at once: activations of `tokens` = max_num_batched_tokens tokens through a layer,
-    tokens·(2·intermediate + 8·hidden)·4, and logits of a continuation that is scored, min(tokens·V,
-    2²⁷)·(element + 4).
-    """
-    activations = tokens * (2 * intermediate + 8 * hidden) * 4
-    scored = min(tokens * vocab, SCORE_ELEMENTS) * (element + 4)
-    return rows * vocab * (element + 12) + max(activations, scored)
-
-
-def kv_cache_bytes(ranks: Sequence[Rank], need: Need) -> int:
-    """Returns the size of each rank's KV cache where no size was given: the same for all, what the poorest can have.
-
-    Memory comes out of a rank's NUMA node, its machine and its control group, each shared by the ranks that live there.
-    Of each the cache takes at most a share (`MACHINE_SHARE`, `PART_SHARE`) of what is free, and always leaves what a
-    step needs. It is no larger than is ever useful, and at least what vLLM accepts.
-
-    Raises:
-        ValueError: the least cache and a step do not fit; the message is one line with the figures.
-    """
-    sizes = [need.useful]
-    for rank in ranks:
-        on_host = [other for other in ranks if other.host == rank.host]
-        on_node = sum(other.node == rank.node for other in on_host)
-        for where, total, n_sharing, share in (
-            (f"memory node {rank.node}", rank.node_free, on_node, PART_SHARE),
-            ("the machine", rank.host_free, len(on_host), MACHINE_SHARE),
-            ("the control group", rank.group_free, len(on_host), PART_SHARE),
-        ):
-            if total is None:
-                continue
-            free = total // n_sharing
-            if free < need.step + need.least:
-                each = "" if n_sharing == 1 else f" for {n_sharing} ranks"
-                raise ValueError(
-                    f"no room for a KV cache: {where} has {gib(total)} free{each}; each rank needs {gib(need.least)} "
-                    f"for the smallest cache ({need.words}) and {gib(need.step)} for a step: lower max_model_len, "
-                    "max_num_seqs or max_num_batched_tokens, or free memory"
-                )
-            sizes.append(min(free - need.step, max(need.least, int(share * free))))
-    return min(sizes)
 
 
 # ------------------------------------------------------------------------------------------------------ control groups

@@ -6,27 +6,52 @@ through neither the model runner's input batch nor its sampler.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from vllm.distributed import get_tp_group
 from vllm.forward_context import set_forward_context
-from vllm.logger import init_logger
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from fastsmc import ops
-from fastsmc.vllm import compat, warm_up
+from fastsmc.vllm import capacity, compat, warm_up
 from fastsmc.vllm.attention import Attend
+from fastsmc.vllm.compat import get_logger
 
-logger = init_logger(__name__)
+logger = get_logger(__name__)
 
-#: logits elements that scoring a continuation may hold at once
-_SCORE_ELEMENTS = 1 << 27
+
+class PagedCalls(Protocol):
+    """Says what a particle runner calls: a `Model`, or what makes a model's calls on all tensor-parallel ranks."""
+
+    device: torch.device
+    block_size: int
+    attend: Attend
+    max_tokens: int
+    max_logits_rows: int
+
+    def forward(
+        self, tokens: Tensor, position: int, table: Tensor, slots: Tensor, plan: ops.AttendPlan | None = None
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        position: int,
+        table: Tensor,
+        slots: Tensor,
+        n_query: int = 1,
+        plan: ops.AttendPlan | None = None,
+    ) -> Tensor: ...
+
+    def logits(self, hidden: Tensor, rows: slice) -> Tensor: ...
+
+    def reindex(self, table: Tensor, ancestors: Tensor, position: int) -> None: ...
 
 
 class Model:
-    """vLLM's model, KV cache and attention backend as one call: tokens of some rows in, hidden states out."""
+    """Makes vLLM's model, KV cache and attention backend one call: tokens of some rows in, hidden states out."""
 
     def __init__(self, model_runner: Any) -> None:
         compat.check_runner(model_runner)
@@ -37,7 +62,7 @@ class Model:
         spec = model_runner.kv_cache_config.kv_cache_groups[0].kv_cache_spec
         self.block_size = spec.block_size
         self.max_tokens = self._config.scheduler_config.max_num_batched_tokens
-        self.max_logits_rows = max(1, _SCORE_ELEMENTS // self._config.model_config.get_vocab_size())
+        self.max_logits_rows = max(1, capacity.SCORE_ELEMENTS // self._config.model_config.get_vocab_size())
         context = self._config.compilation_config.static_forward_context
         unique = {context[name].kv_cache.data_ptr(): context[name].kv_cache for name in self.layers}
         self.caches, slot_dim = in_memory_order(
@@ -54,7 +79,7 @@ class Model:
         # where a slot lies in a block is the kernels' affair, known of GPU backends; else blocks are copied whole
         self._slot_dim = slot_dim if self.attend.why_not is None and self.attend.backend == "triton" else None
         if self.attend.why_not is not None:
-            logger.info("groups use vLLM's attention, which reads a shared block once a row: %s", self.attend.why_not)
+            logger.info("groups use vLLM's attention, which reads a shared block once per row: %s", self.attend.why_not)
         elif self.attend.costs is None:
             self._measure_attend({name: context[name] for name in self.layers})
         if self.device.type == "cuda":
@@ -71,7 +96,7 @@ class Model:
 
     @torch.inference_mode()
     def _measure_attend(self, layers: dict[str, Any]) -> None:
-        """Costs of `attend` that nobody has committed; of several ranks the first measures, and all decide alike."""
+        """Measures costs of `attend` that nobody has committed; of several ranks the first does, for all of them."""
 
         def stock_metadata(table: Tensor, length: int) -> dict[str, Any]:
             slots = table[:, -1].long() * self.block_size + (length - 1) % self.block_size
@@ -86,7 +111,7 @@ class Model:
     def forward(
         self, tokens: Tensor, position: int, table: Tensor, slots: Tensor, plan: ops.AttendPlan | None = None
     ) -> tuple[Tensor, Tensor]:
-        """(R, V) logits and (R, H) last hidden states of R rows, one token each; arguments as of `hidden`."""
+        """Returns (R, V) logits and (R, H) last hidden states of R rows, one token each; arguments as of `hidden`."""
         hidden = self.hidden(tokens, position, table, slots, plan=plan)
         return self.logits(hidden, slice(None)), hidden
 
@@ -99,7 +124,7 @@ class Model:
         n_query: int = 1,
         plan: ops.AttendPlan | None = None,
     ) -> Tensor:
-        """(R * n_query, H) last hidden states of R rows.
+        """Returns (R * n_query, H) last hidden states of R rows.
 
         Args:
             tokens: (R * n_query,) integers, row by row.
@@ -145,18 +170,18 @@ class Model:
         return metadata
 
     def logits(self, hidden: Tensor, rows: slice) -> Tensor:
-        """(R, V) logits of R rows of what `hidden` gave last; every tensor-parallel rank takes part."""
+        """Returns (R, V) logits of R rows of what `hidden` gave last; every tensor-parallel rank takes part."""
         return self._model.compute_logits(hidden[rows])
 
     def reindex(self, table: Tensor, ancestors: Tensor, position: int) -> None:
-        """`ops.reindex` of a table (N, C) int32 whose rows hold `position` tokens, and of the caches of all layers."""
+        """Reindexes a table (N, C) int32 whose rows hold `position` tokens, and the caches of all layers."""
         ops.reindex(
             table, ancestors, position=position, block_size=self.block_size, caches=self.caches, slot_dim=self._slot_dim
         )
 
 
 def in_memory_order(caches: list[Tensor], n_blocks: int, block_size: int) -> tuple[list[Tensor], int]:
-    """vLLM's KV caches (blocks, heads, slots, channels) as `ops.reindex` takes them.
+    """Views vLLM's KV caches (blocks, heads, slots, channels) as `ops.reindex` takes them.
 
     vLLM lays the slots of a block out before or behind its heads, and shows the same four dimensions either way. Here
     they come in the order in which they lie in memory, so that a block is contiguous.

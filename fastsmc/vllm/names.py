@@ -32,8 +32,7 @@ CALLS = {
         "extra_args",
     ),
     "vllm.sampling_params:SamplingParams.clone": (),
-    # the platform, the log, the attention backends
-    "vllm.logger:init_logger": ("name",),
+    # the platform, the attention backends
     "vllm.platforms:current_platform": (),
     "vllm.platforms.interface:Platform.is_cpu": (),
     "vllm.platforms.interface:Platform.is_cuda": (),
@@ -115,8 +114,10 @@ CALLS = {
     "vllm.config.model:ModelConfig.get_sliding_window": (),
 }
 
-_IMPL = ("scale", "num_heads", "num_kv_heads", "head_size", "kv_cache_dtype", "attn_type", "alibi_slopes")
-_IMPL += ("logits_soft_cap", "sinks", "sliding_window")
+_IMPL = (
+    *("scale", "num_heads", "num_kv_heads", "head_size", "kv_cache_dtype", "attn_type", "alibi_slopes"),
+    *("logits_soft_cap", "sinks", "sliding_window"),
+)
 
 #: module:class → attributes: of the class, or set by one of its methods
 MEMBERS = {

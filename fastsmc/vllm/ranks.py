@@ -27,15 +27,15 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 from vllm.distributed import get_tp_group
-from vllm.logger import init_logger
 
 from fastsmc.group import GroupEngine
 from fastsmc.ops import AttendPlan
+from fastsmc.vllm.compat import get_logger
 from fastsmc.vllm.lead import GroupResult, Tick
-from fastsmc.vllm.model import Model
+from fastsmc.vllm.model import Model, PagedCalls
 from fastsmc.vllm.runner import ParticleRunner
 
-logger = init_logger(__name__)
+logger = get_logger(__name__)
 
 T = TypeVar("T")
 
@@ -44,7 +44,7 @@ FORWARD, HIDDEN, LOGITS, END = "forward", "hidden", "logits", "end"
 
 
 class Call(NamedTuple):
-    """The numbers of a message; the block table of a FORWARD or HIDDEN is (n_rows, n_columns).
+    """Holds the numbers of a message; the block table of a FORWARD or HIDDEN is (n_rows, n_columns).
 
     Attributes:
         moves: (N, slots to copy) of each `reindex` since the last message.
@@ -64,9 +64,9 @@ class Call(NamedTuple):
 
 
 class Leader:
-    """Rank 0's `Model` under tensor parallelism: makes the calls of a `Model` on all ranks, within a tick."""
+    """Makes the calls of rank 0's `Model` on all tensor-parallel ranks, within a tick."""
 
-    def __init__(self, model: Model, ranks: Any) -> None:
+    def __init__(self, model: PagedCalls, ranks: Any) -> None:
         self._model, self._ranks = model, ranks
         self.device, self.block_size, self.attend = model.device, model.block_size, model.attend
         self.max_tokens, self.max_logits_rows = model.max_tokens, model.max_logits_rows
@@ -76,7 +76,7 @@ class Leader:
 
     @contextmanager
     def tick(self) -> Iterator[None]:
-        """The other ranks follow from here to the end, which they are told however the tick ends.
+        """Has the other ranks follow from here to the end, which they are told however the tick ends.
 
         Raises:
             RuntimeError: a call of the model has failed, even if whoever asked for it went on.
@@ -126,7 +126,8 @@ class Leader:
     @staticmethod
     def _call_of(verb: str, position: int, table: Tensor, n_query: int, plan: AttendPlan | None) -> Call:
         known_shared = None if plan is None else plan.known_shared
-        return Call(verb, (), *table.shape, position, n_query, known_shared)
+        n_rows, n_columns = table.shape
+        return Call(verb, (), n_rows, n_columns, position, n_query, known_shared)
 
     def _on_all(self, make: Callable[[], T], call: Call, *rows: Tensor) -> T:
         if not self._in_tick:
@@ -154,7 +155,7 @@ class Leader:
 
 
 class Follower:
-    """In the place of a `ParticleRunner` on the other ranks: holds no group and no potential."""
+    """Stands in the place of a `ParticleRunner` on the other ranks: holds no group and no potential."""
 
     def __init__(self, model: Model, ranks: Any) -> None:
         self._model, self._ranks = model, ranks
@@ -171,24 +172,25 @@ class Follower:
         return []
 
     def drop(self, request_ids: list[str]) -> None:
-        """Nothing: there is no group here."""
+        """Does nothing: there is no group here."""
 
     @torch.inference_mode()
     def _follow(self) -> None:
-        hidden = None
+        hidden: Tensor | None = None
         while True:
             call, numbers = self._ranks.broadcast_object()
             sizes = [size for n, _ in call.moves for size in (n, n)]
             if call.n_rows:
                 n_tokens = call.n_rows * call.n_query
                 sizes += [n_tokens, n_tokens, call.n_rows * call.n_columns]
-            parts = numbers.to(self._model.device).split(sizes) if sizes else ()
+            parts: list[Tensor] = list(numbers.to(self._model.device).split(sizes)) if sizes else []
             for _, n_used in call.moves:
                 tails, ancestors, *parts = parts
                 self._model.reindex(tails[:, None], ancestors.long(), n_used)
             if call.verb == END:
                 return
             if call.verb == LOGITS:
+                assert hidden is not None  # rank 0 has it of a HIDDEN
                 self._model.logits(hidden, slice(call.begin, call.end))
                 continue
             tokens, slots, table = parts[0], parts[1].long(), parts[2].view(call.n_rows, call.n_columns)
@@ -200,7 +202,7 @@ class Follower:
 
 
 class ShareEngine(GroupEngine):
-    """A potential's engine under tensor parallelism, where this process holds a share of the network."""
+    """Is a potential's engine under tensor parallelism, where this process holds a share of the network."""
 
     @property
     def model(self) -> Any:
@@ -212,17 +214,17 @@ class ShareEngine(GroupEngine):
 
     @model.setter
     def model(self, share: Any) -> None:
-        """Not kept: of no use to a potential."""
+        """Keeps nothing: a share is of no use to a potential."""
 
 
 class LeadingRunner(ParticleRunner):
-    """The particle runner of rank 0."""
+    """Runs the particles of rank 0, whose model's calls all ranks make."""
 
     engine_class = ShareEngine
 
     def __init__(self, model_runner: Any, ranks: Any) -> None:
         super().__init__(model_runner)
-        self.model = Leader(self.model, ranks)
+        self.model: Leader = Leader(self.model, ranks)
 
     def run(self, tick: Tick) -> list[GroupResult]:
         with self.model.tick():
@@ -230,7 +232,7 @@ class LeadingRunner(ParticleRunner):
 
 
 def make_runner(model_runner: Any) -> ParticleRunner | Follower:
-    """What this process, one of the tensor-parallel ranks, needs to run ticks."""
+    """Makes what this process, one of the tensor-parallel ranks, needs to run ticks."""
     ranks = get_tp_group()
     if ranks.world_size == 1:
         return ParticleRunner(model_runner)

@@ -15,17 +15,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.logger import init_logger
 
 from fastsmc import ops, potentials
 from fastsmc.group import Group, GroupEngine, SMCError, set_up
 from fastsmc.paging import Paging
 from fastsmc.potentials import Potential
 from fastsmc.twists import Twist, card_stamp
+from fastsmc.vllm.compat import get_logger
 from fastsmc.vllm.lead import OBJECT, GroupResult, GroupStart, GroupTick, Tick, last_position
-from fastsmc.vllm.model import Model
+from fastsmc.vllm.model import Model, PagedCalls
 
-logger = init_logger(__name__)
+logger = get_logger(__name__)
 
 #: potentials by name and arguments that a worker keeps set up; the oldest goes first
 _MAX_NAMED = 32
@@ -34,14 +34,14 @@ _MAX_PREPARING = 2
 
 
 def _named(start: GroupStart) -> str:
-    """What potentials by name are kept under."""
+    """Returns what a potential by name is kept under."""
     return f"{start.potential} {start.potential_args}"
 
 
 class VllmRows:
-    """The slots of one group: `RowModel` over paged KV; a slot is a row of the block table."""
+    """Is the `RowModel` of one group over paged KV; a slot is a row of the block table."""
 
-    def __init__(self, model: Model, start: GroupStart, lookahead: int) -> None:
+    def __init__(self, model: PagedCalls, start: GroupStart, lookahead: int) -> None:
         self._model, self._start = model, start
         prompt_len = len(start.prompt)
         self.paging = Paging(
@@ -58,7 +58,7 @@ class VllmRows:
         self._n_moves = 0  # calls of reindex
 
     def first(self) -> tuple[Tensor, Tensor]:
-        """The prompt's last token once more, in a private block, because the prompt's own may be shared."""
+        """Runs the prompt's last token once more, in a private block, because the prompt's may be shared."""
         model, paging, start = self._model, self.paging, self._start
         position = paging.position - 1
         column, n_used = divmod(position, model.block_size)
@@ -111,7 +111,7 @@ class VllmRows:
 
 
 class _Preparation:
-    """A potential that a request named, made and prepared in a thread of its own.
+    """Makes and prepares a potential that a request named, in a thread of its own.
 
     Attributes:
         done: set when there is a potential, or an error, or when it was given up.
@@ -143,12 +143,12 @@ class _Preparation:
 
 
 class ParticleRunner:
-    """The groups and potentials of one worker."""
+    """Holds the groups and potentials of one worker, and runs its ticks."""
 
     engine_class = GroupEngine
 
     def __init__(self, model_runner: Any) -> None:
-        self.model = Model(model_runner)
+        self.model: PagedCalls = Model(model_runner)
         self._model_config = model_runner.vllm_config.model_config
         self._net = model_runner.model
         self._engine: GroupEngine | None = None
@@ -158,7 +158,7 @@ class ParticleRunner:
         self._turns = threading.Semaphore(_MAX_PREPARING)
         # groups whose potential is being prepared: what they are to start with, and the blocks that they have got
         self._waiting: dict[str, tuple[GroupStart, list[int]]] = {}
-        self.groups: dict[str, tuple[Group, GroupStart]] = {}
+        self.groups: dict[str, tuple[Group, VllmRows, GroupStart]] = {}
 
     # ---------------------------------------------------------------------------------------------- potentials
     def _get_engine(self) -> GroupEngine:
@@ -192,15 +192,20 @@ class ParticleRunner:
 
     def _potential(self, start: GroupStart) -> Potential | None:
         target = self._target(start)
-        return target if start.twist is None else self._twist(start.twist).guide(target)
+        if start.twist is None:
+            return target
+        assert target is not None  # Lead.parse wants a potential beside a twist
+        return self._twist(start.twist).guide(target)
 
     def _twist(self, path: str) -> Twist:
-        """The twist saved at `path`, kept as long as its card does not change."""
+        """Returns the twist saved at `path`, which is kept as long as its card does not change."""
         key = f"twist {path} {card_stamp(path)}"
         if key not in self._potentials:
             self._make_room()
             self.put_potential(key, Twist.load(path))
-        return self._potentials[key]
+        twist = self._potentials[key]
+        assert isinstance(twist, Twist)  # a copy of what was put there
+        return twist
 
     def _make_room(self) -> None:
         named = [known for known in self._potentials if not known.startswith(OBJECT)]
@@ -218,7 +223,7 @@ class ParticleRunner:
         return self._potentials[_named(start)]
 
     def _is_prepared(self, start: GroupStart) -> bool:
-        """Whether the potential that a group names is there; begins to prepare it if nobody has, and sets it up.
+        """Says whether the potential that a group names is there; begins to prepare it if nobody has, and sets it up.
 
         Raises:
             SMCError: it cannot be made, prepared or set up.
@@ -229,10 +234,11 @@ class ParticleRunner:
             self._preparing[key] = _Preparation(start.potential, start.potential_args, self._get_engine, self._turns)
         preparation = self._preparing[key]
         preparation.wanted = True
-        if not preparation.done.is_set():
+        if not preparation.done.is_set() or preparation.given_up:  # given up just now: the next call begins anew
             return False
         if preparation.error is not None:
             raise SMCError(preparation.error)  # kept for other groups that wait for it; the last takes it away
+        assert preparation.potential is not None  # done, and neither given up nor failed
         del self._preparing[key]
         self._make_room()
         self.put_potential(key, preparation.potential)
@@ -278,12 +284,12 @@ class ParticleRunner:
             del self._preparing[key]
 
     def _wait_a_little(self, seconds: float) -> None:
-        """Until one of the potentials that groups wait for is prepared, but not for long."""
+        """Waits until one of the potentials that groups wait for is prepared, but not for long."""
         until = time.monotonic() + seconds
         while not any(p.done.is_set() for p in self._preparing.values()) and time.monotonic() < until:
             time.sleep(seconds / 5)
 
-    def _start(self, start: GroupStart, blocks: list[int]) -> Group:
+    def _start(self, start: GroupStart, blocks: list[int]) -> tuple[Group, VllmRows, GroupStart]:
         potential = self._potential(start)
         if potential is not None and potential.lookahead > start.lookahead:
             raise SMCError(
@@ -292,7 +298,7 @@ class ParticleRunner:
             )
         rows = VllmRows(self.model, start, start.lookahead)
         rows.paging.grant(blocks)
-        return Group(
+        group = Group(
             start.params,
             rows,
             potential,
@@ -302,6 +308,7 @@ class ParticleRunner:
             self._engine,
             start.exact,
         )
+        return group, rows, start
 
     def _run_group(self, part: GroupTick, result: GroupResult) -> None:
         if part.start is not None:
@@ -313,11 +320,11 @@ class ParticleRunner:
                 result.waiting = True
                 return
             del self._waiting[part.request_id]
-            self.groups[part.request_id] = (self._start(start, blocks), start)
+            self.groups[part.request_id] = self._start(start, blocks)
         else:
-            self.groups[part.request_id][0].model.paging.grant(part.blocks)
-        group, start = self.groups[part.request_id]
-        paging = group.model.paging
+            self.groups[part.request_id][1].paging.grant(part.blocks)
+        group, rows, start = self.groups[part.request_id]
+        paging = rows.paging
         for _ in range(part.steps):
             if group.done:
                 break

@@ -5,7 +5,7 @@ A lead goes through four phases:
     queued    waits, hidden from vLLM, until its rows and blocks fit; FIFO among leads
     prefill   an ordinary request to vLLM; its first private blocks are already reserved
     running   past its prefill, hidden from vLLM; takes part in particle-only steps
-    failed    carries an error that the next step reports
+    failed    carries an error that the next step reports, as does a request that is refused and becomes no group
 
 Blocks come from vLLM's own BlockPool and never enter the prefix cache. A group grows when its genealogy opens a column
 (`GroupResult.need`). When the pool is dry it waits for others to end; when nobody else can make progress, the youngest
@@ -20,7 +20,6 @@ import math
 import time
 from typing import TYPE_CHECKING, Any
 
-from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
@@ -31,6 +30,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from fastsmc.potentials import token_list
 from fastsmc.vllm import compat
+from fastsmc.vllm.compat import get_logger
 from fastsmc.vllm.lead import (
     GroupResult,
     GroupStart,
@@ -43,7 +43,7 @@ from fastsmc.vllm.lead import (
     is_lead,
 )
 
-logger = init_logger(__name__)
+logger = get_logger(__name__)
 
 #: particle steps in one engine step when nothing else waits; with other work around it is 1
 STEPS_PER_TICK = 8
@@ -54,11 +54,11 @@ POLL, POLL_BESIDE_WORK = 0.005, 0.05
 
 @dataclasses.dataclass
 class _Group:
-    """What the scheduler knows of a lead."""
+    """Holds what the scheduler knows of a lead."""
 
     request: Request
-    lead: Lead | None
-    lookahead: int = 0
+    lead: Lead
+    lookahead: int
     phase: str = "queued"
     error: str | None = None
     epoch: int = 0  # counts restarts, so that a result from before a preemption is not taken for one after
@@ -89,6 +89,7 @@ class _SMCMixin(_Scheduler):
         self._limits = Limits.of(self.vllm_config)
         self._pool = self.kv_cache_manager.block_pool
         self._groups: dict[str, _Group] = {}  # by request id, in order of arrival
+        self._refused: dict[str, tuple[Request, str]] = {}  # by request id: leads that become no group, and why
         self._dropped: list[str] = []
         self._particle_turn = False
         self._hold_admission = False
@@ -98,11 +99,11 @@ class _SMCMixin(_Scheduler):
     def add_request(self, request: Request) -> None:
         known = request.request_id in self.requests  # an update of a streaming session
         super().add_request(request)
-        if known or not is_lead(request.sampling_params):
+        params = request.sampling_params
+        if known or params is None or not is_lead(params):
             return
-        group = self._groups[request.request_id] = _Group(request, None)
         try:
-            group.lead = Lead.parse(request.sampling_params)
+            lead = Lead.parse(params)
             if not request.prompt_token_ids or getattr(request, "prompt_embeds", None) is not None:
                 raise ValueError("prompt: a group of particles needs at least one prompt token, and no embeddings")
             if request.resumable:
@@ -110,16 +111,18 @@ class _SMCMixin(_Scheduler):
             if request.lora_request is not None:
                 raise ValueError("lora_request: groups of particles do not support LoRA")
             vocab_size = self.vllm_config.model_config.get_vocab_size()
-            group.lead.check_ids(vocab_size)
+            lead.check_ids(vocab_size)
             token_list("prompt", request.prompt_token_ids, vocab_size)
-            group.lookahead = group.lead.lookahead()
-            check_fits(group.lead.params, request.num_prompt_tokens, group.lookahead, self._limits)
+            lookahead = lead.lookahead()
+            check_fits(lead.params, request.num_prompt_tokens, lookahead, self._limits)
             # The seed is the group's. For the token that stock sampling draws at prefill, and that is dropped, it would
             # make a generator, which vLLM's CPU runner cannot rewind in a chunked prefill.
-            request.sampling_params = request.sampling_params.clone()
+            request.sampling_params = params.clone()
             request.sampling_params.seed = None
         except Exception as error:  # whatever a request holds, the engine goes on
-            group.phase, group.error = "failed", str(error) or repr(error)
+            self._refused[request.request_id] = request, str(error) or repr(error)
+        else:
+            self._groups[request.request_id] = _Group(request, lead, lookahead)
 
     def _admit(self) -> None:
         """Reserves rows and blocks for queued leads, oldest first, while they fit."""
@@ -148,7 +151,7 @@ class _SMCMixin(_Scheduler):
         return -(-group.request.num_prompt_tokens // self._limits.block_size)
 
     def _has_blocks(self, group: _Group) -> bool:
-        """Whether vLLM has given a lead its prompt's blocks (at least the first of them)."""
+        """Says whether vLLM has given a lead its prompt's blocks (at least the first of them)."""
         return group.request.status == RequestStatus.RUNNING
 
     def _grant(self, group: _Group, count: int) -> None:
@@ -170,16 +173,14 @@ class _SMCMixin(_Scheduler):
         paused = self.pause_state == PauseState.PAUSED_ALL
         if not paused:
             self._admit()
-        hidden = {g.request.request_id for g in self._groups.values() if self._is_hidden(g)}
+        hidden = {g.request.request_id for g in self._groups.values() if self._is_hidden(g)} | self._refused.keys()
         others = [r for r in self.running if r.request_id not in hidden]
         work = bool(others or self.kv_holding_waiting or self.finished_req_ids) or any(
             r.request_id not in hidden for r in self.waiting
         )
         ready = [] if paused else [g for g in self._groups.values() if self._is_ready(g)]
         patience = 0.0
-        if ready and all(
-            g.waiting for g in ready
-        ):  # they wait for their potentials: nothing is kept from others for them
+        if ready and all(g.waiting for g in ready):  # for their potentials: nothing is kept from others meanwhile
             now, busy = time.monotonic(), work or any(g.in_flight for g in self._groups.values())
             if busy and now < self._polled + POLL_BESIDE_WORK:
                 ready = []
@@ -189,8 +190,7 @@ class _SMCMixin(_Scheduler):
             self._particle_turn = False
             output = SchedulerOutput.make_empty()
             steps = 1 if work else STEPS_PER_TICK
-            output.smc = Tick([self._tick(g, steps) for g in ready], self._take_dropped(), patience)
-            return output
+            return _with_tick(output, Tick([self._tick(g, steps) for g in ready], self._take_dropped(), patience))
 
         since = self._waiting_for_blocks_since()
         held = [r for r in self.waiting if r.request_id in hidden or r.arrival_time > since]
@@ -205,14 +205,14 @@ class _SMCMixin(_Scheduler):
             self.running = self.running + leads_running
             for request in held:
                 self.waiting.add_request(request)
-        output.smc = Tick([], self._take_dropped())
+        _with_tick(output, Tick([], self._take_dropped()))
         self._particle_turn = True
         if output.total_num_scheduled_tokens == 0 and not paused:
             self._break_deadlock()
         return output
 
     def _waiting_for_blocks_since(self) -> float:
-        """Arrival of the oldest lead that waits for blocks, infinity if none does.
+        """Returns the arrival of the oldest lead that waits for blocks, infinity if none does.
 
         Requests that came later are not admitted meanwhile, so that a steady stream of them cannot starve it.
         """
@@ -239,6 +239,7 @@ class _SMCMixin(_Scheduler):
         if not group.started:
             prompt_len = request.num_prompt_tokens
             blocks = self.kv_cache_manager.get_block_ids(request.request_id)[0]
+            assert request.sampling_params is not None and request.prompt_token_ids is not None  # see add_request
             stop = set(group.lead.params.stop_token_ids or ())
             if not group.lead.params.ignore_eos:
                 stop |= request.sampling_params.all_stop_token_ids
@@ -264,7 +265,7 @@ class _SMCMixin(_Scheduler):
         return dropped
 
     def _break_deadlock(self) -> None:
-        """Nothing ordinary was scheduled: if nobody can go on either, somebody must give blocks back.
+        """Makes a group give blocks back where nothing ordinary was scheduled and no group can go on either.
 
         First the youngest lead whose prompt still waits for blocks goes back to the queue, which costs nothing; if
         there is none, the youngest of the groups that wait to grow ends with an error.
@@ -298,8 +299,10 @@ class _SMCMixin(_Scheduler):
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         for result in getattr(model_runner_output, "smc_results", ()):
             self._after_tick(result, outputs)
+        for request, error in list(self._refused.values()):
+            self._finish(request, RequestStatus.FINISHED_ERROR, [], {"error": error}, outputs)
         for group in [g for g in self._groups.values() if g.phase == "failed"]:
-            self._finish(group, RequestStatus.FINISHED_ERROR, [], {"error": group.error}, outputs)
+            self._finish(group.request, RequestStatus.FINISHED_ERROR, [], {"error": group.error}, outputs)
         return outputs
 
     def _after_prefill(self, group: _Group, model_runner_output: Any) -> None:
@@ -330,20 +333,19 @@ class _SMCMixin(_Scheduler):
                 status = RequestStatus.FINISHED_ERROR
             else:
                 status = RequestStatus.FINISHED_STOPPED if result.stopped else RequestStatus.FINISHED_LENGTH_CAPPED
-            self._finish(group, status, result.token_ids or [], payload, outputs)
+            token_ids, stop = result.token_ids or [], group.lead.params.stop_token_ids or ()
+            if status == RequestStatus.FINISHED_STOPPED and token_ids and token_ids[-1] in stop:
+                group.request.stop_reason = token_ids[-1]
+            self._finish(group.request, status, token_ids, payload, outputs)
         elif not result.waiting:
             self._emit(group.request, [], None, {"step": result.step}, outputs)
 
     def _finish(
-        self, group: _Group, status: RequestStatus, token_ids: list[int], payload: dict[str, Any], outputs: dict
+        self, request: Request, status: RequestStatus, token_ids: list[int], payload: dict[str, Any], outputs: dict
     ) -> None:
-        request = group.request
         if token_ids:
             request.append_output_token_ids(token_ids)
-            if status == RequestStatus.FINISHED_STOPPED and token_ids[-1] in (group.lead.params.stop_token_ids or ()):
-                request.stop_reason = token_ids[-1]
-        queue = self.running if request.status == RequestStatus.RUNNING else None
-        if queue is not None:
+        if request.status == RequestStatus.RUNNING:
             self.running = [r for r in self.running if r is not request]
         else:
             self.waiting.remove_requests([request])
@@ -371,6 +373,7 @@ class _SMCMixin(_Scheduler):
 
     # ------------------------------------------------------------------------------------------------ the ways out
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        self._refused.pop(request.request_id, None)
         group = self._groups.pop(request.request_id, None)
         if group is not None:
             self._take_back(group)
@@ -392,15 +395,20 @@ class _SMCMixin(_Scheduler):
         super()._preempt_request(request, *args, **kwargs)
 
 
+def _with_tick(output: SchedulerOutput, tick: Tick) -> SchedulerOutput:
+    output.smc = tick  # type: ignore[attr-defined]  # added to vLLM's fields, and pickled with them
+    return output
+
+
 class SMCScheduler(_SMCMixin, Scheduler):
-    """vLLM's scheduler with groups."""
+    """Is vLLM's scheduler with groups."""
 
 
 class AsyncSMCScheduler(_SMCMixin, AsyncScheduler):
-    """vLLM's asynchronous scheduler with groups."""
+    """Is vLLM's asynchronous scheduler with groups."""
 
 
 def make_scheduler(vllm_config: Any, **kwargs: Any) -> Scheduler:
-    """The `scheduler_cls` to give vLLM: picks the class that the configuration asks for."""
+    """Makes the scheduler that the configuration asks for: the `scheduler_cls` to give vLLM."""
     kind = AsyncSMCScheduler if vllm_config.scheduler_config.async_scheduling else SMCScheduler
     return kind(vllm_config=vllm_config, **kwargs)

@@ -10,23 +10,31 @@ process mode. Of several tensor-parallel ranks vLLM takes the first one's result
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cloudpickle
-from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.worker.gpu_worker import Worker
 
 from fastsmc.ops._tensors import built_backends, missing_on_gpu
 from fastsmc.vllm import attention, capacity, compat
+from fastsmc.vllm.compat import get_logger
 from fastsmc.vllm.ranks import Follower, make_runner
 from fastsmc.vllm.runner import ParticleRunner
 
-logger = init_logger(__name__)
+logger = get_logger(__name__)
 
 
-class SMCWorkerMixin:
+if TYPE_CHECKING:
+    _Worker = Worker
+else:
+    _Worker = object  # the mixin is put before vLLM's GPU worker, or before its CPU worker
+
+
+class SMCWorkerMixin(_Worker):
+    """Adds a particle runner to a vLLM worker; see the module's docstring."""
+
     smc_runner: ParticleRunner | Follower
 
     def load_model(self, *args: Any, **kwargs: Any) -> Any:
@@ -45,12 +53,12 @@ class SMCWorkerMixin:
             self.smc_runner.drop(tick.drop)
             if tick.groups:
                 output = ModelRunnerOutput(req_ids=[], req_id_to_index={})
-                output.smc_results = self.smc_runner.run(tick)
+                output.smc_results = self.smc_runner.run(tick)  # type: ignore[attr-defined]  # added to vLLM's fields
                 return output
         return super().execute_model(scheduler_output)
 
     def smc_put_potential(self, name: str, potential: Any) -> str | None:
-        """Keeps a potential (an object, or cloudpickle bytes of one); None, or why it could not be set up.
+        """Keeps a potential (an object, or its cloudpickle bytes); returns None, or why it could not be set up.
 
         Only tensor-parallel rank 0 unpickles it and sets it up; the others are asked too, since vLLM asks all.
         """
@@ -72,7 +80,7 @@ class SMCWorkerMixin:
 
 
 class SMCGPUWorker(SMCWorkerMixin, Worker):
-    """vLLM's GPU worker with groups."""
+    """Is vLLM's GPU worker with groups."""
 
     def load_model(self, *args: Any, **kwargs: Any) -> Any:
         if missing := missing_on_gpu(built_backends()):
@@ -80,12 +88,12 @@ class SMCGPUWorker(SMCWorkerMixin, Worker):
         return super().load_model(*args, **kwargs)
 
     def determine_available_memory(self) -> int:
-        """vLLM's answer without what groups need beside the KV cache, unless the user has set the cache's size."""
+        """Returns vLLM's answer less what groups need beside the KV cache, unless the user has set the cache's size."""
         available = super().determine_available_memory()
         if self.cache_config.kv_cache_memory_bytes:
             return available
         rows, vocab = self.scheduler_config.max_num_seqs, self.model_config.get_vocab_size()
-        left, warning = capacity.leave_room(available, capacity.step_bytes(rows, vocab))
+        left, warning = capacity.leave_room(available, capacity.unprofiled_step_bytes(rows, vocab))
         logger.info("%.2f GiB of the device are left to the steps of groups", (available - left) / 2**30)
         if warning is not None:
             logger.warning("max_num_seqs=%d: %s", rows, warning)

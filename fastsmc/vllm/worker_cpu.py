@@ -13,21 +13,21 @@ import psutil
 import torch
 from vllm.config import CacheConfig
 from vllm.distributed.parallel_state import get_world_group
-from vllm.logger import init_logger
 from vllm.utils.cpu_resource_utils import get_allowed_cpu_list, get_memory_node_info, get_visible_memory_node
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from fastsmc.vllm import machine
+from fastsmc.vllm import capacity, machine
+from fastsmc.vllm.compat import get_logger
 from fastsmc.vllm.worker import SMCWorkerMixin
 
-logger = init_logger(f"vllm.{__name__}")  # below vllm, whose handlers show it
+logger = get_logger(__name__)
 
 
 class SMCCPUWorker(SMCWorkerMixin, CPUWorker):
-    """vLLM's CPU worker with groups, and a KV cache that fits the memory there is unless the user gave its size.
+    """Is vLLM's CPU worker with groups, and a KV cache that fits the memory there is unless the user gave its size.
 
     vLLM takes 0.92 of the worker's memory node and does not start where less is free. Here that default means "what
-    fits" (`machine.kv_cache_bytes`), whoever starts the engine. kv_cache_memory_bytes, VLLM_CPU_KVCACHE_SPACE and any
+    fits" (`capacity.kv_cache_bytes`), whoever starts the engine. kv_cache_memory_bytes, VLLM_CPU_KVCACHE_SPACE and any
     other gpu_memory_utilization keep vLLM's meaning and vLLM's checks; num_gpu_blocks_override is checked against the
     memory there is.
     """
@@ -54,15 +54,15 @@ class SMCCPUWorker(SMCWorkerMixin, CPUWorker):
         world.barrier()  # all weights are loaded, so that what is free now stays free
         ranks: list[Any] = [None] * world.world_size
         torch.distributed.all_gather_object(ranks, self._measure_rank(), group=world.cpu_group)
-        size = machine.kv_cache_bytes(ranks, self._need())
+        size = capacity.kv_cache_bytes(ranks, self._need())
         logger.info("KV cache: %d MiB, sized by what is free: %s", size >> 20, ranks[world.rank_in_group])
         return size
 
-    def _measure_rank(self) -> machine.Rank:
+    def _measure_rank(self) -> capacity.Rank:
         """Measures the memory that is free; of two nodes that it may come from, the poorer one."""
         free = {node: get_memory_node_info(node).available_memory for node in (self._bound_node, _memory_node())}
         node = min(free, key=free.__getitem__)
-        return machine.Rank(
+        return capacity.Rank(
             socket.gethostname(),
             node,
             free[node],
@@ -70,12 +70,13 @@ class SMCCPUWorker(SMCWorkerMixin, CPUWorker):
             machine.group_memory_free(),
         )
 
-    def _need(self) -> machine.Need:
+    def _need(self) -> capacity.Need:
         config, model = self.vllm_config, self.model_config
         specs = list(self.get_kv_cache_spec().values())
         block = sum(spec.page_size_bytes for spec in specs)
         rows = config.scheduler_config.max_num_seqs
-        step = machine.step_bytes(
+        assert isinstance(model.dtype, torch.dtype)  # vLLM has resolved its name
+        step = capacity.whole_step_bytes(
             rows,
             config.scheduler_config.max_num_batched_tokens,
             model.get_vocab_size(),
@@ -84,14 +85,14 @@ class SMCCPUWorker(SMCWorkerMixin, CPUWorker):
             model.dtype.itemsize,
         )
         if (blocks := self.cache_config.num_gpu_blocks_override) is not None:
-            return machine.Need(step, blocks * block, blocks * block, f"num_gpu_blocks_override={blocks}")
+            return capacity.Need(step, blocks * block, blocks * block, f"num_gpu_blocks_override={blocks}")
         sequence = sum(spec.max_memory_usage_bytes(config) for spec in specs)
         # each row may hold one more block while it is reindexed, and vLLM keeps one back; as much again holds prompts
         # that may come a second time
         useful = 2 * rows * (sequence + block) + block
         if model.original_max_model_len == -1:  # vLLM then takes the longest that fits
-            return machine.Need(step, 2 * block, useful, "one block")
-        return machine.Need(step, sequence + block, useful, f"one sequence of max_model_len={model.max_model_len}")
+            return capacity.Need(step, 2 * block, useful, "one block")
+        return capacity.Need(step, sequence + block, useful, f"one sequence of max_model_len={model.max_model_len}")
 
 
 def _memory_node() -> int:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 
 import numpy as np
 import pytest
@@ -202,6 +203,7 @@ def test_costs_that_nobody_committed_are_measured_at_the_start(path, tmp_path, m
 
 @pytest.mark.parametrize("n_blocks", [0, 2])
 def test_a_pool_too_small_to_measure_leaves_vllms_attention(long_engine, tmp_path, monkeypatch, caplog, n_blocks):
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)  # to caplog
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     model = runner_of(long_engine).model
     attend = copy.copy(model.attend)
@@ -216,6 +218,7 @@ def test_a_pool_too_small_to_measure_leaves_vllms_attention(long_engine, tmp_pat
 
 
 def test_a_kernel_that_cannot_run_leaves_vllms_attention(long_engine, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)  # to caplog
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     model = runner_of(long_engine).model
     attend = copy.copy(model.attend)

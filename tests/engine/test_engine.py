@@ -609,6 +609,28 @@ def test_what_cannot_be_prepared_ends_its_groups_alone(engine, runner, all_block
     assert Slow.begun == [how] and not runner._preparing and not runner._waiting
 
 
+def test_a_preparation_that_is_given_up_while_it_is_asked_for_begins_anew():
+    """Its thread looks at `wanted` just before a new group sets it."""
+    from fastsmc.vllm.runner import ParticleRunner
+
+    class GivenUp:
+        wanted, error, potential = False, None, None
+        asked = 0
+
+        def __init__(self):
+            self.done = threading.Event()
+            self.done.set()
+
+        @property
+        def given_up(self):
+            self.asked += 1
+            return self.asked > 1
+
+    runner, start = object.__new__(ParticleRunner), SimpleNamespace(potential="slow", potential_args="{}")
+    runner._potentials, runner._preparing = {}, {"slow {}": GivenUp()}
+    assert not runner._is_prepared(start) and runner._preparing["slow {}"].given_up
+
+
 def test_abort_of_a_group_that_waits(engine, runner, scheduler, all_blocks_back, slow):
     add, step_until = slow
     gone = add("group", "aborted")
