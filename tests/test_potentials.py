@@ -1,5 +1,6 @@
 """The built-in potentials, on a vocabulary small enough to enumerate."""
 
+import copy
 import importlib.metadata
 import itertools
 import math
