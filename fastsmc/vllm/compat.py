@@ -59,7 +59,7 @@ class UnsupportedError(RuntimeError):
 
 
 def get_logger(module: str) -> logging.Logger:
-    """Returns a module's logger below vLLM's, whose handlers and level it has; importing vLLM sets them."""
+    """Returns a module's logger below vLLM's, whose handlers and level hold for it; vLLM sets them as it starts."""
     return logging.getLogger(f"vllm.{module}")
 
 
