@@ -165,6 +165,18 @@ class LLM(vllm.LLM):
         use_tqdm: bool = False,
     ) -> list[Population]: ...
 
+    @overload  # forms that are one prompt or several by their shape
+    def smc(
+        self,
+        prompts: Any,
+        params: SMCParams | None = None,
+        potential: Potential | Sequence[Potential | None] | None = None,
+        *,
+        twist: str | os.PathLike | None = None,
+        exact: Sequence | None = None,
+        use_tqdm: bool = False,
+    ) -> Population | list[Population]: ...
+
     def smc(
         self,
         prompts: Any,
