@@ -123,7 +123,7 @@ class _Copier:
         self.storages: dict[int, Any] = {}
         self.blocks: list[tuple[int, int, np.ndarray]] = []
         self.linked = False
-        model = getattr(engine, "model", None)
+        model = None if engine is None else vars(engine).get("model")  # under tensor parallelism it raises
         self.model_storages = _storages(model) if isinstance(model, nn.Module) else frozenset()
 
     def __call__(self, value: Any) -> Any:

@@ -224,7 +224,7 @@ class FailsOnRankZero(TwoEnds):
 def test_a_failure_ends_its_group_alone(parallel, engine, alone, all_blocks_back, step):  # noqa: F811
     good, bad = POTENTIAL, FailsOnRankZero(step)
     prompts = [prompt_of(50), PROMPT, prompt_of(9)]
-    with pytest.raises(SMCError, match=f"FailsOnRankZero.prefix at step {step - 1}.*TimeoutError: no answer") as caught:
+    with pytest.raises(SMCError, match=f"FailsOnRankZero.prefix at step {step}.*TimeoutError: no answer") as caught:
         parallel.smc(prompts, PARAMS["base"], [good, bad, Broken("nan")])
     first, *others = caught.value.populations
     same(first, alone["base"])
