@@ -3,6 +3,8 @@ Face checkpoint. Every shape is fixed and nothing is asked of the device, so tha
 
 Blocks are (2, heads, slots, head size): keys, then values, of one layer. Attention is `attend` in Triton, which reads
 each block that rows share once, or plain: it gathers all columns of the table and masks what lies beyond the position.
+Plain attention computes in float64, so that logits, float32, do not hang on how many rows there are: equal histories
+then have equal weights, and a group that gives each particle a row resamples as one that gives each history a row.
 """
 
 from __future__ import annotations
@@ -28,14 +30,15 @@ class PagedLlama:
         from transformers import AutoModelForCausalLM
 
         self.attends = attends
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval().to(device)
+        dtype = torch.float32 if attends else torch.float64
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval().to(device)
         self.config, self.net, self.block_size = model.config, model, block_size
         c = model.config
         self.head_size = c.hidden_size // c.num_attention_heads
         shape = (n_blocks, 2, c.num_key_value_heads, block_size, self.head_size)
-        self.caches = [torch.full(shape, math.nan, device=device) for _ in range(c.num_hidden_layers)]
+        self.caches = [torch.full(shape, math.nan, dtype=dtype, device=device) for _ in range(c.num_hidden_layers)]
         base = c.rope_parameters["rope_theta"]
-        self.frequency = base ** (-torch.arange(0, self.head_size, 2, device=device).float() / self.head_size)
+        self.frequency = base ** (-torch.arange(0, self.head_size, 2, device=device).to(dtype) / self.head_size)
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, (x.shape[-1],), weight, self.config.rms_norm_eps)
@@ -71,7 +74,7 @@ class PagedLlama:
             x = x + attention.o_proj(out.reshape(n, -1))
             x = x + layer.mlp(self._norm(x, layer.post_attention_layernorm.weight))
         hidden = self._norm(x, self.net.model.norm.weight)
-        return self.net.lm_head(hidden), hidden
+        return self.net.lm_head(hidden).float(), hidden.float()
 
     def prefill(self, prompt: list[int]) -> list[int]:
         """Puts all but the prompt's last token into the first blocks; their ids."""
