@@ -107,9 +107,9 @@ def thread_settings(
     """Returns the environment variables by which vLLM's workers get their threads; {} leaves it to vLLM and the user.
 
     vLLM binds rank r to the physical cores of memory node r and takes one core per rank off for its scheduler, which
-    has little to do when requests are groups. On two cores the model then has one: 534 against 872 tokens/s at N = 64
+    has little to do when requests are groups. On two cores the model then has one: 601 against 933 tokens/s at N = 64
     (bench/results/smc_cpu_one_core.json, smc_cpu.json). With both, scheduler and model get in each other's way, and
-    18 % of the double is lost: about what one core of five or six would bring. So up to `FEW_CORES` cores per rank all
+    22 % of the double is lost: about what one core of five or six would bring. So up to `FEW_CORES` cores per rank all
     go to the model, and on larger machines vLLM's choice stands. Moreover:
 
     - With fewer memory nodes than ranks vLLM refuses to start; the cores are then split evenly.
