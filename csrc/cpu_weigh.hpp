@@ -112,7 +112,8 @@ struct SumExp2 {
         magic(_mm512_set1_ps(kMagic - frame)),
         shifted_magic(_mm512_set1_ps(kMagic - frame + kRestShift)) {}
 
-  void add(Four x) {
+  // Inlined, or the sums would live in memory: left to itself GCC calls it where there are both ψ and a mask.
+  [[gnu::always_inline]] inline void add(Four x) {
     Four n, w;
     __m512i power[4];
     each([&](int i) { max[i] = _mm512_max_ps(x[i], max[i]); });  // of NaN and max: max, the second
