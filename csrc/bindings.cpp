@@ -34,29 +34,47 @@ cpu::Matrix matrix(const MatrixArgs& m) {
   return {at<void>(std::get<0>(m)), std::get<1>(m), std::get<2>(m), at<int64_t>(std::get<3>(m))};
 }
 
-// log_weights, uniforms, ancestors, counts, rank, ess, log_mean, resampled
-using ResampleArgs = std::array<Address, 8>;
+// for all groups: seed, group, step, stream; addresses or 0: seeds, groups, steps, offsets; groups
+using UniformArgs = std::tuple<uint64_t, uint32_t, uint32_t, uint32_t, Address, Address, Address, Address, int64_t>;
 
-Resampling resampling(const ResampleArgs& a, int64_t n, const std::string& scheme, double threshold) {
-  const auto name = std::find(std::begin(kSchemeNames), std::end(kSchemeNames), scheme);
-  if (name == std::end(kSchemeNames)) throw std::invalid_argument("unknown scheme " + scheme);
-  return {at<double>(a[0]), at<double>(a[1]), n, static_cast<Scheme>(name - kSchemeNames), threshold,
-          at<int64_t>(a[2]), at<int64_t>(a[3]), at<int64_t>(a[4]), at<double>(a[5]), at<double>(a[6]),
-          at<bool>(a[7])};
+UniformGroups uniform_groups(const UniformArgs& args) {
+  return std::apply(
+      [](uint64_t seed, uint32_t group, uint32_t step, uint32_t stream, Address seeds, Address groups, Address steps,
+         Address offsets, int64_t n_groups) {
+        return UniformGroups{{seed, group, step, stream}, at<int64_t>(seeds), at<int64_t>(groups), at<int64_t>(steps),
+                             at<int64_t>(offsets), n_groups};
+      },
+      args);
 }
 
-// table, row stride, columns; ancestors, rows; position, its address or 0; block size; genealogy, steps, step, its
-// address or 0
-using ReindexArgs = std::tuple<Address, int64_t, int64_t, Address, int64_t, int64_t, Address, int64_t, Address, int64_t,
-                               int64_t, Address>;
+// log_weights, uniforms, ancestors, counts, rank, ess, log_mean, resampled; thresholds, offsets, or 0
+using ResampleArgs = std::array<Address, 10>;
+// groups, particles in all of them, particles in the largest
+using ResampleSizes = std::array<int64_t, 3>;
+
+ResamplingGroups resampling(const ResampleArgs& a, const ResampleSizes& sizes, const std::string& scheme,
+                            double threshold) {
+  const auto name = std::find(std::begin(kSchemeNames), std::end(kSchemeNames), scheme);
+  if (name == std::end(kSchemeNames)) throw std::invalid_argument("unknown scheme " + scheme);
+  const Resampling first{at<double>(a[0]), at<double>(a[1]), sizes[2], static_cast<Scheme>(name - kSchemeNames),
+                         threshold, at<int64_t>(a[2]), at<int64_t>(a[3]), at<int64_t>(a[4]), at<double>(a[5]),
+                         at<double>(a[6]), at<bool>(a[7])};
+  return {first, sizes[0], sizes[1], at<int64_t>(a[9]), at<double>(a[8])};
+}
+
+// table, row stride, columns; ancestors, rows; position, its address or 0, address of one per row or 0; block size;
+// genealogy, steps, step, its address or 0
+using ReindexArgs = std::tuple<Address, int64_t, int64_t, Address, int64_t, int64_t, Address, Address, int64_t, Address,
+                               int64_t, int64_t, Address>;
 
 Reindexing reindexing(const ReindexArgs& args) {
   return std::apply(
       [](Address table, int64_t stride, int64_t columns, Address ancestors, int64_t n, int64_t position,
-         Address position_at, int64_t block_size, Address genealogy, int64_t steps, int64_t step, Address step_at) {
+         Address position_at, Address positions, int64_t block_size, Address genealogy, int64_t steps, int64_t step,
+         Address step_at) {
         return Reindexing{at<int32_t>(table), stride, columns, at<int64_t>(ancestors), n, position,
-                          at<int64_t>(position_at), block_size, at<int32_t>(genealogy), steps, step,
-                          at<int64_t>(step_at)};
+                          at<int64_t>(position_at), at<int32_t>(positions), block_size, at<int32_t>(genealogy), steps,
+                          step, at<int64_t>(step_at)};
       },
       args);
 }
@@ -70,10 +88,12 @@ std::vector<BlockCache> block_caches(const std::vector<CacheArgs>& args) {
   return caches;
 }
 
-using TableArgs = std::tuple<Address, int64_t, int64_t, int64_t>;  // address, row stride, rows, columns
+// address, row stride, rows, columns; address of lengths or 0, block size
+using TableArgs = std::tuple<Address, int64_t, int64_t, int64_t, Address, int64_t>;
 
-cpu::Table table_of(const TableArgs& t) {
-  return {at<int32_t>(std::get<0>(t)), std::get<1>(t), std::get<2>(t), std::get<3>(t)};
+Table table_of(const TableArgs& args) {
+  const auto& [table, stride, rows, columns, lengths, block_size] = args;
+  return {at<int32_t>(table), stride, rows, columns, at<int32_t>(lengths), block_size};
 }
 
 }  // namespace
@@ -81,42 +101,48 @@ cpu::Table table_of(const TableArgs& t) {
 PYBIND11_MODULE(_C, m) {
   m.attr("TILE") = kTile;
 
-  m.def("uniforms", [](Address out, int64_t n, uint64_t seed, uint32_t group, uint32_t step, uint32_t stream) {
+  m.def("uniforms", [](Address out, int64_t n, const UniformArgs& args) {
     py::gil_scoped_release release;
-    cpu::uniforms(at<double>(out), n, seed, group, step, stream);
+    cpu::uniforms(at<double>(out), n, uniform_groups(args));
   });
 
   m.def("weigh", [](const MatrixArgs& logits, const MatrixArgs& psi, const MatrixArgs& mask, int64_t n_rows,
-                    int64_t vocab, double temperature, Address lse, Address lse_psi, Address tile_mass,
-                    Address max_psi) {
+                    int64_t vocab, double temperature, Address temperatures, Address lse, Address lse_psi,
+                    Address tile_mass, Address max_psi) {
     py::gil_scoped_release release;
-    cpu::weigh(matrix(logits), matrix(psi), matrix(mask), n_rows, vocab, temperature, at<double>(lse),
-               at<double>(lse_psi), at<double>(tile_mass), at<float>(max_psi));
+    cpu::weigh(matrix(logits), matrix(psi), matrix(mask), n_rows, vocab, {temperature, at<double>(temperatures)},
+               at<double>(lse), at<double>(lse_psi), at<double>(tile_mass), at<float>(max_psi));
   });
 
   m.def("draw", [](const MatrixArgs& logits, const MatrixArgs& psi, const MatrixArgs& mask, int64_t vocab,
-                   double temperature, Address lse, Address tile_mass, Address rows, Address u, int64_t n_draws,
-                   Address tokens, Address log_prob, Address log_psi) {
+                   double temperature, Address temperatures, Address lse, Address tile_mass, Address rows, Address u,
+                   int64_t n_draws, Address tokens, Address log_prob, Address log_psi) {
     py::gil_scoped_release release;
-    cpu::draw(matrix(logits), matrix(psi), matrix(mask), vocab, temperature, at<double>(lse), at<double>(tile_mass),
-              at<int64_t>(rows), at<double>(u), n_draws, at<int64_t>(tokens), at<double>(log_prob),
-              at<double>(log_psi));
+    cpu::draw(matrix(logits), matrix(psi), matrix(mask), vocab, {temperature, at<double>(temperatures)},
+              at<double>(lse), at<double>(tile_mass), at<int64_t>(rows), at<double>(u), n_draws, at<int64_t>(tokens),
+              at<double>(log_prob), at<double>(log_psi));
   });
 
   m.def("bad_log_weight", [](Address lw, int64_t n) { return cpu::bad_log_weight(at<double>(lw), n); });
   m.def("bad_uniform", [](Address u, int64_t n) { return cpu::bad_uniform(at<double>(u), n); });
-
-  m.def("resample", [](const ResampleArgs& a, int64_t groups, int64_t n, const std::string& scheme,
-                       double threshold) {
-    const Resampling first = resampling(a, n, scheme, threshold);
-    py::gil_scoped_release release;
-    cpu::resample(first, groups);
+  m.def("bad_temperature", [](Address temperatures, Address logit_rows, int64_t n) {
+    return cpu::bad_temperature(at<double>(temperatures), at<int64_t>(logit_rows), n);
   });
-  m.def("emulate_resample", [](const ResampleArgs& a, int64_t groups, int64_t n, const std::string& scheme,
-                               double threshold, int threads, uint64_t seed) {
-    const Resampling first = resampling(a, n, scheme, threshold);
+  m.def("bad_offset", [](Address offsets, int64_t groups, int64_t n) {
+    return cpu::bad_offset(at<int64_t>(offsets), groups, n);
+  });
+
+  m.def("resample", [](const ResampleArgs& a, const ResampleSizes& sizes, const std::string& scheme,
+                       double threshold) {
+    const ResamplingGroups all = resampling(a, sizes, scheme, threshold);
     py::gil_scoped_release release;
-    cpu::emulate_resample(first, groups, threads, seed);
+    cpu::resample(all);
+  });
+  m.def("emulate_resample", [](const ResampleArgs& a, const ResampleSizes& sizes, const std::string& scheme,
+                               double threshold, int threads, uint64_t seed) {
+    const ResamplingGroups all = resampling(a, sizes, scheme, threshold);
+    py::gil_scoped_release release;
+    cpu::emulate_resample(all, threads, seed);
   });
 
   m.def("ssp", [](Address part, Address u, int64_t n, Address counts) {  // part: integer weights, overwritten
@@ -149,18 +175,17 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda_archs") = py::make_tuple(FASTSMC_CUDA_ARCHS);
 
   // Each launches one kernel (or a few) on `stream` of device `device` and waits for nothing.
-  m.def("cuda_uniforms", [](int device, Address stream, Address out, int64_t n, uint64_t seed, uint32_t group,
-                            int64_t step, Address step_at, uint32_t stream_id) {
+  m.def("cuda_uniforms", [](int device, Address stream, Address out, int64_t n, const UniformArgs& args) {
     py::gil_scoped_release release;
-    cuda::uniforms({device, at<void>(stream)}, at<double>(out), n, seed, group, step, at<int64_t>(step_at), stream_id);
+    cuda::uniforms({device, at<void>(stream)}, at<double>(out), n, uniform_groups(args));
   });
-  // Bytes of device memory that cuda_resample wants as `memory`.
+  // Bytes of device memory that cuda_resample wants as `memory` for groups of at most n particles.
   m.def("cuda_resample_memory", [](int device, int64_t n) { return cuda::resample_memory(device, n); });
-  m.def("cuda_resample", [](int device, Address stream, const ResampleArgs& a, int64_t groups, int64_t n,
+  m.def("cuda_resample", [](int device, Address stream, const ResampleArgs& a, const ResampleSizes& sizes,
                             const std::string& scheme, double threshold, Address memory) {
-    const Resampling first = resampling(a, n, scheme, threshold);
+    const ResamplingGroups all = resampling(a, sizes, scheme, threshold);
     py::gil_scoped_release release;
-    cuda::resample({device, at<void>(stream)}, first, groups, at<void>(memory));
+    cuda::resample({device, at<void>(stream)}, all, at<void>(memory));
   });
   m.def("cuda_reindex", [](int device, Address stream, const ReindexArgs& args, const std::vector<CacheArgs>& caches) {
     py::gil_scoped_release release;
@@ -177,6 +202,14 @@ PYBIND11_MODULE(_C, m) {
     std::vector<int32_t> flat;
     for (const Node& n : cpu::plan(table_of(table), at<int32_t>(order)))
       flat.insert(flat.end(), {n.row_begin, n.row_end, n.column_begin, n.column_end});
+    return py::array_t<int32_t>(static_cast<py::ssize_t>(flat.size()), flat.data());
+  });
+
+  // what each group would read alone: (nodes, columns) one after the other; offsets (G + 1,) of rows
+  m.def("count_reads", [](const TableArgs& table, Address order, Address offsets, int64_t n_groups) {
+    std::vector<int32_t> flat;
+    for (const Reads& r : count_reads(table_of(table), at<int32_t>(order), at<int32_t>(offsets), n_groups))
+      flat.insert(flat.end(), {static_cast<int32_t>(r.nodes), static_cast<int32_t>(r.columns)});
     return py::array_t<int32_t>(static_cast<py::ssize_t>(flat.size()), flat.data());
   });
 

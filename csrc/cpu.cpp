@@ -15,7 +15,6 @@
 
 #include "cpu_weigh.hpp"
 #include "fastsmc/draw.cuh"
-#include "fastsmc/philox.cuh"
 
 namespace fastsmc::cpu {
 
@@ -52,16 +51,19 @@ void dispatch(int logit_dtype, int psi_dtype, F f) {
   else throw std::invalid_argument("unknown dtype code " + std::to_string(logit_dtype));
 }
 
-void uniforms(double* out, int64_t n, uint64_t seed, uint32_t group, uint32_t step, uint32_t stream) {
-  for (int64_t i = 0; i < n; ++i) out[i] = uniform(seed, group, step, stream, static_cast<uint32_t>(i));
+void uniforms(double* out, int64_t n, const UniformGroups& of) {
+  for (int64_t g = 0; g < of.n_groups; ++g) {
+    const UniformKey key = of.key(g);
+    const int64_t begin = of.begin(g), end = of.offsets ? of.offsets[g + 1] : n;
+    for (int64_t i = begin; i < end; ++i) out[i] = uniform(key, static_cast<uint32_t>(i - begin));
+  }
 }
 
 // lse, lse_psi, max_psi: (n_rows,); tile_mass: (n_rows, n_tiles)
 void weigh(const Matrix& logits, const Matrix& psi, const Matrix& mask, int64_t n_rows, int64_t vocab,
-           double temperature, double* lse, double* lse_psi, double* tile_mass, float* max_psi) {
+           const Temperature& temperature, double* lse, double* lse_psi, double* tile_mass, float* max_psi) {
   if (psi.dtype == kNone && mask.dtype == kNone) lse_psi = lse;
   const int64_t n_tiles = (vocab + kTile - 1) / kTile;
-  const float scale = logit_scale(temperature);
   dispatch(logits.dtype, psi.dtype, [&](auto* logit, auto* twist) {
     using Logit = std::remove_pointer_t<decltype(logit)>;
     using Psi = std::remove_pointer_t<decltype(twist)>;
@@ -77,6 +79,7 @@ void weigh(const Matrix& logits, const Matrix& psi, const Matrix& mask, int64_t 
           std::fill_n(tile_mass + r * n_tiles, n_tiles, 0.0);
           continue;
         }
+        const float scale = temperature.scale(r);
         with_mask(mask, r, [&](auto* words) {
           weigh_row(TileWeigher(), row, row_of<Psi>(psi, r), words, vocab, scale, base_shifts.data(), base_mass.data(),
                     shifts.data(), lse + r, lse_psi + r, tile_mass + r * n_tiles, max_psi + r);
@@ -87,11 +90,10 @@ void weigh(const Matrix& logits, const Matrix& psi, const Matrix& mask, int64_t 
 }
 
 // Draw j: weighed row rows[j], uniform u[j]. tokens, log_prob, log_psi: (n_draws,).
-void draw(const Matrix& logits, const Matrix& psi, const Matrix& mask, int64_t vocab, double temperature,
+void draw(const Matrix& logits, const Matrix& psi, const Matrix& mask, int64_t vocab, const Temperature& temperature,
           const double* lse, const double* tile_mass, const int64_t* rows, const double* u, int64_t n_draws,
           int64_t* tokens, double* log_prob, double* log_psi) {
   const int64_t n_tiles = (vocab + kTile - 1) / kTile;
-  const float scale = logit_scale(temperature);
   dispatch(logits.dtype, psi.dtype, [&](auto* logit, auto* twist) {
     using Logit = std::remove_pointer_t<decltype(logit)>;
     using Psi = std::remove_pointer_t<decltype(twist)>;
@@ -100,6 +102,7 @@ void draw(const Matrix& logits, const Matrix& psi, const Matrix& mask, int64_t v
       const int64_t r = rows[j];
       const Logit* row = row_of<Logit>(logits, r);
       const Psi* twists = row_of<Psi>(psi, r);
+      const float scale = temperature.scale(r);
       const int64_t token = with_mask(mask, r, [&](auto* words) {
         return row ? draw_row(row, twists, words, vocab, scale, tile_mass + r * n_tiles, u[j]) : kNoToken;
       });
@@ -110,6 +113,23 @@ void draw(const Matrix& logits, const Matrix& psi, const Matrix& mask, int64_t v
       log_psi[j] = load(twists, token);
     }
   });
+}
+
+// First index of a row with logits whose temperature is not positive and finite, or too small for 1/T, else −1.
+int64_t bad_temperature(const double* temperature, const int64_t* logit_rows, int64_t n) {
+  for (int64_t r = 0; r < n; ++r) {
+    const double t = temperature[r];
+    const bool good = t > 0.0 && t < std::numeric_limits<double>::infinity() && 1.0 / t < 1e38;
+    if (!good && (!logit_rows || logit_rows[r] >= 0)) return r;
+  }
+  return -1;
+}
+
+// First index that does not ascend from 0 to n, else −1.
+int64_t bad_offset(const int64_t* offsets, int64_t groups, int64_t n) {
+  for (int64_t g = 0; g <= groups; ++g)
+    if (offsets[g] < (g > 0 ? offsets[g - 1] : 0) || offsets[g] > (g > 0 ? n : 0)) return g;
+  return offsets[groups] == n ? -1 : groups;
 }
 
 // First index that is NaN or +inf, else −1.
@@ -125,18 +145,19 @@ std::unique_ptr<u64[]> resample_memory(int64_t n) {  // not initialised: a small
 }
 }  // namespace
 
-void resample(const Resampling& first, int64_t groups) {
-#pragma omp parallel for schedule(static) if (groups > 1 && groups * first.n > kSerial)
-  for (int64_t g = 0; g < groups; ++g) {
+void resample(const ResamplingGroups& all) {
+#pragma omp parallel for schedule(static) if (all.groups > 1 && all.particles > kSerial)
+  for (int64_t g = 0; g < all.groups; ++g) {
     OneThread team;
-    fastsmc::resample(team, first.group(g), resample_memory(first.n).get());
+    const Resampling r = all.group(g);
+    fastsmc::resample(team, r, resample_memory(r.n).get());
   }
 }
 
-void emulate_resample(const Resampling& first, int64_t groups, int threads, uint64_t seed) {
+void emulate_resample(const ResamplingGroups& all, int threads, uint64_t seed) {
   ShuffledTeam team(threads, seed);
-  const auto memory = resample_memory(first.n);
-  for (int64_t g = 0; g < groups; ++g) fastsmc::resample(team, first.group(g), memory.get());
+  const auto memory = resample_memory(all.first.n);
+  for (int64_t g = 0; g < all.groups; ++g) fastsmc::resample(team, all.group(g), memory.get());
 }
 
 // (Σw)²/Σw² and log mean w, as resample() finds them.
@@ -165,13 +186,13 @@ int64_t not_in_place(const int64_t* ancestors, int64_t n) {
 }
 
 int64_t bad_tail(const Reindexing& r, const std::vector<BlockCache>& caches) {
-  const int64_t tail = r.tokens() / r.block_size;
-  if (r.tokens() % r.block_size == 0 || caches.empty()) return -1;
+  if (caches.empty()) return -1;
   int64_t n_blocks = std::numeric_limits<int64_t>::max();
   for (const BlockCache& cache : caches) n_blocks = std::min(n_blocks, cache.n_blocks);
   for (int64_t i = 0; i < r.n; ++i) {
     const int64_t a = r.ancestors[i];
-    if (a == i) continue;
+    const int64_t tail = r.tokens(a) / r.block_size;
+    if (a == i || r.tokens(a) % r.block_size == 0) continue;
     const int64_t from = r.table[a * r.stride + tail], to = r.table[i * r.stride + tail];
     if (from < 0 || from >= n_blocks || to < 0 || to >= n_blocks || from == to) return i;
   }
@@ -180,20 +201,22 @@ int64_t bad_tail(const Reindexing& r, const std::vector<BlockCache>& caches) {
 
 void reindex(const Reindexing& r, const std::vector<BlockCache>& caches) {
   if (int32_t* generation = r.generation()) std::copy(r.ancestors, r.ancestors + r.n, generation);
-  const int64_t tokens = r.tokens(), tail = tokens / r.block_size, slots = tokens % r.block_size;
-  if (tokens < 0 || tokens > r.columns * r.block_size) return;
-  std::vector<int64_t> moved;
-  for (int64_t i = 0; i < r.n; ++i)
-    if (r.ancestors[i] != i && in_place(r.ancestors, r.n, i)) moved.push_back(i);
-  for (const int64_t i : moved)
-    memcpy(r.table + i * r.stride, r.table + r.ancestors[i] * r.stride, sizeof(int32_t) * tail);
-  if (slots == 0) return;
+  std::vector<int64_t> moved;  // rows that take over a tail
+  for (int64_t i = 0; i < r.n; ++i) {
+    const int64_t a = r.ancestors[i];
+    if (a == i || !in_place(r.ancestors, r.n, i)) continue;
+    const int64_t tokens = r.tokens(a);
+    if (tokens < 0 || tokens > r.columns * r.block_size) continue;
+    memcpy(r.table + i * r.stride, r.table + a * r.stride, sizeof(int32_t) * (tokens / r.block_size));
+    if (tokens % r.block_size > 0) moved.push_back(i);
+  }
   const int64_t n_moved = moved.size(), n_caches = caches.size();
 #pragma omp parallel for collapse(2) schedule(static)
   for (int64_t c = 0; c < n_caches; ++c)
     for (int64_t m = 0; m < n_moved; ++m) {
       const BlockCache& cache = caches[c];
-      const int64_t from = r.table[r.ancestors[moved[m]] * r.stride + tail], to = r.table[moved[m] * r.stride + tail];
+      const int64_t a = r.ancestors[moved[m]], tail = r.tokens(a) / r.block_size, slots = r.tokens(a) % r.block_size;
+      const int64_t from = r.table[a * r.stride + tail], to = r.table[moved[m] * r.stride + tail];
       if (!cache.copies(from, to)) continue;
       const char* source = cache.base + from * cache.stride;
       char* target = cache.base + to * cache.stride;
@@ -212,7 +235,7 @@ void emulate_reindex(const Reindexing& r, const std::vector<BlockCache>& caches,
 }
 
 std::vector<Node> plan(const Table& table, int32_t* order) {
-  return plan_nodes(table.blocks, table.stride, table.n_rows, table.n_columns, order);
+  return plan_nodes(table, order);
 }
 
 // Elements of a task's queries: so many that packing a span of keys costs little beside multiplying it, so few that
@@ -231,7 +254,7 @@ void attend(const void* query, int64_t query_stride, void* out, int64_t out_stri
   const auto task = [&](auto math, auto* typed, int64_t head, int64_t run) {
     using T = std::remove_pointer_t<decltype(typed)>;
     attend_task<decltype(math)>(static_cast<const T*>(query), query_stride, static_cast<T*>(out), out_stride, kv,
-                                table.blocks, table.stride, length, order, nodes, n_nodes, table.n_rows * run / runs,
+                                table, length, order, nodes, n_nodes, table.n_rows * run / runs,
                                 table.n_rows * (run + 1) / runs, head, group, scale2);
   };
 #pragma omp parallel for collapse(2) schedule(dynamic, 1)

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "fastsmc/attend.cuh"
+#include "fastsmc/philox.cuh"
 #include "fastsmc/reindex.cuh"
 #include "fastsmc/resample.cuh"
 #include "fastsmc/weigh.cuh"
@@ -23,21 +24,29 @@ struct Matrix {
   const int64_t* rows;
 };
 
-void uniforms(double* out, int64_t n, uint64_t seed, uint32_t group, uint32_t step, uint32_t stream);
+// Temperatures of output rows: rows[r], or one for all where that is null.
+struct Temperature {
+  double all;
+  const double* rows;
+  float scale(int64_t r) const { return logit_scale(rows ? rows[r] : all); }
+};
+
+void uniforms(double* out, int64_t n, const UniformGroups& of);
 
 // Without psi and mask lse_psi would equal lse, and is not written.
 void weigh(const Matrix& logits, const Matrix& psi, const Matrix& mask, int64_t n_rows, int64_t vocab,
-           double temperature, double* lse, double* lse_psi, double* tile_mass, float* max_psi);
+           const Temperature& temperature, double* lse, double* lse_psi, double* tile_mass, float* max_psi);
 
-void draw(const Matrix& logits, const Matrix& psi, const Matrix& mask, int64_t vocab, double temperature,
+void draw(const Matrix& logits, const Matrix& psi, const Matrix& mask, int64_t vocab, const Temperature& temperature,
           const double* lse, const double* tile_mass, const int64_t* rows, const double* u, int64_t n_draws,
           int64_t* tokens, double* log_prob, double* log_psi);
 
 int64_t bad_log_weight(const double* log_weights, int64_t n);
 int64_t bad_uniform(const double* u, int64_t n);
+int64_t bad_temperature(const double* temperature, const int64_t* logit_rows, int64_t n);
+int64_t bad_offset(const int64_t* offsets, int64_t groups, int64_t n);
 
-// `groups` groups, of which `first` is the first.
-void resample(const Resampling& first, int64_t groups);
+void resample(const ResamplingGroups& all);
 
 void ess_log_mean(const double* log_weights, int64_t n, double* ess, double* log_mean);
 
@@ -49,19 +58,14 @@ int64_t bad_tail(const Reindexing& r, const std::vector<BlockCache>& caches);
 void reindex(const Reindexing& r, const std::vector<BlockCache>& caches);
 
 // For tests: run what the device runs, thread by thread, in an order drawn from `seed`.
-void emulate_resample(const Resampling& first, int64_t groups, int threads, uint64_t seed);
+void emulate_resample(const ResamplingGroups& all, int threads, uint64_t seed);
 void emulate_reindex(const Reindexing& r, const std::vector<BlockCache>& caches, int parts, int threads,
                      uint64_t seed);
 
-// A table (R, C) that `attend` reads, and its plan.
-struct Table {
-  const int32_t* blocks;
-  int64_t stride, n_rows, n_columns;
-};
-
 std::vector<Node> plan(const Table& table, int32_t* order);
 
-// query, out: (R, n_heads, D), rows `query_stride` and `out_stride` elements apart; all of one dtype, as the caches
+// query, out: (R, n_heads, D), rows `query_stride` and `out_stride` elements apart; all of one dtype, as the caches.
+// length: of each row, where the table has no lengths
 void attend(const void* query, int64_t query_stride, void* out, int64_t out_stride, int dtype, int64_t n_heads,
             int64_t n_key_heads, const PagedKV& kv, const Table& table, int64_t length, const int32_t* order,
             const Node* nodes, int64_t n_nodes, double scale);

@@ -40,21 +40,19 @@ void launch(const char* name, Kernel kernel, dim3 grid, int threads, size_t shar
 }  // namespace
 
 // -- uniforms ---------------------------------------------------------------------------------------------------------
-__global__ void uniforms_kernel(double* out, int64_t n, uint64_t seed, uint32_t group, int64_t step,
-                                const int64_t* step_at, uint32_t stream) {
+__global__ void uniforms_kernel(double* out, int64_t n, UniformGroups of) {
   const int64_t i = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
   if (i >= n) return;
-  const uint32_t t = static_cast<uint32_t>(step_at ? *step_at : step);
-  out[i] = uniform(seed, group, t, stream, static_cast<uint32_t>(i));
+  const int64_t g = of.group_at(i);
+  out[i] = uniform(of.key(g), static_cast<uint32_t>(i - of.begin(g)));
 }
 
-void uniforms(Place place, double* out, int64_t n, uint64_t seed, uint32_t group, int64_t step, const int64_t* step_at,
-              uint32_t stream) {
+void uniforms(Place place, double* out, int64_t n, const UniformGroups& of) {
   constexpr int kThreads = 128;
   use(place.device);
-  if (n == 0) return;
+  if (n == 0 || of.n_groups == 0) return;
   launch("uniforms", uniforms_kernel, dim3(static_cast<unsigned>((n + kThreads - 1) / kThreads)), kThreads, 0, place,
-         out, n, seed, group, step, step_at, stream);
+         out, n, of);
 }
 
 // -- resample ---------------------------------------------------------------------------------------------------------
@@ -63,16 +61,16 @@ constexpr int64_t kMostInBlock = 16384;  // a group of more particles takes the 
 constexpr int kBlockThreads = 512, kGridThreads = 256;
 
 // One block per group.
-__global__ void __launch_bounds__(kBlockThreads, 1) resample_block_kernel(Resampling first) {
+__global__ void __launch_bounds__(kBlockThreads, 1) resample_block_kernel(ResamplingGroups all) {
   extern __shared__ u64 memory[];
   BlockTeam team;
-  resample(team, first.group(blockIdx.x), memory);
+  resample(team, all.group(blockIdx.x), memory);
 }
 
 // All blocks of a cooperative launch, one group after the other.
-__global__ void __launch_bounds__(kGridThreads, 1) resample_grid_kernel(Resampling first, int64_t groups, u64* memory) {
+__global__ void __launch_bounds__(kGridThreads, 1) resample_grid_kernel(ResamplingGroups all, u64* memory) {
   GridTeam team;
-  for (int64_t g = 0; g < groups; ++g) resample(team, first.group(g), memory);
+  for (int64_t g = 0; g < all.groups; ++g) resample(team, all.group(g), memory);
 }
 
 namespace {
@@ -86,18 +84,19 @@ bool fits_block(int device, int64_t n) {
 
 size_t resample_memory(int device, int64_t n) { return fits_block(device, n) ? 0 : resample_bytes(n); }
 
-void resample(Place place, const Resampling& first, int64_t groups, void* memory) {
+void resample(Place place, const ResamplingGroups& all, void* memory) {
   use(place.device);
-  const int lanes = Lanes(first.n).count;
-  if (fits_block(place.device, first.n)) {
+  const int64_t n = all.first.n;
+  const int lanes = all.offsets ? Lanes::most(n) : Lanes(n).count;
+  if (fits_block(place.device, n)) {
     // the same for every group size: other threads may be launching, too
     const int most = std::min(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, place.device),
                               static_cast<int>(resample_bytes(kMostInBlock)));
     check(cudaFuncSetAttribute(reinterpret_cast<const void*>(resample_block_kernel),
                                cudaFuncAttributeMaxDynamicSharedMemorySize, most),
           "resample: shared memory");
-    launch("resample", resample_block_kernel, dim3(static_cast<unsigned>(groups)),
-           std::min(kBlockThreads, (lanes + 31) / 32 * 32), resample_bytes(first.n), place, first);
+    launch("resample", resample_block_kernel, dim3(static_cast<unsigned>(all.groups)),
+           std::min(kBlockThreads, (lanes + 31) / 32 * 32), resample_bytes(n), place, all);
     return;
   }
   int per_processor;
@@ -105,8 +104,8 @@ void resample(Place place, const Resampling& first, int64_t groups, void* memory
         "resample: occupancy");
   const int blocks = std::min(per_processor * attribute(cudaDevAttrMultiProcessorCount, place.device),
                               (lanes + kGridThreads - 1) / kGridThreads);
-  Resampling group = first;
-  void* pointers[] = {&group, &groups, &memory};
+  ResamplingGroups parameters = all;
+  void* pointers[] = {&parameters, &memory};
   check(cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(resample_grid_kernel), dim3(blocks),
                                     dim3(kGridThreads), pointers, 0, static_cast<cudaStream_t>(place.stream)),
         "resample");

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "fastsmc/philox.cuh"
 #include "fastsmc/reindex.cuh"
 #include "fastsmc/resample.cuh"
 
@@ -16,14 +17,13 @@ struct Place {
   void* stream;  // cudaStream_t
 };
 
-// out: (n,). step is read from step_at, if that is not null, when the kernel runs.
-void uniforms(Place place, double* out, int64_t n, uint64_t seed, uint32_t group, int64_t step, const int64_t* step_at,
-              uint32_t stream);
+// out: (n,). What `of` has addresses of is read when the kernel runs.
+void uniforms(Place place, double* out, int64_t n, const UniformGroups& of);
 
-// Bytes of device memory that resample() needs; 0 where shared memory is enough.
+// Bytes of device memory that resample() needs for groups of at most n particles; 0 where shared memory is enough.
 size_t resample_memory(int device, int64_t n);
 
-void resample(Place place, const Resampling& first, int64_t groups, void* memory);
+void resample(Place place, const ResamplingGroups& all, void* memory);
 
 void reindex(Place place, const Reindexing& r, const std::vector<BlockCache>& caches);
 

@@ -13,14 +13,19 @@ from numpy.typing import NDArray
 Address: TypeAlias = int
 #: address, row stride in elements, dtype code, address of the row index
 MatrixArgs: TypeAlias = tuple[Address, int, int, Address]
-#: eight addresses: log_weights, uniforms, ancestors, counts, rank, ess, log_mean, resampled
+#: for all groups: seed, group, step, stream; addresses: seeds, groups, steps, offsets; groups
+UniformArgs: TypeAlias = tuple[int, int, int, int, Address, Address, Address, Address, int]
+#: ten addresses: log_weights, uniforms, ancestors, counts, rank, ess, log_mean, resampled, thresholds, offsets
 ResampleArgs: TypeAlias = Sequence[Address]
-#: table, row stride, columns; ancestors, rows; position, its address; block size; genealogy, steps, step, its address
-ReindexArgs: TypeAlias = tuple[Address, int, int, Address, int, int, Address, int, Address, int, int, Address]
+#: groups, particles in all of them, particles in the largest
+ResampleSizes: TypeAlias = Sequence[int]
+#: table, row stride, columns; ancestors, rows; position, its address, that of one per row; block size; genealogy,
+#: steps, step, its address
+ReindexArgs: TypeAlias = tuple[Address, int, int, Address, int, int, Address, Address, int, Address, int, int, Address]
 #: address, block stride in bytes, blocks, pieces, bytes per piece, bytes per slot
 CacheArgs: TypeAlias = tuple[Address, int, int, int, int, int]
-#: address, row stride, rows, columns
-TableArgs: TypeAlias = tuple[Address, int, int, int]
+#: address, row stride, rows, columns; address of lengths, block size
+TableArgs: TypeAlias = tuple[Address, int, int, int, Address, int]
 #: key and value address, block and head stride in elements, block size, head dimension, layout code
 KVArgs: TypeAlias = tuple[Address, Address, int, int, int, int, int]
 
@@ -31,7 +36,7 @@ BF16_MATH: str
 #: compute capabilities that CUDA code was compiled for; empty without the CUDA backend
 cuda_archs: tuple[int, ...]
 
-def uniforms(out: Address, n: int, seed: int, group: int, step: int, stream: int, /) -> None: ...
+def uniforms(out: Address, n: int, args: UniformArgs, /) -> None: ...
 def weigh(
     logits: MatrixArgs,
     psi: MatrixArgs,
@@ -39,6 +44,7 @@ def weigh(
     n_rows: int,
     vocab: int,
     temperature: float,
+    temperatures: Address,
     lse: Address,
     lse_psi: Address,
     tile_mass: Address,
@@ -51,6 +57,7 @@ def draw(
     mask: MatrixArgs,
     vocab: int,
     temperature: float,
+    temperatures: Address,
     lse: Address,
     tile_mass: Address,
     rows: Address,
@@ -65,15 +72,20 @@ def draw(
 # index of the first value that is not allowed, −1 if there is none
 def bad_log_weight(log_weights: Address, n: int, /) -> int: ...
 def bad_uniform(u: Address, n: int, /) -> int: ...
+def bad_temperature(temperatures: Address, logit_rows: Address, n: int, /) -> int: ...
+def bad_offset(offsets: Address, groups: int, n: int, /) -> int: ...
 def not_in_place(ancestors: Address, n: int, /) -> int: ...
 def bad_tail(args: ReindexArgs, caches: Sequence[CacheArgs], /) -> int: ...
-def resample(args: ResampleArgs, groups: int, n: int, scheme: str, threshold: float, /) -> None: ...
+def resample(args: ResampleArgs, sizes: ResampleSizes, scheme: str, threshold: float, /) -> None: ...
 def ssp(part: Address, u: Address, n: int, counts: Address, /) -> None: ...
 def ess_log_mean(log_weights: Address, n: int, /) -> tuple[float, float]: ...
 def reindex(args: ReindexArgs, caches: Sequence[CacheArgs], /) -> None: ...
 
 # rows of (row_begin, row_end, column_begin, column_end), flattened
 def plan(table: TableArgs, order: Address, /) -> NDArray[np.int32]: ...
+
+# (nodes, columns) of each group alone, flattened
+def count_reads(table: TableArgs, order: Address, offsets: Address, n_groups: int, /) -> NDArray[np.int32]: ...
 def attend(
     query: Address,
     query_stride: int,
@@ -94,30 +106,18 @@ def attend(
 
 # for tests: what a device runs, thread by thread on the host
 def emulate_resample(
-    args: ResampleArgs, groups: int, n: int, scheme: str, threshold: float, threads: int, seed: int, /
+    args: ResampleArgs, sizes: ResampleSizes, scheme: str, threshold: float, threads: int, seed: int, /
 ) -> None: ...
 def emulate_reindex(args: ReindexArgs, caches: Sequence[CacheArgs], parts: int, threads: int, seed: int, /) -> None: ...
 
 # The following are there only where `cuda_archs` is not empty. `stream` is the address of a CUDA stream.
-def cuda_uniforms(
-    device: int,
-    stream: Address,
-    out: Address,
-    n: int,
-    seed: int,
-    group: int,
-    step: int,
-    step_at: Address,
-    stream_id: int,
-    /,
-) -> None: ...
+def cuda_uniforms(device: int, stream: Address, out: Address, n: int, args: UniformArgs, /) -> None: ...
 def cuda_resample_memory(device: int, n: int, /) -> int: ...
 def cuda_resample(
     device: int,
     stream: Address,
     args: ResampleArgs,
-    groups: int,
-    n: int,
+    sizes: ResampleSizes,
     scheme: str,
     threshold: float,
     memory: Address,

@@ -33,8 +33,13 @@ def philox4x32_10(counter: Sequence[int], key: Sequence[int]) -> list[int]:
     return c
 
 
-def uniforms(n: int, *, seed: int, group: int, step: int, stream: int) -> Array:
+def uniforms(n: int, *, seed, group, step, stream: int, offsets=None) -> Array:
     """Makes (n,) float64 in [0, 1) from 53 bits of the first two words at counter (particle, step, group, stream)."""
+    if offsets is not None:
+        keys = zip(np.diff(offsets).tolist(), *(np.asarray(x).tolist() for x in (seed, group, step)), strict=True)
+        return np.concatenate(
+            [np.zeros(0), *(uniforms(m, seed=s % 2**64, group=g, step=t, stream=stream) for m, s, g, t in keys)]
+        )
     words = (philox4x32_10((j, step, group, stream), (seed & 0xFFFFFFFF, seed >> 32)) for j in range(n))
     return np.array([((w[0] << 21) | (w[1] >> 11)) * 2.0**-53 for w in words])
 
@@ -52,12 +57,13 @@ def _scores(logits, log_psi, logit_rows, psi_rows, mask, mask_rows, temperature)
 
     An output row that has no row of logits has z = x = −inf.
     """
-    logits = np.asarray(logits, np.float64) / temperature
+    logits = np.asarray(logits, np.float64)
     rows = np.arange(len(logits)) if logit_rows is None else logit_rows
+    temperature = np.broadcast_to(temperature, len(rows))
     z, x = np.full((2, len(rows), logits.shape[1]), -np.inf)
     twist = np.zeros_like(z)
     for r in np.flatnonzero(np.asarray(rows) >= 0):
-        z[r] = logits[rows[r]]
+        z[r] = logits[rows[r]] / temperature[r]
         if log_psi is not None:
             twist[r] = log_psi[r if psi_rows is None else psi_rows[r]]
         at = r if mask_rows is None else mask_rows[r]
@@ -118,9 +124,9 @@ class Resampled(NamedTuple):
     ancestors: Array
     counts: Array
     rank: Array
-    ess: float
-    log_mean: float
-    resampled: bool
+    ess: float | Array
+    log_mean: float | Array
+    resampled: bool | Array
 
 
 def _scale_uniform(u: float, total: int) -> int:
@@ -192,8 +198,10 @@ SCHEMES: dict[str, Callable[[list[int], Sequence[float]], list[int]]] = {
 }
 
 
-def resample(log_weights, uniforms, *, scheme="systematic", threshold=None) -> Resampled:
-    """One group. Weights with NaN, +inf or no mass give no offspring, whatever the threshold."""
+def resample(log_weights, uniforms, *, scheme="systematic", threshold=None, offsets=None) -> Resampled:
+    """One group, with offsets several. Weights with NaN, +inf or no mass give no offspring, whatever the threshold."""
+    if offsets is not None:
+        return _resample_groups(log_weights, uniforms, scheme, threshold, offsets)
     log_weights = np.asarray(log_weights, np.float64)
     n = len(log_weights)
     ess, log_mean = ess_log_mean(log_weights)
@@ -213,9 +221,22 @@ def resample(log_weights, uniforms, *, scheme="systematic", threshold=None) -> R
     return Resampled(ancestors, np.array(counts), np.array(rank), ess, log_mean, True)
 
 
+def _resample_groups(log_weights, uniforms, scheme, threshold, offsets) -> Resampled:
+    """One group after the other; their ancestors are flat positions."""
+    ancestors, counts, rank = np.zeros((3, len(log_weights)), np.int64)
+    ess, log_mean = np.zeros((2, len(offsets) - 1))
+    resampled = np.zeros(len(ess), bool)
+    for g, threshold_g in enumerate(np.broadcast_to(1.0 if threshold is None else threshold, len(ess))):
+        at = slice(offsets[g], offsets[g + 1])
+        group = resample(log_weights[at], uniforms[at], scheme=scheme, threshold=threshold_g)
+        ancestors[at], counts[at], rank[at] = offsets[g] + group.ancestors, group.counts, group.rank
+        ess[g], log_mean[g], resampled[g] = group[3:]
+    return Resampled(ancestors, counts, rank, ess, log_mean, resampled)
+
+
 def ess_log_mean(log_weights) -> tuple[float, float]:
     log_weights = np.asarray(log_weights, np.float64)
-    top = log_weights.max()
+    top = log_weights.max(initial=-math.inf)
     if top == -math.inf:
         return 0.0, -math.inf
     if not top < math.inf:
@@ -226,13 +247,14 @@ def ess_log_mean(log_weights) -> tuple[float, float]:
 
 # -- reindex -----------------------------------------------------------------------------------------------------------
 def reindex(table, ancestors, *, position, block_size, caches, slot_dim=None, genealogy=None, step=None) -> None:
-    """Rewrites table, caches and genealogy in place."""
+    """Rewrites table, caches and genealogy in place; position is one number, or (N,)."""
     if genealogy is not None:
         genealogy[step] = ancestors
-    tail, used = divmod(position, block_size)
+    positions = np.broadcast_to(position, len(table))
     for i, a in enumerate(ancestors):
         if a == i:
             continue
+        tail, used = divmod(int(positions[a]), block_size)
         table[i, :tail] = table[a, :tail]
         if used == 0:
             continue
@@ -245,14 +267,19 @@ def reindex(table, ancestors, *, position, block_size, caches, slot_dim=None, ge
 
 # -- attend ------------------------------------------------------------------------------------------------------------
 def attend(query, key_cache, value_cache, table, length, *, scale) -> Array:
-    """Attends (R, Hq, D) from query (R, Hq, D) over caches (n_blocks, Hk, B, D) and table (R, C), row by row."""
+    """Attends (R, Hq, D) from query (R, Hq, D) over caches (n_blocks, Hk, B, D) and table (R, C), row by row.
+
+    length is one number, or (R,).
+    """
     query, table = np.asarray(query, np.float64), np.asarray(table)
     n_rows, n_heads, dim = query.shape
-    n_key_heads = key_cache.shape[1]
+    n_key_heads, block_size = key_cache.shape[1:3]
+    lengths = np.broadcast_to(length, n_rows)
     out = np.empty_like(query)
     for r in range(n_rows):
+        blocks = table[r, : -(-lengths[r] // block_size)]
         keys, values = (  # (Hk, length, D)
-            np.asarray(cache, np.float64)[table[r]].transpose(1, 0, 2, 3).reshape(n_key_heads, -1, dim)[:, :length]
+            np.asarray(cache[blocks], np.float64).transpose(1, 0, 2, 3).reshape(n_key_heads, -1, dim)[:, : lengths[r]]
             for cache in (key_cache, value_cache)
         )
         for h in range(n_heads):

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 import triton
 import triton.language as tl
-from fastsmc.kernels.launch import config, logit_scale, on_device
-from fastsmc.kernels.weigh import LOG2, TILE, exp2_below, max_of, row_arguments, row_of, tile_scores
+from fastsmc.kernels.launch import config, on_device, temperature_arguments
+from fastsmc.kernels.weigh import LOG2, TILE, exp2_below, max_of, row_arguments, row_of, scale_of, tile_scores
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -38,10 +38,11 @@ def invert_cdf(mass, index, u, SIZE: tl.constexpr):
     return k, tl.minimum(tl.maximum(fraction, 0.0), 1.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["temperatures", "n_temperatures"])
 def draw_one(
     logits, logit_stride, logit_rows, psi, psi_stride, psi_rows, mask, mask_stride, mask_rows,
-    vocab, n_tiles, scale, lse, tile_mass, rows, uniforms, tokens, log_prob, log_psi, BLOCK: tl.constexpr,
+    vocab, n_tiles, scale, temperatures, n_temperatures, lse, tile_mass, rows, uniforms, tokens, log_prob, log_psi,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     j = tl.program_id(0).to(tl.int64)
     r = tl.load(rows + j)
@@ -61,6 +62,7 @@ def draw_one(
         if mask_rows is not None:
             masked = tl.where(tl.load(mask_rows + r) < 0, 0, vocab)
         mask = row_of(mask, mask_stride, mask_rows, r)
+    scale = scale_of(scale, temperatures, n_temperatures, r)
     _, x = tile_scores(logits, psi, mask, masked, tile, vocab, scale, True, False, False)
     mass = tl.reshape(exp2_below(x, max_of(x)).to(tl.float64), (TILE,))
     offset, u = invert_cdf(mass, tl.arange(0, TILE), u, TILE)
@@ -75,7 +77,14 @@ def draw_one(
 
 
 def draw(
-    m: Matrices, lse: Tensor, tile_mass: Tensor, rows: Tensor, uniforms: Tensor, temperature: float, tile: int
+    m: Matrices,
+    lse: Tensor,
+    tile_mass: Tensor,
+    rows: Tensor,
+    uniforms: Tensor,
+    temperature: float,
+    temperatures: Tensor | None,
+    tile: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Draws (tokens, log_prob, log_psi), as in fastsmc.ops.Drawn."""
     assert tile == TILE.value
@@ -86,8 +95,9 @@ def draw(
         return tokens, log_prob, log_psi
     with on_device(device):
         draw_one[(n,)](
-            *row_arguments(m), m.logits.shape[1], tile_mass.shape[1], logit_scale(temperature), lse, tile_mass, rows,
-            uniforms, tokens, log_prob, log_psi,
+            *row_arguments(m), m.logits.shape[1], tile_mass.shape[1],
+            *temperature_arguments(temperature, temperatures, lse), lse, tile_mass, rows, uniforms, tokens, log_prob,
+            log_psi,
             BLOCK=triton.next_power_of_2(tile_mass.shape[1]), enable_fp_fusion=False, **config("draw", m),
         )  # fmt: skip
     return tokens, log_prob, log_psi

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from fastsmc.ops._tensors import Matrices
 
 CONFIGS = Path(__file__).parent / "configs.json"
@@ -43,12 +45,17 @@ def config(op: str, m: Matrices) -> dict[str, int]:
     return tuned.get(data_types(m)) or _configs()["default"][op]["*"]
 
 
-def logit_scale(temperature: float) -> float:
-    """Computes what logit_scale in weigh.cuh does, 1/T in units of log 2, rounded to float32.
+def temperature_arguments(
+    temperature: float, temperatures: Tensor | None, float64: Tensor
+) -> tuple[float, Tensor, int]:
+    """Gives the temperatures as kernels take them: (scale of all rows, vector, its length or 0).
 
-    Kernels take it as float32, and draw uses that very number in float64 too.
+    The scale is what logit_scale in weigh.cuh makes of `temperature`, 1/T in units of log 2, rounded to float32.
+    Kernels take it as float32, and draw uses that very number in float64 too. Where no vector is, any tensor of its
+    data type stands for it.
     """
-    return struct.unpack("f", struct.pack("f", 1.4426950408889634 / temperature))[0]
+    scale = struct.unpack("f", struct.pack("f", 1.4426950408889634 / temperature))[0]
+    return (scale, float64, 0) if temperatures is None else (scale, temperatures, temperatures.shape[0])
 
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[None]:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 import triton
 import triton.language as tl
-from fastsmc.kernels.launch import config, logit_scale, on_device
+from fastsmc.kernels.launch import config, on_device, temperature_arguments
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -44,6 +44,24 @@ def row_of(matrix, stride, rows, r):
     else:
         index = tl.load(rows + r)
     return matrix + index * stride
+
+
+@triton.jit
+def scale_of(scale, temperatures, n_temperatures, r):
+    """Computes what logit_scale in weigh.cuh does for output row r; without temperatures it is `scale`, for all.
+
+    One kernel serves both, since each variant must be compiled: where there are none, nothing is loaded. A division in
+    float64 would be a call, whose registers cost resident warps; so the quotient is made as such a call makes it, from
+    a reciprocal in float32, by two of Newton's steps, and then by what is left of LOG2E.
+    """
+    t = tl.load(temperatures + r, mask=r < n_temperatures, other=1.0)
+    one, log2e = tl.full((), 1.0, tl.float64), tl.full((), 1.4426950408889634, tl.float64)
+    inverse = (1.0 / t.to(tl.float32)).to(tl.float64)
+    inverse = tl.fma(inverse, tl.fma(-t, inverse, one), inverse)
+    inverse = tl.fma(inverse, tl.fma(-t, inverse, one), inverse)
+    quotient = log2e * inverse
+    quotient = tl.fma(tl.fma(-t, quotient, log2e), inverse, quotient)
+    return tl.where(n_temperatures > 0, quotient.to(tl.float32), scale)
 
 
 @triton.jit
@@ -107,10 +125,10 @@ def scan_tile(
         tl.store(base_sums + at, tl.sum(exp2_below(z, top)))
 
 
-@triton.jit(do_not_specialize=["tiles"])
+@triton.jit(do_not_specialize=["tiles", "temperatures", "n_temperatures"])
 def scan(
     logits, logit_stride, logit_rows, psi, psi_stride, psi_rows, mask, mask_stride, mask_rows,
-    vocab, n_tiles, tiles, scale, maxima, sums, base_maxima, base_sums,
+    vocab, n_tiles, tiles, scale, temperatures, n_temperatures, maxima, sums, base_maxima, base_sums,
     LOGITS_ONCE: tl.constexpr, PSI_ONCE: tl.constexpr,
 ):  # fmt: skip
     parts = tl.cdiv(n_tiles, tiles)
@@ -119,6 +137,7 @@ def scan(
     if logit_rows is not None:
         if tl.load(logit_rows + r) < 0:
             return
+    scale = scale_of(scale, temperatures, n_temperatures, r)
     logits = row_of(logits, logit_stride, logit_rows, r)
     if psi is not None:
         psi = row_of(psi, psi_stride, psi_rows, r)
@@ -189,7 +208,9 @@ def row_arguments(m: Matrices) -> tuple[Tensor | int | None, ...]:
     )  # fmt: skip
 
 
-def weigh(m: Matrices, temperature: float, tile: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def weigh(
+    m: Matrices, temperature: float, temperatures: Tensor | None, tile: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Computes (lse, lse_psi, tile_mass, max_psi) of fastsmc.ops.Weighed; lse_psi is empty where it would equal lse.
 
     The first call for a new set of data types compiles, and for each of LOGITS_ONCE and PSI_ONCE, so it must come
@@ -210,7 +231,7 @@ def weigh(m: Matrices, temperature: float, tile: int) -> tuple[Tensor, Tensor, T
     partials = [*partials, None, None][:4]
     with on_device(device):
         scan[(n * -(-n_tiles // tiles),)](
-            *row_arguments(m), vocab, n_tiles, tiles, logit_scale(temperature), *partials,
+            *row_arguments(m), vocab, n_tiles, tiles, *temperature_arguments(temperature, temperatures, lse), *partials,
             LOGITS_ONCE=read_once(m.logits, n), PSI_ONCE=read_once(m.log_psi, n),
             num_warps=chosen["num_warps"], enable_fp_fusion=False,
         )  # fmt: skip

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastsmc import _C
+from fastsmc.values import check_choice
 
 if TYPE_CHECKING:
     from fastsmc._C import MatrixArgs
@@ -118,12 +119,7 @@ def split_scalar(name: str, value: int | Tensor, device: torch.device) -> tuple[
     return int(value) if values_are_checked(device) else 0, value
 
 
-def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}={value!r}: must be one of {', '.join(map(repr, choices))}")
-
-
-def check_vector(name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device, n: int | None = None) -> Tensor:
+def check_vector(name: str, tensor: object, dtype: torch.dtype, device: torch.device, n: int | None = None) -> Tensor:
     """Returns `tensor`, made contiguous, if it is a vector of `dtype` on `device`, of length `n` where that is given.
 
     Raises:
@@ -141,7 +137,7 @@ def check_vector(name: str, tensor: Tensor, dtype: torch.dtype, device: torch.de
 
 def check_index(
     name: str,
-    tensor: Tensor,
+    tensor: object,
     high: int,
     device: torch.device,
     n: int | None = None,
@@ -150,17 +146,16 @@ def check_index(
     where: Tensor | None = None,
 ) -> Tensor:
     """Returns an int64 vector if its values lie in [low, high): all, or those that the bool vector `where` marks."""
-    tensor = check_vector(name, tensor, torch.int64, device, n)
-    checked = tensor
+    checked = index = check_vector(name, tensor, torch.int64, device, n)
     if values_are_checked(device) and where is not None:
-        checked = tensor[where]
+        checked = index[where]
     if values_are_checked(device) and checked.numel():
         least, most = torch.aminmax(checked)
         if least < low or most >= high:
             value = int(least) if least < low else int(most)
-            at = tensor == value if where is None else (tensor == value) & where
+            at = index == value if where is None else (index == value) & where
             raise ValueError(f"{name}[{int(at.int().argmax())}]={value}: must be in [{low}, {high})")
-    return tensor
+    return index
 
 
 def check_uniforms(uniforms: Tensor, device: torch.device, n: int) -> Tensor:
@@ -171,10 +166,33 @@ def check_uniforms(uniforms: Tensor, device: torch.device, n: int) -> Tensor:
     return uniforms
 
 
-def check_temperature(temperature: float) -> float:
-    if not (temperature > 0 and math.isfinite(temperature) and 1 / temperature < 1e38):
-        raise ValueError(f"temperature={temperature!r}: must be positive and finite, as must 1/temperature in float32")
-    return float(temperature)
+def check_offsets(offsets: Tensor, n: int, device: torch.device) -> Tensor:
+    """Returns where the groups of n particles laid flat begin, (G + 1,) int64, if that ascends from 0 to n."""
+    offsets = check_vector("offsets", offsets, torch.int64, device)
+    if offsets.shape[0] == 0:
+        raise ValueError("offsets: is empty, must have one element more than there are groups")
+    if values_are_checked(device) and (bad := _C.bad_offset(offsets.data_ptr(), offsets.shape[0] - 1, n)) >= 0:
+        raise ValueError(f"offsets[{bad}]={offsets[bad].item()}: must ascend from 0 to {n}")
+    return offsets
+
+
+def split_temperature(temperature: float | Tensor, m: Matrices) -> tuple[float, Tensor | None]:
+    """Splits a temperature into (the same for all rows, a vector of one per output row or None).
+
+    Where there is a vector the first is 1. Temperatures of rows without logits are not looked at.
+    """
+    why = "must be positive and finite, as must 1/temperature in float32"
+    if not isinstance(temperature, Tensor):
+        if not (temperature > 0 and math.isfinite(temperature) and 1 / temperature < 1e38):
+            raise ValueError(f"temperature={temperature!r}: {why}")
+        return float(temperature), None
+    device = m.logits.device
+    temperature = check_vector("temperature", temperature, torch.float64, device, m.n_rows)
+    if values_are_checked(device):
+        addresses = read_address(temperature), read_address(m.logit_rows)
+        if (bad := _C.bad_temperature(*addresses, m.n_rows)) >= 0:
+            raise ValueError(f"temperature[{bad}]={temperature[bad].item()}: {why}")
+    return 1.0, temperature
 
 
 class Matrices(NamedTuple):
@@ -203,9 +221,11 @@ class Matrices(NamedTuple):
         return _argument(self.logits, self.logit_rows), psi, mask
 
 
-def read_address(tensor: Tensor) -> int:
-    """Finds where a tensor's elements begin, for reading only: a tensor that is copied when it is written to
-    (`torch._lazy_clone`) is not copied here, as it would be by `data_ptr`."""
+def read_address(tensor: Tensor | None) -> int:
+    """Finds where a tensor's elements begin, for reading only, 0 for None: a tensor that is copied when it is written
+    to (`torch._lazy_clone`) is not copied here, as it would be by `data_ptr`."""
+    if tensor is None:
+        return 0
     if torch._C._is_cow_tensor(tensor):  # type: ignore[attr-defined]  # not in torch's stubs
         start = torch._C._data_address(tensor)  # type: ignore[attr-defined]
         return start + tensor.storage_offset() * tensor.element_size()
@@ -215,7 +235,7 @@ def read_address(tensor: Tensor) -> int:
 def _argument(matrix: Tensor | None, rows: Tensor | None) -> tuple[int, int, int, int]:
     if matrix is None:
         return NO_MATRIX
-    return read_address(matrix), matrix.stride(0), DTYPE_CODES[matrix.dtype], 0 if rows is None else read_address(rows)
+    return read_address(matrix), matrix.stride(0), DTYPE_CODES[matrix.dtype], read_address(rows)
 
 
 def _check_matrix(name: str, matrix: Tensor, dtypes: Sequence[torch.dtype], device: torch.device) -> Tensor:

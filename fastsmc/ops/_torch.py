@@ -1,7 +1,7 @@
 """The 'torch' backend: every op in eager PyTorch, on any device. Arguments were checked by the op.
 
-It is what a device without kernels of its own runs. It waits for the device only where a Python number is returned or
-`ssp` runs on the host.
+It is what a device without kernels of its own runs. It waits for the device only where a Python number is returned,
+where groups of several sizes are resampled, whose offsets the host needs, or where `ssp` runs on the host.
 """
 
 from __future__ import annotations
@@ -19,12 +19,24 @@ _LOW32 = 0xFFFFFFFF
 
 
 # -- uniforms ----------------------------------------------------------------------------------------------------------
-def uniforms(n: int, seed: int, group: int, step: int | Tensor, stream: int, device: torch.device) -> Tensor:
+def uniforms(
+    n: int,
+    seed: int | Tensor,
+    group: int | Tensor,
+    step: int | Tensor,
+    stream: int,
+    offsets: Tensor | None,
+    device: torch.device,
+) -> Tensor:
     """Runs Philox on int64 tensors that hold 32-bit words; products wrap modulo 2^64, as they should."""
     c0 = torch.arange(n, dtype=torch.int64, device=device)
-    c1 = step.expand_as(c0) if isinstance(step, Tensor) else torch.full_like(c0, step)
-    c2, c3 = torch.full_like(c0, group), torch.full_like(c0, stream)
-    key0, key1 = seed & _LOW32, seed >> 32
+    if offsets is not None:
+        at = torch.searchsorted(offsets[1:], c0, right=True)
+        c0 = c0 - offsets[at]
+        seed, group, step = (x[at] if isinstance(x, Tensor) else x for x in (seed, group, step))
+    c1, c2 = (x.expand_as(c0) if isinstance(x, Tensor) else torch.full_like(c0, x) for x in (step, group))
+    c3 = torch.full_like(c0, stream)
+    key0, key1 = seed & _LOW32, (seed >> 32) & _LOW32
     for _ in range(10):
         p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
         c0, c1, c2, c3 = ((p1 >> 32) & _LOW32) ^ c1 ^ key0, p1 & _LOW32, ((p0 >> 32) & _LOW32) ^ c3 ^ key1, p0 & _LOW32
@@ -60,9 +72,19 @@ def _at(matrix: Tensor, rows: Tensor | None, r: Tensor | None, columns: Tensor |
     return matrix[rows] if columns is None else matrix[rows[:, None], columns]
 
 
-def _scores(m: Matrices, r: Tensor | None, columns: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
-    """Computes the scores (z, x) of output rows r at columns, in float32; x is z if nothing reweighs."""
-    z = _at(m.logits, m.logit_rows, r, columns).float() / temperature
+def _temperatures(m: Matrices, temperature: float, temperatures: Tensor | None) -> Tensor:
+    """Gives the temperatures of all output rows, (R, 1) float64 or, where they are one, (1, 1)."""
+    return (m.logits.new_full((1,), temperature, dtype=torch.float64) if temperatures is None else temperatures)[
+        :, None
+    ]
+
+
+def _scores(m: Matrices, r: Tensor | None, columns: Tensor | None, temperature: Tensor) -> tuple[Tensor, Tensor]:
+    """Computes the scores (z, x) of output rows r at columns, in float32; x is z if nothing reweighs.
+
+    temperature: (M, 1) for the M rows, or (1, 1).
+    """
+    z = _at(m.logits, m.logit_rows, r, columns).float() / temperature.float()
     if not m.reweighs:
         return z, z
     twist = z.new_zeros(()) if m.log_psi is None else _at(m.log_psi, m.psi_rows, r, columns).float()
@@ -90,9 +112,11 @@ def _tile_sums(x: Tensor, tile: int) -> tuple[Tensor, Tensor]:
     return torch.where(bad[:, None], math.nan, mass), torch.where(bad, math.nan, top)
 
 
-def weigh(m: Matrices, temperature: float, tile: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def weigh(
+    m: Matrices, temperature: float, temperatures: Tensor | None, tile: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     m, absent = _without_minus_one(m)
-    z, x = _scores(m, None, None, temperature)
+    z, x = _scores(m, None, None, _temperatures(m, temperature, temperatures))
     if absent is not None:
         z, x = (t.masked_fill(absent[:, None], -math.inf) for t in (z, x))
     mass, top = _tile_sums(x, tile)
@@ -106,21 +130,31 @@ def weigh(m: Matrices, temperature: float, tile: int) -> tuple[Tensor, Tensor, T
 
 
 def draw(
-    m: Matrices, lse: Tensor, tile_mass: Tensor, rows: Tensor, u: Tensor, temperature: float, tile: int
+    m: Matrices,
+    lse: Tensor,
+    tile_mass: Tensor,
+    rows: Tensor,
+    u: Tensor,
+    temperature: float,
+    temperatures: Tensor | None,
+    tile: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     m, _ = _without_minus_one(m)
     vocab = m.logits.shape[1]
+    t = _temperatures(m, temperature, temperatures)
+    if temperatures is not None:
+        t = t[rows]
     k, u = _invert_cdf(tile_mass[rows], u)
     column = k[:, None] * tile + torch.arange(tile, device=rows.device)
     inside = column < vocab
     column = column.clamp_(max=vocab - 1)
-    x = torch.where(inside, _scores(m, rows, column, temperature)[1], -math.inf)
+    x = torch.where(inside, _scores(m, rows, column, t)[1], -math.inf)
     top = x.amax(1, keepdim=True)
     offset, _ = _invert_cdf((x - torch.where(top == -math.inf, 0.0, top)).exp_().double(), u)
     has_mass = tile_mass.sum(1)[rows] > 0
     token = torch.where(has_mass, k * tile + offset, 0)
     column = token[:, None]
-    log_prob = _at(m.logits, m.logit_rows, rows, column).squeeze(1).double() / temperature - lse[rows]
+    log_prob = (_at(m.logits, m.logit_rows, rows, column).double() / t).squeeze(1) - lse[rows]
     log_psi = torch.zeros_like(log_prob)
     if m.log_psi is not None:
         log_psi = _at(m.log_psi, m.psi_rows, rows, column).squeeze(1).double()
@@ -211,23 +245,34 @@ SCHEMES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def resample(
-    log_weights: Tensor, u: Tensor, scheme: str, threshold: float
+    log_weights: Tensor, u: Tensor, scheme: str, threshold: float, thresholds: Tensor | None, offsets: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    n = log_weights.shape[-1]
-    groups = [
-        _resample_group(lw, row, scheme, threshold)
-        for lw, row in zip(log_weights.view(-1, n), u.view(-1, n), strict=True)
-    ]
-    if log_weights.dim() == 1:
+    if offsets is None:
+        rows = [x.view(-1, log_weights.shape[-1]).unbind() for x in (log_weights, u)]
+    else:
+        sizes = offsets.diff().tolist()
+        rows = [x.split(sizes) for x in (log_weights, u)]
+    limits = [threshold] * len(rows[0]) if thresholds is None else thresholds.unbind()
+    groups = [_resample_group(lw, row, scheme, limit) for lw, row, limit in zip(*rows, limits, strict=True)]
+    if offsets is None and log_weights.dim() == 1:
         return groups[0]
-    ancestors, counts, rank, ess, log_mean, moves = (torch.stack(column) for column in zip(*groups, strict=True))
+    columns = list(zip(*groups, strict=True))
+    ess, log_mean, moves = (torch.stack(column) for column in columns[3:])
+    if offsets is None:
+        ancestors, counts, rank = (torch.stack(column) for column in columns[:3])
+    else:
+        ancestors, counts, rank = (torch.cat(column) for column in columns[:3])
+        ancestors += offsets[:-1].repeat_interleave(offsets.diff(), output_size=len(ancestors))
     return ancestors, counts, rank, ess, log_mean, moves
 
 
 def _resample_group(
-    log_weights: Tensor, u: Tensor, scheme: str, threshold: float
+    log_weights: Tensor, u: Tensor, scheme: str, threshold: float | Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     n = log_weights.shape[0]
+    if n == 0:
+        none, zero = torch.empty_like(log_weights, dtype=torch.int64), log_weights.new_zeros(())
+        return none, none, none, zero, zero - math.inf, zero > 0
     top = log_weights.max()  # NaN wins
     w = (log_weights - torch.where(top.isfinite(), top, 0.0)).exp()
     total = w.sum()
@@ -271,23 +316,34 @@ def reindex(
     genealogy: Tensor | None,
     step: int | Tensor,
 ) -> None:
-    """Rewrites table and caches in place; invalid rows stay. It reads the position, so it waits for the device."""
+    """Rewrites table and caches in place; invalid rows stay. It looks for rows that move: it waits for the device.
+
+    Args:
+        position: an integer, a 0-dim int64 tensor, or (N,) int32.
+    """
     n, columns = table.shape
+    device = table.device
     if genealogy is not None and 0 <= (t := int(step)) < genealogy.shape[0]:
         genealogy[t] = ancestors
-    position = int(position)
-    tail, used = divmod(position, block_size)
-    if not 0 <= position <= columns * block_size:
-        return
+    positions = torch.as_tensor(position, device=device).long().expand(n)
     inside = (ancestors >= 0) & (ancestors < n)
     parents = ancestors.clamp(0, n - 1)
-    rows = (inside & (ancestors[parents] == ancestors) & (ancestors != torch.arange(n, device=table.device))).nonzero()
-    rows = rows.squeeze(1)
-    parents = parents[rows]
-    if used > 0:
-        source, target = table[parents, tail].long(), table[rows, tail].long()
-        for cache in caches:
-            valid = (source >= 0) & (source < cache.shape[0]) & (target >= 0) & (target < cache.shape[0])
-            part = cache if slot_dim is None else cache.narrow(slot_dim, 0, used)
-            part[target[valid]] = part[source[valid]]
-    table[rows, :tail] = table[parents, :tail]
+    moves = inside & (ancestors[parents] == ancestors) & (ancestors != torch.arange(n, device=device))
+    tokens = positions[parents]
+    rows = (moves & (tokens >= 0) & (tokens <= columns * block_size)).nonzero().squeeze(1)
+    parents, tokens = parents[rows], tokens[rows]
+    tail, used = tokens // block_size, tokens % block_size
+    partly = (used > 0).nonzero().squeeze(1)
+    source = table[parents[partly], tail[partly]].long()
+    target = table[rows[partly], tail[partly]].long()
+    slots = torch.arange(block_size, device=device) < used[partly, None]
+    for cache in caches:
+        valid = (source >= 0) & (source < cache.shape[0]) & (target >= 0) & (target < cache.shape[0])
+        if slot_dim is None:
+            cache[target[valid]] = cache[source[valid]]
+        else:
+            move, slot = (slots & valid[:, None]).nonzero(as_tuple=True)
+            by_slot = cache.movedim(slot_dim, 1)
+            by_slot[target[move], slot] = by_slot[source[move], slot]
+    full = torch.arange(columns, device=device) < tail[:, None]
+    table[rows] = torch.where(full, table[parents], table[rows])

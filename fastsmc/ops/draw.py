@@ -17,11 +17,12 @@ from fastsmc.ops._tensors import (
     Matrices,
     check_index,
     check_matrices,
-    check_temperature,
     check_uniforms,
     check_vector,
     custom_op,
     pick_backend,
+    read_address,
+    split_temperature,
 )
 from fastsmc.ops.weigh import TILE, Weighed
 
@@ -54,7 +55,7 @@ def draw(
     psi_rows: Tensor | None = None,
     mask: Tensor | None = None,
     mask_rows: Tensor | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     backend: str | None = None,
 ) -> Drawn:
     """Draws M tokens; draw j is from weighed row rows[j] by uniforms[j]. Never a token of zero mass.
@@ -63,14 +64,14 @@ def draw(
         weighed: what `weigh` returned for the same logits, log_psi, mask, row indices and temperature.
         rows: (M,) int64 in [0, R).
         uniforms: (M,) float64 in [0, 1).
-        All others are as in `weigh`.
+        All others are as in `weigh`; a vector of temperatures is one per weighed row, too.
 
     Raises:
-        ValueError: naming the argument; values of rows and uniforms are only checked on CPU tensors, outside
-            torch.compile.
+        ValueError: naming the argument; values of rows, uniforms and vectors of temperatures are only checked on CPU
+            tensors, outside torch.compile.
     """
     m = check_matrices(logits, log_psi, logit_rows, psi_rows, mask, mask_rows)
-    temperature = check_temperature(temperature)
+    temperature, temperatures = split_temperature(temperature, m)
     device, n_tiles = logits.device, -(-logits.shape[1] // TILE)
     if weighed.tile_mass.shape != (m.n_rows, n_tiles):
         raise ValueError(
@@ -80,7 +81,8 @@ def draw(
     rows = check_index("rows", rows, m.n_rows, device)
     uniforms = check_uniforms(uniforms, device, rows.shape[0])
     backend = pick_backend(backend, device, "triton")
-    return Drawn(*_draw(device, *m, lse, weighed.tile_mass.contiguous(), rows, uniforms, temperature, backend))
+    tile_mass = weighed.tile_mass.contiguous()
+    return Drawn(*_draw(device, *m, lse, tile_mass, rows, uniforms, temperature, temperatures, backend))
 
 
 @custom_op("fastsmc::draw")
@@ -96,26 +98,28 @@ def _draw(
     rows: Tensor,
     uniforms: Tensor,
     temperature: float,
+    temperatures: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     m = Matrices(logits, logit_rows, log_psi, psi_rows, mask, mask_rows)
     if backend == "torch":
-        return _torch.draw(m, lse, tile_mass, rows, uniforms, temperature, TILE)
+        return _torch.draw(m, lse, tile_mass, rows, uniforms, temperature, temperatures, TILE)
     if backend == "triton":
         from fastsmc.kernels import draw as kernel
 
-        return kernel.draw(m, lse, tile_mass, rows, uniforms, temperature, TILE)
+        return kernel.draw(m, lse, tile_mass, rows, uniforms, temperature, temperatures, TILE)
     out = _empty(rows)
     _C.draw(
-        *m.arguments(), logits.shape[1], temperature, lse.data_ptr(), tile_mass.data_ptr(), rows.data_ptr(),
-        uniforms.data_ptr(), rows.shape[0], *(t.data_ptr() for t in out),
+        *m.arguments(), logits.shape[1], temperature, read_address(temperatures), lse.data_ptr(), tile_mass.data_ptr(),
+        rows.data_ptr(), uniforms.data_ptr(), rows.shape[0], *(t.data_ptr() for t in out),
     )  # fmt: skip
     return out
 
 
 @_draw.register_fake
 def _(
-    logits, logit_rows, log_psi, psi_rows, mask, mask_rows, lse, tile_mass, rows, uniforms, temperature, backend
+    logits, logit_rows, log_psi, psi_rows, mask, mask_rows, lse, tile_mass, rows, uniforms, temperature, temperatures,
+    backend,
 ):  # fmt: skip
     return _empty(rows)
 

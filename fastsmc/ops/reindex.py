@@ -33,24 +33,26 @@ def reindex(
 ) -> None:
     """Makes each moved row i (ancestors[i] != i) a copy of its parent a = ancestors[i], in place.
 
-    Rows hold `position` tokens each. Full blocks are shared: table[i, :tail] = table[a, :tail] with tail = position //
-    block_size. The partly filled block of column `tail`, if position % block_size > 0, is copied: slots [0, position %
-    block_size) of block table[a, tail] of every cache go to block table[i, tail]. Survivors are never written, moved
-    rows never read. Where a genealogy is given, genealogy[step] = ancestors.
+    Row r holds p tokens, p = `position` or position[r]. Full blocks of the parent are shared: table[i, :tail] =
+    table[a, :tail] with tail = p // block_size, p the parent's. The partly filled block of column `tail`, if p %
+    block_size > 0, is copied: slots [0, p % block_size) of block table[a, tail] of every cache go to block table[i,
+    tail]. Survivors are never written, moved rows never read. Positions are not written: position[ancestors] is the
+    caller's to take. Where a genealogy is given, genealogy[step] = ancestors.
 
-    `position` and `step` may be 0-dim int64 tensors on the device and are read there when the op runs, so that a
-    captured CUDA graph goes on from replay to replay. On a device nobody looks at values: moved rows whose ancestor
-    breaks the in-place form, blocks outside a cache, and positions and steps out of range are left alone.
+    `position` and `step` may be tensors on the device and are read there when the op runs, so that a captured CUDA
+    graph goes on from replay to replay. On a device nobody looks at values: moved rows whose ancestor breaks the
+    in-place form or has a position out of range, blocks outside a cache, and steps out of range are left alone.
 
     Args:
         table: (N, C) int32, rows of block ids, unit column stride.
         ancestors: (N,) int64 in the in-place form of `resample`: ancestors[ancestors[i]] == ancestors[i].
-        position: 0 to C * block_size, the next position to write.
+        position: 0 to C * block_size, the next position to write: an integer or a 0-dim int64 tensor for all rows, or
+            (N,) int32, one per row.
         block_size: slots per block.
         caches: tensors whose dimension 0 is the block (of any stride) and whose blocks are contiguous.
         slot_dim: the dimension of the caches that is the slot within a block; None: tail blocks are copied whole.
         genealogy: (T, N) int32, contiguous.
-        step: 0 to T − 1, with a genealogy.
+        step: 0 to T − 1, with a genealogy; an integer or a 0-dim int64 tensor.
 
     Raises:
         ValueError: naming the argument; nothing has been written then.
@@ -64,15 +66,11 @@ def reindex(
     ancestors = check_vector("ancestors", ancestors, torch.int64, device, n)
     if block_size < 1:
         raise ValueError(f"block_size={block_size!r}: must be at least 1")
-    position, position_at = split_scalar("position", position, device)
-    if not 0 <= position <= columns * block_size:
-        raise ValueError(
-            f"position={position!r}: must be in [0, {columns * block_size}], {columns} columns of {block_size} slots"
-        )
+    position, position_at = _check_position(position, n, columns, block_size, device)
     _check_caches(caches, device, block_size, slot_dim)
     step, step_at = _check_genealogy(genealogy, step, n, device)
     if values_are_checked(device):
-        _check_values(table, ancestors, position, block_size, caches, slot_dim)
+        _check_values(table, ancestors, position, position_at, block_size, caches, slot_dim)
     _reindex(
         device, table, ancestors, position, position_at, block_size, list(caches), slot_dim, genealogy, step, step_at,
         pick_backend(backend, device, "cuda"),
@@ -111,9 +109,11 @@ def _arguments(
     genealogy: Tensor | None = None, step: int = 0, step_at: Tensor | None = None,
 ) -> ReindexArgs:  # fmt: skip
     """Gives what fastsmc._C takes in the place of a table, its ancestors, a position and a genealogy."""
+    address = 0 if position_at is None else position_at.data_ptr()
+    by_row = position_at is not None and position_at.dim() == 1
     return (
         table.data_ptr(), table.stride(0), table.shape[1], ancestors.data_ptr(), table.shape[0],
-        position, 0 if position_at is None else position_at.data_ptr(), block_size,
+        position, 0 if by_row else address, address if by_row else 0, block_size,
         0 if genealogy is None else genealogy.data_ptr(), 0 if genealogy is None else genealogy.shape[0],
         step, 0 if step_at is None else step_at.data_ptr(),
     )  # fmt: skip
@@ -131,17 +131,40 @@ def _cache_arguments(caches: Sequence[Tensor], slot_dim: int | None) -> list[Cac
     return arguments
 
 
+def _check_position(
+    position: int | Tensor, n: int, columns: int, block_size: int, device: torch.device
+) -> tuple[int, Tensor | None]:
+    """Checks one position or (N,), and gives it as (value, tensor), as `split_scalar` does."""
+    allowed = f"must be in [0, {columns * block_size}], {columns} columns of {block_size} slots"
+    if isinstance(position, Tensor) and position.dim() == 1:
+        position = check_vector("position", position, torch.int32, device, n)
+        if values_are_checked(device):
+            outside = (position < 0) | (position > columns * block_size)
+            if outside.any():
+                row = int(outside.int().argmax())
+                raise ValueError(f"position[{row}]={int(position[row])}: {allowed}")
+        return 0, position
+    position, position_at = split_scalar("position", position, device)
+    if not 0 <= position <= columns * block_size:
+        raise ValueError(f"position={position!r}: {allowed}")
+    return position, position_at
+
+
 def _check_values(
-    table: Tensor, ancestors: Tensor, position: int, block_size: int, caches: Sequence[Tensor], slot_dim: int | None
-) -> None:
+    table: Tensor, ancestors: Tensor, position: int, position_at: Tensor | None, block_size: int,
+    caches: Sequence[Tensor], slot_dim: int | None,
+) -> None:  # fmt: skip
     n = table.shape[0]
     if (bad := _C.not_in_place(ancestors.data_ptr(), n)) >= 0:
         value = int(ancestors[bad])
         what = f"whose own ancestor is {int(ancestors[value])}" if 0 <= value < n else f"not in [0, {n})"
         raise ValueError(f"ancestors[{bad}]={value}, {what}: must be in the in-place form")
-    arguments = _arguments(table, ancestors, position, None, block_size)
+    arguments = _arguments(table, ancestors, position, position_at, block_size)
     if (row := _C.bad_tail(arguments, _cache_arguments(caches, slot_dim))) >= 0:
-        tail, parent = position // block_size, int(ancestors[row])
+        parent = int(ancestors[row])
+        if position_at is not None and position_at.dim() == 1:
+            position = int(position_at[parent])
+        tail = position // block_size
         raise ValueError(
             f"table: row {row} would copy block {table[parent, tail].item()} of row {parent} to block "
             f"{table[row, tail].item()}: must be two blocks within every cache"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastsmc import _C
 from fastsmc.ops import _torch
-from fastsmc.ops._tensors import Matrices, check_matrices, check_temperature, custom_op, pick_backend
+from fastsmc.ops._tensors import Matrices, check_matrices, custom_op, pick_backend, read_address, split_temperature
 
 #: tokens per tile of `Weighed.tile_mass`; the last tile may be shorter
 TILE: int = _C.TILE
@@ -43,7 +43,7 @@ def weigh(
     psi_rows: Tensor | None = None,
     mask: Tensor | None = None,
     mask_rows: Tensor | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     backend: str | None = None,
 ) -> Weighed:
     """Weighs R rows: row r is logits[logit_rows[r]] under log_psi[psi_rows[r]], where mask[mask_rows[r]] allows.
@@ -62,15 +62,17 @@ def weigh(
         mask: (B, ceil(V / 32)) int32: a token v is allowed where bit v % 32 of word v // 32 is set, else its log ψ is
             −inf; bits behind V are ignored. The format of xgrammar and llguidance.
         mask_rows: (R,) int64 in [−1, B); default the identity, then B = R. −1: all tokens are allowed.
-        temperature: > 0.
+        temperature: > 0, for all rows, or (R,) float64, one per output row: each row then has the bits that its own
+            number gives to all. That of a row without logits is not looked at.
         backend: 'cpu', 'triton' (CUDA tensors; others under TRITON_INTERPRET=1), 'torch', or None for the device's own.
 
     Raises:
-        ValueError: naming the argument; index ranges are only checked on CPU tensors, outside torch.compile.
+        ValueError: naming the argument; index ranges and vectors of temperatures are only checked on CPU tensors,
+            outside torch.compile.
     """
     m = check_matrices(logits, log_psi, logit_rows, psi_rows, mask, mask_rows)
     backend = pick_backend(backend, logits.device, "triton")
-    lse, lse_psi, tile_mass, max_psi = _weigh(logits.device, *m, check_temperature(temperature), backend)
+    lse, lse_psi, tile_mass, max_psi = _weigh(logits.device, *m, *split_temperature(temperature, m), backend)
     return Weighed(lse, lse_psi if m.reweighs else lse, tile_mass, max_psi)
 
 
@@ -85,22 +87,26 @@ def _weigh(
     mask: Tensor | None,
     mask_rows: Tensor | None,
     temperature: float,
+    temperatures: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     m = Matrices(logits, logit_rows, log_psi, psi_rows, mask, mask_rows)
     if backend == "torch":
-        return _torch.weigh(m, temperature, TILE)
+        return _torch.weigh(m, temperature, temperatures, TILE)
     if backend == "triton":
         from fastsmc.kernels import weigh as kernel  # Triton takes its time to import, and CPU users need none
 
-        return kernel.weigh(m, temperature, TILE)
+        return kernel.weigh(m, temperature, temperatures, TILE)
     out = _empty(m)
-    _C.weigh(*m.arguments(), m.n_rows, logits.shape[1], temperature, *(t.data_ptr() for t in out))
+    _C.weigh(
+        *m.arguments(), m.n_rows, logits.shape[1], temperature, read_address(temperatures),
+        *(t.data_ptr() for t in out),
+    )  # fmt: skip
     return out
 
 
 @_weigh.register_fake
-def _(logits, logit_rows, log_psi, psi_rows, mask, mask_rows, temperature, backend):
+def _(logits, logit_rows, log_psi, psi_rows, mask, mask_rows, temperature, temperatures, backend):
     return _empty(Matrices(logits, logit_rows, log_psi, psi_rows, mask, mask_rows))
 
 

@@ -71,7 +71,7 @@ def matrices(dtype, psi, masked):
         given |= {"psi": POINTERS[psi], "psi_stride": "i32", "psi_rows": "*i64"}
     if masked:
         given |= {"mask": "*i32", "mask_stride": "i32", "mask_rows": "*i64"}
-    return given | {"scale": "fp32"}
+    return given | {"scale": "fp32", "temperatures": "*fp64", "n_temperatures": "i32"}
 
 
 def least_loads(dtype, psi, num_warps):

@@ -54,8 +54,16 @@ def test_tiles(dtype, cache, dim, group, size, several):
     types = {"query": f"*{dtype}", "keys": f"*{cache}", "values": f"*{cache}", "scale": "fp32", "n_rows": "i32"}
     types |= {"out": "*fp32", "lse": "*fp32"} if several else {"out": f"*{dtype}"}
     types |= dict.fromkeys(("key_scale", "value_scale"), "*fp32") if cache != dtype else {}
-    types |= dict.fromkeys(("table", "order", "shared", "length"), "*i32")
-    strides = ("query_stride", "block_stride", "head_stride", "token_stride", "table_stride", "out_stride")
+    types |= dict.fromkeys(("table", "order", "spans", "length"), "*i32")
+    strides = (
+        "query_stride",
+        "block_stride",
+        "head_stride",
+        "token_stride",
+        "table_stride",
+        "length_stride",
+        "out_stride",
+    )
     types |= dict.fromkeys(strides, "i32")
     constants = dict(HEADS=8 * group, WIDE=False, **attend.tile_shape(group, size, dim))
     registers, spilled, sass = compiled(attend.tiles, types, constants, attend.LAUNCH)

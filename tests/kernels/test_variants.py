@@ -18,10 +18,11 @@ from triton._C.libtriton import native_specialize_impl  # noqa: E402
 from triton.backends.compiler import BaseBackend  # noqa: E402
 
 from fastsmc import Potential, SMCParams, ops  # noqa: E402
-from fastsmc.group import Group  # noqa: E402
 from fastsmc.kernels import attend, draw, weigh  # noqa: E402
 from fastsmc.ops import _torch  # noqa: E402
 from fastsmc.potentials import Rows  # noqa: E402
+from fastsmc.smc import Group  # noqa: E402
+from fastsmc.smc.driving import run_group  # noqa: E402
 from fastsmc.vllm import warm_up  # noqa: E402
 
 
@@ -88,9 +89,7 @@ class Logits:
 
 
 def run(model, params, potential):
-    group = Group(params, model, potential, [1], [3])
-    while not group.done:
-        group.step()
+    run_group(Group(params, potential, [1], [3]), model)
 
 
 class Answers(Potential):
@@ -118,16 +117,17 @@ ANSWERS = {
 
 @pytest.mark.parametrize(
     ("dtype", "vocab", "stride", "scans", "draws"),
-    # scan: 1 without a twist, 2 with a mask (logits read once or more often), 4 with log ψ of float32, of float16, and
+    # scan: 1 without row indices; 2 without a twist, 2 with a mask (logits read once or more often), 4 with log ψ of
+    # float32, of float16, and
     # with log ψ and a mask (each of the two read once or more often). Of an odd width, a row for all has another
     # stride, 0, than several
-    [(torch.bfloat16, 96, 128, 1 + 2 + 3 * 4, 5), (torch.float32, 1111, 1152, 1 + 2 + 3 * 4 + 2 * 2, 7)],
+    [(torch.bfloat16, 96, 128, 1 + 2 * 2 + 3 * 4, 5), (torch.float32, 1111, 1152, 1 + 2 * 2 + 3 * 4 + 2 * 2, 7)],
 )
 def test_the_warm_up_compiles_what_groups_launch(launches, dtype, vocab, stride, scans, draws):
     model = Logits(dtype, vocab, stride)
     warm_up.call_ops(model.next(torch.arange(2), None)[0])
     warm = {name: set(kernel.variants) for name, kernel in launches.items()}
-    assert count(launches) == {"scan": scans, "join": 2, "draw_one": draws}
+    assert count(launches) == {"scan": scans, "join": 3, "draw_one": draws}
     for name, make in ANSWERS.items():
         for n in (1, 2, 5, 16, 33):
             for guided in (False, True):
@@ -136,6 +136,11 @@ def test_the_warm_up_compiles_what_groups_launch(launches, dtype, vocab, stride,
     for potential in (None, TableTwist(value_table(4, vocab))):
         for proposal in ("base", "twisted"):
             run(model, SMCParams(n_particles=9, max_tokens=4, proposal=proposal, ess_threshold=1.0), potential)
+    temperatures = torch.ones(8, dtype=torch.float64)  # one for all rows or one each, at any address
+    logits, rows, u = model.next(torch.arange(2), None)[0], torch.arange(2), torch.zeros(2, dtype=torch.float64)
+    for temperature in (temperatures[:2], temperatures[1:3]):
+        weighed = ops.weigh(logits, logit_rows=rows, temperature=temperature)
+        ops.draw(logits, weighed, rows, u, logit_rows=rows, temperature=temperature)
     assert {name: set(kernel.variants) for name, kernel in launches.items()} == warm
 
 
@@ -148,10 +153,11 @@ def test_attend_has_three_variants_for_all_rows_columns_and_prompts(launches, he
 
     def call(rows, columns, shared):
         table = torch.zeros(rows, columns, dtype=torch.int32)
-        order, n_shared = attend.plan(table, shared)
+        order, n_shared = attend.plan(table, (shared,))
+        tiles = attend.cut_tiles(rows, n_shared, None, attend.tile_shape(heads // key_heads, size, dim)["ROWS"])
         # as vLLM's queries, one part of what a layer projects at once
         query = torch.zeros(rows, heads + 2 * key_heads, dim, dtype=torch.bfloat16)[:, :heads]
-        attend.attend(query, keys, values, table, order, n_shared, length, 0.1, torch.empty_like(query).contiguous())
+        attend.attend(query, keys, values, table, order, tiles, length, 0.1, torch.empty_like(query).contiguous())
 
     for columns in (1, 2):  # what Attend.warm_up calls
         call(1, columns, columns)

@@ -24,15 +24,16 @@ static int status(F f) {
 // attend of bfloat16 for all heads, each head in `runs` tasks. Strides in elements; scale of log 2 units.
 extern "C" int attend_in_tiles(const bf16* query, bf16* out, const bf16* key, const bf16* value, int64_t block_stride,
                                int64_t head_stride, int64_t block_size, int64_t head_dim, int layout,
-                               const int32_t* table, int64_t n_rows, int64_t n_columns, int64_t length,
-                               const int32_t* order, const Node* nodes, int64_t n_nodes, int64_t n_key_heads,
+                               const int32_t* blocks, int64_t n_rows, int64_t n_columns, const int32_t* lengths,
+                               int64_t length, const int32_t* order, const Node* nodes, int64_t n_nodes, int64_t n_key_heads,
                                int64_t group, float scale, int64_t runs) {
   const PagedKV kv{key, value, block_stride, head_stride, block_size, head_dim, layout};
+  const Table table{blocks, n_columns, n_rows, n_columns, lengths, block_size};
   const int64_t stride = n_key_heads * group * head_dim;
   return status([&] {
     for (int64_t head = 0; head < n_key_heads; ++head)
       for (int64_t run = 0; run < runs; ++run)
-        attend_task<TileMath>(query, stride, out, stride, kv, table, n_columns, length, order, nodes, n_nodes,
+        attend_task<TileMath>(query, stride, out, stride, kv, table, length, order, nodes, n_nodes,
                               n_rows * run / runs, n_rows * (run + 1) / runs, head, group, scale);
   });
 }

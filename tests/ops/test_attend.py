@@ -1,6 +1,7 @@
 """attend against float64: sharing of every shape, layouts, dtypes, sizes, what lies beyond the length, bad input."""
 
 import ctypes
+import itertools
 import math
 import os
 import platform
@@ -60,8 +61,9 @@ def make_case(table, length, *, heads=(6, 2), dim=64, block=32, dtype=torch.floa
     query = torch.randn(len(table), heads[0], dim, generator=g).to(dtype)
     caches = [torch.randn(n_blocks, heads[1], block, dim, generator=g).to(dtype) for _ in range(2)]
     written = torch.zeros(n_blocks, block, dtype=torch.bool)
-    for c in range(table.shape[1]):
-        written[table[:, c].long(), : min(block, length - c * block)] = True
+    for row, tokens in zip(table, torch.as_tensor(length).expand(len(table)).tolist(), strict=True):
+        for c, id_ in enumerate(row[: -(-tokens // block)].tolist()):
+            written[id_, : min(block, tokens - c * block)] = True
     for cache in caches:
         cache.transpose(1, 2)[~written] = float("nan")
     want = reference.attend(query.double(), *(c.double() for c in caches), table, length, scale=dim**-0.5)
@@ -75,16 +77,95 @@ def check(got, want, tolerance):
     assert error.max() <= tolerance, error.max()
 
 
-def attend(args, table, length, *, scale, layout, backend="cpu"):
-    """ops.attend on a backend's device; the result on the CPU."""
+def attend(args, table, length, *, scale, layout, backend="cpu", **options):
+    """ops.attend on a backend's device, with a plan of these options; the result on the CPU."""
     device = "cuda" if backend == "triton" and CUDA else "cpu"
-    plan = ops.plan_attend(table.to(device), backend=backend)
+    plan = plan_for(table, length, args[1].shape[2], backend=backend, **options)
+    length = length.to(device) if isinstance(length, torch.Tensor) else length
     return ops.attend(*(t.to(device) for t in args), plan, length, scale=scale, layout=layout).cpu()
+
+
+def plan_for(table, length, block, *, backend="cpu", **options):
+    device = "cuda" if backend == "triton" and CUDA else "cpu"
+    if isinstance(length, torch.Tensor):
+        options |= {"lengths": length.to(device), "block_size": block}
+    return ops.plan_attend(table.to(device), backend=backend, **options)
 
 
 LAYOUTS = [
     (d, layout) for d in TOLERANCE for layout in ("plain", "vector", "tiled") if (d, layout) != (torch.float32, "tiled")
 ]
+
+
+def forest(seed, block=32, n_rows=(7, 0, 1, 13, 5), columns=(6, 2, 1, 4, 9)):
+    """(table (R, C), lengths (R,), offsets): groups of rows of several lengths, one of them empty.
+
+    Groups 0 and 3 begin with the same block of a prompt. Some rows end within a block that others go on in; what the
+    table holds after a row's end is nonsense.
+    """
+    rng = np.random.default_rng(seed)
+    table, lengths, used = np.full((sum(n_rows), max(columns)), -1, np.int32), [], 0
+    offsets = np.cumsum([0, *n_rows]).tolist()
+    for n, c, start in zip(n_rows, columns, offsets, strict=False):
+        if n == 0:
+            continue
+        rows = family_table(n, c, c // 2, seed).numpy()
+        table[start : start + n, :c] = rows + used
+        used += rows.max() + 1
+        tokens = np.where(rng.random(n) < 0.3, rng.choice([1, block, min(c, 2) * block, block + 1], n),
+                          rng.integers((c - 1) * block + 1, c * block + 1, n))  # fmt: skip
+        lengths += np.minimum(tokens, c * block).tolist()
+    table[offsets[3] : offsets[4], 0] = table[0, 0]
+    table[table == -1] = rng.integers(-9, used, (table == -1).sum())
+    return torch.from_numpy(table), torch.tensor(lengths, dtype=torch.int32), offsets
+
+
+@on_each
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("seed, block", [(0, 32), (1, 16), (2, 48)])
+def test_lengths_of_rows_and_groups(dtype, seed, block, backend):
+    if slow(backend) and (dtype == torch.float16 or block == 48):
+        pytest.skip("slow on the interpreter")
+    few = {"n_rows": (7, 0, 1, 3, 2), "columns": (4, 2, 1, 3, 5)} if slow(backend) else {}
+    table, lengths, offsets = forest(seed, block, **few)
+    args, kwargs, want = make_case(table, lengths, block=block, dtype=dtype, seed=seed)
+    known = [int((table[a:b, :1] == table[a : a + 1, :1]).all()) for a, b in itertools.pairwise(offsets)]
+    for options in ({}, {"offsets": offsets}, {"offsets": offsets, "known_shared": known}):
+        check(attend(args, table, lengths, backend=backend, **options, **kwargs), want, TOLERANCE[dtype])
+    one = torch.full_like(lengths, 2 * block - 3)  # as one length for all
+    table = torch.where(table < 0, 0, table)
+    args, kwargs, want = make_case(table, 2 * block - 3, block=block, dtype=dtype, seed=seed)
+    got = attend(args, table, one, backend=backend, **kwargs)
+    check(got, want, TOLERANCE[dtype])
+    if backend == "cpu":
+        assert torch.equal(got, attend(args, table[:, :2].contiguous(), 2 * block - 3, backend=backend, **kwargs))
+
+
+@pytest.mark.parametrize("dtype, layout", LAYOUTS)
+@pytest.mark.parametrize("block", [16, 32, 48])
+@pytest.mark.parametrize("loud", [1.0, 40.0])
+def test_bits_of_a_row_are_its_own(dtype, layout, block, loud):
+    """Alone, beside any other rows in any order, and with any number of threads; also where the largest score rises
+    from span to span by hundreds."""
+    table, lengths, offsets = forest(5, block, columns=(40, 2, 1, 20, 30))
+    (query, *caches), kwargs, _ = make_case(table, lengths, block=block, dtype=dtype, layout=layout, heads=(9, 3))
+    query = (query * loud).to(dtype)
+    want = attend((query, *caches), table, lengths, **kwargs)
+    assert want.isfinite().all()
+    rng, threads = np.random.default_rng(0), torch.get_num_threads()
+    try:
+        for n in (1, 1, 1, 1, 2, 3, 8, 20):
+            rows = torch.from_numpy(rng.permutation(len(table))[:n])
+            columns = -(-int(lengths[rows].max()) // block)
+            torch.set_num_threads(int(rng.integers(1, 4)))
+            got = attend((query[rows], *caches), table[rows, :columns].contiguous(), lengths[rows], **kwargs)
+            assert torch.equal(got, want[rows])
+    finally:
+        torch.set_num_threads(threads)
+    for a, b in itertools.pairwise(offsets):
+        if a < b:
+            got = attend((query[a:b], *caches), table[a:b], lengths[a:b], **kwargs)
+            assert torch.equal(got, want[a:b])
 
 
 @pytest.mark.parametrize("dtype, layout", LAYOUTS)
@@ -158,9 +239,13 @@ def test_plan_asks_the_device_nothing():
     with FakeTensorMode():
         for shape in ((1, 1), (1024, 160), (7, 5)):
             for known in (0, shape[1] // 2, shape[1]):
-                order, n_shared = kernel.plan(torch.empty(shape, dtype=torch.int32), known)
-                assert order.shape == shape[:1] and n_shared.shape == (1,)
-                assert order.dtype == n_shared.dtype == torch.int32
+                for n_groups in (1, 9):
+                    offsets = torch.empty(n_groups + 1, dtype=torch.int32) if n_groups > 1 else None
+                    shared = [known] * n_groups
+                    order, n_shared = kernel.plan(torch.empty(shape, dtype=torch.int32), shared, offsets)
+                    assert order.shape == shape[:1] and n_shared.shape == (n_groups,)
+                    assert order.dtype == n_shared.dtype == torch.int32
+                    assert kernel.cut_tiles(shape[0], n_shared, offsets, 16).shape[1] == 3
 
 
 @pytest.mark.skipif("triton" not in BACKENDS, reason="needs a GPU or the interpreter")
@@ -236,21 +321,40 @@ def test_what_is_known_to_be_shared_triton(n_columns, n_prompt):
 def test_plan_covers_every_row_and_column_once(data):
     n, c, ids = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 7)), data.draw(st.integers(1, 4))
     table = np.array(data.draw(st.lists(st.integers(0, ids), min_size=n * c, max_size=n * c)), np.int32).reshape(n, c)
-    plan = ops.plan_attend(torch.from_numpy(table))
+    block, offsets, options = 3, [0, n], {}
+    tokens = np.full(n, c * block)
+    if data.draw(st.booleans()):
+        tokens = np.array(data.draw(st.lists(st.integers(1, c * block), min_size=n, max_size=n)))
+        offsets = [0, *sorted(data.draw(st.lists(st.integers(0, n), max_size=3))), n]
+        options = {"lengths": torch.from_numpy(tokens).int(), "block_size": block}
+    plan = ops.plan_attend(torch.from_numpy(table), offsets=offsets, **options)
     order, seen = plan.order.numpy(), np.zeros((n, c), int)
     assert sorted(order) == list(range(n))
+    # a row as the tokens that it names: (block, slots in use) per column
+    rows_of = [
+        [(b, min(block, t - k * block)) for k, b in enumerate(row) if k * block < t]
+        for row, t in zip(table.tolist(), tokens.tolist(), strict=True)
+    ]
     last = np.zeros(n, int)
     for r0, r1, c0, c1 in plan.nodes.tolist():
         rows = order[r0:r1]
-        assert (table[rows, :c1] == table[rows[0], :c1]).all()  # the same history
+        assert all(rows_of[r][:c1] == rows_of[rows[0]][:c1] for r in rows)  # the same history
         assert (last[rows] == c0).all()  # columns in order
         last[rows] = c1
         seen[rows, c0:c1] += 1
-    assert (seen == 1).all()
-    histories = {(k, tuple(row[: k + 1])) for row in table.tolist() for k in range(c)}
-    assert plan.n_reads == len(histories)  # each block of a genealogy is read once
-    shared = [k for k in range(c) if (table[:, : k + 1] == table[0, : k + 1]).all()]
+    assert (seen == (np.arange(c) < -(-tokens // block)[:, None])).all()
+
+    def histories(rows):
+        return {tuple(row[: k + 1]) for row in rows for k in range(len(row))}
+
+    assert plan.n_reads == len(histories(rows_of))  # each block of a genealogy is read once
+    shared = [k for k in range(c) if len({tuple(row[: k + 1]) for row in rows_of}) == 1 and k < min(map(len, rows_of))]
     assert plan.n_shared == len(shared)
+    for g, (a, b) in enumerate(itertools.pairwise(offsets)):
+        assert plan.group_rows[g] == b - a and plan.group_reads[g] == len(histories(rows_of[a:b]))
+        if a < b:
+            lengths = {k: v[a:b] if k == "lengths" else v for k, v in options.items()}
+            assert plan.group_nodes[g] == ops.plan_attend(torch.from_numpy(table[a:b]), **lengths).n_nodes
 
 
 def test_plan_is_of_one_table():
@@ -323,6 +427,8 @@ def test_infinite_and_huge_scores(dtype, backend):
 
 QUERY, CACHE = torch.zeros(2, 4, 32), torch.zeros(5, 2, 16, 32)
 PLAN = ops.plan_attend(torch.tensor([[0, 1], [0, 4]], dtype=torch.int32))
+LENGTHS = torch.tensor([3, 20], dtype=torch.int32)
+PLAN_OF_LENGTHS = ops.plan_attend(PLAN.table, LENGTHS, block_size=16)
 GOOD = {"query": QUERY, "key_cache": CACHE, "value_cache": CACHE, "plan": PLAN, "length": 20, "scale": 0.1}
 
 
@@ -343,6 +449,11 @@ GOOD = {"query": QUERY, "key_cache": CACHE, "value_cache": CACHE, "plan": PLAN, 
         ({"length": 16}, r"length=16 need \(2, 1\)"),
         ({"length": 33}, r"length=33 need \(2, 3\)"),
         ({"length": 0}, "length=0"),
+        ({"length": LENGTHS}, "length: .* must be the lengths that plan was made for"),
+        ({"length": LENGTHS + 1, "plan": PLAN_OF_LENGTHS}, "length: .* must be the lengths that plan was made for"),
+        ({"length": LENGTHS.long(), "plan": PLAN_OF_LENGTHS}, r"length: must be an int, or \(2,\) int32"),
+        ({"length": LENGTHS[:1], "plan": PLAN_OF_LENGTHS}, r"length: must be an int, or \(2,\) int32"),
+        ({"length": 20, "plan": PLAN_OF_LENGTHS}, "length=20: plan was made for"),
         ({"scale": 0.0}, "scale=0.0"),
         ({"scale": float("nan")}, "scale=nan"),
         ({"layout": "amx"}, "layout='amx': must be one of"),
@@ -368,7 +479,7 @@ def test_refuses_triton():
         ({"v_scale": torch.ones(2, device=device)}, "v_scale: must be a number or one float32"),
         ({"value_cache": CACHE.to(device)}, "value_cache: must be .* torch.float8_e4m3fn"),
         ({"layout": "vector"}, "'triton' reads 'plain'"),
-        ({"length": torch.ones(2, dtype=torch.int32, device=device)}, "length: must be an int, or"),
+        ({"length": torch.ones(3, dtype=torch.int32, device=device)}, "length: must be an int, or"),
         ({"length": torch.ones(1, dtype=torch.int32, device=device), "query": QUERY[:1].to(device)}, "R=1 rows"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -387,6 +498,29 @@ def test_refuses_triton():
 def test_plan_refuses(table, message):
     with pytest.raises(ValueError, match=message):
         ops.plan_attend(table)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"lengths": LENGTHS, "block_size": None}, "lengths and block_size: must be given together"),
+        ({"lengths": None, "block_size": 16}, "lengths and block_size: must be given together"),
+        ({"block_size": 0}, "block_size=0"),
+        ({"lengths": LENGTHS.long()}, "lengths: must be a vector of torch.int32"),
+        ({"lengths": LENGTHS[:1]}, "lengths: must have 2 elements"),
+        ({"lengths": LENGTHS - 3}, r"lengths\[0\]=0: must be in \[1, 32\], 2 columns of 16"),
+        ({"lengths": LENGTHS + 13}, r"lengths\[1\]=33: must be in"),
+        ({"offsets": [0, 1]}, r"offsets=\[0, 1\]: must ascend from 0 to 2"),
+        ({"offsets": [0, 2, 1, 2]}, r"offsets=.* must ascend"),
+        ({"offsets": torch.tensor([0, 2])}, "offsets: must be a vector of torch.int32"),
+        ({"offsets": [0, 2], "known_shared": [1, 1]}, r"known_shared=\[1, 1\]: .* for 1 groups"),
+        ({"known_shared": [3]}, r"known_shared=\[3\]: must be in \[0, 2\]"),
+    ],
+)
+def test_plan_of_lengths_refuses(change, message):
+    args = {"lengths": LENGTHS, "block_size": 16, **change}
+    with pytest.raises(ValueError, match=message):
+        ops.plan_attend(PLAN.table, **args)
 
 
 def test_head_and_block_sizes_are_multiples_of_16():
@@ -431,12 +565,13 @@ def integers(*values):
 def tiles_attend(library, args, table, length, *, scale, layout, runs=2):
     """ops.attend in tiles."""
     query, keys, values = args
-    plan, out = ops.plan_attend(table), torch.empty_like(query)
     n_key_heads, block, dim = keys.shape[1:]
+    plan, out = plan_for(table, length, block), torch.empty_like(query)
+    lengths = (address(plan.lengths), *integers(0)) if plan.lengths is not None else (None, *integers(length))
     failed = library.attend_in_tiles(
         address(query), address(out), address(keys), address(values),
         *integers(keys.stride(0), keys.stride(1), block, dim), ("plain", "vector", "tiled").index(layout),
-        address(plan.table), *integers(*table.shape, length), address(plan.order), address(plan.nodes),
+        address(plan.table), *integers(*table.shape), *lengths, address(plan.order), address(plan.nodes),
         *integers(len(plan.nodes), n_key_heads, query.shape[1] // n_key_heads), ctypes.c_float(scale / math.log(2)),
         *integers(runs),
     )  # fmt: skip
@@ -532,6 +667,20 @@ def test_tiles_of_every_genealogy(tiles, kind, runs):
 
 
 @on_x86
+@pytest.mark.parametrize("layout", ["plain", "vector", "tiled"])
+def test_bits_of_a_row_are_its_own_in_tiles(tiles, layout):
+    table, lengths, _ = forest(5, columns=(20, 2, 1, 12, 9))
+    (query, *caches), kwargs, want = make_case(table, lengths, dtype=torch.bfloat16, layout=layout, heads=(9, 3))
+    got = tiles_attend(tiles, (query, *caches), table, lengths, **kwargs)
+    check(got, want, TOLERANCE[torch.bfloat16])
+    loud = (query * 40).bfloat16()
+    got = tiles_attend(tiles, (loud, *caches), table, lengths, runs=3, **kwargs)
+    for rows in ([0], [4], [9], [20], [3, 8, 25], [22, 1, 2, 17, 12]):
+        args = loud[rows], *caches
+        assert torch.equal(tiles_attend(tiles, args, table[rows], lengths[rows], runs=1, **kwargs), got[rows])
+
+
+@on_x86
 def test_tiles_keep_nan_in_its_row(tiles):
     table, length = family_table(12, 3, 2, seed=2), 70
     (query, keys, values), kwargs, want = make_case(table, length, dim=80, dtype=torch.bfloat16)
@@ -575,5 +724,5 @@ def test_machine_code_for_amx(tmp_path):
         rows, columns = map(int, re.search(r"<(\d), (\d)>", name).groups())
         count = {what: len(re.findall(rf"\b{what}\b", code)) for what in ("tdpbf16ps", "tileloadd", "tilestored")}
         loads = rows + columns + (rows == columns == 2)
-        tiles = rows * columns  # of sums; the body of the loop and the tail
-        assert count == {"tdpbf16ps": 2 * tiles, "tileloadd": 2 * loads, "tilestored": tiles}
+        tiles = rows * columns  # of sums, loaded once; the body of the loop and the tail
+        assert count == {"tdpbf16ps": 2 * tiles, "tileloadd": 2 * loads + tiles, "tilestored": tiles}

@@ -205,13 +205,35 @@ def test_no_row(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["base", "twist", "mask"])
+def test_a_temperature_per_row(kind, backend):
+    """Each draw has the bits that the temperature of its weighed row gives to all draws."""
+    torch.manual_seed(16)
+    r, v, n = (4, 1100, 10) if slow(backend) else (12, 2500, 200)
+    logits, rows, u = torch.randn(6, v) * 4, torch.randint(0, r, (n,)), random_uniforms(n)
+    psi, kw = torch.randn(r, v) if kind != "base" else None, {"logit_rows": torch.arange(r) % 6}
+    kw["logit_rows"][0] = -1
+    if kind == "mask":
+        kw |= {"mask": random_mask(r, v)[1]}
+    t = 10 ** (torch.rand(r, dtype=torch.float64) * 4.7 - 3)
+    t[:3] = torch.tensor([nan, 1e-3, 50.0])
+    got = weigh_and_draw(logits, rows, u, psi, backend, temperature=t, **kw)
+    assert (got.tokens >= 0).tolist() == (rows > 0).tolist()
+    for i in range(1, r):
+        want = weigh_and_draw(logits, rows, u, psi, backend, temperature=t[i].item(), **kw)
+        for a, b in zip(got, want, strict=True):
+            assert torch.equal(a[rows == i], b[rows == i])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_custom_op(backend):
     logits, psi, mask = torch.randn(3, 1100), torch.randn(3, 1100).half(), random_mask(3, 1100)[1]
     rows, u = torch.tensor([2, 0, 0, 1]), random_uniforms(4)
     for args in ((None,) * 5, (None, psi, None, mask, None)):
         w = weigh(logits, args[1], mask=args[3], backend=backend)
         given = to(backend, (logits, *args, w.lse, w.tile_mass, rows, u))
-        torch.library.opcheck(torch.ops.fastsmc.draw.default, (*given, 1.0, backend))
+        for temperatures in (None, torch.tensor([0.9, 1.0, 2.0], dtype=torch.float64)):
+            torch.library.opcheck(torch.ops.fastsmc.draw.default, (*given, 1.0, to(backend, temperatures), backend))
 
 
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if not slow(b)])
@@ -222,8 +244,9 @@ def test_torch_compile(twisted, backend):
     psi = torch.randn(4, 1500) if twisted else None
     args = (logits, psi, mask, torch.tensor([0, -1, 3]), torch.tensor([1, 0, -1]), random_uniforms(3))
 
-    def step(logits, psi, mask, logit_rows, mask_rows, u):
-        kw = {"logit_rows": logit_rows, "mask": mask, "mask_rows": mask_rows, "temperature": 0.9, "backend": backend}
+    def step(logits, psi, mask, logit_rows, mask_rows, u, temperature=None):
+        kw = {"logit_rows": logit_rows, "mask": mask, "mask_rows": mask_rows, "backend": backend}
+        kw["temperature"] = 0.9 if temperature is None else temperature
         kw |= {} if psi is None else {"psi_rows": logit_rows}
         weighed = ops.weigh(logits, psi, **kw)
         drawn = ops.draw(logits, weighed, torch.arange(3, device=u.device), u, psi, **kw)
@@ -231,8 +254,9 @@ def test_torch_compile(twisted, backend):
 
     args = to(backend, args)
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    for got, want in zip(compiled(*args), step(*args), strict=True):
-        torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+    for more in ((), (to(backend, torch.tensor([0.9, nan, 2.0], dtype=torch.float64)),)):
+        for got, want in zip(compiled(*args, *more), step(*args, *more), strict=True):
+            torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.skipif(not CUDA, reason="needs a GPU")

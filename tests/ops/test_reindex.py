@@ -50,7 +50,9 @@ def as_array(cache):
 def reindex(backend, table, ancestors, *, seed=0, **options):
     if backend == "emulated":  # what the GPU runs, thread by thread on the host in a random order
         caches, slot_dim, step = options.pop("caches"), options.pop("slot_dim", None), options.pop("step", None) or 0
-        arguments = _arguments(table, ancestors, position_at=None, step=step, **options)
+        position = options.pop("position")
+        position, position_at = (0, position) if isinstance(position, torch.Tensor) else (position, None)
+        arguments = _arguments(table, ancestors, position, position_at, step=step, **options)
         threads, parts = (1, 3, 32)[seed % 3], 1 + seed % 2
         _C.emulate_reindex(arguments, _cache_arguments(caches, slot_dim), parts, threads, seed)
     elif backend == "cuda":
@@ -83,6 +85,30 @@ def test_equals_numpy(n, slot_dim, used, backend):
     np.testing.assert_array_equal(genealogy.cpu(), noted)
     for cache, array in zip(caches, arrays, strict=True):
         np.testing.assert_array_equal(as_array(cache), array)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("slot_dim", [None, 2])
+@pytest.mark.parametrize("n", [1, 8, 60])
+def test_a_position_per_row(n, slot_dim, backend):
+    """Rows of 0, 1, B, B + 1, … tokens, up to a full table; a moved row takes its parent's, short or long."""
+    device, columns = device_of(backend), 5
+    for seed in range(4):
+        rng = np.random.default_rng((n, seed))
+        _, ancestors = random_case(n, seed, device=device)
+        table = torch.from_numpy(rng.permutation(n * columns).astype(np.int32).reshape(n, columns)).to(device)
+        edges = (0, 1, SLOTS - 1, SLOTS, SLOTS + 1, 3 * SLOTS, columns * SLOTS - 1, columns * SLOTS)
+        drawn = np.where(rng.random(n) < 0.5, rng.choice(edges, n), rng.integers(0, columns * SLOTS + 1, n))
+        position = torch.from_numpy(drawn.astype(np.int32)).to(device)
+        caches = make_caches(n * columns, seed, device)
+        arrays, rows = [as_array(c) for c in caches], table.cpu().numpy().copy()
+        options = {"block_size": SLOTS, "slot_dim": slot_dim}
+        reference.reindex(rows, ancestors.cpu().numpy(), position=drawn, caches=arrays, **options)
+        reindex(backend, table, ancestors, position=position, caches=caches, seed=seed, **options)
+        np.testing.assert_array_equal(table.cpu(), rows)
+        np.testing.assert_array_equal(position.cpu(), drawn)
+        for cache, array in zip(caches, arrays, strict=True):
+            np.testing.assert_array_equal(as_array(cache), array)
 
 
 @settings(max_examples=60, deadline=None)
@@ -187,7 +213,15 @@ GENEALOGY = torch.zeros((2, 3), dtype=torch.int32)
         ({"position": 9}, r"position=9: must be in \[0, 8\]"),
         ({"position": -1}, "position=-1"),
         ({"position": torch.tensor(9)}, "position=9"),
-        ({"position": torch.tensor([1])}, "position: must be an integer or a 0-dim int64 tensor"),
+        ({"position": torch.tensor([[1]])}, "position: must be an integer or a 0-dim int64 tensor"),
+        ({"position": torch.tensor([1, 5, 5])}, "position: must be a vector of torch.int32"),
+        ({"position": torch.tensor([5]).int()}, "position: must have 3 elements, got 1"),
+        ({"position": torch.tensor([5, 5, 9]).int()}, r"position\[2\]=9: must be in \[0, 8\], 2 columns of 4"),
+        ({"position": torch.tensor([5, -1, 9]).int()}, r"position\[1\]=-1: must be"),
+        (
+            {"caches": [torch.zeros(2, 4)], "position": torch.tensor([1, 5, 5]).int()},
+            "row 1 would copy block 0 of row 0 to block 2",
+        ),
         ({"block_size": 0}, "block_size=0"),
         ({"slot_dim": 2}, r"slot_dim=2: must be in \[1, 2\), a dimension of caches\[0\]"),
         ({"slot_dim": 0}, "slot_dim=0"),
@@ -241,6 +275,8 @@ def test_leaves_alone_what_nobody_checked(backend):
     assert torch.equal(table, want) and torch.equal(cache, keep) and not genealogy.any()
     for position in (-1, 9, 2**40):
         reindex(backend, table, ancestors, position=number(position), **options)
+    bad = torch.tensor([-1, 9, 5, 5, 2**31 - 1, 5, 5, 5], dtype=torch.int32, device=device)  # of parents 0 and 4
+    reindex(backend, table, ancestors, position=bad, **options)
     assert torch.equal(table, want) and torch.equal(cache, keep)
 
 

@@ -1,5 +1,6 @@
 """resample: counts equal to the reference's on every backend and every team, unbiased, in-place form, groups."""
 
+import itertools
 import math
 
 import numpy as np
@@ -27,12 +28,14 @@ def resample(log_weights, u, *, backend, **options):
     return ops.Resampled(*(x.cpu() for x in out))
 
 
-def emulate(log_weights, u, threads, seed, *, scheme="systematic", threshold=1.0):
+def emulate(log_weights, u, threads, seed, *, scheme="systematic", threshold=1.0, offsets=None, largest=None):
     """What the GPU runs, thread by thread on the host, every phase in an order of its own."""
-    out = _outputs(log_weights)
-    n = log_weights.shape[-1]
-    addresses = [x.data_ptr() for x in (log_weights, u, *out)]
-    _C.emulate_resample(addresses, log_weights.numel() // n, n, scheme, threshold, threads, seed)
+    out = _outputs(log_weights, offsets)
+    largest = log_weights.shape[-1] if largest is None else largest
+    always, thresholds = (1.0, threshold) if isinstance(threshold, torch.Tensor) else (threshold, None)
+    addresses = [0 if x is None else x.data_ptr() for x in (log_weights, u, *out, thresholds, offsets)]
+    sizes = (out[3].numel(), log_weights.numel(), largest)
+    _C.emulate_resample(addresses, sizes, scheme, always, threads, seed)
     return ops.Resampled(*out)
 
 
@@ -180,11 +183,92 @@ def test_groups_are_as_if_alone(n, scheme, backend):
             assert got.resampled.tolist() == ([False, False, True, True, True] if threshold == 0.5 else [True] * 5)
 
 
+def ragged_case(seed, largest):
+    """(log weights, uniforms, offsets, thresholds) of groups of 0 to `largest` particles, one of them without mass."""
+    rng = np.random.default_rng(seed)
+    sizes = [0, 1, largest, 0, 0, 2, *rng.integers(1, largest + 1, 6), 0]
+    spread, dead = rng.choice([0.0, 0.5, 2.0, 8.0], len(sizes)), rng.random(len(sizes))
+    none = torch.zeros(0, dtype=torch.float64)
+    cases = [random_case(n, s, d, seed) if n else (none, none) for n, s, d in zip(sizes, spread, dead, strict=True)]
+    cases[7][0].fill_(-inf)
+    thresholds = torch.from_numpy(rng.choice([0.0, 0.5, 1.0], len(sizes)))
+    thresholds[2], thresholds[-2] = 1.0, 0.0
+    log_weights, u = (torch.cat(column) for column in zip(*cases, strict=True))
+    return log_weights, u, torch.tensor([0, *np.cumsum(sizes)]), thresholds
+
+
+def groups_of(r, offsets):
+    """Each group's part of a ragged result, with ancestors that count from the group's first particle."""
+    for g, (a, b) in enumerate(itertools.pairwise(offsets.tolist())):
+        yield ops.Resampled(r.ancestors[a:b] - a, r.counts[a:b], r.rank[a:b], r.ess[g], r.log_mean[g], r.resampled[g])
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "emulated"])
+@pytest.mark.parametrize("scheme", RESAMPLING_SCHEMES)
+@pytest.mark.parametrize("seed, largest, given", [(0, 300, None), (1, 300, 10**6), (2, 3000, 3000)])
+def test_groups_of_several_sizes_are_as_if_alone(seed, largest, given, scheme, backend):
+    """Bit for bit, whatever the other groups; empty groups, groups without mass, thresholds for each or for all."""
+    log_weights, u, offsets, thresholds = ragged_case(seed, largest)
+    n_groups = len(offsets) - 1
+    for threshold in (thresholds, 0.5):
+        each = threshold if threshold is thresholds else torch.full((n_groups,), threshold, dtype=torch.float64)
+        if backend == "emulated":
+            options = {"threshold": threshold, "offsets": offsets, "largest": largest}
+            got, alone = emulate(log_weights, u, 48, seed, scheme=scheme, **options), "cpu"
+        else:
+            vector = on(backend, threshold) if threshold is thresholds else threshold
+            options = {"threshold": vector, "offsets": on(backend, offsets), "largest": given}
+            got, alone = resample(log_weights, u, scheme=scheme, **options, backend=backend), backend
+        arrays = {"threshold": each.numpy(), "offsets": offsets.numpy()}
+        assert_equal(got, reference.resample(log_weights.numpy(), u.numpy(), scheme=scheme, **arrays))
+        for g, group in enumerate(groups_of(got, offsets)):
+            at = slice(offsets[g], offsets[g + 1])
+            if len(group.counts) == 0:
+                assert (group.ess, group.log_mean, group.resampled) == (0.0, -inf, False)
+                continue
+            single = resample(log_weights[at], u[at], scheme=scheme, threshold=each[g].item(), backend=alone)
+            for name in got._fields:
+                assert torch.equal(getattr(group, name), getattr(single, name)), (g, name)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_only_empty_groups(backend):
+    none, offsets = torch.zeros(0, dtype=torch.float64), torch.zeros(4, dtype=torch.int64)
+    for threshold in (None, 0.5):
+        r = resample(none, none, offsets=on(backend, offsets), threshold=threshold, backend=backend)
+        assert r.ancestors.shape == (0,) and r.ess.tolist() == [0.0] * 3 and r.log_mean.tolist() == [-inf] * 3
+        r = resample(none, none, offsets=on(backend, offsets[:1]), threshold=threshold, backend=backend)
+        assert r.ancestors.shape == r.ess.shape == r.resampled.shape == (0,)
+
+
+def test_offsets_that_nobody_checked():
+    """On a device: groups that reach outside, or that are larger than was said, count as empty. Others do not mind."""
+    log_weights, u = random_case(100, 1.0, 0.1, 1)
+    for bad in ([0, 30, 20, 100], [-5, 30, 60, 100], [0, 30, 60, 101], [0, 2**62, -(2**62), 100], [0, 70, 80, 100]):
+        out = emulate(log_weights, u, 7, 0, offsets=torch.tensor(bad), largest=60)
+        good = [0 <= a <= b <= 100 and b - a <= 60 for a, b in itertools.pairwise(bad)]
+        assert not all(good) and out.resampled.tolist() == good and (out.ess > 0).tolist() == good
+        for (a, b), ok in zip(itertools.pairwise(bad), good, strict=True):
+            if ok and b <= min([x for x in bad if x > a]):  # no other group lies over it
+                assert torch.equal(out.counts[a:b], resample(log_weights[a:b], u[a:b], backend="cpu").counts)
+
+
+@pytest.mark.parametrize("n", [1, 31, 1023, 1024, 1025, 1200, 16384, 16400, 20000, 2**20])
+def test_memory_for_a_group_is_enough_for_a_smaller_one(n):
+    """Teams share the memory of the largest group: nothing is written behind it. Lanes do not grow with the group."""
+    for m in {max(1, n // 2), max(1, n - 1), min(n, 1024), min(n, 1025), n}:
+        log_weights, u = random_case(m, 1.0, 0.1, 1)
+        offsets = torch.tensor([0, m])
+        got = emulate(log_weights, u, 64, 0, offsets=offsets, largest=n)
+        assert torch.equal(got.counts, resample(log_weights, u, backend="cpu").counts)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_without_mass(backend):
     log_weights = torch.full((2, 7), -inf, dtype=torch.float64)
     log_weights[1] = torch.arange(7)
-    r = resample(log_weights, torch.zeros_like(log_weights), threshold=1.0, backend=backend)
+    for threshold in (1.0, on(backend, torch.ones(2, dtype=torch.float64))):
+        r = resample(log_weights, torch.zeros_like(log_weights), threshold=threshold, backend=backend)
     assert r.ess[0] == 0 and r.log_mean[0] == -inf and r.resampled.tolist() == [False, True]
     assert r.ancestors[0].tolist() == list(range(7)) and (r.counts[0] == 1).all() and (r.rank[0] == 0).all()
 
@@ -211,8 +295,15 @@ def test_threshold_is_strict(backend):
 @pytest.mark.parametrize("scheme", RESAMPLING_SCHEMES)
 def test_is_a_torch_op(scheme):
     log_weights, u = (x.view(2, 20) for x in random_case(40, 1.0, 0.2, 0))
-    for arguments in ((log_weights, u), (log_weights[0], u[0])):
-        torch.library.opcheck(torch.ops.fastsmc.resample.default, (*arguments, scheme, 0.5, "cpu"))
+    vectors = torch.tensor([0.5, 1.0], dtype=torch.float64), torch.tensor([0, 3, 20])
+    both, single = (log_weights, u), (log_weights[0], u[0])
+    for arguments, options in (
+        (both, (None, None)),
+        (both, (vectors[0], None)),
+        (single, (None, None)),
+        (single, vectors),
+    ):
+        torch.library.opcheck(torch.ops.fastsmc.resample.default, (*arguments, scheme, 0.5, *options, 20, "cpu"))
 
 
 def test_compiles_in_one_graph():
@@ -222,9 +313,15 @@ def test_compiles_in_one_graph():
         r = ops.resample(log_weights * 1.0, u, threshold=0.5)
         return torch.where(r.resampled, r.ancestors[r.ancestors], -1), r.log_mean + 1
 
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    for got, want in zip(compiled(log_weights, u), step(log_weights, u), strict=True):
-        assert torch.equal(got, want)
+    def ragged_step(log_weights, u, threshold, offsets):
+        r = ops.resample(log_weights * 1.0, u, threshold=threshold, offsets=offsets, largest=30)
+        return torch.where(r.counts > 0, r.ancestors[r.ancestors], -1), r.log_mean + 1
+
+    vectors = torch.tensor([0.5, 1.0, 1.0], dtype=torch.float64), torch.tensor([0, 20, 20, 50])
+    for function, arguments in ((step, (log_weights, u)), (ragged_step, (log_weights, u, *vectors))):
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        for got, want in zip(compiled(*arguments), function(*arguments), strict=True):
+            assert torch.equal(got, want)
 
 
 @needs_cuda
@@ -247,6 +344,31 @@ def test_cuda_waits_for_nothing_and_can_be_captured(n, scheme):
         torch.cuda.set_sync_debug_mode("default")
     for r in (got, captured):
         assert_equal(ops.Resampled(*(x.cpu() for x in r)), want)
+
+
+@needs_cuda
+@pytest.mark.parametrize("largest", [300, 3000, 20000])
+def test_cuda_waits_for_nothing_with_groups_of_several_sizes(largest):
+    """A captured launch follows what the offsets and thresholds say at each replay."""
+    cases = [ragged_case(seed, largest) for seed in (0, 1)]
+    size = max(len(case[0]) for case in cases)
+    inputs = [torch.zeros(size, dtype=torch.float64, device="cuda") for _ in range(2)]
+    inputs += [x.cuda() for x in cases[0][2:]]
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            r = ops.resample(*inputs[:2], offsets=inputs[2], threshold=inputs[3], largest=largest, backend="cuda")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for log_weights, u, offsets, thresholds in cases:
+        n = len(log_weights)
+        for held, new in zip(inputs, (log_weights, u, offsets, thresholds), strict=True):
+            held[: len(new)].copy_(new)
+        graph.replay()
+        want = resample(log_weights, u, offsets=offsets, threshold=thresholds, backend="cpu")
+        assert_equal(ops.Resampled(*(x.cpu()[:n] for x in r[:3]), *(x.cpu() for x in r[3:])), want)
 
 
 @settings(max_examples=150, deadline=None)
@@ -343,6 +465,9 @@ def test_refuses_weights(weights, message):
         ops.resample(log_weights, torch.zeros_like(log_weights))
 
 
+GROUPS = {"offsets": torch.tensor([0, 0, 2])}
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -356,6 +481,24 @@ def test_refuses_weights(weights, message):
         ({"log_weights": torch.zeros(2)}, "log_weights: must be a vector .* of torch.float64, got torch.float32"),
         ({"threshold": 1.5}, "threshold=1.5"),
         ({"threshold": nan}, "threshold=nan"),
+        (
+            {"threshold": torch.tensor([1.0]).double()},
+            "threshold: is a tensor, must be a number where there are no groups",
+        ),
+        ({"threshold": torch.tensor([0.5, 1.5]).double(), **GROUPS}, r"threshold\[1\]=1.5: must be in \[0, 1\]"),
+        ({"threshold": torch.tensor([nan, 1.0]).double(), **GROUPS}, r"threshold\[0\]=nan: must be in"),
+        ({"threshold": torch.tensor([1.0]).double(), **GROUPS}, "threshold: must have 2 elements, got 1"),
+        ({"offsets": torch.tensor([0, 3])}, r"offsets\[1\]=3: must ascend from 0 to 2"),
+        ({"offsets": torch.tensor([0.0, 2.0])}, "offsets: must be a vector of torch.int64"),
+        (
+            {"log_weights": torch.zeros(1, 2).double(), **GROUPS},
+            r"log_weights: must be a vector .* offsets, got \(1, 2\)",
+        ),
+        ({"largest": 1, **GROUPS}, "offsets: group 1 has 2 particles, must have 1 at most"),
+        ({"largest": 2**20 + 1, **GROUPS}, r"largest=1048577: must be in \[0, 1048576\]"),
+        ({"largest": 2}, "largest=2: given without offsets"),
+        ({"log_weights": torch.tensor([0.0, nan]).double(), **GROUPS}, r"log_weights\[1\]=nan: particle 1 of group 1"),
+        ({"log_weights": torch.full((2,), -inf).double(), **GROUPS}, "log_weights: all 2 of group 1 are -inf"),
         ({"log_weights": torch.zeros(2**20 + 1, dtype=torch.float64)}, "log_weights: has 1048577 particles per group"),
         ({"backend": "cuda"}, f"backend='cuda': {'tensors are on cpu' if _C.cuda_archs else '.*built without CUDA'}"),
     ],

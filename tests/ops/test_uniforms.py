@@ -83,6 +83,59 @@ def test_step_as_a_tensor(backend):
         np.testing.assert_array_equal(got, reference.uniforms(50, **{**KEYS[3], "step": value}))
 
 
+#: two groups without particles at the start, some between, one at the end; seeds as 64 bits, signed
+SIZES = [0, 0, 1, 300, 0, 7, 64, 0]
+OFFSETS = torch.tensor([0, *np.cumsum(SIZES)])
+
+
+def keys_of_groups():
+    """(seed, group, step) of SIZES, the seeds in [0, 2^64); the last two differ in the step only."""
+    rng = np.random.default_rng(4)
+    seeds = [0, 2**64 - 1, *rng.integers(0, 2**64 - 1, 4, dtype=np.uint64).tolist(), 2**63, 2**63]
+    return seeds, [0, 2**32 - 1, 5, 6, 7, 8, 9, 9], [0, 2**32 - 1, 3, 3, 4, 0, 1, 2]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_groups_are_as_if_alone(backend):
+    seeds, groups, steps = keys_of_groups()
+    device = "cuda" if backend == "cuda" else "cpu"
+    signed = [s - 2**64 if s >= 2**63 else s for s in seeds]
+    vectors = dict(zip(("seed", "group", "step", "offsets"), (signed, groups, steps, OFFSETS), strict=True))
+    u = uniforms(
+        sum(SIZES), **{k: torch.as_tensor(v, device=device) for k, v in vectors.items()}, stream=2, backend=backend
+    )
+    np.testing.assert_array_equal(u, reference.uniforms(sum(SIZES), **vectors, stream=2))
+    for n, seed, group, step, at in zip(SIZES, seeds, groups, steps, u.split(SIZES), strict=True):
+        assert torch.equal(at, uniforms(n, seed=seed, group=group, step=step, stream=2, backend=backend))
+    none = torch.zeros(0, dtype=torch.int64, device=device)
+    offsets = torch.zeros(1, dtype=torch.int64, device=device)
+    assert uniforms(0, seed=none, group=none, step=none, offsets=offsets, stream=0, backend=backend).shape == (0,)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"offsets": torch.tensor([0, 2, 1, 4])}, r"offsets\[2\]=1: must ascend from 0 to 4"),
+        ({"offsets": torch.tensor([0, 2, 5, 4])}, r"offsets\[2\]=5: must ascend"),
+        ({"offsets": torch.tensor([1, 2, 3, 4])}, r"offsets\[0\]=1: must ascend"),
+        ({"offsets": torch.tensor([0, 2, 3, 3])}, r"offsets\[3\]=3: must ascend"),
+        ({"offsets": torch.tensor([], dtype=torch.int64)}, "offsets: is empty"),
+        ({"offsets": torch.tensor([0.0, 4.0])}, "offsets: must be a vector of torch.int64"),
+        ({"seed": 3}, "seed: must be a vector of torch.int64, got 3"),
+        ({"seed": torch.zeros(4).long()}, "seed: must have 3 elements, got 4"),
+        ({"group": torch.tensor([0, 0, -1])}, r"group\[2\]=-1: must be in \[0, 4294967296\)"),
+        ({"step": torch.tensor([0, 2**32, 0])}, r"step\[1\]=4294967296"),
+        ({"stream": 2**32}, "stream=4294967296"),
+        ({"offsets": None}, "step: must be an integer or a 0-dim int64 tensor"),
+        ({"offsets": None, "step": 0}, "seed: is a tensor, must be an integer in .* where there are no offsets"),
+    ],
+)
+def test_refuses_groups(change, message):
+    good = {name: torch.zeros(3, dtype=torch.int64) for name in ("seed", "group", "step")}
+    with pytest.raises(ValueError, match=message):
+        ops.uniforms(4, **good | {"offsets": torch.tensor([0, 2, 2, 4]), "stream": 0} | change, device="cpu")
+
+
 @pytest.mark.parametrize(
     "step, message",
     [
@@ -97,8 +150,9 @@ def test_refuses_a_step_tensor(step, message):
 
 
 def test_is_a_torch_op():
-    for step, step_at in ((3, None), (0, torch.tensor(3))):
-        arguments = (20, -5, 1, step, step_at, 2, torch.device("cpu"), "cpu")
+    of_groups = [torch.tensor(x) for x in ([-1, 2], [3, 4], [5, 6], [0, 20, 20])]
+    for step, of_tensors in ((3, [None] * 4), (0, [None, None, torch.tensor(3), None]), (0, of_groups)):
+        arguments = (20, -5, 1, step, 2, *of_tensors, torch.device("cpu"), "cpu")
         torch.library.opcheck(torch.ops.fastsmc.uniforms.default, arguments)
 
 
@@ -106,9 +160,15 @@ def test_compiles_in_one_graph():
     def draw(step):
         return ops.uniforms(30, seed=2**64 - 3, group=1, step=step + 1, stream=0, device=step.device) * 2
 
-    compiled = torch.compile(draw, fullgraph=True, backend="aot_eager")
-    for t in (0, 5):
-        assert torch.equal(compiled(torch.tensor(t)), draw(torch.tensor(t)))
+    def draw_groups(step):
+        key = {"seed": step - 2, "group": step, "step": step, "offsets": OFFSETS}
+        return ops.uniforms(sum(SIZES), **key, stream=0, device=step.device) * 2
+
+    for function, shape in ((draw, ()), (draw_groups, len(SIZES))):
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        for t in (0, 5):
+            step = torch.full((shape,) if shape else (), t)
+            assert torch.equal(compiled(step), function(step))
 
 
 @needs_cuda

@@ -335,6 +335,28 @@ def test_a_row_does_not_depend_on_the_batch(dtype, backend, monkeypatch):
             assert all(torch.equal(one[k][0], part[i]) for i, one in enumerate(alone))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["base", "twist", "mask"])
+def test_a_temperature_per_row(kind, dtype, backend):
+    """Each row has the bits that its temperature gives to all; nobody looks at the temperature of no row."""
+    torch.manual_seed(15)
+    r, v = (5, 1100) if slow(backend) else (12, 2500)
+    logits, rows = (torch.randn(6, v) * 4).to(dtype), torch.randint(-1, 6, (r,))
+    rows[:2] = torch.tensor([-1, 3])
+    t = 10 ** (torch.rand(r, dtype=torch.float64) * 4.7 - 3)  # 1e-3 to 50
+    t[1:4] = torch.tensor([1.0, 1e-3, 50.0])
+    t[rows < 0] = torch.tensor([nan, 0.0, -inf], dtype=torch.float64).repeat(r)[: int((rows < 0).sum())]
+    psi, kw = torch.randn(r, v) if kind != "base" else None, {"logit_rows": rows}
+    if kind == "mask":
+        kw |= {"mask": random_mask(r, v)[1]}
+    got = check(logits, psi, backend, temperature=t, **kw)
+    for i in range(r):
+        want = weigh(logits, psi, backend=backend, temperature=1.0 if rows[i] < 0 else t[i].item(), **kw)
+        for a, b in zip(got, want, strict=True):
+            assert torch.equal(a[i].nan_to_num(), b[i].nan_to_num()) and torch.equal(a[i].isnan(), b[i].isnan())
+
+
 @pytest.mark.skipif(not CUDA, reason="needs a GPU")
 @pytest.mark.parametrize("v", [49152, 50257, 128256])
 @pytest.mark.parametrize("n", [1, 63, 256, 1000])
@@ -354,7 +376,9 @@ def test_custom_op(backend):
     logits, psi, mask = torch.randn(3, 1100), torch.randn(2, 1100).bfloat16(), random_mask(3, 1100)[1]
     rows = torch.tensor([0, 1, 1])
     for args in ((None,) * 5, (rows, psi, rows, None, None), (None, None, None, mask, None)):
-        torch.library.opcheck(torch.ops.fastsmc.weigh.default, (*to(backend, (logits, *args)), 0.9, backend))
+        for temperatures in (None, torch.tensor([0.9, 1.0, 2.0], dtype=torch.float64)):
+            given = *to(backend, (logits, *args)), 0.9, to(backend, temperatures), backend
+            torch.library.opcheck(torch.ops.fastsmc.weigh.default, given)
 
 
 def test_results_do_not_depend_on_threads():
@@ -370,7 +394,7 @@ def test_results_do_not_depend_on_threads():
         assert torch.equal(a, b)
 
 
-Z, P = torch.zeros(2, 8), torch.zeros(3, 8)
+Z, P, T = torch.zeros(2, 8), torch.zeros(3, 8), torch.ones(2, dtype=torch.float64)
 
 
 @pytest.mark.parametrize(
@@ -387,6 +411,12 @@ Z, P = torch.zeros(2, 8), torch.zeros(3, 8)
         ((Z,), {"temperature": -1.0}, "temperature=-1.0"),
         ((Z,), {"temperature": nan}, "temperature=nan"),
         ((Z,), {"temperature": 1e-40}, "temperature=1e-40"),
+        ((Z,), {"temperature": T[:1]}, "temperature: must have 2 elements, got 1"),
+        ((Z,), {"temperature": T.float()}, "temperature: must be a vector of torch.float64, got torch.float32"),
+        ((Z,), {"temperature": T * torch.tensor([1.0, -2.0])}, r"temperature\[1\]=-2.0: must be positive and finite"),
+        ((Z,), {"temperature": T * torch.tensor([1.0, inf])}, r"temperature\[1\]=inf: must be positive"),
+        ((Z,), {"temperature": T * torch.tensor([nan, 1.0])}, r"temperature\[0\]=nan: must be positive"),
+        ((Z,), {"temperature": T * 1e-40, "logit_rows": torch.tensor([-1, 0])}, r"temperature\[1\]=1e-40: must be"),
         ((Z,), {"psi_rows": torch.tensor([0])}, "psi_rows: given without log_psi"),
         ((Z,), {"logit_rows": torch.tensor([0, 2])}, r"logit_rows\[1\]=2: must be in \[-1, 2\)"),
         ((Z,), {"logit_rows": torch.tensor([0, -2])}, r"logit_rows\[1\]=-2: must be in \[-1, 2\)"),

@@ -1,6 +1,7 @@
 // attend: decode attention of R rows over paged keys and values, in which rows that share a block read it together.
 //
-//   out[r, h] = Σ_t p_t v_t,   p = softmax_t(scale · q[r, h] · k_t),   t < length, k and v through row r of the table
+//   out[r, h] = Σ_t p_t v_t,   p = softmax_t(scale · q[r, h] · k_t),   t < length of row r, k and v through row r of
+//                                                                      the table
 //
 // The table is a forest. Rows that name the same block in a column (and in all columns before it) are particles with
 // the same history there, so the sorted rows of the table fall into nested runs. A *node* is such a run of rows with
@@ -12,13 +13,24 @@
 //   1: 7 9 5                           [0, 2) × [1, 2)   block 8, rows 0 and 2 together
 //   2: 7 8 4                           [0, 1) × [2, 3)   block 3;  [1, 2) × [2, 3)  block 4;  [2, 3) × [1, 3)  9 and 5
 //
+// Rows may have lengths of their own. A row's columns end with its last token; what the table holds beyond is not looked
+// at. Two rows that name the same block with unequal numbers of tokens in it, at the end of one of them, part there: so
+// all rows of a node have the same tokens in its columns. Rows may be those of several groups.
+//
 // A task is a head of the keys and a run of rows. It walks the nodes from the root, kSpan tokens at a time: their keys
 // and values are packed once, for the products of all queries of the node (rows × query heads of one key head). Each
-// query carries its maximum, sum and output along: the parts of a row are joined by log-sum-exp as they come.
+// query carries a base, sums and its output along: weights are 2^(score − base).
 //
 // Arithmetic: bfloat16 is multiplied as it is where the CPU does so in pairs (AVX-512 BF16) or in tiles (AMX), with
-// weights p rounded to bfloat16; anything else is widened to float32. Sums and exponentials are always float32. A row's
-// result depends, by rounding only, on how its columns fall into nodes; it does not depend on the number of threads.
+// weights p rounded to bfloat16; anything else is widened to float32. Sums and exponentials are always float32.
+//
+// The bits of a row depend on that row alone: not on which rows share its blocks, on how its columns fall into nodes
+// and spans, on other groups of the plan, or on the number of threads. For that, everything is a sum over tokens in
+// order, one after the other (the sum of weights in 16 of them, by token % 16), which goes on from span to span. And
+// the base is a whole number, the floor of the largest score so far: when it rises, sums are multiplied by a power of
+// two, which is exact, and a weight's digits come from the fraction of its score, whatever the base. (So the largest
+// weight is in [1, 2). Only where a float32 underflows, 2^-126 of the largest weight and below, does the order in which
+// bases rose show.) Tiles add 32 tokens at a time: there it holds for blocks of multiples of 32.
 //
 // Tiles have only run in an emulation so far (tests/ops/tiles.hpp); their kSpan and kQueries are derived, not measured.
 //
@@ -26,6 +38,7 @@
 // product is inlined its sums are spilled to memory, which halves the speed too.
 #pragma once
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <numeric>
@@ -65,36 +78,90 @@ struct PagedKV {
 };
 
 // ---------------------------------------------------------------------------------------------------------------- plan
+// A table (R, C) of block ids. Without lengths all rows have as many tokens, in all of its columns.
+struct Table {
+  const int32_t* blocks;
+  int64_t stride, n_rows, n_columns;
+  const int32_t* lengths;  // (R,) tokens, at least 1 and at most C · block_size, or null
+  int64_t block_size;      // of rows with lengths
+
+  const int32_t* row(int64_t r) const { return blocks + r * stride; }
+  int32_t columns(int64_t r) const {
+    return static_cast<int32_t>(lengths ? (lengths[r] + block_size - 1) / block_size : n_columns);
+  }
+  // Tokens of row r in one of its columns.
+  int64_t tokens(int64_t r, int64_t column) const { return std::min(block_size, lengths[r] - column * block_size); }
+
+  // The first column in [column, limit) in which rows a and b are not the same, be it that one has ended; else limit.
+  // They are the same before `column`.
+  int32_t parting(int64_t a, int64_t b, int32_t column, int32_t limit) const {
+    const int32_t both = std::min(limit, std::min(columns(a), columns(b)));
+    const int32_t* x = row(a);
+    const int32_t at = static_cast<int32_t>(std::mismatch(x + column, x + both, row(b) + column).first - x);
+    const bool part_inside = lengths && column < both && at == both && tokens(a, at - 1) != tokens(b, at - 1);
+    return part_inside ? at - 1 : at;
+  }
+};
+
 struct Node {
   int32_t row_begin, row_end, column_begin, column_end;
 };
 
 // Appends the nodes of sorted rows [begin, end) from `column` on, depth first: a node comes before those below it.
-inline void add_nodes(const int32_t* table, int64_t stride, const int32_t* order, int32_t begin, int32_t end,
-                      int32_t column, int32_t n_columns, std::vector<Node>& nodes) {
+inline void add_nodes(const Table& table, const int32_t* order, int32_t begin, int32_t end, int32_t column,
+                      std::vector<Node>& nodes) {
+  while (begin < end && table.columns(order[begin]) == column) ++begin;  // these have ended: they come first
   while (begin < end) {
-    const int32_t* first = table + order[begin] * stride;
-    int32_t stop = begin + 1, until = n_columns;  // rows [begin, stop) agree in columns [column, until)
-    for (; stop < end && table[order[stop] * stride + column] == first[column]; ++stop)
-      until = static_cast<int32_t>(
-          std::mismatch(first + column, first + until, table + order[stop] * stride + column).first - first);
+    int32_t stop = begin + 1, until = table.columns(order[begin]);  // rows [begin, stop) agree in [column, until)
+    for (; stop < end; ++stop) {
+      const int32_t at = table.parting(order[begin], order[stop], column, until);
+      if (at == column) break;
+      until = at;
+    }
     nodes.push_back({begin, stop, column, until});
-    if (until < n_columns) add_nodes(table, stride, order, begin, stop, until, n_columns, nodes);
+    add_nodes(table, order, begin, stop, until, nodes);
     begin = stop;
   }
 }
 
-// Writes order (R,), the rows sorted by their blocks, and returns the nodes of a table (R, C).
-inline std::vector<Node> plan_nodes(const int32_t* table, int64_t stride, int64_t n_rows, int64_t n_columns,
-                                    int32_t* order) {
-  std::iota(order, order + n_rows, 0);
-  std::stable_sort(order, order + n_rows, [&](int32_t a, int32_t b) {
-    const int32_t *x = table + a * stride, *y = table + b * stride;
-    return std::lexicographical_compare(x, x + n_columns, y, y + n_columns);
-  });
+inline std::vector<Node> nodes_of(const Table& table, const int32_t* order, int64_t n_rows) {
   std::vector<Node> nodes;
-  add_nodes(table, stride, order, 0, static_cast<int32_t>(n_rows), 0, static_cast<int32_t>(n_columns), nodes);
+  add_nodes(table, order, 0, static_cast<int32_t>(n_rows), 0, nodes);
   return nodes;
+}
+
+// Writes order (R,), the rows sorted by their blocks, and returns the nodes of a table.
+inline std::vector<Node> plan_nodes(const Table& table, int32_t* order) {
+  std::iota(order, order + table.n_rows, 0);
+  std::stable_sort(order, order + table.n_rows, [&](int32_t a, int32_t b) {
+    const int32_t until_a = table.columns(a), until_b = table.columns(b);
+    const int32_t at = table.parting(a, b, 0, until_a);
+    if (at == until_a || at == until_b) return until_a < until_b;
+    const int32_t x = table.row(a)[at], y = table.row(b)[at];
+    return x != y ? x < y : table.tokens(a, at) < table.tokens(b, at);
+  });
+  return nodes_of(table, order, table.n_rows);
+}
+
+// What one group reads: nodes, and the columns of all nodes together.
+struct Reads {
+  int64_t nodes, columns;
+};
+
+// What each group would read if its rows, [offsets[g], offsets[g + 1]), were alone.
+inline std::vector<Reads> count_reads(const Table& table, const int32_t* order, const int32_t* offsets,
+                                      int64_t n_groups) {
+  std::vector<std::vector<int32_t>> rows(n_groups);
+  for (int64_t i = 0; i < table.n_rows; ++i)
+    rows[std::upper_bound(offsets, offsets + n_groups + 1, order[i]) - offsets - 1].push_back(order[i]);
+  std::vector<Reads> reads;
+  for (const std::vector<int32_t>& sorted : rows) {
+    Reads sum{};
+    for (const Node& n : nodes_of(table, sorted.data(), sorted.size()))
+      ++sum.nodes, sum.columns += n.column_end - n.column_begin;
+    reads.push_back(sum);
+  }
+  return reads;
 }
 
 // ------------------------------------------------------------------------------------------------------------- packing
@@ -363,17 +430,24 @@ struct TileRegisters {
   ~TileRegisters() { _tile_release(); }
 };
 
-// sums of MT × NT tiles into out, rows of 32.
+// sums of MT × NT tiles into out, rows of 32; with `more` added to what stands there, one step of 32 after the other.
 template <int MT, int NT>
 __attribute__((noinline)) void tile_block(const bf16* a, int64_t a_stride, const bf16* b, int64_t b_step, int64_t depth,
-                                          float* out) {
+                                          bool more, float* out) {
   constexpr int64_t kDepth = 32, kTileRows = 16;
   const int64_t a_bytes = a_stride * sizeof(bf16), b_bytes = 64, out_bytes = 2 * kLanes * sizeof(float);
   asm volatile("" ::: "memory");  // the compiler does not know that tile loads read memory: all is written by now
-  _tile_zero(0);
-  if constexpr (NT == 2) _tile_zero(1);
-  if constexpr (MT == 2) _tile_zero(2);
-  if constexpr (MT == 2 && NT == 2) _tile_zero(3);
+  if (more) {
+    _tile_loadd(0, out, out_bytes);
+    if constexpr (NT == 2) _tile_loadd(1, out + kLanes, out_bytes);
+    if constexpr (MT == 2) _tile_loadd(2, out + kTileRows * 2 * kLanes, out_bytes);
+    if constexpr (MT == 2 && NT == 2) _tile_loadd(3, out + kTileRows * 2 * kLanes + kLanes, out_bytes);
+  } else {
+    _tile_zero(0);
+    if constexpr (NT == 2) _tile_zero(1);
+    if constexpr (MT == 2) _tile_zero(2);
+    if constexpr (MT == 2 && NT == 2) _tile_zero(3);
+  }
   int64_t k = 0;
   for (; k + kDepth <= depth; k += kDepth) {
     const bf16 *left = a + k, *below = left + kTileRows * a_stride, *right = b + k * kLanes;
@@ -420,27 +494,27 @@ __attribute__((noinline)) void tile_block(const bf16* a, int64_t a_stride, const
 // As `product` below; depth and n_groups · 16 are multiples of 16.
 inline void tile_product(const bf16* a, int64_t a_stride, int64_t n_rows, const bf16* b, int64_t b_step, int64_t depth,
                          const float* keep, float factor, float* out, int64_t out_stride, int64_t n_groups) {
-  alignas(64) float sums[32 * 2 * kLanes];
+  alignas(64) float sums[32 * 2 * kLanes] = {};
   for (int64_t m = 0; m < n_rows; m += 32) {
     const int64_t n_here = std::min<int64_t>(32, n_rows - m);
     for (int64_t n = 0; n < n_groups; n += 2) {
       const bool two = n + 1 < n_groups;
       const auto block = n_here > 16 ? (two ? tile_block<2, 2> : tile_block<2, 1>)
                                      : (two ? tile_block<1, 2> : tile_block<1, 1>);
-      block(a + m * a_stride, a_stride, b + n * b_step, b_step, depth, sums);
-      for (int64_t i = 0; i < n_here; ++i)
-        for (int64_t j = 0; j < (two ? 2 : 1); ++j) {
-          float* to = out + (m + i) * out_stride + (n + j) * kLanes;
-          Floats x, old;
-          memcpy(&x, sums + (2 * i + j) * kLanes, sizeof x);
-          if (keep) {
-            memcpy(&old, to, sizeof old);
-            x += old * keep[m + i];
-          } else {
-            x *= factor;
-          }
-          memcpy(to, &x, sizeof x);
-        }
+      const auto each = [&](auto f) {  // f(16 sums, where they belong, row)
+        for (int64_t i = 0; i < n_here; ++i)
+          for (int64_t j = 0; j < (two ? 2 : 1); ++j)
+            f(sums + (2 * i + j) * kLanes, out + (m + i) * out_stride + (n + j) * kLanes, m + i);
+      };
+      const auto scale = [](const float* from, float by, float* to) {
+        Floats x;
+        memcpy(&x, from, sizeof x);
+        x *= by;
+        memcpy(to, &x, sizeof x);
+      };
+      if (keep) each([&](float* sum, float* to, int64_t row) { scale(to, keep[row], sum); });
+      block(a + m * a_stride, a_stride, b + n * b_step, b_step, depth, keep != nullptr, sums);
+      each([&](float* sum, float* to, int64_t) { scale(sum, keep ? 1.0f : factor, to); });
     }
   }
 }
@@ -502,12 +576,16 @@ inline float fold(Floats x, F f) {
   return x[0];
 }
 
-// 2^t of 16 numbers t <= 0: 2^floor(t) · polynomial, the polynomial minimax for 2^x on [0, 1). Relative error 9e-8, and
-// 7.5e-5 where `Packed` is bfloat16, which rounds by 2e-3. NaN gives NaN, −inf gives 0.
+// 2^(t − base) of 16 numbers, base a whole number >= floor(t): 2^(floor(t) − base) · polynomial, which is minimax for 2^x
+// on [0, 1). So the digits do not depend on the base. Relative error 9e-8, and 7.5e-5 where `Packed` is bfloat16, which
+// rounds by 2e-3. NaN and +inf (with a base of +inf) give NaN, −inf gives 0.
 template <typename Packed>
-inline Floats exp2_lanes(Floats t) {
+inline Floats exp2_lanes(Floats t, float base) {
+  const Floats lowest = Floats{} - 3.4028235e38f;
+  t = lowest > t ? lowest : t;  // −inf − −inf would be NaN; NaN stays
 #ifdef __AVX512DQ__
-  const Floats x = (Floats)_mm512_reduce_ps((__m512)t, 0x09);  // t − floor(t), and 0 for −inf
+  const Floats whole = (Floats)_mm512_roundscale_ps((__m512)t, 0x09);  // (reducing to x instead takes twice as long)
+  const Floats x = t - whole;
   Floats p;
   if constexpr (std::is_same_v<Packed, bf16>) {
     p = x * 7.802452147006989e-2f + 2.2606715559959412e-1f;
@@ -520,36 +598,42 @@ inline Floats exp2_lanes(Floats t) {
     p = p * x + 6.931530833244324e-1f;
     p = p * x + 9.999999403953552e-1f;
   }
-  return (Floats)_mm512_scalef_ps((__m512)p, (__m512)t);  // 2^floor(t) · p
+  return (Floats)_mm512_scalef_ps((__m512)p, (__m512)(whole - base));
 #else
-  for (int i = 0; i < kLanes; ++i) t[i] = exp2_nonpositive(t[i]);
+  for (int i = 0; i < kLanes; ++i) {
+    const float whole = std::floor(t[i]);
+    t[i] = 2.0f * exp2_nonpositive((t[i] - whole) - 1.0f) * exp2_nonpositive(whole - base);
+  }
   return t;
 #endif
 }
 
 // Turns n scores of one query (a multiple of 16, in units of log 2, the first n_valid of them real) into weights
-// relative to the running maximum; returns what the output and the sum so far must be multiplied by. (Scores come
-// scaled: a scaling fused with the subtraction of the maximum could leave huge scores above it.)
+// 2^(score − base), and adds them to `sums`, 16 of them; raises the base to the floor of the largest score, and returns
+// the power of two by which the output so far must be multiplied for that. (Scores come scaled: a scaling fused with
+// the subtraction of the base could leave huge scores above it.)
 template <typename Packed>
-inline float soften(float* scores, int64_t n, int64_t n_valid, float* max, float* sum, Packed* weights) {
+inline float soften(float* scores, int64_t n, int64_t n_valid, float* base, float* sums, Packed* weights) {
   for (int64_t t = n_valid; t < n; ++t) scores[t] = kNegInf;
   const auto larger = [](Floats a, Floats b) { return a > b ? a : b; };
-  Floats x, lanes = Floats{} + kNegInf, part = {};
+  Floats x, part, lanes = Floats{} + kNegInf;
   for (int64_t t = 0; t < n; t += kLanes) {
     memcpy(&x, scores + t, sizeof x);
     lanes = larger(x, lanes);
   }
-  const float top = std::max(*max, fold(lanes, larger));
-  const float base = top == kNegInf ? 0.0f : top;  // no mass yet: weights 0, not NaN
+  const float top = std::max(*base, std::floor(fold(lanes, larger)));
+  const float now = top == kNegInf ? 0.0f : top;  // no mass yet: weights 0, not NaN
+  const float keep = exp2_nonpositive(*base - now);
+  memcpy(&part, sums, sizeof part);
+  part *= keep;
   for (int64_t t = 0; t < n; t += kLanes) {
     memcpy(&x, scores + t, sizeof x);
-    x = exp2_lanes<Packed>(x - base);
+    x = exp2_lanes<Packed>(x, now);
     part += x;
     store_lanes(x, weights + t);
   }
-  const float keep = exp2_nonpositive(*max - base);
-  *max = top;
-  *sum = *sum * keep + fold(part, [](Floats a, Floats b) { return a + b; });
+  memcpy(sums, &part, sizeof part);
+  *base = top;
   return keep;
 }
 
@@ -559,31 +643,31 @@ template <typename Math>
 struct Scratch {
   static constexpr int64_t kQueries = Math::kQueries;
   std::vector<typename Math::Packed> queries, keys, values, weights;
-  std::vector<float> sums, maxima, outputs, scores, keep;
+  std::vector<float> sums, bases, outputs, scores, keep;
 
   void prepare(int64_t n, int64_t head_dim, int64_t span) {
     queries.resize((n + kQueries) * head_dim);  // tiles read whole
     keys.resize(span * head_dim), values.resize(span * head_dim);
     weights.resize(kQueries * span), scores.resize(kQueries * span), keep.resize(kQueries);
-    sums.assign(n, 0.0f), maxima.assign(n, kNegInf), outputs.assign(n * head_dim, 0.0f);
+    sums.assign(n * kLanes, 0.0f), bases.assign(n, kNegInf), outputs.assign(n * head_dim, 0.0f);
   }
 };
 
 // Attends for rows order[row_begin : row_end), with the queries that belong to key head `head`. With TileMath the
 // calling thread must hold TileRegisters.
 //   query, out: (R, n_heads, D) with a stride per row in elements; table as in `plan_nodes`.
+//   length: tokens of each row, where the table has no lengths.
 template <typename Math, typename T>
 void attend_task(const T* query, int64_t query_stride, T* out, int64_t out_stride, const PagedKV& kv,
-                 const int32_t* table, int64_t table_stride, int64_t length, const int32_t* order, const Node* nodes,
-                 int64_t n_nodes, int64_t row_begin, int64_t row_end, int64_t head, int64_t heads_per_key,
-                 float scale) {
+                 const Table& table, int64_t length, const int32_t* order, const Node* nodes, int64_t n_nodes,
+                 int64_t row_begin, int64_t row_end, int64_t head, int64_t heads_per_key, float scale) {
   using Packed = typename Math::Packed;
   const int64_t B = kv.block_size, D = kv.head_dim, G = heads_per_key, n = (row_end - row_begin) * G;
   constexpr int64_t kQueries = Math::kQueries;
   const int64_t span = std::max(B, Math::kSpan / B * B), n_groups = D / kLanes;
   static thread_local Scratch<Math> scratch;
   scratch.prepare(n, D, span);
-  auto& [queries, keys, values, weights, sums, maxima, outputs, scores, keep] = scratch;
+  auto& [queries, keys, values, weights, sums, bases, outputs, scores, keep] = scratch;
   for (int64_t r = row_begin; r < row_end; ++r) {
     const T* from = query + order[r] * query_stride + head * G * D;
     for (int64_t i = 0; i < G * D; ++i) queries[(r - row_begin) * G * D + i] = pack_as<Packed>(from, i);
@@ -592,10 +676,11 @@ void attend_task(const T* query, int64_t query_stride, T* out, int64_t out_strid
     const int64_t first = std::max<int64_t>(nodes[k].row_begin, row_begin);
     const int64_t last = std::min<int64_t>(nodes[k].row_end, row_end);
     if (first >= last) continue;
-    const int32_t* blocks = table + order[first] * table_stride;
+    const int32_t* blocks = table.row(order[first]);
+    const int64_t tokens = table.lengths ? table.lengths[order[first]] : length;  // as far as these columns go
     for (int64_t c = nodes[k].column_begin; c < nodes[k].column_end; c += span / B) {
       const int64_t n_blocks = std::min<int64_t>(span / B, nodes[k].column_end - c);
-      const int64_t n_valid = std::min(n_blocks * B, length - c * B);
+      const int64_t n_valid = std::min(n_blocks * B, tokens - c * B);
       const int64_t n_tokens = (n_valid + kLanes - 1) / kLanes * kLanes;
       for (int64_t b = 0; b < n_blocks; ++b) {
         const int64_t at = blocks[c + b] * kv.block_stride + head * kv.head_stride;
@@ -611,7 +696,7 @@ void attend_task(const T* query, int64_t query_stride, T* out, int64_t out_strid
           product<Math>(queries.data() + q * D, D, m, keys.data() + t * D, D * kLanes, D, nullptr, scale,
                         scores.data() + t, span, std::min<int64_t>(kColumnBlock, (n_tokens - t) / kLanes));
         for (int64_t i = 0; i < m; ++i)
-          keep[i] = soften(scores.data() + i * span, n_tokens, n_valid, &maxima[q + i], &sums[q + i],
+          keep[i] = soften(scores.data() + i * span, n_tokens, n_valid, &bases[q + i], &sums[(q + i) * kLanes],
                            weights.data() + i * span);
         product<Math>(weights.data(), span, m, values.data(), span * kLanes, n_tokens, keep.data(), 1.0f,
                       outputs.data() + q * D, D, n_groups);
@@ -622,9 +707,10 @@ void attend_task(const T* query, int64_t query_stride, T* out, int64_t out_strid
     for (int64_t i = 0; i < G; ++i) {
       const int64_t q = (r - row_begin) * G + i;
       T* to = out + order[r] * out_stride + (head * G + i) * D;
-      const float share = 1.0f / sums[q];
+      Floats x;
+      memcpy(&x, sums.data() + q * kLanes, sizeof x);
+      const float share = 1.0f / fold(x, [](Floats a, Floats b) { return a + b; });
       for (int64_t d = 0; d < D; d += kLanes) {
-        Floats x;
         memcpy(&x, outputs.data() + q * D + d, sizeof x);
         store_lanes(x * share, to + d);
       }

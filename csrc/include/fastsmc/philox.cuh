@@ -40,10 +40,40 @@ FASTSMC_HD inline double unit_double(uint32_t high, uint32_t low) {
   return static_cast<double>(bits) * 0x1p-53;
 }
 
-FASTSMC_HD inline double uniform(uint64_t seed, uint32_t group, uint32_t step, uint32_t stream, uint32_t particle) {
-  const Philox4 r = philox4x32_10({{particle, step, group, stream}}, static_cast<uint32_t>(seed),
-                                  static_cast<uint32_t>(seed >> 32));
+struct UniformKey {
+  uint64_t seed;
+  uint32_t group, step, stream;
+};
+
+FASTSMC_HD inline double uniform(const UniformKey& key, uint32_t particle) {
+  const Philox4 r = philox4x32_10({{particle, key.step, key.group, key.stream}}, static_cast<uint32_t>(key.seed),
+                                  static_cast<uint32_t>(key.seed >> 32));
   return unit_double(r.word[0], r.word[1]);
 }
+
+// Groups whose particles are laid flat: group g has the places [offsets[g], offsets[g + 1]). Without offsets there is
+// one group, which has them all. Seed, group and step of group g are seeds[g], groups[g] and steps[g], or where an
+// address is null what `common` says.
+struct UniformGroups {
+  UniformKey common;
+  const int64_t *seeds, *groups, *steps, *offsets;
+  int64_t n_groups;
+
+  FASTSMC_HD UniformKey key(int64_t g) const {
+    return {seeds ? static_cast<uint64_t>(seeds[g]) : common.seed,
+            groups ? static_cast<uint32_t>(groups[g]) : common.group,
+            steps ? static_cast<uint32_t>(steps[g]) : common.step, common.stream};
+  }
+  // The last group that does not begin behind a place: empty groups, which begin there too, come before it.
+  FASTSMC_HD int64_t group_at(int64_t place) const {
+    int64_t low = 0, high = n_groups;
+    while (high - low > 1) {
+      const int64_t middle = low + (high - low) / 2;
+      (offsets[middle] <= place ? low : high) = middle;
+    }
+    return low;
+  }
+  FASTSMC_HD int64_t begin(int64_t g) const { return offsets ? offsets[g] : 0; }
+};
 
 }  // namespace fastsmc

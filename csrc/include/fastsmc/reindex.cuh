@@ -1,7 +1,7 @@
-// reindex: rewrites block tables after a resampling. All rows hold `position` tokens in blocks of `block_size`.
-// Ancestors are in place (a[a[i]] == a[i]). A moved row (a[i] != i) takes over its parent's full blocks, the first
-// position / block_size columns. If there is a tail, the partly filled block of the next column, the used slots of the
-// parent's tail block are copied into the row's own tail block. Survivors are read and never written, moved rows are
+// reindex: rewrites block tables after a resampling. Rows hold `position` tokens in blocks of `block_size`, all of them
+// as many, or each its own number. Ancestors are in place (a[a[i]] == a[i]). A moved row (a[i] != i) takes over its
+// parent's full blocks, the first position / block_size columns of the parent. If the parent has a tail, the partly
+// filled block of the next column, its used slots are copied into the row's own block of that column. Survivors are read and never written, moved rows are
 // written and never read: so rows and caches may be done in any order, in place. Ancestors may be noted in a genealogy.
 //
 // Example: table [[7, 1], [8, 2]], ancestors [1, 1], position 6, block_size 4 -> table [[8, 1], [8, 2]], and slots 0
@@ -30,19 +30,22 @@ struct BlockCache {
   FASTSMC_HD int64_t used(int64_t slots) const { return slot_size > 0 ? slots * slot_size : piece_size; }
 };
 
-// What is rewritten. position and step are read from memory if given there: replays of a captured graph go on.
+// What is rewritten. Positions and step are read from memory if given there: replays of a captured graph go on.
 struct Reindexing {
   int32_t* table;  // (n, columns), rows `stride` elements apart
   int64_t stride, columns;
   const int64_t* ancestors;  // (n,)
   int64_t n, position;
   const int64_t* position_at;
+  const int32_t* positions;  // (n,), one per row; null: all rows hold as many tokens
   int64_t block_size;
   int32_t* genealogy;  // (steps, n), or null
   int64_t steps, step;
   const int64_t* step_at;
 
-  FASTSMC_HD int64_t tokens() const { return position_at ? *position_at : position; }
+  FASTSMC_HD int64_t tokens(int64_t row) const {
+    return positions ? positions[row] : position_at ? *position_at : position;
+  }
   // The genealogy's row for these ancestors; null: none.
   FASTSMC_HD int32_t* generation() const {
     const int64_t t = step_at ? *step_at : step;
@@ -108,7 +111,7 @@ FASTSMC_HD inline void reindex_row(const Reindexing& r, const BlockCache* caches
   if (part == 0 && thread == 0)
     if (int32_t* generation = r.generation()) generation[row] = static_cast<int32_t>(parent);
   if (parent == row || !in_place(r.ancestors, r.n, row)) return;
-  const int64_t tokens = r.tokens();
+  const int64_t tokens = r.tokens(parent);
   const int64_t tail = tokens / r.block_size, slots = tokens % r.block_size;
   if (tokens < 0 || tokens > r.columns * r.block_size) return;
   const int32_t* source = r.table + parent * r.stride;

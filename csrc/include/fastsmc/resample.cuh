@@ -36,11 +36,31 @@ struct Resampling {
   int64_t *ancestors, *counts, *rank;
   double *ess, *log_mean;
   bool* resampled;
+  int64_t base = 0;  // what the group's first particle is called among the ancestors
+};
 
-  // Group g of a batch of which *this is the first.
+// Groups laid flat, all of n particles; or, with offsets, group g at [offsets[g], offsets[g + 1]), of n particles at
+// most, and ancestors then count from the first group's first particle.
+struct ResamplingGroups {
+  Resampling first;           // begins where all groups do
+  int64_t groups, particles;  // in all groups
+  const int64_t* offsets;     // (groups + 1), or null
+  const double* thresholds;   // (groups), or null: first.threshold for all
+
+  // On a device nobody has checked the offsets: a group that is not as it should be counts as empty.
   FASTSMC_HD Resampling group(int64_t g) const {
-    Resampling r = *this;
-    r.log_weights += g * n, r.u += g * n, r.ancestors += g * n, r.counts += g * n, r.rank += g * n;
+    Resampling r = first;
+    int64_t begin = g * r.n;
+    if (offsets) {
+      const int64_t end = offsets[g + 1];
+      begin = offsets[g];
+      const bool valid = 0 <= begin && begin <= end && end <= particles && end - begin <= r.n;
+      begin = valid ? begin : 0;
+      r.n = valid ? end - begin : 0;
+      r.base = begin;
+    }
+    if (thresholds) r.threshold = thresholds[g];
+    r.log_weights += begin, r.u += begin, r.ancestors += begin, r.counts += begin, r.rank += begin;
     r.ess += g, r.log_mean += g, r.resampled += g;
     return r;
   }
@@ -162,9 +182,10 @@ struct ResampleScratch {
     max = group_squares + lanes.groups;
     resampled = reinterpret_cast<bool*>(max + 1);
   }
+  // What a group of n particles, or fewer, needs. Fewer may be in more lanes, and as many in more groups of lanes.
   FASTSMC_HD static size_t words(int64_t n) {
-    const Lanes lanes(n);
-    return n + 3 * lanes.size() + 4 * lanes.groups + 3;
+    const int lanes = Lanes::most(n), groups = lanes > 8192 ? (lanes + 255) / 256 : 32;
+    return n + 3 * (lanes + lanes / 32) + 4 * groups + 3;
   }
 };
 
@@ -330,7 +351,7 @@ FASTSMC_HD inline void place_children(Team& team, const Resampling& r, const Sca
     for (int64_t i = lanes.first(lane); i < lanes.last(lane); ++i) {
       const u64 more = surplus_of(i);
       if (r.counts[i] > 0) {
-        r.ancestors[i] = i;
+        r.ancestors[i] = r.base + i;
         const u64 own = dead < surplus ? 0 : dead - surplus;  // its children in dead slots before it
         r.rank[i] = static_cast<int64_t>(own < more ? own : more);
       }
@@ -345,7 +366,7 @@ FASTSMC_HD inline void place_children(Team& team, const Resampling& r, const Sca
     for (int64_t i = lanes.first(lane); i < lanes.last(lane); ++i) {
       if (r.counts[i] > 0) continue;
       parent = parent < 0 ? find_cell(cells, r.n, child) : find_cell_after(cells, r.n, parent, child);
-      r.ancestors[i] = parent;
+      r.ancestors[i] = r.base + parent;
       // The dead slots of one parent come in slot order; its own slot is one before those behind it.
       r.rank[i] = static_cast<int64_t>(child - (cells[parent] - surplus_of(parent))) + (i > parent);
       ++child;
@@ -353,7 +374,7 @@ FASTSMC_HD inline void place_children(Team& team, const Resampling& r, const Sca
   });
 }
 
-// One group. No mass at all: ESS 0, log_mean −inf. NaN or +inf among the log weights: both NaN. Either way, or with an
+// One group. No mass at all, or no particle: ESS 0, log_mean −inf. NaN or +inf among the log weights: both NaN. Either way, or with an
 // ESS that is large enough, nothing moves: ancestors are the identity, counts 1, ranks 0, resampled false.
 template <typename Team>
 FASTSMC_HD inline void resample(Team& team, const Resampling& r, u64* memory) {
@@ -363,7 +384,7 @@ FASTSMC_HD inline void resample(Team& team, const Resampling& r, u64* memory) {
   if (!summarise(team, r, scan, s)) {
     team.each(lanes.count, [&](int lane) {
       for (int64_t i = lanes.first(lane); i < lanes.last(lane); ++i) {
-        r.ancestors[i] = i;
+        r.ancestors[i] = r.base + i;
         r.counts[i] = 1;
         r.rank[i] = 0;
       }

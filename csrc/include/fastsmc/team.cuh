@@ -86,7 +86,7 @@ struct Lanes {
   int length, count, span, groups;
 
   FASTSMC_HD explicit Lanes(int64_t n) : n(n) {
-    length = n >= 16384 ? 16 : static_cast<int>((n + 1023) / 1024);
+    length = n >= 16384 ? 16 : n > 1024 ? static_cast<int>((n + 1023) / 1024) : 1;
     count = static_cast<int>((n + length - 1) / length);
     span = count <= 1024 ? 32 : 256;
     groups = (count + span - 1) / span;
@@ -97,6 +97,10 @@ struct Lanes {
   // bank of shared memory.
   FASTSMC_HD int at(int lane) const { return lane + lane / 32; }
   FASTSMC_HD int size() const { return at(count - 1) + 1; }
+  // The most lanes that any number of elements up to n is cut into.
+  FASTSMC_HD static int most(int64_t n) {
+    return n <= 1024 ? static_cast<int>(n) : n <= 16384 ? 1024 : static_cast<int>((n + 15) / 16);
+  }
 };
 
 // Exclusive prefix sums over lanes in two phases, after one that wrote values[at(lane)] for every lane:
