@@ -360,11 +360,11 @@ def _check_writable(option: str, path: str | None) -> None:
 
 def _plot_paths(path: str) -> tuple[Path, Path]:
     """Names the plots: `path` (.png unless it has a suffix) for the weights, with '-genealogy' for the other."""
-    from matplotlib.backend_bases import FigureCanvasBase
+    from fastsmc import plots
 
-    weights = Path(path) if Path(path).suffix else Path(path + ".png")
-    if weights.suffix[1:].lower() not in FigureCanvasBase.filetypes:
-        raise ValueError(f"--plot {path}: unknown suffix; known are {', '.join(sorted(FigureCanvasBase.filetypes))}")
+    weights, known = Path(path) if Path(path).suffix else Path(path + ".png"), plots.suffixes()
+    if weights.suffix[1:].lower() not in known:
+        raise ValueError(f"--plot {path}: unknown suffix; known are {', '.join(known)}")
     return weights, weights.with_stem(weights.stem + "-genealogy")
 
 

@@ -22,18 +22,17 @@ from typing import Any
 
 import numpy as np
 
+from fastsmc import plots
 from fastsmc.arguments import read_samples
 from fastsmc.params import SMCParams
+from fastsmc.plots import Z95
 from fastsmc.population import Population
 from fastsmc.potentials import Potential
-
-#: two-sided 95 % of a normal distribution
-Z95 = 1.959963984540054
+from fastsmc.values import check_int, json_safe
 
 
 def _check(exact: Any, runs: int) -> list[list[int]]:
-    if isinstance(runs, bool) or not hasattr(runs, "__index__") or runs < 1:
-        raise ValueError(f"runs={runs!r}: must be an integer of at least 1")
+    check_int("runs", runs, 1)
     return read_samples("exact", exact)
 
 
@@ -129,9 +128,9 @@ class LogZBounds:
         return {
             "n_particles": self.n_particles,
             "runs": len(self.lower),
-            **{name: _plain(value) for name, value in numbers.items()},
-            "lower_runs": [_plain(value) for value in self.lower],
-            "upper_runs": [_plain(value) for value in self.upper],
+            **json_safe(numbers),
+            "lower_runs": json_safe(self.lower),
+            "upper_runs": json_safe(self.upper),
         }
 
     def __repr__(self) -> str:
@@ -153,7 +152,7 @@ def log_z_bounds(
 ) -> LogZBounds:
     """Bounds log Z by `runs` ordinary and `runs` conditional runs; conditional run r keeps exact[r % len(exact)].
 
-    Conditional runs resample multinomially whatever `params.resampling` says (see `fastsmc.group`), so their bound is
+    Conditional runs resample multinomially whatever `params.resampling` says (see `fastsmc.smc.group`), so their bound is
     right, but looser than that of systematic resampling would be.
 
     Raises:
@@ -319,14 +318,10 @@ def baselines(
     return {
         "acceptance": acceptance,
         "accepted_per_run": acceptance * params.n_particles,
-        "log_phi_best_of_n": _plain(log_phi[rows, best].mean()),
-        "log_prob_best_of_n": _plain(log_p[rows, best].mean()),
-        "log_phi_base": _plain(mean),
+        "log_phi_best_of_n": json_safe(log_phi[rows, best].mean()),
+        "log_prob_best_of_n": json_safe(log_p[rows, best].mean()),
+        "log_phi_base": json_safe(mean),
     }
-
-
-def _plain(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
 
 
 def rejection(
@@ -390,7 +385,7 @@ def report(
         divergence = kl(llm, prompt, sampler, potential, exact=exact, runs=runs, twist=guide, bounds=bounds)
         samplers[name] = {
             "bounds": bounds.to_dict(),
-            "kl": {k: v if math.isfinite(v) else None for k, v in dataclasses.asdict(divergence).items()},
+            "kl": json_safe(dataclasses.asdict(divergence)),
             "ess": bounds.ess.mean(axis=0).tolist(),
         }
     return {
@@ -429,23 +424,4 @@ def table(result: dict[str, Any]) -> str:
 
 def plot(result: dict[str, Any], path: str | os.PathLike | None = None) -> Any:
     """Draws the samplers' bounds beside their ESS curves: a matplotlib Figure, written to `path` if given."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 3.4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    n = result["params"]["n_particles"]
-    for i, (name, sampler) in enumerate(result["samplers"].items()):
-        b = {k: math.nan if v is None else v for k, v in sampler["bounds"].items()}
-        left.plot([i, i], [b["lower"], b["upper"]], color=f"C{i}", lw=6, alpha=0.3, solid_capstyle="butt")
-        for side, marker in (("lower", "^"), ("upper", "v")):
-            left.errorbar(
-                i, b[side], yerr=Z95 * np.nan_to_num(b[f"{side}_se"]), color=f"C{i}", marker=marker, capsize=4
-            )
-        right.plot(np.arange(1, len(sampler["ess"]) + 1), sampler["ess"], color=f"C{i}", marker=".", label=name)
-    left.set(xticks=range(len(result["samplers"])), xticklabels=list(result["samplers"]), ylabel="log Z")
-    left.set(title=f"bounds, N = {n}", xlim=(-0.5, len(result["samplers"]) - 0.5))
-    right.set(xlabel="step", ylabel="mean ESS", ylim=(0, 1.04 * n), title="effective sample size")
-    right.legend(frameon=False)
-    if path is not None:
-        figure.savefig(path, dpi=110)
-    return figure
+    return plots.report(result, path)

@@ -23,7 +23,9 @@ from typing import Any
 
 import numpy as np
 
+from fastsmc import plots
 from fastsmc.params import SMCParams
+from fastsmc.values import check_int, json_safe
 
 FORMAT = "fastsmc.population"
 VERSION = 1
@@ -193,14 +195,10 @@ class Population:
         Raises:
             ValueError: if k is not a whole number >= 0, or if all weights are zero.
         """
-        if isinstance(k, (bool, np.bool_)) or not hasattr(k, "__index__") or int(k) < 0:
-            raise ValueError(f"k={k!r}: must be an integer >= 0")
+        k = check_int("k", k, 0)
         if self.degenerate:
             raise ValueError("cannot sample: all weights of this population are zero (log_z = -inf)")
-        cumulative = np.cumsum(self.weights)
-        uniforms = np.random.default_rng(seed).random(int(k)) * cumulative[-1]
-        last = int(np.flatnonzero(self.log_weights > -np.inf)[-1])  # rounding must not reach a weightless particle
-        return np.minimum(np.searchsorted(cumulative, uniforms, side="right"), last).astype(np.int64)
+        return draw_indices(self.weights, np.random.default_rng(seed).random(k))
 
     # -- genealogy -------------------------------------------------------------------------------------------------
     def lineage(self, i: int) -> np.ndarray:
@@ -220,9 +218,9 @@ class Population:
 
     def distinct_ancestors(self) -> np.ndarray:
         """Counts the rows of each step that have descendants among the final particles, (T,) int64; the last is N."""
-        return self._surviving().sum(axis=1)
+        return self.surviving().sum(axis=1)
 
-    def _surviving(self) -> np.ndarray:
+    def surviving(self) -> np.ndarray:
         """Marks rows that have final descendants, (T, N) bool."""
         alive = np.zeros((self.T, self.n_particles), dtype=bool)
         alive[-1:] = True
@@ -253,13 +251,13 @@ class Population:
         return {
             "n_particles": self.n_particles,
             "steps": self.T,
-            "log_z": _jsonable(self.log_z),
+            "log_z": json_safe(self.log_z),
             "final_ess": self.final_ess,
             "degenerate": self.degenerate,
             "resamplings": int(self.resampled.sum()),
             "total_tokens": sum(map(len, self.token_ids)),
             "distinct_first_ancestors": int(self.distinct_ancestors()[0]) if self.T else self.n_particles,
-            "best": best and [{"text": text, "weight": w, "log_prob": _jsonable(lp)} for text, w, lp in best],
+            "best": best and [{"text": text, "weight": w, "log_prob": json_safe(lp)} for text, w, lp in best],
         }
 
     def to_dict(self) -> dict[str, Any]:
@@ -271,7 +269,7 @@ class Population:
             "prompt_token_ids": self.prompt_token_ids,
             "token_ids": [list(map(int, ids)) for ids in self.token_ids],
             "texts": self.texts,
-            **{name: _jsonable(getattr(self, name).tolist()) for name in names},
+            **{name: json_safe(getattr(self, name)) for name in names},
         }
 
     def __len__(self) -> int:
@@ -356,109 +354,27 @@ class Population:
         Args:
             path: where to write the picture (the suffix gives the format), or None.
         """
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
-
-        n, steps = self.n_particles, np.arange(self.T)
-        figure = Figure(figsize=(8, 5.2), layout="constrained")
-        top, bottom = figure.subplots(2, 1, sharex=True)
-        top.axhline(self.params.ess_threshold * n, color="0.6", lw=0.8, ls="--", label="threshold")
-        top.plot(steps, self.ess, color="C0", marker="." if self.T <= 64 else None, label="ESS")
-        for number, t in enumerate(np.flatnonzero(self.resampled)):
-            top.axvline(t, color="C3", lw=0.8, alpha=0.5, zorder=0, label="resampled" if number == 0 else None)
-        alive = np.isfinite(self.step_log_weights)
-        if not alive.all():
-            top.plot(steps, alive.sum(axis=1), color="0.3", lw=1, ls=":", label="weight > 0")
-        top.set(ylim=(0, 1.04 * n), ylabel="effective sample size", title=f"{n} particles, log Z = {self.log_z:.4f}")
-        top.legend(loc="upper center", bbox_to_anchor=(0.5, -0.02), ncols=4, frameon=False, fontsize="small")
-
-        levels = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1)
-        spread = np.full((self.T, len(levels)), np.nan)
-        for t, row in enumerate(self.step_log_weights):
-            if alive[t].any():
-                normaliser = row.max() + np.log(np.exp(row - row.max()).mean())
-                spread[t] = np.quantile(row[alive[t]] - normaliser, levels)
-        bottom.axhline(0, color="0.6", lw=0.8, ls="--")
-        bottom.fill_between(steps, spread[:, 1], spread[:, 5], color="C0", alpha=0.2, lw=0, label="5 to 95 %")
-        bottom.fill_between(steps, spread[:, 2], spread[:, 4], color="C0", alpha=0.4, lw=0, label="25 to 75 %")
-        bottom.plot(steps, spread[:, 3], color="C0", label="median")
-        bottom.plot(steps, spread[:, [0, 6]], color="C0", lw=0.7, ls=":", label=["lowest, highest", None])
-        bottom.set(xlabel="step", ylabel="log (N · weight)")
-        bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
-        bottom.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=4, frameon=False, fontsize="small")
-        if path is not None:
-            figure.savefig(path, dpi=150)
-        return figure
+        return plots.weights(self, path)
 
     def plot_genealogy(self, path: str | os.PathLike | None = None, max_lines: int = 200_000) -> Any:
-        """Draws the genealogy: a line from each row of step t - 1 to the rows that continue it at step t.
-
-        Lines that lead to a final particle are coloured by their row at step 0, the others are grey; lines of
-        particles that had ended are paler. Dots at the right are the final particles, their area the weight.
+        """Draws the genealogy, as `fastsmc.plots.genealogy` says: a matplotlib Figure.
 
         Args:
             path: where to write the picture (the suffix gives the format), or None.
             max_lines: at most so many grey and so many coloured lines are drawn, evenly spaced; at least 1.
-
-        Returns:
-            a matplotlib Figure.
         """
-        if isinstance(max_lines, bool) or not hasattr(max_lines, "__index__") or int(max_lines) < 1:
-            raise ValueError(f"max_lines={max_lines!r}: must be an integer of at least 1")
-        from matplotlib import colormaps
-        from matplotlib.collections import LineCollection
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
+        return plots.genealogy(self, path, max_lines)
 
-        n, steps = self.n_particles, self.T
-        figure = Figure(figsize=(float(np.clip(2 + 0.3 * steps, 7, 14)), 5.2), layout="constrained")
-        axes = figure.subplots()
-        root = np.empty((steps, n), dtype=np.int64)  # row at step 0 from which each row descends
-        if steps:
-            root[0] = np.arange(n)
-        for t in range(1, steps):
-            root[t] = root[t - 1, self.ancestors[t]]
-        alive = self._surviving()
-        roots = np.flatnonzero(alive[0]) if steps else np.arange(0)
-        scheme = colormaps["tab10"] if len(roots) <= 10 else colormaps["turbo"]
-        shade = np.arange(len(roots)) if len(roots) <= 10 else np.linspace(0.03, 0.97, len(roots))
-        colours = np.zeros((n, 4))
-        colours[roots] = scheme(shade)
 
-        def thin(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            t, i = np.nonzero(mask)
-            stride = -(-len(t) // max_lines) or 1
-            return t[::stride] + 1, i[::stride]
+def draw_indices(weights: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
+    """Draws an index for each of uniforms (k,) in [0, 1) by inverting the weights' cumulative sum: (k,) int64.
 
-        width = float(np.clip(60 / n, 0.25, 1.8))
-        ended = self.tokens[1:] < 0
-        for mask, order in ((~alive[1:], 1), (alive[1:], 2)):
-            at, i = thin(mask)
-            starts = np.stack([at - 1, self.ancestors[at, i]], axis=1)
-            colour = colours[root[at, i]] if order == 2 else np.tile(np.array([0.78, 0.78, 0.78, 1.0]), (len(at), 1))
-            colour[:, 3] = np.where(ended[at - 1, i], 0.3, 1.0)
-            segments = list(np.stack([starts, np.stack([at, i], axis=1)], axis=1))
-            lines = LineCollection(segments, colors=colour, linewidths=width * (0.7, 1.0)[order - 1], zorder=order)
-            axes.add_collection(lines)
-        if steps:
-            weights = self.weights
-            area = np.clip(weights * 60 * min(n, 16), 0, 240)
-            kept = weights > 0
-            axes.scatter(
-                np.full(n, steps - 1)[kept], np.flatnonzero(kept), s=area[kept], c=colours[root[-1]][kept],
-                edgecolors="0.2", linewidths=0.4 if n <= 64 else 0, zorder=3, clip_on=False,
-            )  # fmt: skip
-        for t in np.flatnonzero(self.resampled):
-            axes.axvline(t - 0.5, color="0.85", lw=0.8, ls=":", zorder=0)
-        margin = 0.5 + 0.005 * n
-        axes.set(xlim=(-0.3, max(steps - 1, 0) + 0.3), ylim=(n - 1 + margin, -margin), xlabel="step", ylabel="row")
-        axes.set_title(f"{n} particles, {len(roots)} of the rows of step 0 have final descendants")
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_locator(MaxNLocator(integer=True))
-        axes.spines[["top", "right"]].set_visible(False)
-        if path is not None:
-            figure.savefig(path, dpi=150)
-        return figure
+    Args:
+        weights: (N,) float64, not negative, of any positive sum.
+    """
+    cumulative = np.cumsum(weights)
+    last = int(np.flatnonzero(weights)[-1])  # rounding must not reach a weightless particle
+    return np.minimum(np.searchsorted(cumulative, uniforms * cumulative[-1], side="right"), last).astype(np.int64)
 
 
 def _as_array(name: str, value: Any, dtype: type) -> np.ndarray:
@@ -515,10 +431,3 @@ def _array(members: dict[str, bytes], name: str, dtype: type) -> np.ndarray:
     if stored != np.dtype(dtype) or fortran or math.prod(shape) * stored.itemsize != len(raw):
         raise ValueError(f"{name}: holds {len(raw)} bytes as {shape} {stored}, expected {np.dtype(dtype)}")
     return np.frombuffer(raw, dtype=dtype).reshape(shape).copy()
-
-
-def _jsonable(value: Any) -> Any:
-    """Puts None for what JSON has no number for, in a number or in a list of them."""
-    if isinstance(value, list):
-        return [_jsonable(v) for v in value]
-    return value if math.isfinite(value) else None

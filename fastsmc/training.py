@@ -31,12 +31,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastsmc import evaluate
-from fastsmc.hf import SCORE_ELEMENTS, HFEngine, Trunk
+from fastsmc import evaluate, plots
+from fastsmc.hf import SCORE_ELEMENTS, HFEngine
 from fastsmc.params import SMCParams
 from fastsmc.population import Population
 from fastsmc.potentials import Final, Potential
+from fastsmc.trunk import Trunk
 from fastsmc.twists import KINDS, LOSSES, Card, Head, Twist, add_lora, tokenizer_hash
+from fastsmc.values import check_choice, check_int, json_safe
 
 SAMPLES = ("twisted", "base")
 POSITIVES = ("smc", "rejection", "data")
@@ -95,13 +97,10 @@ class TwistConfig:
         for name, choices in (
             ("loss", LOSSES), ("kind", KINDS), ("samples", SAMPLES), ("positives", POSITIVES),
         ):  # fmt: skip
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)!r}: must be one of {', '.join(map(repr, choices))}")
+            check_choice(name, getattr(self, name), choices)
         least = {"rank": 1, "steps": 1, "batch_size": 1, "refresh": 1, "eval_every": 0, "checkpoint_every": 0}
         for name, low in {**least, "lora_rank": 1, "eval_particles": 1, "eval_runs": 2}.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < low:
-                raise ValueError(f"{name}={value!r}: must be an integer of at least {low}")
+            object.__setattr__(self, name, check_int(name, getattr(self, name), low))
         for name in ("lr", "clip", "lora_alpha"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be a positive number")
@@ -555,7 +554,7 @@ class Trainer:
         return record | {"lower": float(lower.mean()), "lower_se": float(lower.std(ddof=1) / math.sqrt(len(lower)))}
 
     def _log(self, record: dict[str, float], board: Any) -> None:
-        plain = {k: v if math.isfinite(v) else None for k, v in record.items()}
+        plain = json_safe(record)
         self.history.append(plain)
         if self.directory is not None:
             with open(self.directory / "metrics.jsonl", "a") as file:
@@ -624,22 +623,4 @@ class Trainer:
 
 def plot_history(history: Sequence[dict[str, Any]], path: str | os.PathLike | None = None) -> Any:
     """Draws loss and bounds on log Z over steps: a matplotlib Figure, written to `path` where there is one."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 3.4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    steps = [r for r in history if "loss" in r]
-    left.plot([r["step"] for r in steps], [r["loss"] for r in steps], lw=0.8)
-    left.set(xlabel="step", ylabel="loss")
-    for i, side in enumerate(("lower", "upper")):
-        known = [r for r in history if r.get(side) is not None]
-        if known:
-            se = [evaluate.Z95 * (r[f"{side}_se"] or 0.0) for r in known]
-            right.errorbar(
-                [r["step"] for r in known], [r[side] for r in known], yerr=se, color=f"C{i}", capsize=3, label=side
-            )
-    right.set(xlabel="step", ylabel="log Z")
-    right.legend(frameon=False)
-    if path is not None:
-        figure.savefig(path, dpi=110)
-    return figure
+    return plots.training(history, path)

@@ -34,8 +34,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastsmc.hf import Trunk
 from fastsmc.potentials import Engine, Final, Potential, Product, Rows, State, resolve
+from fastsmc.trunk import Trunk
+from fastsmc.values import check_choice, check_int
 
 FORMAT, VERSION = "fastsmc.twist", 1
 KINDS = ("linear", "mlp", "lora", "model")
@@ -86,13 +87,10 @@ class Card:
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, choices in (("kind", KINDS), ("loss", LOSSES)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)!r}: must be one of {', '.join(map(repr, choices))}")
+        check_choice("kind", self.kind, KINDS)
+        check_choice("loss", self.loss, LOSSES)
         for name in ("vocab_size", "hidden_size", "input_size", "rank"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name}={value!r}: must be an integer of at least 1")
+            object.__setattr__(self, name, check_int(name, getattr(self, name), 1))  # NumPy's is no JSON
 
     @property
     def bounded(self) -> bool:

@@ -1,0 +1,100 @@
+"""A Hugging Face causal language model as hidden states: what groups without vLLM run over, and twists stand on."""
+
+from __future__ import annotations
+
+import copy
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: sequences that go through a frozen trunk at once
+CHUNK = 1024
+
+
+def fork(cache: Any) -> Any:
+    """Makes a KV cache that goes on without touching this one: selecting rows and appending make new tensors."""
+    out = copy.copy(cache)
+    out.layers = [copy.copy(layer) for layer in cache.layers]
+    return out
+
+
+class Trunk:
+    """Runs a Hugging Face causal language model, hidden states and logits apart.
+
+    Args:
+        model: `AutoModelForCausalLM`; its logits must be its output embedding of its last hidden state.
+
+    Attributes:
+        hidden_size, vocab_size: H, V.
+        max_positions: tokens that fit its context, or None.
+    """
+
+    max_positions: int | None = None
+
+    def __init__(self, model: Any) -> None:
+        self.model = model.eval()
+        self._body = getattr(model, model.base_model_prefix)
+        self._unembed = model.get_output_embeddings()
+        self.hidden_size, self.vocab_size = model.config.hidden_size, model.config.vocab_size
+        self.max_positions = getattr(model.config, "max_position_embeddings", None)
+        self.device = next(model.parameters()).device
+
+    @classmethod
+    def load(cls, name: str | os.PathLike, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Trunk:
+        from transformers import AutoModelForCausalLM
+
+        model: Any = AutoModelForCausalLM.from_pretrained(str(name), dtype=dtype)
+        return cls(model.to(device))
+
+    def unembedding(self) -> Tensor:
+        """Gives the output embedding (V, H)."""
+        return self._unembed.weight.detach()
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Maps hidden states (…, H) to logits (…, V)."""
+        return self._unembed(hidden)
+
+    def start(self, prompt: list[int]) -> tuple[Tensor, Any]:
+        """Runs the prompt: the hidden state (1, H) after it, and its KV cache."""
+        ids = torch.tensor([prompt], device=self.device)
+        out = self._body(input_ids=ids, use_cache=True)
+        return out.last_hidden_state[:, -1], out.past_key_values
+
+    def next(self, cache: Any, parents: Tensor, tokens: Tensor) -> tuple[Tensor, Any]:
+        """Continues, for row r, row parents[r] of the cache with tokens[r] (R,) or (R, n); the cache is consumed.
+
+        Returns:
+            hidden states (R, H) or (R, n, H), and the cache of the R rows.
+        """
+        cache.reorder_cache(parents)
+        ids = tokens.reshape(len(tokens), -1)
+        out = self._body(input_ids=ids, past_key_values=cache, use_cache=True)
+        hidden = out.last_hidden_state
+        return (hidden[:, -1] if tokens.ndim == 1 else hidden), out.past_key_values
+
+    def hidden(self, prompt: list[int], tokens: Tensor) -> Tensor:
+        """Gives (B, T, H), the hidden state before each of tokens (B, T) int64; -1 is padding after a sequence's end.
+
+        Gradients reach the trunk's parameters, so every row goes through it with its prompt.
+        """
+        start = torch.tensor(prompt, device=self.device).expand(len(tokens), -1)
+        ids = torch.cat([start, tokens[:, :-1].clamp(min=0)], dim=1)
+        return self._body(input_ids=ids, use_cache=False).last_hidden_state[:, len(prompt) - 1 :]
+
+    @torch.no_grad()
+    def frozen_hidden(self, prompt: list[int], tokens: Tensor) -> Tensor:
+        """Does as `hidden`, without gradients: prompt and distinct histories go through the trunk once each."""
+        padded = torch.cat([torch.zeros_like(tokens[:, :1]), tokens[:, :-1].clamp(min=0)], dim=1)  # never 0 columns
+        histories, history_of = torch.unique(padded, dim=0, return_inverse=True)
+        first, cache = self.start(prompt)
+        parts = []
+        for part in histories[:, 1:].split(CHUNK):
+            before = first[:, None].expand(len(part), -1, -1)
+            if part.shape[1]:
+                parents = torch.zeros(len(part), dtype=torch.int64, device=self.device)
+                after, _ = self.next(fork(cache), parents, part)
+                before = torch.cat([before, after], dim=1)
+            parts.append(before)
+        return torch.cat(parts)[history_of]
