@@ -10,7 +10,7 @@ from fastsmc.population import Population
 from fastsmc.potentials import Masked, Potential, Rows
 
 if TYPE_CHECKING:
-    from fastsmc.group import SMCError
+    from fastsmc.smc import SMCError
     from fastsmc.vllm.llm import LLM
 
 __version__ = "0.1.0"
@@ -27,7 +27,7 @@ def __getattr__(name: str) -> Any:
 
         return LLM
     if name == "SMCError":
-        from fastsmc.group import SMCError
+        from fastsmc.smc import SMCError
 
         return SMCError
     raise AttributeError(f"module 'fastsmc' has no attribute {name!r}")

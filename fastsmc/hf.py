@@ -1,7 +1,6 @@
 """fastsmc without vLLM: groups over a Hugging Face model in this process. What twists are trained with.
 
-    Trunk      a causal language model as hidden states: of one prompt, of next tokens by a KV cache, of whole batches
-    TrunkRows  the `RowModel` of one group over a trunk
+    TrunkRows  the `RowModel` of one group over a `Trunk` (fastsmc/trunk.py)
     HFEngine   `smc` as `fastsmc.LLM` has it, one group after the other
 
 Slower than vLLM by far for long sequences and many particles, but it needs no server process, and weights that are
@@ -10,7 +9,6 @@ being trained can be sampled with at every step.
 
 from __future__ import annotations
 
-import copy
 import os
 import sys
 from collections.abc import Sequence
@@ -19,106 +17,19 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from fastsmc import ops
+from fastsmc import ops, twists
 from fastsmc.arguments import Prompt, Prompts, read_each, read_prompts
-from fastsmc.group import Group, GroupEngine, SMCError, set_up
 from fastsmc.params import SMCParams
 from fastsmc.population import Population
 from fastsmc.potentials import Potential
 from fastsmc.potentials.tokens import short, token_list
+from fastsmc.smc import Group, GroupEngine, SMCError, set_up
+from fastsmc.smc.driving import take_step
 from fastsmc.texts import texts_after
+from fastsmc.trunk import Trunk, fork
 
 #: logits elements that scoring may hold at once
 SCORE_ELEMENTS = 1 << 25
-#: sequences that go through a frozen trunk at once
-CHUNK = 1024
-
-
-def fork(cache: Any) -> Any:
-    """Makes a KV cache that goes on without touching this one: selecting rows and appending make new tensors."""
-    out = copy.copy(cache)
-    out.layers = [copy.copy(layer) for layer in cache.layers]
-    return out
-
-
-class Trunk:
-    """Runs a Hugging Face causal language model, hidden states and logits apart.
-
-    Args:
-        model: `AutoModelForCausalLM`; its logits must be its output embedding of its last hidden state.
-
-    Attributes:
-        hidden_size, vocab_size: H, V.
-        max_positions: tokens that fit its context, or None.
-    """
-
-    max_positions: int | None = None
-
-    def __init__(self, model: Any) -> None:
-        self.model = model.eval()
-        self._body = getattr(model, model.base_model_prefix)
-        self._unembed = model.get_output_embeddings()
-        self.hidden_size, self.vocab_size = model.config.hidden_size, model.config.vocab_size
-        self.max_positions = getattr(model.config, "max_position_embeddings", None)
-        self.device = next(model.parameters()).device
-
-    @classmethod
-    def load(cls, name: str | os.PathLike, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Trunk:
-        from transformers import AutoModelForCausalLM
-
-        model: Any = AutoModelForCausalLM.from_pretrained(str(name), dtype=dtype)
-        return cls(model.to(device))
-
-    def unembedding(self) -> Tensor:
-        """Gives the output embedding (V, H)."""
-        return self._unembed.weight.detach()
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Maps hidden states (…, H) to logits (…, V)."""
-        return self._unembed(hidden)
-
-    def start(self, prompt: list[int]) -> tuple[Tensor, Any]:
-        """Runs the prompt: the hidden state (1, H) after it, and its KV cache."""
-        ids = torch.tensor([prompt], device=self.device)
-        out = self._body(input_ids=ids, use_cache=True)
-        return out.last_hidden_state[:, -1], out.past_key_values
-
-    def next(self, cache: Any, parents: Tensor, tokens: Tensor) -> tuple[Tensor, Any]:
-        """Continues, for row r, row parents[r] of the cache with tokens[r] (R,) or (R, n); the cache is consumed.
-
-        Returns:
-            hidden states (R, H) or (R, n, H), and the cache of the R rows.
-        """
-        cache.reorder_cache(parents)
-        ids = tokens.reshape(len(tokens), -1)
-        out = self._body(input_ids=ids, past_key_values=cache, use_cache=True)
-        hidden = out.last_hidden_state
-        return (hidden[:, -1] if tokens.ndim == 1 else hidden), out.past_key_values
-
-    def hidden(self, prompt: list[int], tokens: Tensor) -> Tensor:
-        """Gives (B, T, H), the hidden state before each of tokens (B, T) int64; -1 is padding after a sequence's end.
-
-        Gradients reach the trunk's parameters, so every row goes through it with its prompt.
-        """
-        start = torch.tensor(prompt, device=self.device).expand(len(tokens), -1)
-        ids = torch.cat([start, tokens[:, :-1].clamp(min=0)], dim=1)
-        return self._body(input_ids=ids, use_cache=False).last_hidden_state[:, len(prompt) - 1 :]
-
-    @torch.no_grad()
-    def frozen_hidden(self, prompt: list[int], tokens: Tensor) -> Tensor:
-        """Does as `hidden`, without gradients: prompt and distinct histories go through the trunk once each."""
-        padded = torch.cat([torch.zeros_like(tokens[:, :1]), tokens[:, :-1].clamp(min=0)], dim=1)  # never 0 columns
-        histories, history_of = torch.unique(padded, dim=0, return_inverse=True)
-        first, cache = self.start(prompt)
-        parts = []
-        for part in histories[:, 1:].split(CHUNK):
-            before = first[:, None].expand(len(part), -1, -1)
-            if part.shape[1]:
-                parents = torch.zeros(len(part), dtype=torch.int64, device=self.device)
-                after, _ = self.next(fork(cache), parents, part)
-                before = torch.cat([before, after], dim=1)
-            parts.append(before)
-        return torch.cat(parts)[history_of]
 
 
 class TrunkRows:
@@ -259,8 +170,6 @@ class HFEngine:
             ValueError: an argument that cannot be, or one that a potential's `setup` refuses.
             SMCError: a group failed; with several prompts its attribute `populations` has those that did not.
         """
-        from fastsmc import twists
-
         ids, single = read_prompts(prompts, self.engine.tokenizer, self.engine.vocab_size)
         if twist is not None and potential is None:
             potential = twists.card_potential(twist)
@@ -325,9 +234,9 @@ class HFEngine:
         self, prompt: list[int], params: SMCParams, potential: Potential | None, exact: Any, bar: Any
     ) -> Population:
         rows = TrunkRows(self.trunk, prompt, params.n_particles)
-        group = Group(params, rows, potential, prompt, self.stops(params), self.trunk.device, self.engine, exact=exact)
+        group = Group(params, potential, prompt, self.stops(params), self.trunk.device, self.engine, exact=exact)
         while not group.done:
-            group.step()
+            take_step(group, rows)
             if bar is not None:
                 bar.update(1)
         population = group.population()

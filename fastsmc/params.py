@@ -8,44 +8,18 @@ client can send the same thing. `to_extra_args` and `from_request` are the two d
 from __future__ import annotations
 
 import dataclasses
-import math
-import operator
 from collections.abc import Mapping, Sequence, Set
 from typing import Any
+
+from fastsmc.values import check_choice, check_float, check_int
 
 RESAMPLING_SCHEMES = ("systematic", "stratified", "multinomial", "residual", "ssp")
 PROPOSALS = ("twisted", "base")
 
-#: Prefix of the keys in `SamplingParams.extra_args` that make a request the lead of a group.
+#: Prefix of the keys in `SamplingParams.extra_args` that make a request stand for a group.
 PREFIX = "smc_"
-#: The one key that every lead has.
-LEAD_KEY = PREFIX + "n_particles"
-
-
-def _check_int(name: str, value: Any, low: int, high: int) -> int:
-    try:
-        number = low - 1 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = low - 1
-    if not low <= number <= high:
-        raise ValueError(f"{name}={value!r}: must be an integer from {low} to {high}")
-    return number
-
-
-def _check_float(name: str, value: Any, low: float, high: float) -> float:
-    try:
-        number = float(value) if not isinstance(value, (bool, str)) else math.nan
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if not low <= number <= high:
-        raise ValueError(f"{name}={value!r}: must be a number in [{low:g}, {high:g}]")
-    return number
-
-
-def _check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
-    if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{name}={value!r}: must be one of {', '.join(map(repr, choices))}")
-    return value
+#: The one key that every group request has.
+GROUP_KEY = PREFIX + "n_particles"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,12 +60,12 @@ class SMCParams:
         def put(name: str, value: Any) -> None:
             object.__setattr__(self, name, value)
 
-        put("n_particles", _check_int("n_particles", self.n_particles, 1, 2**20))
-        put("max_tokens", _check_int("max_tokens", self.max_tokens, 1, 2**24))
-        put("temperature", _check_float("temperature", self.temperature, 0.01, 1e6))
-        put("ess_threshold", _check_float("ess_threshold", self.ess_threshold, 0.0, 1.0))
-        _check_choice("resampling", self.resampling, RESAMPLING_SCHEMES)
-        _check_choice("proposal", self.proposal, PROPOSALS)
+        put("n_particles", check_int("n_particles", self.n_particles, 1, 2**20))
+        put("max_tokens", check_int("max_tokens", self.max_tokens, 1, 2**24))
+        put("temperature", check_float("temperature", self.temperature, 0.01, 1e6))
+        put("ess_threshold", check_float("ess_threshold", self.ess_threshold, 0.0, 1.0))
+        check_choice("resampling", self.resampling, RESAMPLING_SCHEMES)
+        check_choice("proposal", self.proposal, PROPOSALS)
         if not isinstance(self.ignore_eos, bool):
             raise ValueError(f"ignore_eos={self.ignore_eos!r}: must be True or False")
         if self.stop_token_ids is not None:
@@ -100,9 +74,9 @@ class SMCParams:
                 ids = ids.tolist()
             if isinstance(ids, (str, bytes)) or not isinstance(ids, (Sequence, Set)):
                 raise ValueError(f"stop_token_ids={self.stop_token_ids!r}: must be a list of token ids or None")
-            put("stop_token_ids", tuple(_check_int("stop_token_ids", v, 0, 2**31 - 1) for v in ids))
-        put("seed", _check_int("seed", self.seed, 0, 2**63 - 1))
-        put("group", _check_int("group", self.group, 0, 2**32 - 1))
+            put("stop_token_ids", tuple(check_int("stop_token_ids", v, 0, 2**31 - 1) for v in ids))
+        put("seed", check_int("seed", self.seed, 0, 2**63 - 1))
+        put("group", check_int("group", self.group, 0, 2**32 - 1))
 
     # -- as a vLLM request -----------------------------------------------------------------------------------------
     #: fields that SamplingParams has a word for, and those that travel as smc_* keys
@@ -115,7 +89,7 @@ class SMCParams:
 
     @classmethod
     def from_request(cls, extra_args: Mapping[str, Any], **shared: Any) -> SMCParams:
-        """Reads a lead's parameters from its `extra_args` and the fields that SamplingParams has words for.
+        """Reads a group request's parameters from its `extra_args` and the fields that SamplingParams has words for.
 
         Raises:
             ValueError: for an unknown `smc_*` key, or a value that `SMCParams` refuses.
@@ -131,9 +105,9 @@ class SMCParams:
         return cls(**fields, **shared)
 
 
-#: `smc_*` keys of a lead that are not SMCParams: the potential's name, its JSON arguments, the directory of a learned
-#: twist, exact samples of the target (lists of token ids), and whether the whole population comes back (in
-#: `RequestOutput.kv_transfer_params`) or only a summary.
+#: `smc_*` keys of a group request that are not SMCParams: the potential's name, its JSON arguments, the directory of a
+#: learned twist, exact samples of the target (lists of token ids), whether the whole population comes back (in
+#: `RequestOutput.kv_transfer_params`) or only a summary, and whether the group's rows are in no other group's pass.
 REQUEST_KEYS = frozenset(
-    PREFIX + name for name in ("potential", "potential_args", "twist", "exact", "return_population")
+    PREFIX + name for name in ("potential", "potential_args", "twist", "exact", "return_population", "alone")
 )

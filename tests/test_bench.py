@@ -183,6 +183,124 @@ def test_steps_of_two_trees_run_in_turn(tmp_path, monkeypatch, capsys):
     assert result["against"] == {"commit": None, "changed": None} and "this : against" in capsys.readouterr().out
 
 
+GROUPS_INIT = """
+import itertools, time
+from types import SimpleNamespace as Some
+import numpy as np
+from fastsmc import ops
+from fastsmc.vllm import runner
+class Population:
+    def __init__(self, n, T):
+        self.n_particles, self.T = n, T
+        self.tokens, self.ancestors = np.zeros((T, n), int), np.arange(n)[None].repeat(T, 0)
+class SMCParams(dict):
+    pass
+class LLM:
+    def __init__(self, model, *, dtype, kv_cache_memory_bytes, KEYWORDSmax_num_seqs, max_model_len, **more):
+        self.request_counter, self.llm_engine, self.renderer = itertools.count(), self, self
+        self.running = {}
+    def get_tokenizer(self): return self
+    def encode(self, text): return [1, 2]
+    def generate(self, prompts, params, use_tqdm):
+        time.sleep(STOCK)
+        return [Some(outputs=[Some(token_ids=[3] * 400)])]
+    def smc(self, prompts, params, potentials):
+        assert len(potentials) == len(prompts) and len({len(p) for p in prompts}) == min(len(prompts), 41)
+        runner.Model().logits(runner.Model().hidden()), ops.weigh()
+        time.sleep(0.01 + params["max_tokens"] * (0.002 + SMC * len(prompts)))
+        return [Population(params["n_particles"], params["max_tokens"]) for _ in prompts]
+    def register_potential(self, potential): return "name"
+    def lead_params(self, params, name): return Some(group=True, **params)
+    def render_cmpl(self, prompts): return prompts
+    def add_request(self, request_id, prompt, params): self.running[request_id] = [params, 0]
+    def abort_request(self, ids): self.running = {k: v for k, v in self.running.items() if k not in ids}
+    def has_unfinished_requests(self): return bool(self.running)
+    def step(self):
+        outputs = []
+        for request_id, request in list(self.running.items()):
+            request[1] += 1
+            params, at = request
+            group = hasattr(params, "group")
+            time.sleep(0.01 if group else 0.002)
+            done = at == params.max_tokens
+            outputs.append(Some(request_id=request_id, finished=done, outputs=[Some(token_ids=[1] * at)],
+                                kv_transfer_params={"smc": {"step": at}} if group else None))
+            if done:
+                del self.running[request_id]
+        return outputs
+"""
+GROUPS_FILES = {
+    **FAKE_FILES,
+    "ops.py": "weigh = draw = uniforms = resample = reindex = lambda: None\n",
+    "vllm/runner.py": "class Model:\n    def hidden(self): pass\n    def logits(self, hidden): pass\n",
+    "potentials.py": "class Lexicon:\n    def __init__(self, *_, **__): pass\nRegex = TextPotential = Lexicon\n",
+    "../vllm/__init__.py": "class SamplingParams:\n    def __init__(self, **fields): vars(self).update(fields)\n",
+    "../vllm/sampling_params.py": "class RequestOutputKind:\n    CUMULATIVE = 0\n",
+}
+
+
+def test_groups_of_two_trees(tmp_path, monkeypatch, capsys):
+    """`bench_groups.py --against`, over trees whose engine only sleeps, for known times; one has the new keywords."""
+    import bench_groups
+    import tables
+
+    trees = {}
+    for name, smc, keywords in (
+        ("this", 0.001, "shared_forward='auto', max_particle_rows_per_step=None, "), ("against", 0.004, ""),
+    ):  # fmt: skip
+        trees[name] = tmp_path / name
+        text = GROUPS_INIT.replace("SMC *", f"{smc} *").replace("STOCK", "0.1").replace("KEYWORDS", keywords)
+        for file, content in {**GROUPS_FILES, "__init__.py": text}.items():
+            path = trees[name] / "fastsmc" / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(content)
+    monkeypatch.setattr(bench_groups, "ROOT", trees["this"])
+    monkeypatch.setattr(bench_groups, "GROUP_TOKENS", 8)
+    monkeypatch.setattr(bench_groups, "STREAMS", 4)
+    path = tmp_path / "groups.json"
+    bench_groups.run(
+        str(path), max_tokens=8, repeats=2, against=str(trees["against"]), shapes=((4, 2),), groups=(1, 4), n=3,
+        bounds=(2,),
+    )  # fmt: skip
+    check_record(path)
+    result = json.loads(path.read_text())
+    of = {part: [r for r in result["records"] if r["part"] == part] for part in bench_groups.PARTS}
+
+    (shared,) = of["shared"]
+    assert set(shared["ratio"]) == {"stock", "never", "against"} and len(shared["ratio"]["never"]["pairs"]) == 2
+    assert shared["ratio"]["stock"]["median"] == pytest.approx(0.1 / 0.058, rel=0.5)
+    assert shared["ratio"]["against"]["median"] == pytest.approx(0.154 / 0.058, rel=0.5)
+    assert shared["forward_share"] == 0.5
+
+    lines = [r for r in of["outside"] if "us_per_group" in r]
+    assert [(r["kind"], r["engine"]) for r in lines] == [
+        (kind, tree) for kind in ("lexicon", "mixed") for tree in ("this", "against")
+    ]
+    assert all(r["us_per_group"] == pytest.approx(4000, rel=0.4) for r in lines[1::2])
+    assert all({"hidden", "logits", "weigh", "outside"} <= set(r["step_ms"]) for r in of["outside"] if r not in lines)
+
+    assert [r["engine"] for r in of["beside"]] == ["this", "2 rows", "against"]
+    for record in of["beside"]:
+        assert 3 < record["itl_ratio"]["median"] < 8 and 3 < record["ttft_ratio"]["median"] < 8
+        assert record["group_share"]["stream"]["median"] == pytest.approx(10 / 12, rel=0.4)
+        assert record["streams_tokens_per_s"]["with"] < record["streams_tokens_per_s"]["without"]
+    assert set(of["beside"][0]["over_against"]) >= {"group, stream", "streams and group"}
+    assert capsys.readouterr().out.count("\n") == len(result["records"])
+    text = "\n".join(tables.groups(result))
+    assert text.count("\n| --- |") == 3 and "of the other tree: group, alone" in text
+
+
+def test_a_name_that_is_gone_is_said():
+    import bench_groups
+
+    with pytest.raises(SystemExit, match=r"json:loads\.nothing, which is not there"):
+        bench_groups.Clock("json:loads.nothing")
+    clock = bench_groups.Clock("bench_groups:describe")
+    with pytest.raises(KeyError):
+        bench_groups.describe({})
+    assert clock.spent["describe"] > 0
+
+
 @pytest.mark.parametrize("name", ("bench/README.md", "README.md"))
 def test_tables_say_what_the_results_say(name):
     import tables

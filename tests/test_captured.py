@@ -18,10 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastsmc import Masked, Potential, SMCParams
-from fastsmc.captured import CapturedGroup
-from fastsmc.group import Group, SMCError
 from fastsmc.params import RESAMPLING_SCHEMES
 from fastsmc.potentials import Lexicon
+from fastsmc.smc import Group, SMCError
+from fastsmc.smc.captured import CapturedGroup
+from fastsmc.smc.driving import run_group as run_over
 
 VOCAB, STEPS, STOP, BLOCK = 6, 4, 5, 4
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU"))]
@@ -54,6 +55,15 @@ class Values(Potential):
     def logw_next(self, state):
         step = torch.as_tensor(state.step, device=self.value.device).clamp(max=len(self.value) - 1)
         return (self.share * self.value.index_select(0, step[None])).expand(len(state.finished), -1)
+
+
+class Guide(Values):
+    """As Values, but that what shapes the proposal is no target."""
+
+    proposal_only = True
+
+    def prefix(self, state):
+        return 0.0 * self._so_far(state)
 
 
 class NextOnly(Potential):
@@ -117,10 +127,7 @@ def run_captured(
 def run_group(path, params, potential, prompt=PROMPT, device="cpu", stop=(STOP,)):
     model = PagedLlama(path, params.n_particles * (len(prompt) + params.max_tokens), 1, device)
     rows = SlotRows(model, prompt, params.n_particles, params.max_tokens)
-    group = Group(params, rows, potential, prompt, frozenset(stop), device)
-    while not group.done:
-        group.step()
-    return group.population()
+    return run_over(Group(params, potential, prompt, frozenset(stop), device), rows)
 
 
 def assert_same(a, b):
@@ -188,6 +195,14 @@ def test_equals_the_group(path, scheme, threshold, proposal, device):
             assert_same(
                 run_captured(path, params, potential, device=device), run_group(path, params, potential, device=device)
             )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("threshold", [0.0, 0.7, 1.0])
+def test_a_proposal_only_potential_equals_the_group(path, threshold, device):
+    params = SMCParams(n_particles=9, max_tokens=6, ess_threshold=threshold, stop_token_ids=[STOP], seed=2)
+    potential = Guide(value_table(6, VOCAB), device=device)
+    assert_same(*(run(path, params, potential, device=device) for run in (run_captured, run_group)))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -283,7 +298,8 @@ def test_bad_numbers_are_named(path, method, value):
     proposal = "base" if method == "prefix" else "twisted"
     steps = 2 if method == "complete" else 5
     params = SMCParams(n_particles=6, max_tokens=steps, proposal=proposal, seed=0)
-    with pytest.raises(SMCError, match=rf"Bad.{method} at step 2: particle 3 got NaN or \+inf"):
+    got = r"NaN or \+inf" if method == "logw_next" else str(value)
+    with pytest.raises(SMCError, match=rf"Bad.{method} at step 2: particle 3 got {got}; must be finite or -inf"):
         run_captured(path, params, Bad(value_table(5, VOCAB)), stop=())
 
 

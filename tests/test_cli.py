@@ -12,7 +12,7 @@ import torch
 
 import fastsmc
 from fastsmc import Population, SMCParams, cli
-from fastsmc.group import SMCError
+from fastsmc.smc import SMCError
 
 
 def some_population(params):

@@ -6,7 +6,8 @@ import torch
 from tiny import PROMPT, TableRows, TableTwist, TinyLlama, make_llama, value_table
 
 from fastsmc import SMCParams
-from fastsmc.group import Group, SMCError
+from fastsmc.smc import Group, SMCError
+from fastsmc.smc.driving import run_group, take_step
 
 VOCAB, STEPS, STOP = 6, 3, 5
 POTENTIAL = TableTwist(value_table(STEPS, VOCAB, seed=4))
@@ -30,10 +31,14 @@ def tiny(tmp_path_factory):
 
 
 def run(tiny, params, potential, exact=None):
-    group = Group(params, TableRows(tiny, params.n_particles), potential, PROMPT, tiny.stop, exact=exact)
-    while not group.done:
-        group.step()
+    group = Group(params, potential, PROMPT, tiny.stop, exact=exact)
+    run_group(group, TableRows(tiny, params.n_particles))
     return group
+
+
+def retained(group):
+    (place,) = group.cohort.particles.retained.nonzero().flatten().tolist()
+    return place
 
 
 def posterior_samples(tiny, potential, k, seed=0):
@@ -54,15 +59,16 @@ POSITIVE = np.where(np.isinf(value_table(STEPS, VOCAB, seed=4)), -1.0, value_tab
 @pytest.mark.parametrize("n", [4, 7, 1000])
 def test_ancestors_by_weight(tiny, n):
     """The particle whose share of [0, 1) a uniform lies in; never one without weight, for uniforms at both ends too."""
-    group = Group(params_of(n, 1.0), TableRows(tiny, n), POTENTIAL, PROMPT, tiny.stop, exact=[[STOP]])
+    group = Group(params_of(n, 1.0), POTENTIAL, PROMPT, tiny.stop, exact=[[STOP]])
+    step = group.cohort.step
     weights = np.random.default_rng(n).exponential(size=n) * (np.arange(n) % 3 != 0)
     weights[-1] = 0.0
-    group.log_w = torch.tensor(weights).log()
+    step.particles.log_w.copy_(torch.tensor(weights).log())
     u = np.random.default_rng(1).random(n)
     u[:2] = 0.0, 1 - 2.0**-53
     want = np.searchsorted(np.cumsum(weights) / weights.sum(), u, side="right").clip(max=np.flatnonzero(weights)[-1])
-    want[int(group._uniform_slot(1))] = int(group._kept)
-    assert group._conditional_ancestors(torch.from_numpy(u)).tolist() == want.tolist()
+    want[int(step._uniform_places(1)[0])] = retained(group)
+    assert step._conditional(torch.from_numpy(u), torch.tensor([True])).tolist() == want.tolist()
 
 
 @pytest.mark.parametrize("kind", ["twisted", "base", "guided"])
@@ -77,8 +83,7 @@ def test_mean_of_the_reciprocal(tiny, n, threshold, kind):
     for i, exact in enumerate(posterior_samples(tiny, potential, runs)):
         group = run(tiny, SMCParams(**{**vars(params), "group": i}), potential, [exact])
         upper.append(group.population().log_z)
-        kept = int(group._kept)
-        assert group.population().token_ids[kept] == exact
+        assert group.population().token_ids[retained(group)] == exact
     ratio = np.exp(log_z - np.array(upper))
     error = ratio.std(ddof=1) / np.sqrt(runs)
     assert abs(ratio.mean() - 1) <= 3.5 * error + 1e-6, (ratio.mean(), error)  # 27 cases
@@ -113,14 +118,14 @@ def test_the_slot_is_uniform_and_follows_resampling(tiny):
     exact = posterior_samples(tiny, POTENTIAL, 1)[0]
     slots = []
     for i in range(400):
-        group = Group(SMCParams(**{**vars(params), "group": i}), TableRows(tiny, 4), POTENTIAL, PROMPT, tiny.stop,
-                      exact=[exact])  # fmt: skip
-        path = [int(group._kept)]
+        group = Group(SMCParams(**{**vars(params), "group": i}), POTENTIAL, PROMPT, tiny.stop, exact=[exact])
+        rows, path = TableRows(tiny, 4), [retained(group)]
         while not group.done:
-            group.step()
-            path.append(int(group._kept))
+            take_step(group, rows)
+            path.append(retained(group))
         lineage = group.population().lineage(path[-1])
-        assert [int(group._tokens[t][row]) for t, row in enumerate(lineage)][: len(exact)] == exact
+        tokens = group.lineages.stacked("tokens")
+        assert [int(tokens[t][row]) for t, row in enumerate(lineage)][: len(exact)] == exact
         slots.append(path[: len(exact)])
     for column in np.array(slots).T:
         assert np.all(np.abs(np.bincount(column, minlength=4) - 100) <= 4 * np.sqrt(400 * 0.25 * 0.75))

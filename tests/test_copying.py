@@ -18,11 +18,11 @@ from paged import PagedLlama
 from tiny import PROMPT, TinyLlama, make_llama, run_table
 
 from fastsmc import Potential, SMCParams
-from fastsmc.captured import CapturedGroup
-from fastsmc.group import GroupEngine, SMCError, set_up
 from fastsmc.hf import HFEngine
 from fastsmc.potentials import Final, Infill, Lexicon, Product, Regex, Rows
 from fastsmc.potentials.copying import own_copy
+from fastsmc.smc import GroupEngine, SMCError, set_up
+from fastsmc.smc.captured import CapturedGroup
 from fastsmc.twists import Card, Head, Twist
 
 VOCAB, STEPS = 6, 4

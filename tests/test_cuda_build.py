@@ -106,7 +106,7 @@ def test_module_stands_alone():
 @pytest.mark.skipif(not _C.cuda_archs or torch.cuda.is_available(), reason="needs a CUDA build and no GPU")
 def test_calls_without_a_driver_say_so():
     with pytest.raises(RuntimeError, match=r"CUDA: cudaSetDevice: .+ \(error \d+\)"):
-        _C.cuda_uniforms(0, 0, 0, 8, 0, 0, 0, 0, 0)
+        _C.cuda_uniforms(0, 0, 0, 8, (0, 0, 0, 0, 0, 0, 0, 0, 1))
     with pytest.raises(RuntimeError, match="CUDA: "):
         _C.cuda_resample_memory(0, 100)
 

@@ -11,8 +11,9 @@ from test_potentials import EOS, V, tokenizer  # noqa: F401
 from tiny import TableTwist, value_table
 
 from fastsmc import Potential, SMCParams
-from fastsmc.group import Group, GroupEngine
 from fastsmc.potentials import Infill, Lexicon, Regex, Rows, TextPotential
+from fastsmc.smc import Group, GroupEngine, arrange, finish
+from fastsmc.smc.driving import take_step
 
 HIDDEN, STEPS = 3, 6
 
@@ -76,11 +77,11 @@ def run(tokenizer, name, params, device, watch=None):  # noqa: F811
     if potential is not None:
         potential.setup(engine)
     waits, stop = [], set() if params.ignore_eos else {EOS}
-    group = Group(params, LastToken(params.n_particles, device), potential, [1], stop, device, engine)
+    group, model = Group(params, potential, [1], stop, device, engine), LastToken(params.n_particles, device)
     assert isinstance(group.log_w, Elsewhere) == (device == DEVICE)
     while not group.done:
         before = len(watch.waits) if watch else 0
-        group.step()
+        take_step(group, model)
         waits.append(Counter(watch.waits[before:]) if watch else None)
     return group.population(), waits
 
@@ -101,16 +102,34 @@ def test_same_population_as_on_the_host(tokenizer, name, proposal):  # noqa: F81
         np.testing.assert_allclose(got.log_z, want.log_z, rtol=1e-6, atol=1e-6)
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize("n_groups", [1, 5])
 @pytest.mark.parametrize(
-    ("name", "proposal", "most"),
-    [("none", "base", 5), ("lexicon", "base", 7), ("lexicon", "twisted", 7), ("hidden", "twisted", 7)],
+    ("name", "proposal"),
+    [("none", "base"), ("lexicon", "base"), ("lexicon", "twisted"), ("hidden", "base"), ("hidden", "twisted")],
 )
-def test_how_often_a_step_waits_for_the_device(tokenizer, name, proposal, most):  # noqa: F811
-    """Distinct histories and their number, numbers that must not be, the ESS, who has ended."""
-    params = SMCParams(n_particles=7, max_tokens=STEPS, ess_threshold=1.0, proposal=proposal, ignore_eos=True)
+def test_a_step_waits_for_the_device_twice(tokenizer, name, proposal, n_groups):  # noqa: F811
+    """Whatever the number of groups: to hear who has ended, and who goes on with how many histories."""
+    waits = []
     with Watch() as watch:
-        _, waits = run(tokenizer, name, params, DEVICE, watch)
-    assert max(sum(step.values()) for step in waits[:-1]) == most, waits
+        engine, potential, model = GroupEngine(tokenizer, DEVICE, V, HIDDEN), POTENTIALS[name](), LastToken(7, DEVICE)
+        if potential is not None:
+            potential.setup(engine)
+        groups = []
+        for seed in range(n_groups):
+            params = SMCParams(
+                n_particles=7, max_tokens=STEPS + seed % 2, ess_threshold=0.5 + seed / 10, proposal=proposal, seed=seed,
+                temperature=1.0 + seed,
+            )  # fmt: skip
+            groups.append(Group(params, potential, [1], {EOS}, DEVICE, engine))
+        while going := [group for group in groups if not group.done]:
+            cohorts, before = arrange(going), len(watch.waits)
+            for cohort in cohorts:
+                wants = cohort.wants()
+                finish(cohort.take(*model.next(wants.tokens, wants.slots)))
+            waits.append(Counter(watch.waits[before:]))
+    assert len(waits) >= STEPS
+    assert max(sum(step.values()) for step in waits) == 2, waits
 
 
 def test_the_device_is_one():

@@ -18,8 +18,8 @@ ROOT = Path(__file__).resolve().parents[1]
 GIB = 1 << 30
 IMPORTS = """
 import importlib, sys, torch
-MODULES = "worker attention attention_gpu attend_costs scheduler llm model ranks runner lead capacity warm_up".split()
-for name in MODULES:
+MODULES = "worker attention attention_gpu attend_costs scheduler llm model ranks runner request messages capacity"
+for name in MODULES.split() + ["warm_up"]:
     importlib.import_module(f"fastsmc.vllm.{name}")
 from fastsmc.vllm import compat
 from fastsmc.vllm.llm import engine_args

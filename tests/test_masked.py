@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from fastsmc import Masked, Potential, Rows, SMCParams
-from fastsmc.group import Group, SMCError
 from fastsmc.potentials import Product
+from fastsmc.smc import Group, SMCError
+from fastsmc.smc.driving import run_group, take_step
 
 VOCAB, STEPS, M, PROMPT = 70, 5, 9, [1]  # words of 32 bits do not fit
 STOP = frozenset([3, 41])
@@ -86,10 +87,7 @@ class WithPrefix(Constraint):
 
 def run(potential, exact=None, **params):
     params = SMCParams(n_particles=40 if exact is None else 12, max_tokens=STEPS, **params)
-    group = Group(params, MarkovRows(), potential, PROMPT, STOP, exact=exact)
-    while not group.done:
-        group.step()
-    return group.population()
+    return run_group(Group(params, potential, PROMPT, STOP, exact=exact), MarkovRows())
 
 
 def assert_equal(a, b):
@@ -148,17 +146,11 @@ def test_a_product_keeps_masks_packed_and_equals_dense():
         np.testing.assert_allclose(a.log_weights, b.log_weights, atol=1e-5)  # sums of float32 in another order
         assert a.log_z == pytest.approx(b.log_z, abs=1e-5)
         del masked.logw_next
-    group = Group(SMCParams(n_particles=4, max_tokens=STEPS), MarkovRows(), factors("masked")[0], PROMPT, STOP)
-    group.step()
-    answer = group.potential.logw_next(group_state(group))
+    group = Group(SMCParams(n_particles=4, max_tokens=STEPS), factors("masked")[0], PROMPT, STOP)
+    take_step(group, MarkovRows())
+    answer = group.asker.potential.logw_next(group.cohort._state(0, group.cohort._seen()))
     assert isinstance(answer, Masked) and answer.bits.shape[1] == 3 and isinstance(answer.values, Rows)
     assert answer.bits.dtype == torch.int32 and len(answer.bits) <= 4
-
-
-def group_state(group):
-    from fastsmc.group import _GroupState
-
-    return _GroupState(group)
 
 
 def test_nothing_allowed_is_no_weight():

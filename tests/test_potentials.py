@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from fastsmc import SMCParams
-from fastsmc.group import Group, GroupEngine
 from fastsmc.potentials import (
     Engine,
     Infill,
@@ -26,6 +25,8 @@ from fastsmc.potentials import (
     registered,
     resolve,
 )
+from fastsmc.smc import Group, GroupEngine
+from fastsmc.smc.driving import run_group
 
 # "é" is C3 A9 in UTF-8: Ã is the first byte's character in byte-level BPE, © the second's; Ġ is a space.
 TOKENS = ["<eos>", "a", "b", "c", "ab", "Ġ", "Ã", "©", "Ġa", "A", "ĠA", "abc"]
@@ -343,10 +344,7 @@ def test_regex_in_a_group(engine, proposal, others):
     estimates = []
     for seed in range(40 if proposal == "twisted" else 300):  # base: skewed estimates, so more of them
         params = SMCParams(n_particles=128, max_tokens=max_tokens, proposal=proposal, seed=seed)
-        group = Group(params, TableModel(vocab), potential, [1], {EOS}, engine=engine)
-        while not group.done:
-            group.step()
-        population = group.population()
+        population = run_group(Group(params, potential, [1], {EOS}, engine=engine), TableModel(vocab))
         estimates.append(math.exp(population.log_z))
         for ids, w in zip(population.token_ids, population.weights, strict=True):
             assert w == 0 or re.fullmatch(pattern, text_of(ids))

@@ -10,8 +10,8 @@ from tiny import PROMPT, TableTwist, TinyLlama, hf_log_probs, make_llama, value_
 from torch.nn import functional as F
 
 from fastsmc import SMCParams
-from fastsmc.group import SMCError
 from fastsmc.hf import HFEngine, Trunk
+from fastsmc.smc import SMCError
 from fastsmc.twists import Card, Head, LoraLinear, Twist, add_lora, card_potential, tokenizer_hash
 
 VOCAB, STEPS, STOP = 8, 3, 5

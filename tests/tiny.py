@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from fastsmc import Potential, SMCParams
-from fastsmc.group import Group
+from fastsmc.smc import Group
+from fastsmc.smc.driving import run_group
 
 PROMPT = [1, 3, 2, 5, 4]
 
@@ -138,10 +139,7 @@ class TableRows:
 
 def run_table(tiny: TinyLlama, params: SMCParams, potential: Potential | None):
     """The population of one group stepped over the table."""
-    group = Group(params, TableRows(tiny, params.n_particles), potential, PROMPT, tiny.stop)
-    while not group.done:
-        group.step()
-    return group.population()
+    return run_group(Group(params, potential, PROMPT, tiny.stop), TableRows(tiny, params.n_particles))
 
 
 class TableLLM:
@@ -156,10 +154,8 @@ class TableLLM:
         for i, prompt in enumerate(prompts):
             own = dataclasses.replace(params, group=params.group + i)
             kept = None if exact is None else exact[i]
-            group = Group(own, TableRows(self.tiny, own.n_particles), potential, prompt, self.tiny.stop, exact=kept)
-            while not group.done:
-                group.step()
-            populations.append(group.population())
+            group = Group(own, potential, prompt, self.tiny.stop, exact=kept)
+            populations.append(run_group(group, TableRows(self.tiny, own.n_particles)))
         return populations
 
 

@@ -122,7 +122,7 @@ class NextRows(NamedTuple):
         log_psi: (M, V), or None: all are 0.
         psi_rows: (R,) int64 in [0, M), or None: the identity.
         mask: (B, ceil(V / 32)) int32, or None: all tokens are allowed.
-        mask_rows: (R,) int64 in [0, B).
+        mask_rows: (R,) int64 in [-1, B); −1: all tokens are allowed.
     """
 
     log_psi: Tensor | None
@@ -158,6 +158,7 @@ class NextRows(NamedTuple):
             out = self.log_psi[rows if self.psi_rows is None else self.psi_rows[rows], tokens].double()
         if self.mask is not None:
             assert self.mask_rows is not None  # comes with the mask
-            words = self.mask[self.mask_rows[rows], tokens >> 5]
-            out = out.masked_fill((words >> (tokens & 31).int()) & 1 == 0, -math.inf)
+            mask_rows = self.mask_rows[rows]
+            words = self.mask[mask_rows, tokens >> 5]
+            out = out.masked_fill(((words >> (tokens & 31).int()) & 1 == 0) & (mask_rows >= 0), -math.inf)
         return out

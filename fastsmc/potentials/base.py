@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -116,12 +116,19 @@ class Potential:
     `shared_by_groups`, modules, functions, read-only arrays, locks and connections are shared (see `copying`).
     """
 
-    #: whether a step with this potential may be captured as a CUDA graph (fastsmc.captured): every method is a fixed
+    #: whether a step with this potential may be captured as a CUDA graph (fastsmc.smc.captured): every method is a fixed
     #: sequence of tensor operations on the state and on own tensors, which are updated in place; no value is looked at
     #: on the host. State.tokens then is (N, max_tokens), -1 where nothing is drawn yet, State.step a 0-dim tensor.
     capturable: bool = False
+    #: what `*` makes; fastsmc.potentials.product sets it, which builds on this module
+    _product: ClassVar[type[Product]]
     #: tokens beyond a particle's end that `Engine.continuation_log_prob` may be asked for
     lookahead: int = 0
+    #: tokens that `complete` will ask `Engine.continuation_log_prob` for, within `lookahead`: known beforehand, they
+    #: are scored for all groups of a step in one pass of the model
+    continuation: list[int] | None = None
+    #: whether `prefix` asks for them, too
+    continuation_in_prefix: bool = False
     #: `logw_next` only shapes the proposal: weights are exact for whatever it gives, and `prefix` is the target's ψ.
     #: Such a group draws, weighs and then resamples.
     proposal_only: bool = False
@@ -159,9 +166,7 @@ class Potential:
 
     def __mul__(self, other: Potential) -> Product:
         """Makes the product, of ψ = ψ_self · ψ_other."""
-        from fastsmc.potentials.product import Product
-
-        return Product(self, other) if isinstance(other, Potential) else NotImplemented
+        return self._product(self, other) if isinstance(other, Potential) else NotImplemented
 
 
 def answered(potential: Potential) -> set[str]:

@@ -23,28 +23,35 @@ class Infill(Potential):
     """
 
     def __init__(self, continuation: str | Sequence[int], every_step: bool = False) -> None:
-        self.continuation, self.every_step = continuation, bool(every_step)
-        self._ids = [] if isinstance(continuation, str) else token_list("Infill: continuation", continuation)
-        if not (continuation if isinstance(continuation, str) else self._ids):
+        self._text = continuation if isinstance(continuation, str) else None
+        self.continuation_in_prefix = bool(every_step)
+        if self._text is None:
+            self.continuation = token_list("Infill: continuation", continuation)
+        if not (self._text or self.continuation):
             raise ValueError("Infill: the continuation is empty")
-        self.lookahead = len(self._ids)
+        self.lookahead = len(self.continuation or ())
 
     def prepare(self, tokenizer: Any) -> None:
-        if isinstance(self.continuation, str):
+        if self._text is not None:
             if tokenizer is None:
                 raise ValueError("Infill: a continuation given as text needs a tokenizer; give token ids")
-            self._ids = list(tokenizer.encode(self.continuation, add_special_tokens=False))
-            self.lookahead = len(self._ids)
-            if not self._ids:
-                raise ValueError(f"Infill: continuation={self.continuation!r} has no tokens")
+            self.continuation = list(tokenizer.encode(self._text, add_special_tokens=False))
+            self.lookahead = len(self.continuation)
+            if not self.continuation:
+                raise ValueError(f"Infill: continuation={self._text!r} has no tokens")
 
     def setup(self, engine: Engine) -> None:
         self._engine = engine
         self.prepare(engine.tokenizer)
         token_list("Infill: continuation", self._ids, engine.vocab_size)
 
+    @property
+    def _ids(self) -> list[int]:
+        assert self.continuation is not None  # since `prepare`
+        return self.continuation
+
     def prefix(self, state: State) -> Tensor:
-        if self.every_step and state.step > 0:
+        if self.continuation_in_prefix and state.step > 0:
             return self._engine.continuation_log_prob(self._ids)
         return super().prefix(state)
 

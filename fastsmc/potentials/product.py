@@ -33,6 +33,15 @@ class Product(Potential):
         return max(f.lookahead for f in self.factors)
 
     @property
+    def continuation(self) -> list[int] | None:  # type: ignore[override]
+        """Gives that of the first factor that has one; others have theirs scored when they ask."""
+        return next((f.continuation for f in self.factors if f.continuation is not None), None)
+
+    @property
+    def continuation_in_prefix(self) -> bool:  # type: ignore[override]
+        return next((f.continuation_in_prefix for f in self.factors if f.continuation is not None), False)
+
+    @property
     def capturable(self) -> bool:  # type: ignore[override]
         return all(f.capturable for f in self.factors)
 
@@ -76,6 +85,9 @@ class Product(Potential):
             if change is not None:
                 values = change if values is None else _by_pairs(_add, _rows(values), _rows(change))
         return values if masks is None else Masked(*masks, values)
+
+
+Potential._product = Product  # here, since base.py cannot import what is made of it
 
 
 def _sum(scores: Iterable[Tensor]) -> Tensor:
@@ -123,6 +135,10 @@ class Final(Potential):
 
     def reindex(self, ancestors: Tensor) -> None:
         self.potential.reindex(ancestors)
+
+    @property
+    def continuation(self) -> list[int] | None:  # type: ignore[override]
+        return self.potential.continuation
 
     def complete(self, state: State) -> Tensor:
         return check_scores(self.potential, "complete", self.potential.complete(state), state.finished)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastsmc.potentials.base import Engine
+from fastsmc.values import as_int
 
 
 def tokenizer_of(engine: Engine, who: str) -> Any:
@@ -37,12 +37,8 @@ def token_list(name: str, ids: Any, vocab_size: int | None = None) -> list[int]:
         raise ValueError(f"{name}={short(ids)}: must be a list of token ids, not {type(ids).__name__}")
     out = []
     for i, value in enumerate(ids):
-        flag = isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool")
-        try:
-            number = -1 if flag else operator.index(value)
-        except TypeError:
-            number = -1
-        if number < 0:
+        number = as_int(value)
+        if number is None or number < 0:
             raise ValueError(f"{name}[{i}]={short(value)}: is not a token id")
         if vocab_size is not None and number >= vocab_size:
             raise ValueError(f"{name}[{i}]={number}: is beyond the vocabulary; must be in [0, {vocab_size})")

@@ -1,6 +1,6 @@
-"""Which KV blocks the particles of one group read and write. Engine-independent: integers and one (N, C) table.
+"""Which KV blocks the particles of one group read and write. Engine-independent: integers and tables of block ids.
 
-Rows have equal length, so one number, the next position to write, describes them all. With B tokens per block:
+The next position to write is one number for a group. With B tokens per block:
 
     column   0 ... prompt columns   | full columns of generated tokens | tail | ahead ...
     owner    the request, shared    | shared through the genealogy     | private to each row
@@ -14,6 +14,8 @@ The number of live blocks is thus that of docs/mathematics.md §6: distinct (anc
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -68,24 +70,28 @@ class Paging:
         return min(self.position + self.ahead, self.last_position) // self.block_size + 1
 
     def live(self, active: Tensor) -> Tensor:
-        """Lists the blocks in use, sorted: full blocks that active rows read, and every row's private ones.
+        """Lists the blocks in use, int64: full ones of active rows, and every row's private ones; some stand more than
+        once, and −1 stands for none.
 
         Args:
-            active: (N,) bool, rows whose history will be attended to again (`Group.readers`).
+            active: (N,) bool, rows whose history will be attended to again (`Cohort.readers`).
         """
-        full = self.table[active, self.n_prompt_columns : min(self.tail, self.n_open)]
+        full = self.table[:, self.n_prompt_columns : min(self.tail, self.n_open)]
         private = self.table[:, self.tail : self.n_open]
-        return torch.unique(torch.cat([full.reshape(-1), private.reshape(-1)]))
+        return torch.cat([torch.where(active[:, None], full, -1).reshape(-1), private.reshape(-1)]).long()
 
-    def need(self, active: Tensor) -> int:
-        """Counts the blocks that must be granted before `open_columns` can open what the next position needs.
+    @property
+    def must_open(self) -> bool:
+        """Says whether the next position needs columns that are not open."""
+        return self._columns_wanted() > self.n_open
 
-        Sweeps when a column must be opened, so that `free` is exact afterwards.
-        """
+    def sweep(self, live: Iterable[int]) -> None:
+        """Makes `free` exact: all blocks but those that `live` lists."""
+        self.free = sorted(self.owned.difference(live))
+
+    def need(self) -> int:
+        """Counts the blocks that must be granted before `open_columns` can open what the next position needs."""
         columns = self._columns_wanted() - self.n_open
-        if columns <= 0:
-            return 0
-        self.free = sorted(self.owned.difference(self.live(active).tolist()))
         return max(0, columns * self.n_rows - len(self.free))
 
     def grant(self, blocks: list[int]) -> None:
@@ -106,8 +112,41 @@ class Paging:
         self.owned.difference_update(blocks)
         return blocks
 
-    def slots(self, rows: Tensor, n_tokens: int = 1) -> Tensor:
-        """Finds the cache slots of the next `n_tokens` positions of each row in `rows` (R,); (R * n_tokens,) int64."""
-        positions = torch.arange(self.position, self.position + n_tokens, device=self.table.device)
-        blocks = self.table[rows][:, positions // self.block_size].long()
-        return (blocks * self.block_size + positions % self.block_size).reshape(-1)
+
+class BlockTables:
+    """Holds the block tables of all groups of a worker as one: a group has as many rows, side by side, as particles.
+
+    Attributes:
+        table: (R, C) int32.
+        position: (R,) int32, the tokens that a row holds.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.table = torch.zeros((0, 0), dtype=torch.int32, device=device)
+        self.position = torch.zeros(0, dtype=torch.int32, device=device)
+        self._groups: dict[int, Paging] = {}  # by first row
+
+    def add(self, paging: Paging) -> int:
+        """Takes a group in and returns its first row; its `table` is a part of this one from now on."""
+        begin, n = 0, paging.n_rows
+        for first in sorted(self._groups):  # the first gap that is wide enough
+            if first - begin >= n:
+                break
+            begin = first + self._groups[first].n_rows
+        rows, columns = self.table.shape
+        if begin + n > rows or paging.table.shape[1] > columns:
+            rows, columns = max(rows, 2 * (begin + n)), max(columns, paging.table.shape[1])
+            table, position = self.table.new_zeros((rows, columns)), self.position.new_zeros(rows)
+            table[: self.table.shape[0], : self.table.shape[1]] = self.table
+            position[: len(self.position)] = self.position
+            self.table, self.position = table, position
+        self.table[begin : begin + n, : paging.table.shape[1]] = paging.table
+        self.position[begin : begin + n] = paging.position
+        self._groups[begin] = paging
+        for first, member in self._groups.items():
+            member.table = self.table[first : first + member.n_rows, : member.table.shape[1]]
+        return begin
+
+    def remove(self, begin: int) -> None:
+        """Lets the group whose first row is `begin` go."""
+        del self._groups[begin]

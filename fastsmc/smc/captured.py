@@ -1,0 +1,320 @@
+"""The driver whose step has fixed shapes and no host in it: what one CUDA graph captures and replays.
+
+    (open a column, every B steps) → forward → step → reindex
+
+`Cohort` gives the model distinct histories only, and asks the device how many there are. Here particle i is row i of
+the model, and everything that decides anything is a tensor: the step counter and the position (so that replays neither
+repeat random numbers nor write to the same place), whether a group resamples, which particles have ended, the first
+fault. The host knows only how many steps it has asked for; it reads nothing until the end. For equal logits both give
+the same particles, tokens and weights.
+
+It costs more: N rows go through the model at every step, and a resampling moves block-table rows and tails at once.
+Groups with exact samples are not for it: their ancestors are not in the in-place form that moves rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fastsmc import ops
+from fastsmc.params import SMCParams
+from fastsmc.population import Population
+from fastsmc.potentials import Potential
+from fastsmc.potentials.answers import NextRows
+from fastsmc.smc import faults
+from fastsmc.smc.asking import GroupState, Seen
+from fastsmc.smc.group import Setup
+from fastsmc.smc.particles import Particles
+from fastsmc.smc.record import make_population
+from fastsmc.smc.step import Step
+
+
+class PagedModel(Protocol):
+    """Says what a captured step needs of a model with paged keys and values.
+
+    Attributes:
+        block_size: tokens per block, B.
+        caches: tensors (blocks, ...) of keys and values.
+        slot_dim: the dimension of the caches that indexes the B slots of a block; None if they have none.
+    """
+
+    block_size: int
+    caches: Sequence[Tensor]
+    slot_dim: int | None
+
+    def forward(self, tokens: Tensor, position: Tensor, table: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Appends tokens (N,) int64 at `position`, a 0-dim int64 tensor, of block-table rows (N, C) int32.
+
+        Returns logits (N, V) and last hidden states (N, H), or None for the latter. Fixed shapes, no synchronisation.
+        """
+
+
+class CapturedGroup(Setup):
+    """Holds one group of N particles on one device, and steps it.
+
+    `State.tokens` is (N, max_tokens) here, −1 where nothing is drawn yet, and `State.step` a 0-dim tensor.
+
+    Args:
+        params: what to do.
+        model: holds the prompt's keys and values in `prompt_blocks`, but for those of the prompt's last token.
+        potential: with `capturable` set; None for plain ancestral sampling. It must have been set up. The group works
+            on a copy (`potentials.copying`).
+        prompt: token ids.
+        prompt_blocks: ceil(P / B) block ids. Read, and only the last token's slot of the last block is written.
+        pool: (M,) int32 ids of blocks that are this group's own. N·(ceil((P + T)/B) − floor(P/B)) always suffice; with
+            resampling far fewer do.
+        stop_token_ids: tokens that end a particle.
+
+    Raises:
+        ValueError: naming the argument.
+        SMCError: the potential raised or gave no log weights; from `population`, when the model or the potential gave
+            NaN or +inf, or the pool ran dry.
+    """
+
+    def __init__(
+        self,
+        params: SMCParams,
+        model: PagedModel,
+        potential: Potential | None,
+        prompt: Sequence[int],
+        prompt_blocks: Sequence[int],
+        pool: Tensor,
+        stop_token_ids: frozenset[int] | set[int] = frozenset(),
+    ) -> None:
+        device, n, block = model.caches[0].device, params.n_particles, model.block_size
+        if len(prompt_blocks) != -(-len(prompt) // block) or not prompt:
+            raise ValueError(f"prompt_blocks: {len(prompt_blocks)} for {len(prompt)} tokens in blocks of {block}")
+        if pool.dtype != torch.int32 or pool.dim() != 1 or pool.device != device:
+            raise ValueError(f"pool: must be a vector of int32 on {device}, got {pool.dtype} {tuple(pool.shape)}")
+        if potential is not None and not potential.capturable:
+            raise ValueError(f"potential={type(potential).__name__}: is not capturable (Potential.capturable)")
+        super().__init__(params, potential, prompt, stop_token_ids, device, copy_on_write=False)
+        self.model, self.t = model, 0  # steps asked for, as the host counts
+        self._graph: torch.cuda.CUDAGraph | None = None
+        steps = params.max_tokens
+        particles = self.particles = Particles(n, device)
+        self.step = Step(
+            self.kind, [params], [sorted(self.stop_token_ids)], [potential is not None], particles, self
+        )  # fmt: skip
+        self._rows = self.step.layout.all
+        self._position = torch.full((), len(prompt) - 1, dtype=torch.int64, device=device)
+        self._fault = torch.zeros(4, dtype=torch.float64, device=device)  # kind, step, particle, value of the first
+        self._ran = torch.zeros(steps, dtype=torch.bool, device=device)
+        float64, shapes = torch.float64, {"tokens": torch.int64, "ancestors": torch.int32}
+        self._record = {
+            name: torch.zeros((steps, n), dtype=shapes.get(name, float64), device=device)
+            for name in ("tokens", "token_log_probs", "step_log_w", "ancestors")
+        }
+        self._record["tokens"].fill_(-1)
+        self._record["ancestors"] += self._rows.int()
+        self._record["ess"] = torch.zeros(steps, dtype=float64, device=device)
+        self._record["resampled"] = torch.zeros(steps, dtype=torch.bool, device=device)
+        self._hidden: Tensor | None = None
+        self._vocab = 0
+
+        self._pool = pool
+        self._n_block_ids = min(cache.shape[0] for cache in model.caches)
+        self._prompt_row = torch.tensor([list(prompt_blocks)], dtype=torch.int32, device=device)
+        self._n_shared_columns = len(prompt) // block
+        self._table = torch.zeros((n, (len(prompt) + steps - 1) // block + 1), dtype=torch.int32, device=device)
+        self._table[:, : self._n_shared_columns] = self._prompt_row[:, : self._n_shared_columns]
+        self._start()
+
+    def _start(self) -> None:
+        """Weighs the empty sequences."""
+        step, particles = self.step, self.particles
+        particles.last_tokens.fill_(self.prompt[-1])
+        if self.asker is not None:
+            self.asker.call("reset", self.n, list(self.prompt))
+            everyone = torch.ones_like(particles.finished)
+            psi = step.checked(self.asker.scores("prefix", self._state(0)), everyone, faults.PREFIX)
+            particles.log_psi.copy_(psi)
+            particles.log_w.copy_(psi)
+            self._keep_faults()
+        step.going &= (particles.log_w > -math.inf).any()
+        self._ran[0], self._record["step_log_w"][0] = True, particles.log_w  # stays so without any weight
+
+    # -------------------------------------------------------------------------------------------------- driving it
+    @torch.inference_mode()
+    def run(self) -> Population:
+        """Runs all steps. On a GPU the first two run one by one, which compiles what is to be compiled; then a step is
+        captured as a graph, which is replayed for the rest of them."""
+        while self.t < self.params.max_tokens:
+            if self.t == 2 and self.device.type == "cuda":
+                self.capture()
+            self.advance()
+        return self.population()
+
+    @torch.inference_mode()
+    def advance(self) -> None:
+        """Takes one step, by the graph if there is one. Asks the device nothing."""
+        if self.t == self.params.max_tokens:
+            raise ValueError(f"advance: all max_tokens={self.t} steps are done")
+        if self.t == 0:
+            self._first()
+        else:
+            if (len(self.prompt) + self.t - 1) % self.model.block_size == 0:
+                self._open_column()
+            if self._graph is None:
+                self._next()
+            else:
+                self._graph.replay()
+        self.t += 1
+
+    @torch.inference_mode()
+    def capture(self) -> None:
+        """Records a step as a CUDA graph, without running it; at least two steps must have been run."""
+        if self.device.type != "cuda" or self.t < 2:
+            raise ValueError(f"capture: needs a CUDA device and two steps done, is on {self.device} after {self.t}")
+        torch.cuda.synchronize(self.device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._next()
+        self._graph = graph
+
+    def _first(self) -> None:
+        """Runs the prompt's last token once, for the logits of every particle, which then gets the prompt's tail."""
+        logits, hidden = self.model.forward(self.particles.last_tokens[:1], self._position, self._prompt_row)
+        self._position += 1
+        block = self.model.block_size
+        if len(self.prompt) % block:
+            self._open_column()
+            tails = self._table[:, self._n_shared_columns]
+            table = torch.cat([self._prompt_row[0, -1:], tails])[:, None].contiguous()
+            parents = torch.zeros(self.n + 1, dtype=torch.int64, device=self.device)
+            ops.reindex(
+                table, parents, position=len(self.prompt) % block, block_size=block, caches=self.model.caches,
+                slot_dim=self.model.slot_dim,
+            )  # fmt: skip
+        self._take(logits, hidden, torch.ones_like(self.step.going))
+
+    def _next(self) -> None:
+        logits, hidden = self.model.forward(self.particles.last_tokens.clamp(min=0), self._position, self._table)
+        self._position += 1
+        self.particles.rows.copy_(self._rows)
+        self._take(logits, hidden, None)
+
+    def _take(self, logits: Tensor, hidden: Tensor | None, first: Tensor | None) -> None:
+        step, asker, kind = self.step, self.asker, self.kind
+        step.faults.clear()
+        self._hidden, self._vocab = hidden, logits.shape[1]
+        self._ran.index_copy_(0, step.step, self._ran.index_select(0, step.step) | step.going)
+        told: list[NextRows | None] = [None]
+        if asker is not None and (kind.twisted or kind.guided or self.weighs_by_next):
+            told = [asker.next_rows(self._state(0), self._vocab)]
+            if told[0] is None:
+                raise asker.error("logw_next", "returned None")
+            step.clamp(told)
+        shaped = kind.twisted or kind.guided
+        ended, change = step.draw(logits, told[0] if shaped else None, None if shaped else told[0], first, None)
+        if kind.twisted:
+            self._reindex()
+        new_psi = self.particles.log_psi + change
+        if asker is not None:
+            scores = step.checked(asker.scores("complete", self._state(1)), ended, faults.COMPLETE, 1)
+            new_psi = torch.where(ended, scores, new_psi)
+            if not kind.twisted and not self.weighs_by_next:
+                scores = step.checked(asker.scores("prefix", self._state(1)), step.active, faults.PREFIX, 1)
+                new_psi = torch.where(step.active, scores, new_psi)
+        self._keep_faults()
+        step.faults.clear()
+        step.close(new_psi)
+        if not kind.twisted:
+            self._reindex()
+
+    def _reindex(self) -> None:
+        """Lets block tables, tails and the potential's particles follow the resampling."""
+        ancestors = self.step.ancestors
+        ops.reindex(
+            self._table, ancestors, position=self._position, block_size=self.model.block_size,
+            caches=self.model.caches, slot_dim=self.model.slot_dim,
+        )  # fmt: skip
+        if self.asker is not None:
+            self.asker.call("reindex", ancestors.clone())
+
+    # ------------------------------------------------------------------------------------------- parts of a step
+    def put(self, name: str, values: Tensor) -> None:
+        """Sets a row of the record, where the group is still going."""
+        record, at = self._record[name], self.step.step
+        row = (values if name in ("ess", "resampled") else values[None]).to(record.dtype)
+        record.index_copy_(0, at, torch.where(self.step.going, row, record.index_select(0, at)))
+
+    def _state(self, drawn: int) -> GroupState:
+        """Makes what the potential sees; `drawn`: 1 after the draw of this step, else 0."""
+        assert self.asker is not None  # else nobody looks
+        particles, hidden = self.particles, self._hidden
+        self.asker.last_step = self.t + drawn
+        seen = Seen(
+            lengths=particles.lengths, finished=particles.finished, last_tokens=particles.last_tokens,
+            rows=particles.rows,
+        )  # fmt: skip
+        step = self.step.step[0] + drawn
+        return GroupState(self.asker, seen, slice(None), step, self._tokens, lambda: hidden)
+
+    def _tokens(self) -> Tensor:
+        """Traces each particle back: (N, T) int64 tokens, −1 beyond the last. T gathers of N, when looked at only."""
+        rows, columns = self._rows, []
+        for t in reversed(range(self.params.max_tokens)):
+            if not self.kind.twisted:
+                rows = self._record["ancestors"][t].long()[rows]
+            columns.append(self._record["tokens"][t][rows])
+            if self.kind.twisted:
+                rows = self._record["ancestors"][t].long()[rows]
+        return torch.stack(columns[::-1], dim=1)
+
+    def _keep_faults(self) -> None:
+        """Keeps the first fault of all: its kind, step, particle and value."""
+        for kind, bad, values, later in self.step.faults:
+            i = bad.int().argmax()[None]
+            value = torch.full_like(i, -1).double() if values is None else values.index_select(0, i).double()
+            found = torch.cat([torch.full_like(value, kind), self.step.step.double() + later, i.double(), value])
+            new = (self._fault[0] == 0) & bad.any() & self.step.going
+            self._fault.copy_(torch.where(new, found, self._fault))
+
+    # -------------------------------------------------------------------------------------------------- paging
+    def _open_column(self) -> None:
+        """Gives each particle a private block in the column of the next position: N free blocks of the pool.
+
+        Free is what no unfinished particle reads. Marks and counts have fixed shapes, so the host waits for nothing.
+        """
+        column = (self._position // self.model.block_size)[None]
+        past = torch.arange(self._table.shape[1], device=self.device) < column
+        read = past[None, :] & ~self.particles.finished[:, None]
+        read[:, : self._n_shared_columns] = False
+        marked = torch.where(read, self._table.long(), self._n_block_ids).reshape(-1)
+        live = torch.zeros(self._n_block_ids + 1, dtype=torch.bool, device=self.device)
+        live.index_fill_(0, marked, True)
+        taken = live[self._pool.long()]
+        free_first = torch.argsort(taken.to(torch.int8), stable=True)[: self.n]
+        if len(free_first) < self.n:
+            raise ValueError(f"pool: has {len(self._pool)} blocks, N = {self.n} particles need one each")
+        self.step.faults.clear()
+        self.step.check(taken[free_first], faults.POOL, torch.full_like(self._rows, len(self._pool)))
+        self._keep_faults()
+        self._table.index_copy_(1, column, self._pool[free_first][:, None])
+
+    # ---------------------------------------------------------------------------------------------- the result
+    def population(self) -> Population:
+        """Gives the weighted particles. This is the only place where the host waits for the device.
+
+        Raises:
+            SMCError: for the first number that must not be.
+        """
+        kind, at, particle, value = self._fault.tolist()
+        if kind:
+            raise self.fault_error(int(kind), int(particle), int(at), value, self._vocab)
+        steps = int(self._ran.sum())
+        return make_population(
+            {name: values[:steps].cpu().numpy() for name, values in self._record.items()},
+            self.particles.log_w,
+            float(self.step.log_z),
+            twisted=self.kind.twisted,
+            ended_by_resampling=False,
+            prompt=self.prompt,
+            params=self.params,
+        )

@@ -1,0 +1,477 @@
+"""Cohorts: groups of one kind that take their steps together, driven by whoever has a model.
+
+    arrange(groups) → cohorts
+    cohort.wants()  → Wants      which histories the model must append a token to, after which copies
+    cohort.take(logits, hidden)  the step; yields `Scores` where potentials want continuations scored
+
+A group asks for nothing itself, so one pass of a model serves the rows of all groups. The host waits for the device
+twice per step, whatever the number of groups: once to hear who has ended, once to hear who goes on with how many
+distinct histories.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Generator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastsmc.potentials.answers import NextRows
+from fastsmc.potentials.tokens import token_list
+from fastsmc.smc import faults
+from fastsmc.smc.asking import GroupState, Seen, together
+from fastsmc.smc.engine import SMCError
+from fastsmc.smc.histories import Histories, settle
+from fastsmc.smc.particles import Layout, Particles
+from fastsmc.smc.record import Log
+from fastsmc.smc.step import Step
+
+if TYPE_CHECKING:
+    from fastsmc.smc.group import Group
+
+
+class Wants(NamedTuple):
+    """Says what a cohort wants of the model: R rows, each a history that a token is appended to.
+
+    Attributes:
+        groups: those of the cohort.
+        bounds: G + 1 ints: rows [bounds[g], bounds[g + 1]) are those of groups[g].
+        tokens: (R,) int64. At a group's first step there is one row, whose token is the prompt's last.
+        slots: (R,) int64, ascending, counted through the groups of the cohort: slot s of group g is `first` particle of
+            the group + s.
+        moves: (M,) int64 or None: before anything is appended, slot i becomes a copy of slot moves[i], in the in-place
+            form of `ops.resample`.
+    """
+
+    groups: Sequence[Group]
+    bounds: list[int]
+    tokens: Tensor
+    slots: Tensor
+    moves: Tensor | None
+
+
+class Scores(NamedTuple):
+    """Asks for log p0 of continuations after R histories whose last token is not appended yet.
+
+    Attributes:
+        wants: the histories, with copies to be made first; groups that ask for nothing have no rows.
+        continuations: the token ids to score, of each group.
+    """
+
+    wants: Wants
+    continuations: list[list[int]]
+
+
+#: what `Cohort.take` yields, is sent, and returns
+Flow = Generator[Scores, Tensor, None]
+
+
+def arrange(groups: Sequence[Group]) -> list[Cohort]:
+    """Puts groups that are not done into cohorts, as few as there are kinds. Those of a kind keep their order."""
+    kinds: dict[object, list[Group]] = {}
+    for group in groups:
+        kinds.setdefault((group.kind, group.device), []).append(group)
+    return [_cohort_of(members) for members in kinds.values()]
+
+
+def _cohort_of(groups: list[Group]) -> Cohort:
+    """Returns the cohort that these groups are, all of it, or makes it."""
+    cohort = groups[0].cohort
+    if cohort.groups == groups and all(group.cohort is cohort for group in groups):
+        return cohort
+    return Cohort(groups)
+
+
+class Cohort:
+    """Holds the particles of groups of one kind, and takes their steps.
+
+    Args:
+        groups: new ones, or groups of other cohorts, which lose them.
+
+    Attributes:
+        scorer: scores continuations that a potential asks for from within its own code; set by whoever drives it.
+    """
+
+    def __init__(self, groups: Sequence[Group]) -> None:
+        self.groups, self.log = list(groups), Log()
+        old = [(group.cohort, group.index) for group in groups if group.started]
+        self.particles: Particles
+        if old:
+            self.particles = Particles.joined((cohort.particles, cohort.layout.part(g)) for cohort, g in old)
+        else:
+            self.particles = Particles(sum(group.n for group in groups), groups[0].device)
+        self.step = Step(
+            groups[0].kind,
+            [group.params for group in groups],
+            [sorted(group.stop_token_ids) for group in groups],
+            [group.asker is not None for group in groups],
+            self.particles,
+            self.log,
+        )
+        if old:
+            self.step.step = torch.stack([cohort.step.step[g] for cohort, g in old])
+            self.step.log_z = torch.stack([cohort.step.log_z[g] for cohort, g in old])
+        self.layout: Layout = self.step.layout
+        self.scorer: Callable[[Scores], Tensor] | None = None
+        self._hidden: Tensor | None = None
+        self._bounds = [0] * (len(groups) + 1)
+        self._vocab = 0
+        self._first_rows: Tensor = torch.zeros_like(self.particles.rows)
+        self._next: Histories | None = None
+        for g, group in enumerate(groups):
+            group.cohort, group.index = self, g
+            group.lineages.enter(self.log, g, self.layout.part(g))
+
+    # ------------------------------------------------------------------------------------------------- before a pass
+    def begin(self) -> None:
+        """Starts the only group: weighs the empty sequences.
+
+        Raises:
+            SMCError: the potential raised, or gave no log weights.
+        """
+        (group,), step, particles = self.groups, self.step, self.particles
+        group.started = True
+        particles.last_tokens.fill_(group.prompt[-1] if group.prompt else 0)
+        if group.exact is not None:
+            if len(group.exact) == group.n:
+                particles.retained.fill_(True)
+            else:
+                step.retain_one()
+        if group.asker is None:
+            return
+        group.asker.call("reset", group.n, list(group.prompt))
+        group.asker.scorer = functools.partial(self._continuation, 0, ~particles.finished)
+        answer = group.asker.scores("prefix", self._state(0, self._seen()))
+        psi = step.checked(answer, torch.ones_like(particles.finished), faults.PREFIX)
+        particles.log_psi += psi
+        particles.log_w += psi
+        bad, alive = torch.stack([self._bad().any(), (psi > -math.inf).any()]).tolist()
+        if bad:
+            raise self._fault_error(0)
+        if not alive:
+            self.log.put("ancestors", self.layout.all)
+            self.log.put("resampled", torch.zeros_like(step.going))
+            self.log.put("step_log_w", particles.log_w.clone())
+            self.log.put("ess", torch.zeros_like(step.log_z))
+            self.log.put("tokens", torch.full_like(self.layout.all, -1))
+            self.log.put("token_log_probs", torch.zeros_like(particles.log_w))
+            self.log.close()
+            group.done = True
+
+    def readers(self, g: int) -> Tensor:
+        """Marks the slots of group g whose history goes on, (N,) bool."""
+        part, size = self.layout.part(g), self.groups[g].n
+        slots = torch.where(self.particles.finished[part], size, self.particles.slots[part])
+        used = torch.zeros(size + 1, dtype=torch.bool, device=slots.device)
+        used[slots] = True
+        return used[:size]
+
+    def wants(self) -> Wants:
+        """Says what the model must do for the next step. Asked again, it wants the same."""
+        particles = self.particles
+        plan = self._next or settle(particles, self.step.active, self.layout)
+        self._next = None
+        particles.slots.copy_(plan.slots)
+        particles.rows.copy_(plan.rows)
+        self._first_rows = plan.first_rows
+        self._bounds = [0]
+        for group in self.groups:
+            self._bounds.append(self._bounds[-1] + group.n_rows)
+        moves = plan.ancestors if any(group.copies for group in self.groups) else None
+        return self._wants(plan.present, plan.tokens, self._bounds, moves)
+
+    def _wants(self, present: Tensor, tokens: Tensor, bounds: list[int], moves: Tensor | None) -> Wants:
+        """Lists the slots in `present` (M,) bool, bounds[-1] of them, with the tokens (M,) that they append."""
+        slots = torch.argsort(~present, stable=True)[: bounds[-1]]
+        return Wants(self.groups, bounds, tokens[slots], slots, moves)
+
+    # --------------------------------------------------------------------------------------------------------- a step
+    def take(self, logits: Tensor, hidden: Tensor | None) -> Flow:
+        """Takes one step by what the model gave for the rows of `wants`. What goes wrong in a group ends it alone.
+
+        Args:
+            logits: (R, V).
+            hidden: (R, H) or None.
+
+        Yields:
+            continuations to be scored; to be sent their (R,) float64 log-probs.
+        """
+        step, self._hidden, self._vocab = self.step, hidden, logits.shape[1]
+        step.faults.clear()
+        answers = self._ask_next()
+        yield from self._let_go(logits, hidden)
+        if not any(self._own(group) for group in self.groups):
+            return
+        shaped = step.kind.twisted or step.kind.guided
+        told = together(answers, self.layout.sizes, self.particles.log_w.device) if any(answers) else None
+        first = step.step == 0 if any(group.t == 0 for group in self.groups) else None
+        ended, change = step.draw(logits, told if shaped else None, None if shaped else told, first, self._forced())
+        bad, n_ended, left, moved = self._read(
+            self._bad(), ended, step.active, step.resampled if step.kind.twisted else None
+        )
+        for g, group in enumerate(self.groups):
+            if bad[g] and self._own(group):
+                self._fail(g, self._fault_error(g))
+        if step.kind.twisted:
+            self._reindex(moved)
+        new_psi = yield from self._ask_scores(ended, n_ended, left, change)
+        step.close(new_psi)
+        self._end_step()
+
+    def _let_go(self, logits: Tensor, hidden: Tensor | None) -> Flow:
+        """Lets groups go that turn out not to be twisted: each takes its first step as a cohort of one."""
+        for g, group in enumerate(self.groups):
+            if group.kind.twisted or not self.step.kind.twisted:
+                continue
+            rows = slice(self._bounds[g], self._bounds[g + 1])
+            self.step.going[g] = False
+            alone = Cohort([group])
+            alone.scorer = self.scorer
+            alone.wants()
+            yield from alone.take(logits[rows], None if hidden is None else hidden[rows])
+
+    def _forced(self) -> Tensor | None:
+        """Lists the next token of the exact sample that a particle would retain, (M,) int64; −1 after its end."""
+        if not self.step.kind.retains:
+            return None
+        parts = []
+        for group in self.groups:
+            assert group.exact is not None  # of this kind all have some
+            parts.append(group.exact[:, min(group.t, group.params.max_tokens - 1)].expand(group.n))
+        return torch.cat(parts)
+
+    def _end_step(self) -> None:
+        """Brings the groups up to date, and finds out what they want next."""
+        step, particles = self.step, self.particles
+        self.log.close()
+        plan = self._next = settle(particles, step.active, self.layout)
+        unfinished = ~particles.finished
+        bad, rows, copies, left, going, moved = self._read(
+            self._bad(), plan.present, plan.copied, unfinished, step.going, step.resampled
+        )
+        for g, group in enumerate(self.groups):
+            if bad[g] and self._own(group):
+                self._fail(g, self._fault_error(g))
+            if not self._own(group):
+                continue
+            group.t += 1
+            group.n_rows, group.copies = rows[g], copies[g] > 0
+            group.done = not going[g] or not left[g]
+            group.ended_by_resampling = bool(going[g]) and not left[g]
+        if not step.kind.twisted:
+            self._reindex(moved)
+
+    def _read(self, *columns: Tensor | None) -> list[list[int]]:
+        """Counts flags (M,) by group, and reads those of groups (G,), at one wait for the device: a list per column."""
+        of_particles = [c for c in columns if c is not None and len(c) == len(self.layout.all)]
+        counts = iter(self.layout.counts(torch.stack(of_particles, 1)).T)
+        empty = torch.zeros_like(self.step.step)
+        values = [empty if c is None else next(counts) if len(c) == len(self.layout.all) else c.long() for c in columns]
+        return torch.stack(values).tolist()
+
+    # ------------------------------------------------------------------------------------------ asking the potentials
+    def _seen(self) -> Seen:
+        particles = self.particles
+        rows = particles.rows
+        return Seen(
+            lengths=particles.lengths,
+            finished=particles.finished,
+            last_tokens=particles.last_tokens,
+            rows=torch.where(rows >= 0, rows - self._first_rows, -1),
+        )
+
+    def _state(self, g: int, seen: Seen, drawn: int = 0) -> GroupState:
+        """Makes the view of group g, which has drawn a token in this step, or not."""
+        group, asker = self.groups[g], self.groups[g].asker
+        assert asker is not None  # else nobody looks
+        asker.last_step = group.t + drawn
+        rows = slice(self._bounds[g], self._bounds[g + 1])
+        hidden = self._hidden
+        state = GroupState(
+            asker,
+            seen,
+            self.layout.part(g),
+            asker.last_step,
+            lambda: group.lineages.tokens().clone(),
+            lambda: None if hidden is None else hidden[rows],
+        )
+        if asker.last_step == 0:
+            state.last_tokens = None
+        return state
+
+    def _ask_next(self) -> list[NextRows | None]:
+        """Asks `logw_next` of the groups that need it; indices that are out of range are kept as faults."""
+        kind, seen = self.step.kind, None
+        answers: list[NextRows | None] = []
+        for g, group in enumerate(self.groups):
+            answer = None
+            if group.asker is not None and (kind.twisted or kind.guided or group.weighs_by_next):
+                seen = seen or self._seen()
+                try:
+                    answer = group.asker.next_rows(self._state(g, seen), self._vocab)
+                    if answer is None and kind.twisted and group.t == 0:
+                        group.become_base()
+                    elif answer is None:
+                        later = " after it had returned a tensor" * (group.t > 0)
+                        raise group.asker.error("logw_next", "returned None" + later)
+                except SMCError as error:
+                    self._fail(g, error)
+            answers.append(answer)
+        self.step.clamp(answers)
+        return answers
+
+    def _ask_scores(
+        self, ended: Tensor, n_ended: list[int], left: list[int], change: Tensor
+    ) -> Generator[Scores, Tensor, Tensor | None]:
+        """Asks `complete` about particles that ended, `prefix` about others where weights need it: (M,) new log ψ."""
+        step, asked = self.step, [group.asker is not None and self._own(group) for group in self.groups]
+        complete = [ask and n > 0 for ask, n in zip(asked, n_ended, strict=True)]
+        prefix = [
+            ask and n > 0 and not (step.kind.twisted or group.weighs_by_next)
+            for ask, n, group in zip(asked, left, self.groups, strict=True)
+        ]
+        if not any(complete + prefix):
+            return None if step.kind.twisted else self.particles.log_psi + change
+        yield from self._score_declared(ended, complete, prefix)
+        new_psi = self._scores("complete", faults.COMPLETE, ended, complete, self.particles.log_psi + change)
+        new_psi = self._scores("prefix", faults.PREFIX, step.active, prefix, new_psi)
+        for group in self.groups:
+            if group.asker is not None:
+                group.asker.known = None
+        return new_psi
+
+    def _scores(self, method: str, fault: int, asked: Tensor, which: list[bool], new_psi: Tensor) -> Tensor:
+        """Puts what `method` of the groups in `which` says about particles `asked` (M,) bool into new_psi (M,)."""
+        if not any(which):
+            return new_psi
+        seen, answers, about = self._seen(), [], []
+        for g, group in enumerate(self.groups):
+            part, values = self.layout.part(g), None
+            if which[g] and group.error is None:
+                assert group.asker is not None  # else it is not in `which`
+                group.asker.scorer = functools.partial(self._continuation, g, asked)
+                try:
+                    values = group.asker.scores(method, self._state(g, seen, 1))
+                except SMCError as error:
+                    self._fail(g, error)
+            answers.append(torch.zeros_like(new_psi[part]) if values is None else values)
+            about.append(torch.zeros_like(asked[part]) if values is None else asked[part])
+        told = torch.cat(about)
+        return torch.where(told, self.step.checked(torch.cat(answers), told, fault, later=1), new_psi)
+
+    def _reindex(self, moved: list[int]) -> None:
+        """Lets the potentials' particles follow the last resampling."""
+        for g, group in enumerate(self.groups):
+            if moved[g] and group.asker is not None and self._own(group):
+                ancestors = self.step.ancestors[self.layout.part(g)] - self.layout.bounds[g]
+                try:
+                    group.asker.call("reindex", ancestors)
+                except SMCError as error:
+                    self._fail(g, error)
+
+    # ------------------------------------------------------------------------------------------------- continuations
+    def _want_scores(self, asked: Tensor, continuations: list[list[int]]) -> tuple[Scores, Tensor]:
+        """Makes the rows that score continuations after particles `asked` (M,) bool; and each particle's row, (M,)."""
+        particles, layout = self.particles, self.layout
+        plan = settle(particles, asked | self.step.active, layout)
+        particles.slots.copy_(plan.slots)
+        slots, size = plan.slots + layout.start, len(asked)
+        present = torch.zeros(size + 1, dtype=torch.bool, device=asked.device)
+        present[torch.where(asked, slots, size)] = True
+        present = present[:size]
+        rows, copies = self._read(present, plan.copied)
+        bounds = [0, *itertools.accumulate(rows)]
+        wants = self._wants(present, plan.tokens, bounds, plan.ancestors if any(copies) else None)
+        return Scores(wants, continuations), (present.cumsum(0) - 1)[slots].clamp(min=0)
+
+    def _score_declared(
+        self, ended: Tensor, complete: list[bool], prefix: list[bool]
+    ) -> Generator[Scores, Tensor, None]:
+        """Has the continuations scored that potentials declare, those of all groups in one pass."""
+        continuations: list[list[int]] = []
+        asked = []
+        for g, group in enumerate(self.groups):
+            part, ids, about = self.layout.part(g), None, torch.zeros_like(ended[self.layout.part(g)])
+            if group.asker is not None and (complete[g] or prefix[g]):
+                ids = group.asker.potential.continuation
+                if ids is not None and complete[g]:
+                    about = about | ended[part]
+                if ids is not None and prefix[g] and group.asker.potential.continuation_in_prefix:
+                    about = about | self.step.active[part]
+                elif not complete[g]:
+                    ids = None
+            continuations.append(ids or [])
+            asked.append(about)
+        if not any(continuations):
+            return
+        scores, row_of = self._want_scores(torch.cat(asked), continuations)
+        values = (yield scores)[row_of]
+        for g, ids in enumerate(continuations):
+            asker = self.groups[g].asker
+            if ids and asker is not None:
+                asker.known = ids, values[self.layout.part(g)]
+
+    def _continuation(self, g: int, asked: Tensor, token_ids: list[int]) -> Tensor:
+        """Scores a continuation of group g's particles in `asked` (M,) bool: (N,) float64, 0 for the others."""
+        group, part = self.groups[g], self.layout.part(g)
+        asker = group.asker
+        assert asker is not None and asker.engine is not None  # the potential asks through it
+        token_ids = token_list("token_ids", token_ids, asker.engine.vocab_size or None)
+        if not 0 < len(token_ids) <= asker.potential.lookahead:
+            raise ValueError(
+                f"token_ids of length {len(token_ids)}: must have 1 to lookahead={asker.potential.lookahead} tokens"
+            )
+        if asker.last_step == 0:
+            raise ValueError("continuation_log_prob: there is no token yet; return 0 for the empty sequence")
+        if asker.known is not None and asker.known[0] == token_ids:
+            return torch.where(asked[part], asker.known[1], 0.0)
+        if self.scorer is None:
+            raise NotImplementedError("this engine cannot score continuations")
+        about = asked & (self.layout.group_of == g)
+        scores, row_of = self._want_scores(about, [token_ids if i == g else [] for i in range(len(self.groups))])
+        if not scores.wants.bounds[-1]:
+            return torch.zeros_like(self.particles.log_w[part])
+        return torch.where(about, self.scorer(scores)[row_of], 0.0)[part]
+
+    # ---------------------------------------------------------------------------------------------------- what failed
+    def _own(self, group: Group) -> bool:
+        return group.cohort is self and group.error is None
+
+    def _fail(self, g: int, error: SMCError) -> None:
+        self.groups[g].error, self.groups[g].done = error, True
+        self.step.going[g] = False
+
+    def _bad(self) -> Tensor:
+        """Marks the particles that have a fault in this step, (M,) bool."""
+        marks = [fault.bad for fault in self.step.faults]
+        return functools.reduce(torch.logical_or, marks) if marks else torch.zeros_like(self.particles.finished)
+
+    def _fault_error(self, g: int) -> SMCError:
+        """Makes the error of the first fault of group g; waits for the device."""
+        group, part = self.groups[g], self.layout.part(g)
+        kind, bad, values, later = next(fault for fault in self.step.faults if bool(fault.bad[part].any()))
+        i, at = int(bad[part].int().argmax()), group.t + later
+        value = math.nan if values is None else values[part][i].item()
+        if kind == faults.MODEL:
+            value -= self._bounds[g]
+        return group.fault_error(kind, i, at, value, self._vocab)
+
+
+def finish(flow: Flow, score: Callable[[Scores], Tensor] | None = None) -> None:
+    """Runs a `Cohort.take` to its end, with `score` for the continuations that it wants scored.
+
+    Raises:
+        NotImplementedError: it wants some, and there is no `score`.
+    """
+    try:
+        wanted = next(flow)
+        while True:
+            if score is None:
+                raise NotImplementedError("this driver cannot score continuations")
+            wanted = flow.send(score(wanted))
+    except StopIteration:
+        pass

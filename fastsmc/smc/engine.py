@@ -1,0 +1,63 @@
+"""What a potential is set up with, and the error that a group ends with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsmc.population import Population
+from fastsmc.potentials import Engine, Potential
+from fastsmc.potentials.copying import own_copy
+
+
+class SMCError(RuntimeError):
+    """A group could not go on, or was refused. Other groups and requests are not touched by it.
+
+    Attributes:
+        populations: of a call of `smc`: what each prompt gave, None for the groups that failed; else empty.
+    """
+
+    populations: Sequence[Population | None] = ()
+
+
+class GroupEngine(Engine):
+    """The worker's engine as potentials see it; `continuation_log_prob` answers for the group whose potential asks.
+
+    The arguments are the attributes of `Engine`.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any = None,
+        device: torch.device | str = "cpu",
+        vocab_size: int = 0,
+        hidden_size: int | None = None,
+        model: Any = None,
+        model_name: str | None = None,
+    ) -> None:
+        self.tokenizer, self.device, self.model, self.model_name = tokenizer, torch.device(device), model, model_name
+        self.vocab_size, self.hidden_size = vocab_size, hidden_size
+        self.scorer: Callable[[list[int]], Tensor] | None = None  # while a potential is asked for scores
+
+    def continuation_log_prob(self, token_ids: list[int]) -> Tensor:
+        if self.scorer is None:
+            raise RuntimeError("continuation_log_prob: only from within prefix or complete")
+        return self.scorer(token_ids)
+
+
+def set_up(potential: Potential, engine: GroupEngine) -> Potential:
+    """Sets a potential up and returns what its groups start from: a copy, out of reach of whoever holds the object.
+
+    Raises:
+        SMCError: its `setup` raised, or left what no group can have a copy of.
+    """
+    try:
+        potential.setup(engine)
+        return own_copy(potential, engine)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        raise SMCError(f"potential {type(potential).__name__}.setup: raised {type(error).__name__}: {error}") from error

@@ -1,0 +1,193 @@
+"""A group: N particles of one prompt and target, from the empty sequence to its population."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastsmc import ops
+from fastsmc.arguments import read_exact
+from fastsmc.params import SMCParams
+from fastsmc.population import Population, draw_indices
+from fastsmc.potentials import Potential, answered
+from fastsmc.potentials.copying import own_copy
+from fastsmc.smc import faults
+from fastsmc.smc.asking import Asker
+from fastsmc.smc.cohort import Cohort
+from fastsmc.smc.engine import GroupEngine, SMCError
+from fastsmc.smc.record import Lineages, make_population
+from fastsmc.smc.step import CHOOSE, Kind
+
+
+class Setup:
+    """Holds what a group is asked to do, whoever drives it.
+
+    A group may be *conditional*: one particle, in a uniform place, retains an exact sample of the target at every step
+    (forced tokens, forced ancestor), and the others are resampled from all N weights. Then E[1/Ẑ] = 1/Z, so that log Ẑ
+    bounds log Z from above on average (docs/mathematics.md §4). That holds because the others have the law that they
+    have in an ordinary run given the retained one, which is simple for independent draws: a conditional group resamples
+    multinomially and draws without strata, whatever its parameters say. With N exact samples nothing is random: each of
+    them is weighed.
+
+    Args:
+        params: what to do.
+        potential: None for plain ancestral sampling. It must have been set up (`Potential.setup`); the group works on
+            a copy of it (`potentials.copying`), so that groups do not share per-particle state.
+        prompt: the prompt's token ids.
+        stop_token_ids: all tokens that end a particle (end of sequence included).
+        device: where the group's tensors live.
+        engine: what the potential was set up with, for its calls of `continuation_log_prob`.
+        exact: a list of one complete sequence of token ids, which makes the group conditional, or of N, to be weighed.
+        copy_on_write: False copies the potential's tensors at once, so that their addresses stay.
+
+    Attributes:
+        n: number of particles N.
+        asker: asks the potential; None without one.
+        kind: of the group.
+        weighs_by_next: base proposal: unfinished particles are weighed by `logw_next`, since there is no `prefix`.
+        exact: (K, T) int64 tokens of the exact samples, −1 after the end, or None.
+
+    Raises:
+        SMCError: the potential or `exact` is refused.
+    """
+
+    def __init__(
+        self,
+        params: SMCParams,
+        potential: Potential | None,
+        prompt: Sequence[int],
+        stop_token_ids: frozenset[int] | set[int] = frozenset(),
+        device: torch.device | str = "cpu",
+        engine: GroupEngine | None = None,
+        exact: Sequence[Sequence[int]] | None = None,
+        *,
+        copy_on_write: bool = True,
+    ) -> None:
+        self.params, self.prompt, self.n = params, list(prompt), params.n_particles
+        self.stop_token_ids, self.device = frozenset(stop_token_ids), torch.device(device)
+        self.asker: Asker | None = None
+        methods: set[str] = set()
+        if potential is not None:
+            try:
+                methods = answered(potential)
+                potential = own_copy(potential, engine, on_write=copy_on_write)
+            except ValueError as error:
+                raise SMCError(str(error)) from error
+            self.asker = Asker(potential, params, self.prompt, self.stop_token_ids, engine)
+        guided = potential is not None and potential.proposal_only
+        if guided and params.proposal != "twisted":
+            raise SMCError(
+                f"potential {type(potential).__name__}: is proposal-only and no intermediate target, so "
+                f"proposal={params.proposal!r} cannot use it; use proposal='twisted'"
+            )
+        by_next = "logw_next" in methods and not guided
+        twisted = by_next and params.proposal == "twisted"
+        self.weighs_by_next = by_next and not twisted and "prefix" not in methods
+        self.exact: Tensor | None = None
+        if exact is not None:
+            self.exact = self._read_exact(exact, (engine and engine.vocab_size) or None)
+        scheme = params.resampling if self.exact is None else "multinomial"
+        self.kind = Kind(twisted, guided, self.exact is not None, scheme)
+
+    def _read_exact(self, exact: Sequence[Sequence[int]], vocab: int | None) -> Tensor:
+        steps = self.params.max_tokens
+        try:
+            samples = read_exact("exact", exact, self.params, vocab)
+        except ValueError as error:
+            raise SMCError(str(error)) from None
+        rows = []
+        for i, ids in enumerate(samples):
+            ends = [j for j, v in enumerate(ids) if v in self.stop_token_ids] or [steps - 1]
+            if len(ids) != ends[0] + 1:
+                raise SMCError(
+                    f"exact[{i}]={ids[:20]}: {len(ids)} tokens are no complete sequence; it ends with its first stop "
+                    f"token, or has max_tokens={steps} tokens"
+                )
+            rows.append([*ids, *[-1] * (steps - len(ids))])
+        return torch.tensor(rows, dtype=torch.int64, device=self.device)
+
+    def fault_error(self, kind: int, particle: int, at: int, value: float, vocab: int) -> SMCError:
+        """Makes the group's error of a fault: its kind, particle, step and value; `vocab` is V."""
+        if kind == faults.MODEL:
+            return SMCError(f"model at step {at}: logits of row {int(value)} hold NaN or +inf")
+        if kind == faults.POOL:
+            return SMCError(f"pool: its {int(value)} blocks were not enough at step {at}")
+        if kind == faults.RULED_OUT:
+            if value >= vocab:
+                return SMCError(f"exact: token {int(value)} is outside the vocabulary of {vocab}")
+            return SMCError(f"exact: the model or the twist rules out one of its tokens at step {at}")
+        if kind == faults.NO_WEIGHT:
+            assert self.exact is not None  # nobody else retains
+            return SMCError(
+                f"exact[{particle if len(self.exact) > 1 else 0}]: has weight zero at step {at}: it is no sample of "
+                "this target, or the twist is zero on what the target allows"
+            )
+        assert self.asker is not None  # the others are a potential's
+        what = faults.describe(kind, particle, value, self.asker.last_sizes)
+        return self.asker.error(faults.METHODS[kind], what, at)
+
+
+class Group(Setup):
+    """Is a group among others of a cohort, with what has become of it. The arguments are those of `Setup`.
+
+    Attributes:
+        cohort, index: who has its particles, and which group it is there.
+        t: steps done.
+        done: whether it is over.
+        error: why it failed; None if it has not.
+        n_rows: how many rows it wants of the model at its next step.
+        copies: whether slots must be copied for that.
+        lineages: its record.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.t, self.n_rows, self.copies = 0, 1, False
+        self.started = self.done = self.ended_by_resampling = False
+        self.error: SMCError | None = None
+        self.lineages = Lineages(self.n, self.device)
+        self.cohort = Cohort([self])
+        self.index = 0
+        self.cohort.begin()
+
+    def become_base(self) -> None:
+        """Goes on with the base proposal, since the potential does not shape the first draw."""
+        self.kind = dataclasses.replace(self.kind, twisted=False)
+
+    # ---------------------------------------------------------------------------------------------- the result
+    @property
+    def log_w(self) -> Tensor:
+        """Gives (N,) float64 log weights since the last resampling."""
+        return self.cohort.particles.log_w[self.cohort.layout.part(self.index)]
+
+    @property
+    def log_z(self) -> float:
+        """Gives the log of the closed resampling intervals. Waits for the device."""
+        return float(self.cohort.step.log_z[self.index])
+
+    def choose(self) -> int | None:
+        """Draws a particle by the final weights, one sample of the target; None if there is no weight."""
+        weights = torch.softmax(self.log_w, 0).cpu().numpy()
+        if not np.isfinite(weights).all():
+            return None
+        p = self.params
+        u = ops.uniforms(1, seed=p.seed, group=p.group, step=0, stream=CHOOSE, device="cpu")
+        return int(draw_indices(weights, u.numpy())[0])
+
+    def population(self) -> Population:
+        """Gives the weighted particles, traced back through the genealogy."""
+        names = ("tokens", "token_log_probs", "ancestors", "resampled", "ess", "step_log_w")
+        return make_population(
+            {name: self.lineages.stacked(name) for name in names},
+            self.log_w,
+            self.log_z,
+            twisted=self.kind.twisted,
+            ended_by_resampling=self.ended_by_resampling,
+            prompt=self.prompt,
+            params=self.params,
+        )

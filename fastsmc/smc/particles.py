@@ -1,0 +1,113 @@
+"""The particles of a cohort: tensors of one row per particle, the groups one behind the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+#: name → dtype of what each particle has, all of shape (M,); those that `follow` takes from its ancestor come first
+_FOLLOWING = {
+    "log_psi": torch.float64,
+    "lengths": torch.int64,
+    "finished": torch.bool,
+    "paused": torch.bool,
+    "last_tokens": torch.int64,
+    "slots": torch.int64,
+    "rows": torch.int64,
+}
+_OWN = {
+    "log_w": torch.float64,
+    "retained": torch.bool,
+    "rank": torch.int64,
+    "count": torch.int64,
+}
+
+
+class Particles:
+    """Holds M particles; every attribute is a tensor (M,), which is only ever written to in place.
+
+    Attributes:
+        log_w: log weight since the last resampling.
+        log_psi: the log ψ that is already in the weight.
+        lengths: generated tokens.
+        finished: ended particles.
+        paused: particles that are alive and draw nothing while others go on.
+        last_tokens: token of the last step, −1 where there was none.
+        slots: which slot of its group holds a particle's history, without its last token.
+        rows: which row of the cohort's logits is a particle's; −1 where it went through the model earlier.
+        retained: particles that hold an exact sample of the target.
+        rank, count: a particle's place among its siblings, for the strata of the next draw.
+    """
+
+    log_psi: Tensor
+    lengths: Tensor
+    finished: Tensor
+    paused: Tensor
+    last_tokens: Tensor
+    slots: Tensor
+    rows: Tensor
+    log_w: Tensor
+    retained: Tensor
+    rank: Tensor
+    count: Tensor
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        for name, dtype in (_FOLLOWING | _OWN).items():
+            setattr(self, name, torch.zeros(size, dtype=dtype, device=device))
+        self.count.fill_(1)
+
+    @classmethod
+    def joined(cls, parts: Iterable[tuple[Particles, slice]]) -> Particles:
+        """Copies parts of others into one."""
+        parts = list(parts)
+        out = cls.__new__(cls)
+        for name in _FOLLOWING | _OWN:
+            setattr(out, name, torch.cat([getattr(particles, name)[part] for particles, part in parts]))
+        return out
+
+    def follow(self, ancestors: Tensor) -> None:
+        """Makes each particle a copy of its ancestor (M,) int64, but for its weight: the one gather of a resampling."""
+        for name in _FOLLOWING:
+            values = getattr(self, name)
+            values.copy_(values[ancestors])
+
+
+class Layout:
+    """Says which particles are whose: group g has particles [offsets[g], offsets[g + 1]).
+
+    Attributes:
+        sizes, bounds: as lists of int; bounds has a last entry, M.
+        offsets: the same as (G + 1,) int64.
+        group_of, start, local: (M,) int64: a particle's group, that group's first particle, the place within it.
+    """
+
+    def __init__(self, sizes: Sequence[int], device: torch.device) -> None:
+        self.sizes, self.bounds = list(sizes), [0]
+        for size in sizes:
+            self.bounds.append(self.bounds[-1] + size)
+        self.offsets = torch.tensor(self.bounds, device=device)
+        count = torch.tensor(self.sizes, device=device)
+        self.group_of = torch.arange(len(sizes), device=device).repeat_interleave(count, output_size=self.bounds[-1])
+        self.start = self.offsets[self.group_of]
+        self.all = torch.arange(self.bounds[-1], device=device)
+        self.local = self.all - self.start
+
+    def part(self, g: int) -> slice:
+        return slice(self.bounds[g], self.bounds[g + 1])
+
+    def of(self, values: Tensor) -> Tensor:
+        """Spreads one value per group (G,) over its particles, (M,)."""
+        return values.expand(len(self.all)) if len(self.sizes) == 1 else values[self.group_of]
+
+    def counts(self, flags: Tensor) -> Tensor:
+        """Counts set flags (M,) or (M, K) bool by group: (G,) or (G, K) int64."""
+        if len(self.sizes) == 1:
+            return flags.sum(0, keepdim=True)
+        out = torch.zeros((len(self.sizes), *flags.shape[1:]), dtype=torch.int64, device=flags.device)
+        return out.index_add_(0, self.group_of, flags.long())
+
+    def every(self, flags: Tensor) -> Tensor:
+        """Says of each group whether all its flags are set: (G,) bool."""
+        return flags.all(0, keepdim=True) if len(self.sizes) == 1 else self.counts(~flags) == 0

@@ -1,0 +1,334 @@
+"""The step of sequential Monte Carlo, once: tensors of fixed shape, masks and device scalars, no value on the host.
+
+    twisted     weigh → resample → draw → ended particles are weighed by φ
+    base        draw → weigh → resample
+
+The order is that of docs/mathematics.md §1: with the twisted proposal the weight of a step does not depend on the
+token, so a group resamples before it draws; with the base proposal, and with a proposal-only potential, it draws,
+weighs and then resamples. Either way children of one parent draw from the parent's row of logits, with stratified
+uniforms. A driver (`cohort`, `captured`) asks the potentials between `draw` and `close`, and says what the host knows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fastsmc import ops
+from fastsmc.params import SMCParams
+from fastsmc.potentials.answers import NextRows
+from fastsmc.smc.faults import MASK_INDEX, MODEL, NEXT, NEXT_ROW, NO_WEIGHT, PSI_INDEX, RULED_OUT, Fault
+from fastsmc.smc.particles import Layout, Particles
+
+# Philox streams: one per purpose, so that no random number serves twice.
+DRAW, RESAMPLE, CHOOSE, RETAIN = 0, 1, 2, 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """Says what groups must have in common to be one cohort.
+
+    Attributes:
+        twisted: draws from p0·ψ and resamples before.
+        guided: draws from p0·ψ of a proposal-only potential, and weighs afterwards.
+        retains: holds exact samples.
+        scheme: of resampling.
+    """
+
+    twisted: bool
+    guided: bool
+    retains: bool
+    scheme: str
+
+
+class Record(Protocol):
+    def put(self, name: str, values: Tensor) -> None:
+        """Keeps values (M,) or (G,) of this step, in the place of those that were put before."""
+
+
+class Step:
+    """Holds the particles of a cohort, what is one number per group, and takes their steps.
+
+    Args:
+        kind: of the groups.
+        params: of each.
+        stops: the tokens that end a particle, of each.
+        weighed: of each, whether it has a potential; without one weights stay equal, and it never resamples.
+        particles: of all of them.
+        record: takes the steps.
+
+    Attributes:
+        step: (G,) int64, steps done.
+        log_z: (G,) float64, log of the closed resampling intervals.
+        going: (G,) bool, groups that are not over.
+        faults: of this step, in the order of their coming.
+        ess, resampled, ancestors: of the last resampling, or of what would have been one: (G,), (G,), (M,).
+    """
+
+    def __init__(
+        self,
+        kind: Kind,
+        params: Sequence[SMCParams],
+        stops: Sequence[Sequence[int]],
+        weighed: Sequence[bool],
+        particles: Particles,
+        record: Record,
+    ) -> None:
+        self.kind, self.particles, self.record = kind, particles, record
+        self.device = device = particles.log_w.device
+        self.layout = Layout([p.n_particles for p in params], device)
+        of = self.layout.group_of
+        numbers = torch.tensor([[p.seed, p.group, p.max_tokens] for p in params], device=device).T.contiguous()
+        self._seed, self._key, self._max_tokens = numbers[0], numbers[1], numbers[2][of]
+        shares = [[p.temperature, p.ess_threshold if w else 0.0] for p, w in zip(params, weighed, strict=True)]
+        temperature, self._threshold = torch.tensor(shares, dtype=torch.float64, device=device).T.contiguous()
+        self._temperature = temperature[of]
+        width = max(1, *(len(stop) for stop in stops)) if stops else 1
+        padded = [[*stop, *[-2] * (width - len(stop))] for stop in stops]  # no token is −2
+        self._stop = torch.tensor(padded, dtype=torch.int64, device=device)[of]
+        groups = len(params)
+        self.step = torch.zeros(groups, dtype=torch.int64, device=device)
+        self.log_z = torch.zeros(groups, dtype=torch.float64, device=device)
+        self.going = torch.ones(groups, dtype=torch.bool, device=device)
+        self.faults: list[Fault] = []
+        self.ess = torch.zeros_like(self.log_z)
+        self.resampled = torch.zeros_like(self.going)
+        self.ancestors = self.layout.all
+        self.of = self.layout.of
+
+    @property
+    def active(self) -> Tensor:
+        """Marks the particles that draw, (M,) bool."""
+        return ~self.particles.finished & ~self.particles.paused & self.of(self.going)
+
+    # ------------------------------------------------------------------------------------------------------ the draw
+    def draw(
+        self,
+        logits: Tensor,
+        twist: NextRows | None,
+        by_next: NextRows | None,
+        first: Tensor | None,
+        forced: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Weighs and draws; with the twisted proposal it resamples in between.
+
+        Args:
+            logits: (L, V), in which `particles.rows` are the rows.
+            twist: a row per particle, of the proposal; None with the base proposal.
+            by_next: a row per particle, what the drawn token changes log ψ by; None: `prefix` says it.
+            first: (G,) bool, groups at their first step; None: none is.
+            forced: (M,) int64, what a particle that retains an exact sample draws, −1 after its end; None: nobody does.
+
+        Returns:
+            (M,) bool, the particles that end with their token; (M,) float64, what log ψ changes by beside that.
+        """
+        particles, active = self.particles, self.active
+        inputs: dict[str, Any] = {} if twist is None else twist.rounded()._asdict()
+        rows = torch.where(active, particles.rows, -1)
+        inputs |= {"logit_rows": rows, "temperature": self._temperature}
+        weighed = ops.weigh(logits, **inputs)
+        self.check(active & weighed.lse.isnan(), MODEL, particles.rows.clone())
+        if twist is not None:
+            self.check(active & weighed.lse_psi.isnan(), NEXT_ROW)
+        parents = self.layout.all
+        if twist is not None:
+            gain = torch.where(active, weighed.lse_psi - weighed.lse, 0.0).nan_to_num(nan=-math.inf, neginf=-math.inf)
+        if self.kind.twisted:
+            particles.log_w += gain
+            self._check_retained()
+            parents = self._resample_before(weighed, first)
+            active = self.active & (self.of(self.ess) > 0)  # without any weight nothing is drawn
+        elif first is not None and not self.kind.retains:
+            self._take_for_siblings(first, particles.log_w == particles.log_w[self.layout.start])
+        u = ops.stratify(self.uniforms(DRAW), particles.rank, particles.count)
+        drawn = ops.draw(logits, weighed, parents, u, **inputs)
+        if forced is not None:
+            drawn = self._force(drawn, forced, active, logits, weighed, parents, twist)
+        if twist is not None:
+            psi = drawn.log_psi.nan_to_num(nan=-math.inf, neginf=-math.inf)
+        if self.kind.guided:  # p0 / q of what was drawn
+            particles.log_w += torch.where(active, torch.where(drawn.tokens < 0, -math.inf, gain - psi), 0.0)
+        change = torch.zeros_like(particles.log_w)
+        if self.kind.twisted:
+            particles.log_psi += torch.where(active, psi, 0.0)
+        elif by_next is not None:
+            values = by_next.of_tokens(self.layout.all, drawn.tokens.clamp(min=0))
+            change = self.checked(values, active & (drawn.tokens >= 0), NEXT)
+        return self._append(drawn, active), change
+
+    def _resample_before(self, weighed: ops.Weighed, first: Tensor | None) -> Tensor:
+        """Resamples by the weights of this step, but at the first, and returns the parents (M,)."""
+        particles = self.particles
+        self._before = particles.log_w + self.of(self.log_z)
+        may = self.going if first is None else self.going & ~first
+        parents = self.resample(may)
+        if first is not None and not self.kind.retains:
+            same = particles.log_w == particles.log_w[self.layout.start]
+            same &= (weighed.tile_mass == weighed.tile_mass[self.layout.start]).all(1)
+            self._take_for_siblings(first, same)
+        return parents
+
+    def _take_for_siblings(self, first: Tensor, same: Tensor) -> None:
+        """Takes the particles of groups at their first step, one empty sequence, for siblings if all are `same`."""
+        layout, particles = self.layout, self.particles
+        siblings = self.of(first & layout.every(same))
+        size = layout.offsets[1:] - layout.offsets[:-1]
+        particles.rank.copy_(torch.where(siblings, layout.local, particles.rank))
+        particles.count.copy_(torch.where(siblings, self.of(size), particles.count))
+
+    def _force(
+        self, drawn: ops.Drawn, forced: Tensor, active: Tensor, logits: Tensor, weighed: ops.Weighed, parents: Tensor,
+        twist: NextRows | None,
+    ) -> ops.Drawn:  # fmt: skip
+        """Puts the tokens of exact samples (M,) in the place of what the particles that retain them drew."""
+        at, token = active & self.particles.retained & (forced >= 0), forced.clamp(0, logits.shape[1] - 1)
+        z = logits[self.particles.rows.clamp(min=0), token].double() / self._temperature
+        log_prob = torch.where(at, z - weighed.lse[parents], drawn.log_prob)
+        psi = drawn.log_psi
+        if twist is not None:
+            psi = torch.where(at, twist.rounded().of_tokens(parents, token), psi)
+        elif not self.kind.twisted:
+            psi = torch.where(at, 0.0, psi)
+        self.check(at & ((log_prob + psi == -math.inf) | (forced >= logits.shape[1])), RULED_OUT, forced)
+        return ops.Drawn(torch.where(at, forced, drawn.tokens), log_prob, psi)
+
+    def _append(self, drawn: ops.Drawn, active: Tensor) -> Tensor:
+        """Records a draw of the particles in `active` (M,) bool. Returns (M,) bool, those that end with it.
+
+        A particle whose every next token has weight zero draws none. It has weight zero too, so it ends unasked.
+        """
+        particles = self.particles
+        drew = active & (drawn.tokens >= 0)
+        tokens = torch.where(drew, drawn.tokens, -1)
+        self.record.put("tokens", tokens)
+        self.record.put("token_log_probs", torch.where(drew, drawn.log_prob, 0.0))
+        particles.last_tokens.copy_(torch.where(particles.paused, particles.last_tokens, tokens))
+        particles.lengths += drew
+        ended = drew & ((tokens[:, None] == self._stop).any(1) | (particles.lengths >= self._max_tokens))
+        particles.finished |= ended | (active & ~drew)
+        return ended
+
+    # --------------------------------------------------------------------------------------------------- the weights
+    def close(self, new_psi: Tensor | None) -> None:
+        """Ends the step: weights by what the potentials have said, and with the base proposal the resampling.
+
+        Args:
+            new_psi: (M,) log ψ of every particle from now on; None: nothing has changed.
+        """
+        particles, layout = self.particles, self.layout
+        if new_psi is not None:  # from the ψ that a weight holds; a weight of zero stays zero
+            alive = particles.log_psi > -math.inf
+            particles.log_w += torch.where(alive, new_psi - particles.log_psi, 0.0)
+            particles.log_psi.copy_(torch.where(alive, new_psi, particles.log_psi))
+        self._check_retained()
+        all_ended = layout.every(particles.finished)
+        if self.kind.twisted:
+            none_left = layout.counts(particles.log_w > -math.inf) == 0
+            self.ess = torch.where(none_left, 0.0, self.ess)
+            self.record.put("step_log_w", torch.where(self.of(none_left), particles.log_w, self._before))
+        else:
+            self.record.put("step_log_w", particles.log_w + self.of(self.log_z))
+            self.resample(self.going & ~all_ended)
+        self.record.put("ess", self.ess)
+        self.step += 1
+        self.going &= (self.ess > 0) & ~all_ended
+
+    def resample(self, may: Tensor) -> Tensor:
+        """Resamples the groups in `may` (G,) bool whose ESS is low, all that particles have; returns ancestors (M,)."""
+        particles = self.particles
+        # Resampling may come after a step's weights (base) or before its draw (twisted): the same counter either way
+        # is used once, because a group has one order.
+        u = self.uniforms(RESAMPLE)
+        done = ops.resample(
+            particles.log_w, u, scheme=self.kind.scheme, threshold=torch.where(may, self._threshold, 0.0),
+            offsets=self.layout.offsets, largest=max(self.layout.sizes),
+        )  # fmt: skip
+        ancestors, rank, count = done.ancestors, done.rank, done.counts[done.ancestors]
+        if self.kind.retains:
+            ancestors, rank, count = self._conditional(u, done.resampled), rank.zero_(), count.fill_(1)
+        self.ess, self.resampled, self.ancestors = done.ess, done.resampled, ancestors
+        self.record.put("ancestors", ancestors)
+        self.record.put("resampled", done.resampled)
+        self.log_z += torch.where(done.resampled, done.log_mean, 0.0)
+        particles.log_w.copy_(torch.where(self.of(done.resampled), 0.0, particles.log_w))
+        particles.rank.copy_(rank)
+        particles.count.copy_(count)
+        particles.follow(ancestors)
+        return ancestors
+
+    # ------------------------------------------------------------------------------------------------- exact samples
+    def _conditional(self, u: Tensor, resampled: Tensor) -> Tensor:
+        """Draws ancestors (M,) by weight, independently, but that a retained particle goes to a uniform place."""
+        layout, particles = self.layout, self.particles
+        place = self._uniform_places(1)
+        ancestors = layout.all.clone()
+        for g in range(len(layout.sizes)):
+            part, start = layout.part(g), layout.bounds[g]
+            # in integers, because a GPU adds float64 numbers in no fixed order. What is cut off is less than 2**-50 of
+            # the weights; a total of about 2**50 times u < 1 rounds to less than the total
+            cumulative = (torch.softmax(particles.log_w[part], 0) * 2.0**50).long().cumsum(0)
+            drawn = torch.searchsorted(cumulative, (u[part] * cumulative[-1]).long(), right=True) + start
+            kept = particles.retained[part].byte().argmax() + start
+            drawn = torch.where(layout.local[part] == place[g], kept, drawn)
+            ancestors[part] = torch.where(resampled[g], drawn, ancestors[part])
+        retained = layout.local == self.of(place)
+        particles.retained.copy_(torch.where(self.of(resampled), retained, particles.retained))
+        return ancestors
+
+    def _uniform_places(self, later: int) -> Tensor:
+        """Draws a uniform place (G,) int64 in each group, by the key of the step that is `later` than this."""
+        layout = self.layout
+        sizes, ones = layout.offsets[1:] - layout.offsets[:-1], torch.arange(len(layout.sizes) + 1, device=self.device)
+        u = ops.uniforms(
+            len(layout.sizes), seed=self._seed, group=self._key, step=self.step + later, stream=RETAIN, offsets=ones,
+            device=self.device,
+        )  # fmt: skip
+        return (u * sizes).long()
+
+    def retain_one(self) -> None:
+        """Gives the exact sample of a group its place, before the first step."""
+        self.particles.retained.copy_(self.layout.local == self.of(self._uniform_places(0)))
+
+    def _check_retained(self) -> None:
+        if self.kind.retains:
+            self.check(self.particles.retained & (self.particles.log_w == -math.inf), NO_WEIGHT)
+
+    # ----------------------------------------------------------------------------------------------- what is shared
+    def clamp(self, answers: list[NextRows | None]) -> None:
+        """Clamps indices of rows to their matrices, by group; what was out of range for one that draws is a fault."""
+        for rows, matrix, kind in (("psi_rows", "log_psi", PSI_INDEX), ("mask_rows", "mask", MASK_INDEX)):
+            if all(getattr(answer, rows, None) is None for answer in answers):
+                continue
+            bad, values = [], []
+            for g, answer in enumerate(answers):
+                index = getattr(answer, rows, None)
+                if answer is None or index is None:
+                    index = fine = self.layout.all[self.layout.part(g)]
+                else:
+                    fine = index.clamp(0, max(len(getattr(answer, matrix)) - 1, 0))
+                    answers[g] = answer._replace(**{rows: fine})
+                bad.append(fine != index)
+                values.append(index)
+            self.check(torch.cat(bad) & self.active, kind, torch.cat(values))
+
+    def uniforms(self, stream: int) -> Tensor:
+        """Makes (M,) uniforms, keyed by (seed, group, particle, step)."""
+        return ops.uniforms(
+            len(self.layout.all), seed=self._seed, group=self._key, step=self.step, stream=stream,
+            offsets=self.layout.offsets, device=self.device,
+        )  # fmt: skip
+
+    def check(self, bad: Tensor, kind: int, values: Tensor | None = None, later: int = 0) -> None:
+        """Keeps a fault, of the step that is `later` than this."""
+        self.faults.append(Fault(kind, bad, values, later))
+
+    def checked(self, values: Tensor, asked: Tensor, kind: int, later: int = 0) -> Tensor:
+        """Returns values (M,) float64, 0 where nobody `asked`, −inf where they are none, which is kept as a fault."""
+        values = torch.where(asked, values.double(), 0.0)
+        self.check(values.isnan() | (values == math.inf), kind, values, later)
+        return values.nan_to_num(nan=-math.inf, posinf=-math.inf, neginf=-math.inf)

@@ -1,0 +1,144 @@
+"""Groups in cohorts: whatever stands beside a group, whenever it comes and goes, it has the bits that it has alone."""
+
+import itertools
+import random
+
+import numpy as np
+import pytest
+import torch
+from tiny import PROMPT, TableRows, TableTwist, TinyLlama, make_llama, value_table
+
+from fastsmc import Potential, SMCParams
+from fastsmc.smc import Group, SMCError, arrange, finish
+from fastsmc.smc.driving import run_group
+
+VOCAB, STEPS, STOP = 6, 4, 5
+VALUE = value_table(STEPS, VOCAB, seed=4)
+
+
+class Guide(TableTwist):
+    proposal_only = True
+
+    def prefix(self, state):
+        return 0.0 * self._so_far(state)
+
+    def logw_next(self, state):
+        return super().logw_next(state) + state.lengths[:, None] * 1.7 - 40.0
+
+
+class NextOnly(TableTwist):
+    """Unfinished sequences are weighed by logw_next alone."""
+
+    prefix = Potential.prefix
+
+
+class NotShaping(TableTwist):
+    """Does not shape the first draw, which it only says when it is asked."""
+
+    def logw_next(self, state):
+        return None
+
+
+class Fails(TableTwist):
+    def complete(self, state):
+        raise KeyError("no such sequence")
+
+
+KINDS = {
+    "none": None,
+    "twist": TableTwist(VALUE),
+    "guide": Guide(VALUE),
+    "next only": NextOnly(VALUE),
+    "not shaping": NotShaping(VALUE),
+    "fails": Fails(VALUE),
+}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return TinyLlama(make_llama(tmp_path_factory.mktemp("tiny"), VOCAB), VOCAB, STEPS, frozenset([STOP]))
+
+
+def random_request(rng):
+    kind = rng.choice(list(KINDS))
+    exact = [[0, 1, 0, 1]] if kind in ("twist", "guide") and rng.random() < 0.3 else None
+    params = SMCParams(
+        n_particles=rng.choice([1, 2, 5, 17]), max_tokens=STEPS if exact else rng.choice([3, STEPS]),
+        ess_threshold=rng.choice([0.0, 0.6, 1.0]), resampling=rng.choice(["systematic", "ssp"]),
+        seed=rng.randint(0, 99),
+        proposal="base" if kind != "guide" and rng.random() < 0.4 else "twisted", temperature=rng.choice([1.0, 0.7]),
+    )  # fmt: skip
+    return params, KINDS[kind], exact
+
+
+def same(a, b):
+    for name in (
+        "token_ids", "tokens", "ancestors", "resampled", "ess", "step_log_weights", "log_weights", "token_log_probs"
+    ):  # fmt: skip
+        np.testing.assert_array_equal(*(np.array(getattr(p, name), dtype=object if name == "token_ids" else None)
+                                        for p in (a, b)), err_msg=name)  # fmt: skip
+    assert a.log_z == b.log_z
+
+
+def take_pass(groups, rows):
+    """One pass for groups that are ready; `rows` has each group's model. Returns how many cohorts there were."""
+    cohorts = arrange(groups)
+    for cohort in cohorts:
+        wants, parts = cohort.wants(), []
+        again = cohort.wants()  # says the same, and leaves nothing to copy but what is copied already
+        torch.testing.assert_close(again.slots, wants.slots, rtol=0, atol=0)
+        torch.testing.assert_close(again.tokens, wants.tokens, rtol=0, atol=0)
+        for g, group in enumerate(cohort.groups):
+            first, part = cohort.layout.bounds[g], slice(wants.bounds[g], wants.bounds[g + 1])
+            if wants.moves is not None:
+                rows[group].reindex(wants.moves[cohort.layout.part(g)] - first)
+            if group.t == 0:
+                parts.append(rows[group].first()[0])
+            else:
+                parts.append(rows[group].next(wants.tokens[part], wants.slots[part] - first)[0])
+            assert len(parts[-1]) == part.stop - part.start
+        finish(cohort.take(torch.cat(parts), None), None)
+    return len(cohorts)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_group_has_the_bits_that_it_has_alone(tiny, seed):
+    rng = random.Random(seed)
+    for _ in range(12):
+        requests = [random_request(rng) for _ in range(rng.randint(1, 7))]
+
+        def make(request):
+            params, potential, exact = request
+            return Group(params, potential, PROMPT, tiny.stop, exact=exact)
+
+        alone = []
+        for request in requests:
+            try:
+                alone.append(run_group(make(request), TableRows(tiny, request[0].n_particles)))
+            except SMCError as error:
+                alone.append(str(error))
+        groups = [make(request) for request in requests]
+        rows = {group: TableRows(tiny, group.n) for group in groups}
+        while going := [group for group in groups if not group.done]:
+            ready = [group for group in going if rng.random() < 0.8]
+            take_pass(ready, rows)
+        for group, want in zip(groups, alone, strict=True):
+            if isinstance(want, str):
+                assert str(group.error) == want
+            else:
+                assert group.error is None
+                same(group.population(), want)
+
+
+def test_as_few_cohorts_as_kinds(tiny):
+    groups = [
+        Group(
+            SMCParams(n_particles=3, max_tokens=STEPS, seed=i, temperature=0.5 + i, ess_threshold=0.2 * i),
+            KINDS[kind],
+            PROMPT,
+            tiny.stop,
+        )
+        for i, kind in itertools.product(range(4), ("twist", "guide", "none"))
+    ]
+    rows = {group: TableRows(tiny, group.n) for group in groups}
+    assert take_pass(groups, rows) == 3
