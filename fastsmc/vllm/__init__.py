@@ -1,1 +1,1 @@
-"""The only place that touches vLLM: user face (llm), admission (lead), scheduler, worker, particle runner, compat."""
+"""The only place that touches vLLM: user face (llm), request, messages, scheduler, worker, particle runner, compat."""

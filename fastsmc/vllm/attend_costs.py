@@ -39,7 +39,7 @@ COSTS = Path(__file__).with_name("attend_costs.json")
 #: it in at most one of CASES_BEYOND cases.
 MARGIN, CASES_BEYOND = 1.1, 40
 #: Part of the key of kept costs; raise it when `attend` has changed, or how it is measured.
-RECIPE = 1
+RECIPE = 2
 #: Seconds of timed calls, for all cases together.
 SECONDS = 1.5
 #: Rows and lengths that are measured, as far as the engine has them.
@@ -79,7 +79,7 @@ def committed(key: str) -> Costs | None:
 
 
 def features(
-    n_rows: int, length: int, n_reads: int, n_nodes: int, shape: Shape
+    n_rows: int, length: float, n_reads: int, n_nodes: int, shape: Shape
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Counts what the seconds of `attend` and of vLLM's attention are linear in, for one layer.
 
@@ -87,8 +87,11 @@ def features(
     heads. For vLLM's: 1; multiplications; elements of keys and values that are read; of these, the elements read for
     the first time, from memory; rows × key heads.
 
+    All but the 1 are sums over rows, or over reads, so that those of several groups are those of the groups together.
+
     Args:
-        n_reads, n_nodes: `AttendPlan.n_reads` and `AttendPlan.n_nodes`.
+        length: tokens per row, the mean where they differ.
+        n_reads, n_nodes: `AttendPlan.n_reads` and `AttendPlan.n_nodes`, or a group's.
     """
     products = 2.0 * n_rows * shape.heads * length * shape.head_size
     token = 2.0 * shape.key_heads * shape.head_size

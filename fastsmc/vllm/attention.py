@@ -13,15 +13,17 @@ Ordinary requests never see any of it: their metadata is vLLM's, and so is the c
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from vllm import _custom_ops
+from vllm import _custom_ops, envs
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
@@ -52,10 +54,10 @@ BACKENDS = {
 
 @dataclass(frozen=True)
 class AttendMetadata:
-    """Attention metadata of a group's rows, one query each, all of one length; the same for every layer.
+    """Attention metadata of groups' rows, one query each; the same for every layer.
 
     Attributes:
-        length: tokens of each row; for a plan of 'triton' (1,) int32 on the device.
+        length: tokens of each row, as ops.attend takes it; for a plan of 'triton' (1,) or (R,) int32 on the device.
     """
 
     plan: AttendPlan
@@ -63,8 +65,21 @@ class AttendMetadata:
     layout: str
 
 
+@dataclass(frozen=True)
+class MixedMetadata:
+    """Attention metadata of a batch of which some rows use `attend` and others vLLM's attention.
+
+    Attributes:
+        parts: (begin, end, metadata) of the tokens [begin, end) of the batch; metadata is vLLM's or `AttendMetadata`.
+            Tokens outside all parts are padding.
+    """
+
+    parts: tuple[tuple[int, int, Any], ...]
+
+
 class AttendImpl(_VllmImpl):
-    """Attends for rows that come with `AttendMetadata`, and leaves all others to vLLM's own forward.
+    """Attends for rows that come with `AttendMetadata`, and leaves all others to vLLM's own forward; a batch that comes
+    with `MixedMetadata` is both, part by part.
 
     Our implementations inherit from this first, then from one of vLLM's.
 
@@ -88,6 +103,11 @@ class AttendImpl(_VllmImpl):
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
+        if isinstance(attn_metadata, MixedMetadata):
+            for begin, end, metadata in attn_metadata.parts:
+                q, k, v = (t if t is None else t[begin:end] for t in (query, key, value))
+                self.forward(layer, q, k, v, kv_cache, metadata, output[begin:end], *args, **kwargs)
+            return output
         if not isinstance(attn_metadata, AttendMetadata):
             stock = super().forward  # type: ignore[safe-super]  # of the implementation that comes next in the bases
             return stock(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
@@ -238,32 +258,13 @@ class Attend:
             return
         cases = attend_costs.candidates(max_rows, max_length, len(cache), shape.block_size)
 
-        def prepare(table: Tensor, length: int) -> attend_costs.Timed:
-            known_shared = int((table == table[:1]).all(0).long().cumprod(0).sum())
-            table = table.to(device)
-            plan, theirs = self.plan(table, known_shared), stock_metadata(table, length)
-            query = torch.ones(len(table), shape.heads, shape.head_size, dtype=dtype, device=device)
-            key = torch.ones(len(table), shape.key_heads, shape.head_size, dtype=dtype, device=device)
-            out = torch.empty_like(query)
-
-            def forward(metadata: Mapping[str, Any], first: int) -> Callable[[], None]:
-                turn = itertools.cycle([*layers.items()][first:] + [*layers.items()][:first])
-
-                def call() -> None:
-                    name, layer = next(turn)
-                    layer.impl.forward(layer, query, key, key, layer.kv_cache, metadata[name], out)
-
-                return call
-
-            ours = forward(dict.fromkeys(layers, self.metadata(plan, length)), 0)
-            stock = forward(theirs, len(layers) // 2)  # far from what ours has just read
-            return attend_costs.Timed(ours, stock, plan.n_reads, plan.n_nodes)
-
         def measure() -> attend_costs.Costs | None:
             start = time.perf_counter()
             synchronize = torch.cuda.synchronize if device.type == "cuda" else None
             try:
-                costs = attend_costs.measure(cases, prepare, shape, synchronize)
+                costs = attend_costs.measure(
+                    cases, functools.partial(self._time_case, layers, stock_metadata), shape, synchronize
+                )
             except Exception:  # say a kernel that needs more shared memory than this GPU has
                 logger.exception("attend: a case of %s could not be timed", self._key)
                 return None
@@ -280,6 +281,36 @@ class Attend:
         if self.costs is None:
             logger.warning("attend is not used: too few cases could be timed in this engine to know what it costs")
 
+    def _time_case(
+        self,
+        layers: Mapping[str, Any],
+        stock_metadata: Callable[[Tensor, int], Mapping[str, Any]],
+        table: Tensor,
+        length: int,
+    ) -> attend_costs.Timed:
+        """Makes the calls that `measure` times for a table (R, C) whose rows have `length` tokens."""
+        layer, shape = next(iter(layers.values())), self.shape
+        known_shared = int((table == table[:1]).all(0).long().cumprod(0).sum())
+        table = table.to(layer.kv_cache.device)
+        plan, theirs = self.plan(table, known_shared), stock_metadata(table, length)
+        like: dict[str, Any] = {"dtype": layer.dtype, "device": table.device}
+        query = torch.ones(len(table), shape.heads, shape.head_size, **like)
+        key = torch.ones(len(table), shape.key_heads, shape.head_size, **like)
+        out = torch.empty_like(query)
+
+        def forward(metadata: Mapping[str, Any], first: int) -> Callable[[], None]:
+            turn = itertools.cycle([*layers.items()][first:] + [*layers.items()][:first])
+
+            def call() -> None:
+                name, layer = next(turn)
+                layer.impl.forward(layer, query, key, key, layer.kv_cache, metadata[name], out)
+
+            return call
+
+        ours = forward(dict.fromkeys(layers, self.metadata(plan, length)), 0)
+        stock = forward(theirs, len(layers) // 2)  # far from what ours has just read
+        return attend_costs.Timed(ours, stock, plan.n_reads, plan.n_nodes)
+
     def warm_up(self, layer: Any) -> None:
         """Calls `attend` on a layer's cache with tokens in one part and in two, which is all that Triton compiles."""
         dtype, device = layer.dtype, layer.kv_cache.device
@@ -289,22 +320,70 @@ class Attend:
             metadata = self.metadata(plan, columns * self.shape.block_size)
             layer.impl.attend(layer, query, layer.kv_cache, metadata, torch.empty_like(query))
 
-    def plan(self, table: Tensor, known_shared: int) -> AttendPlan:
+    def plan(
+        self,
+        table: Tensor,
+        known_shared: int | Sequence[int],
+        lengths: Tensor | None = None,
+        offsets: Sequence[int] | Tensor | None = None,
+    ) -> AttendPlan:
         """Plans a table, as ops.plan_attend does."""
-        return ops.plan_attend(table, backend=self.backend, known_shared=known_shared)
+        size = None if lengths is None else self.shape.block_size
+        return ops.plan_attend(
+            table,
+            lengths=lengths,
+            block_size=size,
+            offsets=offsets,
+            backend=self.backend,
+            known_shared=known_shared,
+        )
 
-    def metadata(self, plan: AttendPlan, length: int) -> AttendMetadata:
-        """Makes the metadata for the rows of a plan, `length` tokens each."""
-        if plan.backend == "triton":  # a number would be written to the device once per layer
-            return AttendMetadata(plan, torch.full((1,), length, dtype=torch.int32, device=plan.table.device), "plain")
-        return AttendMetadata(plan, length, self.layout)
+    def metadata(self, plan: AttendPlan, length: int | Tensor) -> AttendMetadata:
+        """Makes the metadata for the rows of a plan: `length` tokens each, or (R,) int32 on the plan's device."""
+        if plan.backend != "triton":
+            return AttendMetadata(plan, length, self.layout)
+        if not isinstance(length, Tensor):  # a number would be written to the device once per layer
+            length = torch.full((1,), length, dtype=torch.int32, device=plan.table.device)
+        return AttendMetadata(plan, length, "plain")
 
-    def pays(self, plan: AttendPlan, length: int) -> bool:
-        """Says whether `attend` is the faster for rows of `length` tokens with this plan."""
+    def may_pay(self, n_rows: int, length: int) -> bool:
+        """Says whether `attend` could be the faster for so many rows, if they shared all blocks but the last."""
         if self.costs is None:
             return False
-        units = attend_costs.features(len(plan.table), length, plan.n_reads, plan.n_nodes, self.shape)
-        return attend_costs.pays(self.costs, units)
+        n_reads = n_rows + (length - 1) // self.shape.block_size
+        return attend_costs.pays(self.costs, attend_costs.features(n_rows, length, n_reads, n_rows + 1, self.shape))
+
+    def pays(self, plan: AttendPlan, length: int | Tensor, group: int | None = None) -> bool:
+        """Says whether `attend` is the faster for all rows of a plan, or for those of a group as if they were alone.
+
+        Args:
+            length: tokens of each of these rows: one number, or a vector that the host knows.
+            group: a choice by it does not depend on the group's neighbours. The host must know the plan's offsets.
+        """
+        if self.costs is None:
+            return False
+        if group is None:
+            counts = len(plan.table), plan.n_reads, plan.n_nodes
+        elif plan.group_rows is None or plan.group_reads is None or plan.group_nodes is None:
+            raise ValueError(f"group={group}: the offsets of the plan are known to its device only")
+        else:
+            counts = plan.group_rows[group], plan.group_reads[group], plan.group_nodes[group]
+        n_rows, n_reads, n_nodes = counts
+        mean = float(length.double().mean()) if isinstance(length, Tensor) else length
+        return attend_costs.pays(self.costs, attend_costs.features(n_rows, mean, n_reads, n_nodes, self.shape))
+
+
+@contextmanager
+def rows_read_whole() -> Iterator[None]:
+    """Has vLLM's CPU kernels read the keys of a row one after the other, by metadata that is built meanwhile.
+
+    Otherwise they split long rows among threads that have nothing else to do, and a row's bits hang on those beside it.
+    """
+    envs.VLLM_CPU_ATTN_SPLIT_KV = False  # hides what the module would make of the environment
+    try:
+        yield
+    finally:
+        del envs.VLLM_CPU_ATTN_SPLIT_KV
 
 
 def split_cache(kv_cache: Tensor) -> tuple[Tensor, Tensor]:

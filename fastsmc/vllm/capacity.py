@@ -1,16 +1,20 @@
-"""The arithmetic of memory beside the model's weights: what a step of groups holds, and what is left to the KV cache.
+"""The arithmetic of what fits: a step of groups and the KV cache into memory, a group into the engine's limits.
 
     unprofiled_step_bytes → leave_room     GPU: vLLM has profiled the model; what groups need beyond that is taken off
     whole_step_bytes → kv_cache_bytes      CPU: vLLM profiles nothing, so all that a step holds is counted here
+    Limits → check_fits                    rows, tokens and KV blocks that an engine has, and that a group needs
 
-All numbers are known when an engine starts. This module imports nothing of vLLM, so that all of it can be tried with
-made-up figures.
+All numbers but a group's are known when an engine starts. This module imports nothing of vLLM, so that all of it can be
+tried with made-up figures.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from fastsmc.params import SMCParams
 
 #: bytes per particle and token that log ψ takes in a step: a dense (N, V) in float32, and as much again while a
 #: potential makes it
@@ -122,3 +126,70 @@ def kv_cache_bytes(ranks: Sequence[Rank], need: Need) -> int:
                 )
             sizes.append(min(free - need.step, max(need.least, int(share * free))))
     return min(sizes)
+
+
+# ------------------------------------------------------------------------------------- a group, in the engine's limits
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """Says what an engine has: rows (max_num_seqs), tokens per forward pass, KV blocks, tokens per block, positions."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    num_blocks: int
+    block_size: int
+    max_model_len: int
+
+    @classmethod
+    def of(cls, config: Any) -> Limits:
+        """Reads a VllmConfig after the KV cache was sized. One block is vLLM's null block."""
+        return cls(
+            max_num_seqs=config.scheduler_config.max_num_seqs,
+            max_num_batched_tokens=config.scheduler_config.max_num_batched_tokens,
+            num_blocks=config.cache_config.num_gpu_blocks - 1,
+            block_size=config.cache_config.block_size,
+            max_model_len=config.model_config.max_model_len,
+        )
+
+
+def check_fits(params: SMCParams, prompt_len: int, lookahead: int, limits: Limits) -> None:
+    """Refuses a group that this engine can never run.
+
+    A group that never resamples shares nothing, so its whole need is known and must fit; any other must fit with its
+    tails and one copy of the rest (it grows as its genealogy asks for it).
+
+    Raises:
+        ValueError: naming the argument, its value and the limit.
+    """
+    n, size = params.n_particles, limits.block_size
+    if n > limits.max_num_seqs:
+        raise ValueError(f"n_particles={n}: at most max_num_seqs={limits.max_num_seqs} of this engine")
+    if n > limits.max_num_batched_tokens:
+        raise ValueError(f"n_particles={n}: at most max_num_batched_tokens={limits.max_num_batched_tokens}")
+    length = prompt_len + params.max_tokens + max(lookahead, 1) - 1
+    if length > limits.max_model_len:
+        raise ValueError(
+            f"max_tokens={params.max_tokens}: with a prompt of {prompt_len} tokens and a lookahead of {lookahead}, at "
+            f"most max_model_len={limits.max_model_len} positions"
+        )
+    prompt_blocks = -(-prompt_len // size)
+    columns = last_position(params, prompt_len, lookahead) // size + 1 - prompt_len // size
+    private = first_columns(params, prompt_len, lookahead, size)
+    never = params.ess_threshold == 0.0
+    blocks = prompt_blocks + n * (columns if never else private) + (0 if never else columns - private)
+    if blocks > limits.num_blocks:
+        what = "never resampling, so sharing nothing" if never else "at the least"
+        raise ValueError(
+            f"n_particles={n}: with max_tokens={params.max_tokens} and a prompt of {prompt_len} tokens the group needs "
+            f"{blocks} KV blocks ({what}); the KV cache has {limits.num_blocks} of {size} tokens"
+        )
+
+
+def last_position(params: SMCParams, prompt_len: int, lookahead: int) -> int:
+    """Returns the last position whose KV a group writes: the last token is written only to score what follows it."""
+    return max(prompt_len, prompt_len + params.max_tokens - 2 + lookahead)
+
+
+def first_columns(params: SMCParams, prompt_len: int, lookahead: int, block_size: int) -> int:
+    """Counts the columns of private blocks that a group opens before its first token."""
+    last = min(prompt_len + lookahead, last_position(params, prompt_len, lookahead))
+    return last // block_size + 1 - prompt_len // block_size

@@ -26,14 +26,15 @@ from vllm.utils.cpu_resource_utils import get_allowed_cpu_list, get_visible_memo
 
 from fastsmc import models, twists
 from fastsmc.arguments import read_each, read_exact, read_prompts
-from fastsmc.group import SMCError
 from fastsmc.params import PREFIX, SMCParams
 from fastsmc.population import Population
 from fastsmc.potentials import Potential
+from fastsmc.smc import SMCError
 from fastsmc.texts import texts_after
-from fastsmc.vllm import compat, machine
+from fastsmc.vllm import compat, machine, options
+from fastsmc.vllm.capacity import Limits, check_fits
 from fastsmc.vllm.compat import get_logger
-from fastsmc.vllm.lead import OBJECT, Lead, Limits, check_fits, is_lead
+from fastsmc.vllm.request import OBJECT, GroupRequest, is_group_request
 
 if TYPE_CHECKING:
     from fastsmc.arguments import Prompt, Prompts
@@ -47,19 +48,19 @@ logger = get_logger(__name__)
 
 
 def engine_args(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Completes `vllm.LLM` arguments with the scheduler, the worker and the defaults that groups need.
+    """Completes `fastsmc.LLM` arguments with the scheduler, the worker and the defaults that groups need.
 
     Raises:
-        ValueError: for an argument that fastsmc sets itself, that vLLM does not know, or that is no number where vLLM
-            takes one.
+        ValueError: for an argument that fastsmc sets itself, that neither it nor vLLM knows, or that is no number where
+            vLLM takes one; for a value that an option of fastsmc cannot have.
     """
     for name in ("scheduler_cls", "worker_cls"):
         if kwargs.get(name) is not None:
             raise ValueError(f"{name}={kwargs[name]!r}: fastsmc sets it itself")
-    _check_names_and_numbers(kwargs)
-    compat.check_arguments(kwargs)
+    out = options.put_options(kwargs)
+    _check_names_and_numbers(out)
+    compat.check_arguments(out)
     compat.check_names(current_platform.device_type)
-    out = dict(kwargs)
     out["scheduler_cls"] = "fastsmc.vllm.scheduler.make_scheduler"
     out.setdefault("max_num_seqs", min(DEFAULT_MAX_NUM_SEQS, out.get("max_num_batched_tokens") or DEFAULT_MAX_NUM_SEQS))
     if current_platform.is_cpu():
@@ -78,7 +79,7 @@ def _check_names_and_numbers(kwargs: Mapping[str, Any]) -> None:
     known = set(types) | set(inspect.signature(vllm.LLM).parameters) - {"model", "kwargs"}
     for name, value in kwargs.items():
         if name not in known:
-            near = difflib.get_close_matches(name, sorted(known), n=1)
+            near = difflib.get_close_matches(name, sorted(known.union(options.NAMES)), n=1)
             raise ValueError(f"{name}={value!r}: vllm.LLM has no such argument" + (f"; {near[0]}?" if near else ""))
         kinds = set(typing.get_args(types.get(name))) or {types.get(name)}
         number = numbers.Real if float in kinds else numbers.Integral
@@ -119,6 +120,10 @@ class LLM(vllm.LLM):
 
     Args:
         model: name or path, as for `vllm.LLM`.
+        shared_forward: "auto": the rows of all groups that are ready go through the model together; "never": each group
+            has passes of its own. None: as `additional_config` says, or "auto".
+        max_particle_rows_per_step: rows of groups in one engine step beside ordinary requests, or "all"; None: as many
+            as take about three ordinary decode steps (`fastsmc.vllm.options.EngineOptions`).
         kwargs: any argument of `vllm.LLM` but `scheduler_cls` and `worker_cls`.
 
     Raises:
@@ -127,12 +132,20 @@ class LLM(vllm.LLM):
             the loaded model shows (sliding windows, several KV cache groups) is refused by the engine as it starts.
     """
 
-    def __init__(self, model: str, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        model: str,
+        *,
+        shared_forward: str | None = None,
+        max_particle_rows_per_step: int | str | None = None,
+        **kwargs: Any,
+    ) -> None:
         compat.check_version()
         if str(model).startswith(("/", ".", "~")) and not os.path.exists(model):  # vLLM would take it for a hub's name
             raise ValueError(f"model={str(model)!r}: there is no such directory")
         self._strays: list[Any] = []
-        arguments = engine_args(kwargs)
+        options = {"shared_forward": shared_forward, "max_particle_rows_per_step": max_particle_rows_per_step}
+        arguments = engine_args(kwargs | {name: value for name, value in options.items() if value is not None})
         settings = surroundings(arguments.get("tensor_parallel_size") or 1)
         with _environment(settings):
             super().__init__(str(model), **arguments)
@@ -150,6 +163,7 @@ class LLM(vllm.LLM):
         *,
         twist: str | os.PathLike | None = None,
         exact: Sequence | None = None,
+        alone: bool = False,
         use_tqdm: bool = False,
     ) -> Population: ...
 
@@ -162,6 +176,7 @@ class LLM(vllm.LLM):
         *,
         twist: str | os.PathLike | None = None,
         exact: Sequence | None = None,
+        alone: bool = False,
         use_tqdm: bool = False,
     ) -> list[Population]: ...
 
@@ -174,6 +189,7 @@ class LLM(vllm.LLM):
         *,
         twist: str | os.PathLike | None = None,
         exact: Sequence | None = None,
+        alone: bool = False,
         use_tqdm: bool = False,
     ) -> Population | list[Population]: ...
 
@@ -185,6 +201,7 @@ class LLM(vllm.LLM):
         *,
         twist: str | os.PathLike | None = None,
         exact: Sequence | None = None,
+        alone: bool = False,
         use_tqdm: bool = False,
     ) -> Population | list[Population]:
         """Samples p0(s | prompt)·φ(s)/Z with N weighted particles.
@@ -198,7 +215,9 @@ class LLM(vllm.LLM):
             twist: directory of a learned twist (`fastsmc.twists`), which guides the particles towards the potential;
                 the target stays p0·φ. Without a potential, the one that the twist was trained for, by its name.
             exact: exact samples of the target, as lists of token ids: a list of one makes the group conditional, of
-                n_particles has them weighed (see `fastsmc.group`). With several prompts, one such list for each.
+                n_particles has them weighed (see `fastsmc.smc.group`). With several prompts, one such list for each.
+            alone: True keeps each group's rows out of the forward passes of all others: the same seed then gives the
+                same population whatever else runs, bit for bit, as `shared_forward="never"` does for a whole engine.
             use_tqdm: a progress bar over particle steps.
 
         Raises:
@@ -211,7 +230,7 @@ class LLM(vllm.LLM):
         ids, single = read_prompts(prompts, tokenizer, config.get_vocab_size())
         if twist is not None and potential is None:
             potential = twists.card_potential(twist)
-        each, chosen, kept = read_each(len(ids), single, params, potential, exact, config.get_vocab_size())
+        each, chosen, retained = read_each(len(ids), single, params, potential, exact, config.get_vocab_size())
         if not ids:
             return []
         inputs = [self._prompt(prompt) for prompt in ids]
@@ -220,14 +239,26 @@ class LLM(vllm.LLM):
             for phi in chosen:
                 if phi is not None and id(phi) not in names:
                     names[id(phi)] = self.register_potential(phi)
-            leads = [
-                self.lead_params(each[i], names.get(id(phi)), twist=twist, exact=kept[i], return_population=True)
+            requests = [
+                self.lead_params(
+                    each[i],
+                    names.get(id(phi)),
+                    twist=twist,
+                    exact=retained[i],
+                    alone=alone,
+                    return_population=True,
+                )
                 for i, phi in enumerate(chosen)
             ]
-            outputs = self._run_leads(inputs, leads, each[0].max_tokens, use_tqdm)
+            outputs = self._run_groups(inputs, requests, each[0].max_tokens, use_tqdm)
         finally:
             for name in names.values():
                 self.drop_potential(name)
+        populations = self._populations(outputs, single)
+        return populations[0] if single else populations
+
+    def _populations(self, outputs: Sequence[RequestOutput | None], single: bool) -> list[Population]:
+        """Reads what the group requests of one call gave. SMCError: one has failed; it holds what the others gave."""
         populations: list[Population | None] = []
         errors = []
         for i, output in enumerate(outputs):
@@ -241,8 +272,7 @@ class LLM(vllm.LLM):
             error = SMCError("; ".join(errors))
             error.populations = populations
             raise error
-        complete = [population for population in populations if population is not None]  # all: there is no error
-        return complete[0] if single else complete
+        return [population for population in populations if population is not None]  # all: there is no error
 
     def lead_params(
         self,
@@ -252,15 +282,17 @@ class LLM(vllm.LLM):
         group: int = 0,
         twist: str | os.PathLike | None = None,
         exact: Sequence[Sequence[int]] | None = None,
+        alone: bool = False,
         return_population: bool = False,
     ) -> SamplingParams:
-        """Makes a lead's SamplingParams, for `generate`: the request's text is then one posterior sample.
+        """Makes a group request's SamplingParams, for `generate`: the request's text is then one posterior sample.
 
         Args:
             potential: a registered name (`register_potential`, or an entry point in `fastsmc.potentials`).
             group: added to `params.group`.
             twist: directory of a learned twist, as the worker sees it.
             exact: exact samples of the target: one, or n_particles of them.
+            alone: the group's rows share no forward pass with those of other groups.
             return_population: the whole population comes back with the output, for `population(output)`.
         """
         extra = params.to_extra_args()
@@ -271,6 +303,8 @@ class LLM(vllm.LLM):
             extra[PREFIX + "twist"] = os.path.abspath(twist)
         if exact is not None:
             extra[PREFIX + "exact"] = read_exact("exact", exact, params)
+        if alone is not False:
+            extra[PREFIX + "alone"] = alone
         if return_population:
             extra[PREFIX + "return_population"] = True
         return SamplingParams(
@@ -283,7 +317,7 @@ class LLM(vllm.LLM):
         )
 
     def population(self, output: RequestOutput) -> Population:
-        """Returns the population that came back with a finished lead that asked for it (`return_population`)."""
+        """Returns the population of a finished group request that asked for it (`return_population`)."""
         payload = (output.kv_transfer_params or {}).get("smc", {})
         if "error" in payload:
             raise SMCError(payload["error"])
@@ -332,10 +366,10 @@ class LLM(vllm.LLM):
 
     # ---------------------------------------------------------------------------------------------- vLLM's own face
     def generate(self, prompts: Any, sampling_params: Any = None, **kwargs: Any) -> list[RequestOutput]:
-        """Generates as `vllm.LLM` does. A lead that can never run is refused before anything is sent."""
+        """Generates as `vllm.LLM` does. A group that can never run is refused before anything is sent."""
         for wish in sampling_params if isinstance(sampling_params, Sequence) else [sampling_params]:
-            if is_lead(wish):
-                self._check_lead(wish)
+            if is_group_request(wish):
+                self._check_group(wish)
         return super().generate(prompts, sampling_params, **kwargs)
 
     def _run_engine(self, *args: Any, **kwargs: Any) -> list[Any]:
@@ -355,32 +389,32 @@ class LLM(vllm.LLM):
     def _prompt(self, ids: list[int]) -> Any:  # vLLM's renderer has no type either
         return self.renderer.render_cmpl([{"prompt_token_ids": ids}])[0]
 
-    def _check_lead(self, sampling_params: SamplingParams, prompt_len: int = 1) -> None:
-        lead = Lead.parse(sampling_params)
-        lead.check_ids(self.model_config.get_vocab_size())
-        check_fits(lead.params, prompt_len, lead.lookahead(), Limits.of(self.llm_engine.vllm_config))
+    def _check_group(self, sampling_params: SamplingParams, prompt_len: int = 1) -> None:
+        asked = GroupRequest.parse(sampling_params)
+        asked.check_ids(self.model_config.get_vocab_size())
+        check_fits(asked.params, prompt_len, asked.lookahead(), Limits.of(self.llm_engine.vllm_config))
 
-    def _run_leads(
-        self, inputs: list[Any], leads: list[SamplingParams], max_tokens: int, use_tqdm: bool
+    def _run_groups(
+        self, inputs: list[Any], requests: list[SamplingParams], max_tokens: int, use_tqdm: bool
     ) -> list[RequestOutput | None]:
-        for prompt, lead in zip(inputs, leads, strict=True):
-            self._check_lead(lead, len(prompt["prompt_token_ids"]))
+        for prompt, request in zip(inputs, requests, strict=True):
+            self._check_group(request, len(prompt["prompt_token_ids"]))
         index: dict[str, int] = {}
-        outputs: list[RequestOutput | None] = [None] * len(leads)
-        steps = [0] * len(leads)
+        outputs: list[RequestOutput | None] = [None] * len(requests)
+        steps = [0] * len(requests)
         bar = None
         if use_tqdm:
             from tqdm.auto import tqdm
 
-            bar = tqdm(total=len(leads) * max_tokens, desc="particle steps", file=sys.stderr)
-        left = len(leads)
+            bar = tqdm(total=len(requests) * max_tokens, desc="particle steps", file=sys.stderr)
+        left = len(requests)
         try:
-            for number, (prompt, lead) in enumerate(zip(inputs, leads, strict=True)):
+            for number, (prompt, request) in enumerate(zip(inputs, requests, strict=True)):
                 # with a bar, outputs of unfinished requests too: they carry the step
-                lead.output_kind = RequestOutputKind.CUMULATIVE if use_tqdm else RequestOutputKind.FINAL_ONLY
+                request.output_kind = RequestOutputKind.CUMULATIVE if use_tqdm else RequestOutputKind.FINAL_ONLY
                 request_id = str(next(self.request_counter))
                 index[request_id] = number
-                self.llm_engine.add_request(request_id, prompt, lead)
+                self.llm_engine.add_request(request_id, prompt, request)
             while left and self.llm_engine.has_unfinished_requests():
                 for output in self.llm_engine.step():
                     i = index.get(output.request_id)
@@ -388,7 +422,7 @@ class LLM(vllm.LLM):
                         if output.finished:
                             self._strays.append(output)
                         continue
-                    assert isinstance(output, RequestOutput)  # of one of our leads
+                    assert isinstance(output, RequestOutput)  # of one of our groups
                     payload = (output.kv_transfer_params or {}).get("smc", {})
                     if bar is not None:
                         step = max_tokens if output.finished else payload.get("step", steps[i])

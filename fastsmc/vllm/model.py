@@ -6,48 +6,25 @@ through neither the model runner's input batch nor its sampler.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+import itertools
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 from vllm.distributed import get_tp_group
-from vllm.forward_context import set_forward_context
+from vllm.forward_context import get_forward_context, set_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from fastsmc import ops
 from fastsmc.vllm import capacity, compat, warm_up
-from fastsmc.vllm.attention import Attend
+from fastsmc.vllm.attention import Attend, MixedMetadata, rows_read_whole
 from fastsmc.vllm.compat import get_logger
+from fastsmc.vllm.passes import Batch, Ride
 
 logger = get_logger(__name__)
-
-
-class PagedCalls(Protocol):
-    """Says what a particle runner calls: a `Model`, or what makes a model's calls on all tensor-parallel ranks."""
-
-    device: torch.device
-    block_size: int
-    attend: Attend
-    max_tokens: int
-    max_logits_rows: int
-
-    def forward(
-        self, tokens: Tensor, position: int, table: Tensor, slots: Tensor, plan: ops.AttendPlan | None = None
-    ) -> tuple[Tensor, Tensor]: ...
-
-    def hidden(
-        self,
-        tokens: Tensor,
-        position: int,
-        table: Tensor,
-        slots: Tensor,
-        n_query: int = 1,
-        plan: ops.AttendPlan | None = None,
-    ) -> Tensor: ...
-
-    def logits(self, hidden: Tensor, rows: slice) -> Tensor: ...
-
-    def reindex(self, table: Tensor, ancestors: Tensor, position: int) -> None: ...
 
 
 class Model:
@@ -56,7 +33,7 @@ class Model:
     def __init__(self, model_runner: Any) -> None:
         compat.check_runner(model_runner)
         self._config = model_runner.vllm_config
-        self._model = model_runner.model
+        self._runner, self._model = model_runner, model_runner.model
         self.attention = [group for part in model_runner.attn_groups for group in part]
         self.layers = [name for group in self.attention for name in group.layer_names]
         spec = model_runner.kv_cache_config.kv_cache_groups[0].kv_cache_spec
@@ -69,8 +46,9 @@ class Model:
             list(unique.values()), model_runner.kv_cache_config.num_blocks, self.block_size
         )
         self.device = self.caches[0].device
-        # row r begins at token r, for as many rows as there can be: a copy to the device each step would wait for it
-        starts = torch.arange(self._config.scheduler_config.max_num_seqs + 1, dtype=torch.int32)
+        # row r begins at token r, for as many rows as there can be and one that stands twice: a copy to the device at
+        # each step would wait for it
+        starts = torch.arange(self._config.scheduler_config.max_num_seqs + 2, dtype=torch.int32)
         self._starts = starts, starts.to(self.device)
         self.attend = Attend(
             [context[name] for name in self.layers],
@@ -100,7 +78,8 @@ class Model:
 
         def stock_metadata(table: Tensor, length: int) -> dict[str, Any]:
             slots = table[:, -1].long() * self.block_size + (length - 1) % self.block_size
-            return self._stock_metadata(table, length, slots, 1)
+            lengths = torch.full((len(table),), length, dtype=torch.int32, device=table.device)
+            return self._stock_metadata(table, lengths, length, slots)
 
         ranks, config = get_tp_group(), self._config
         if ranks.rank_in_group == 0:
@@ -108,64 +87,121 @@ class Model:
             self.attend.measure(layers, stock_metadata, max_rows, max_length)
         self.attend.costs = ranks.broadcast_object(self.attend.costs, src=0)
 
-    def forward(
-        self, tokens: Tensor, position: int, table: Tensor, slots: Tensor, plan: ops.AttendPlan | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Returns (R, V) logits and (R, H) last hidden states of R rows, one token each; arguments as of `hidden`."""
-        hidden = self.hidden(tokens, position, table, slots, plan=plan)
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Returns (R, V) logits and (R, H) last hidden states of rows with one query each."""
+        hidden = self.hidden(batch)
         return self.logits(hidden, slice(None)), hidden
 
-    def hidden(
-        self,
-        tokens: Tensor,
-        position: int,
-        table: Tensor,
-        slots: Tensor,
-        n_query: int = 1,
-        plan: ops.AttendPlan | None = None,
-    ) -> Tensor:
-        """Returns (R * n_query, H) last hidden states of R rows.
-
-        Args:
-            tokens: (R * n_query,) integers, row by row.
-            position: of each row's first token.
-            table: (R, C) int32 block table, covering position + n_query tokens.
-            slots: (R * n_query,) int64 where the keys and values go.
-            plan: of the table, for n_query = 1: the rows read the blocks that they share together (`attend`). None:
-                vLLM's attention.
-        """
-        n_rows, length = table.shape[0], position + n_query
-        if plan is not None:
-            metadata = dict.fromkeys(self.layers, self.attend.metadata(plan, length))
-        else:
-            metadata = self._stock_metadata(table, length, slots, n_query)
-        positions = torch.arange(position, length, device=self.device).repeat(n_rows)
+    def hidden(self, batch: Batch) -> Tensor:
+        """Returns (Q, H) last hidden states of the queries of a batch."""
         with set_forward_context(
-            metadata, self._config, num_tokens=n_rows * n_query, slot_mapping=dict.fromkeys(self.layers, slots)
+            self._metadata(batch),
+            self._config,
+            num_tokens=len(batch.tokens),
+            slot_mapping=dict.fromkeys(self.layers, batch.slots),
         ):
             return self._model(
-                input_ids=tokens.to(torch.int32), positions=positions, intermediate_tensors=None, inputs_embeds=None
+                input_ids=batch.tokens.to(torch.int32),
+                positions=batch.positions,
+                intermediate_tensors=None,
+                inputs_embeds=None,
             )
 
-    def _stock_metadata(self, table: Tensor, length: int, slots: Tensor, n_query: int) -> dict[str, Any]:
-        n_rows = table.shape[0]
-        starts = [s[: n_rows + 1] if n_query == 1 else s[: n_rows + 1] * n_query for s in self._starts]
+    def ride(self, batch: Batch) -> Ride:
+        """Prepares all that can fail of rows which `riding` takes along."""
+        return Ride(batch, self._metadata(batch))
+
+    @contextmanager
+    def riding(self, ride: Ride) -> Iterator[None]:
+        """Has rows ride in the call of the model that vLLM's runner makes within: one forward pass for both.
+
+        Only the CPU's runner is known for it: it makes its calls by `_model_forward`, and pads none. The GPU's V2
+        runner does neither, so nothing rides there now.
+        """
+
+        def forward(input_ids: Tensor, positions: Tensor, **rest: Any) -> Tensor:
+            batch, ordinary, n = ride.batch, get_forward_context(), len(input_ids)
+            end = n + len(batch.tokens)
+            metadata = {
+                name: MixedMetadata(((0, n, ordinary.attn_metadata[name]), (n, end, ride.metadata[name])))
+                for name in self.layers
+            }
+            slots = {name: torch.cat([ordinary.slot_mapping[name][:n], batch.slots]) for name in self.layers}
+            start = time.perf_counter()
+            with set_forward_context(metadata, self._config, num_tokens=end, slot_mapping=slots):
+                hidden = self._model(
+                    input_ids=torch.cat([input_ids, batch.tokens.to(input_ids.dtype)]),
+                    positions=torch.cat([positions, batch.positions]),
+                    **rest,
+                )
+            ride.seconds = (time.perf_counter() - start) * (end - n) / end
+            ride.hidden = hidden[n:]
+            return hidden[:n]
+
+        self._runner._model_forward = forward
+        try:
+            yield
+        finally:
+            del self._runner._model_forward  # the class has its own
+
+    def _metadata(self, batch: Batch) -> dict[str, Any]:
+        """Makes the attention metadata by layer: in parts, where some rows share reads and others do not."""
+        n_rows = len(batch.lengths)
+        if batch.plan is not None:
+            return dict.fromkeys(self.layers, self.attend.metadata(batch.plan, batch.lengths))
+        if not batch.shared:
+            return self._stock_metadata(batch.table, batch.lengths, batch.max_length, batch.slots, batch.queries)
+        parts: list[tuple[int, int, dict[str, Any]]] = []
+        at = 0
+        for stretch in _adjoining(batch.shared):
+            begin, end = stretch[0][0], stretch[-1][1]
+            if at < begin:
+                parts.append((at, begin, self._stock_part(batch, at, begin)))
+            offsets = [low - begin for low, _, _ in stretch] + [end - begin]
+            plan = self.attend.plan(
+                batch.table[begin:end], [known for _, _, known in stretch], batch.lengths[begin:end], offsets
+            )
+            ours = self.attend.metadata(plan, batch.lengths[begin:end])
+            parts.append((begin, end, dict.fromkeys(self.layers, ours)))
+            at = end
+        if at < n_rows:
+            parts.append((at, n_rows, self._stock_part(batch, at, n_rows)))
+        if len(parts) == 1:
+            return parts[0][2]
+        return {
+            name: MixedMetadata(tuple((begin, end, by_layer[name]) for begin, end, by_layer in parts))
+            for name in self.layers
+        }
+
+    def _stock_part(self, batch: Batch, begin: int, end: int) -> dict[str, Any]:
+        rows = slice(begin, end)
+        return self._stock_metadata(batch.table[rows], batch.lengths[rows], batch.max_length, batch.slots[rows])
+
+    def _stock_metadata(
+        self, table: Tensor, lengths: Tensor, max_length: int, slots: Tensor, queries: Sequence[int] | None = None
+    ) -> dict[str, Any]:
+        n_rows, n_tokens = len(lengths), len(slots)
+        starts = [s[: n_rows + 1] for s in self._starts]
+        if queries is not None:
+            starts[0] = torch.tensor([0, *itertools.accumulate(queries)], dtype=torch.int32)
+            starts[1] = starts[0].to(self.device)
         common = CommonAttentionMetadata(
             query_start_loc=starts[1],
             query_start_loc_cpu=starts[0],
-            seq_lens=torch.full((n_rows,), length, dtype=torch.int32, device=self.device),
+            seq_lens=lengths,
             num_reqs=n_rows,
-            num_actual_tokens=n_rows * n_query,
-            max_query_len=n_query,
-            max_seq_len=length,
-            seq_lens_cpu_upper_bound=torch.full((n_rows,), length, dtype=torch.int32),
+            num_actual_tokens=n_tokens,
+            max_query_len=max(queries or (1,)),
+            max_seq_len=max_length,
+            seq_lens_cpu_upper_bound=torch.full((n_rows,), max_length, dtype=torch.int32),
             block_table_tensor=table.contiguous(),
             slot_mapping=slots,
             causal=True,
         )
         metadata = {}
         for group in self.attention:
-            built = group.get_metadata_builder().build(common_prefix_len=0, common_attn_metadata=common)
+            with rows_read_whole():
+                built = group.get_metadata_builder().build(common_prefix_len=0, common_attn_metadata=common)
             metadata.update(dict.fromkeys(group.layer_names, built))
         return metadata
 
@@ -173,11 +209,22 @@ class Model:
         """Returns (R, V) logits of R rows of what `hidden` gave last; every tensor-parallel rank takes part."""
         return self._model.compute_logits(hidden[rows])
 
-    def reindex(self, table: Tensor, ancestors: Tensor, position: int) -> None:
-        """Reindexes a table (N, C) int32 whose rows hold `position` tokens, and the caches of all layers."""
+    def reindex(self, table: Tensor, ancestors: Tensor, position: Tensor) -> None:
+        """Reindexes a table (R, C) int32 whose rows hold `position` (R,) int32 tokens, and the caches of all layers."""
         ops.reindex(
             table, ancestors, position=position, block_size=self.block_size, caches=self.caches, slot_dim=self._slot_dim
         )
+
+
+def _adjoining(shared: Sequence[tuple[int, int, int]]) -> list[list[tuple[int, int, int]]]:
+    """Puts stretches of rows together that adjoin."""
+    out: list[list[tuple[int, int, int]]] = []
+    for stretch in shared:
+        if out and out[-1][-1][1] == stretch[0]:
+            out[-1].append(stretch)
+        else:
+            out.append([stretch])
+    return out
 
 
 def in_memory_order(caches: list[Tensor], n_blocks: int, block_size: int) -> tuple[list[Tensor], int]:

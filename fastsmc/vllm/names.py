@@ -43,6 +43,7 @@ CALLS = {
     "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl.forward": (
         *("self", "layer", "query", "key", "value", "kv_cache", "attn_metadata", "output"),
     ),
+    "vllm.envs:VLLM_CPU_ATTN_SPLIT_KV": (),
     "vllm._custom_ops:cpu_attn_reshape_and_cache": (
         *("key", "value", "key_cache", "value_cache", "slot_mapping", "isa"),
     ),
@@ -91,6 +92,7 @@ CALLS = {
     "vllm.v1.worker.cpu_worker:CPUWorker.determine_available_memory": (),
     "vllm.v1.worker.cpu_worker:CPUWorker.compile_or_warm_up_model": (),
     "vllm.v1.worker.cpu_worker:CPUWorker.execute_model": ("self", "scheduler_output"),
+    "vllm.v1.worker.cpu_worker:CPUWorker.sample_tokens": ("grammar_output",),
     "vllm.v1.outputs:ModelRunnerOutput": ("req_ids", "req_id_to_index"),
     "vllm.v1.worker.cpu_worker:CPUWorker._should_warm_up_model": (),
     "vllm.v1.worker.cpu_worker:CPUWorker.get_kv_cache_spec": (),
@@ -104,6 +106,8 @@ CALLS = {
     "vllm.distributed:get_tp_group": (),
     "vllm.distributed.parallel_state:GroupCoordinator.broadcast_object": ("self", "obj", "src"),
     "vllm.forward_context:set_forward_context": (*("attn_metadata", "vllm_config", "num_tokens", "slot_mapping"),),
+    "vllm.forward_context:get_forward_context": (),
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner._model_forward": (*("input_ids", "positions"),),
     "vllm.v1.attention.backend:CommonAttentionMetadata": (
         *("query_start_loc", "query_start_loc_cpu", "seq_lens", "num_reqs", "num_actual_tokens", "max_query_len"),
         *("max_seq_len", "seq_lens_cpu_upper_bound", "block_table_tensor", "slot_mapping", "causal"),
@@ -130,11 +134,12 @@ MEMBERS = {
     "vllm.sampling_params:RequestOutputKind": ("CUMULATIVE", "FINAL_ONLY"),
     "vllm.sampling_params:SamplingParams": (
         *("output_kind", "all_stop_token_ids"),
-        # of lead.Lead.parse, which refuses any but the neutral value
+        # of request.GroupRequest.parse, which refuses any but the neutral value
         *("n", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "min_tokens"),
         *("stop", "logprobs", "prompt_logprobs", "logit_bias", "allowed_token_ids", "bad_words", "structured_outputs"),
         *("prompt_logprob_token_ids", "logprob_token_ids", "thinking_token_budget", "repetition_detection"),
     ),
+    "vllm.forward_context:ForwardContext": ("attn_metadata", "slot_mapping"),
     "vllm.v1.attention.backend:AttentionType": ("DECODER",),
     "vllm.v1.attention.backends.registry:AttentionBackendEnum": ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN"),
     "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl": (*_IMPL, "is_fp8_kv_cache"),
@@ -174,7 +179,7 @@ MEMBERS = {
     "vllm.config.vllm:VllmConfig": (
         *("model_config", "cache_config", "parallel_config", "scheduler_config", "compilation_config", "lora_config"),
         *("speculative_config", "kv_transfer_config", "ec_transfer_config", "watermark_config", "diffusion_config"),
-        *("aux_output_config",),
+        *("aux_output_config", "additional_config", "use_v2_model_runner"),
     ),
     "vllm.config.model:ModelConfig": (
         *("model", "max_model_len", "skip_tokenizer_init", "tokenizer", "tokenizer_revision", "trust_remote_code"),

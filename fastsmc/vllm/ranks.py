@@ -1,7 +1,7 @@
 """Tensor parallelism: rank 0 decides, and the other ranks do what its model does.
 
     rank 0       LeadingRunner, over a Leader     groups, potentials, paging; tells each call of the model, and makes it
-    the others   Follower                         none of these: makes each call that it is told, until the tick ends
+    the others   Follower                         none of these: makes each call that it is told, to the order's end
 
 A potential may answer differently in another process (it asks a server, draws noise, walks a set), so only one process
 may ask it. The ranks meet in the model's collectives: a call of the model that rank 0 makes is one message, which the
@@ -28,11 +28,11 @@ import torch
 from torch import Tensor
 from vllm.distributed import get_tp_group
 
-from fastsmc.group import GroupEngine
-from fastsmc.ops import AttendPlan
+from fastsmc.smc import GroupEngine
 from fastsmc.vllm.compat import get_logger
-from fastsmc.vllm.lead import GroupResult, Tick
-from fastsmc.vllm.model import Model, PagedCalls
+from fastsmc.vllm.messages import GroupResult, StepOrder
+from fastsmc.vllm.model import Model
+from fastsmc.vllm.passes import Batch, PagedCalls
 from fastsmc.vllm.runner import ParticleRunner
 
 logger = get_logger(__name__)
@@ -47,91 +47,83 @@ class Call(NamedTuple):
     """Holds the numbers of a message; the block table of a FORWARD or HIDDEN is (n_rows, n_columns).
 
     Attributes:
-        moves: (N, slots to copy) of each `reindex` since the last message.
-        known_shared: of the plan by which the rows attend; None: with vLLM's attention.
+        moves: how many blocks each `reindex` since the last message has copied.
+        n_tokens, max_length, queries, shared: as of a `Batch`.
         begin, end: of a LOGITS, rows of the last HIDDEN.
     """
 
     verb: str
-    moves: tuple[tuple[int, int], ...] = ()
+    moves: tuple[int, ...] = ()
     n_rows: int = 0
     n_columns: int = 0
-    position: int = 0
-    n_query: int = 1
-    known_shared: int | None = None
+    n_tokens: int = 0
+    max_length: int = 0
+    queries: tuple[int, ...] | None = None
+    shared: tuple[tuple[int, int, int], ...] = ()
     begin: int = 0
     end: int = 0
 
 
 class Leader:
-    """Makes the calls of rank 0's `Model` on all tensor-parallel ranks, within a tick."""
+    """Makes the calls of rank 0's `Model` on all tensor-parallel ranks, within an order."""
 
     def __init__(self, model: PagedCalls, ranks: Any) -> None:
         self._model, self._ranks = model, ranks
         self.device, self.block_size, self.attend = model.device, model.block_size, model.attend
         self.max_tokens, self.max_logits_rows = model.max_tokens, model.max_logits_rows
-        self._moves: list[tuple[Tensor, Tensor, int]] = []  # (tail column (N,), ancestors (N,), slots to copy)
-        self._in_tick = False
+        self._moves: list[Tensor] = []  # (3, K) int32: from block, to block, slots
+        self._in_order = False
         self._failure: BaseException | None = None
 
     @contextmanager
-    def tick(self) -> Iterator[None]:
-        """Has the other ranks follow from here to the end, which they are told however the tick ends.
+    def order(self) -> Iterator[None]:
+        """Has the other ranks follow from here to the end, which they are told however the order ends.
 
         Raises:
             RuntimeError: a call of the model has failed, even if whoever asked for it went on.
         """
-        self._in_tick = True
+        self._in_order = True
         try:
             yield
         finally:
-            self._in_tick = False
+            self._in_order = False
             if self._failure is None:  # else they are stuck in a collective, and hear nothing
                 self._tell(Call(END))
         if self._failure is not None:
             raise RuntimeError(f"the model failed on tensor-parallel rank 0: {self._failure!r}") from self._failure
 
-    def forward(
-        self, tokens: Tensor, position: int, table: Tensor, slots: Tensor, plan: AttendPlan | None = None
-    ) -> tuple[Tensor, Tensor]:
-        call = self._call_of(FORWARD, position, table, 1, plan)
-        return self._on_all(
-            lambda: self._model.forward(tokens, position, table, slots, plan), call, tokens, slots, table
-        )
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        return self._on_all(lambda: self._model.forward(batch), self._call_of(FORWARD, batch), *self._rows_of(batch))
 
-    def hidden(
-        self,
-        tokens: Tensor,
-        position: int,
-        table: Tensor,
-        slots: Tensor,
-        n_query: int = 1,
-        plan: AttendPlan | None = None,
-    ) -> Tensor:
-        call = self._call_of(HIDDEN, position, table, n_query, plan)
-        return self._on_all(
-            lambda: self._model.hidden(tokens, position, table, slots, n_query, plan), call, tokens, slots, table
-        )
+    def hidden(self, batch: Batch) -> Tensor:
+        return self._on_all(lambda: self._model.hidden(batch), self._call_of(HIDDEN, batch), *self._rows_of(batch))
 
     def logits(self, hidden: Tensor, rows: slice) -> Tensor:
         begin, end, _ = rows.indices(len(hidden))
         return self._on_all(lambda: self._model.logits(hidden, rows), Call(LOGITS, begin=begin, end=end))
 
-    def reindex(self, table: Tensor, ancestors: Tensor, position: int) -> None:
+    def reindex(self, table: Tensor, ancestors: Tensor, position: Tensor) -> None:
         self._model.reindex(table, ancestors, position)
-        column, n_used = divmod(position, self.block_size)
-        if n_used:  # all that the other ranks have of a table are the blocks of their caches
-            self._moves.append((table[:, column], ancestors, n_used))  # a tail column does not change while it is one
+        # all that the other ranks have of a table are the blocks of their caches; tail blocks stay where they are
+        moved = torch.nonzero(ancestors != torch.arange(len(ancestors), device=ancestors.device))[:, 0]
+        parents = ancestors[moved]
+        column = (position[parents] // self.block_size).long().clamp(max=table.shape[1] - 1)
+        used = position[parents] % self.block_size
+        copies = torch.stack([table[parents, column], table[moved, column], used])
+        self._moves.append(copies[:, used > 0])
 
     @staticmethod
-    def _call_of(verb: str, position: int, table: Tensor, n_query: int, plan: AttendPlan | None) -> Call:
-        known_shared = None if plan is None else plan.known_shared
-        n_rows, n_columns = table.shape
-        return Call(verb, (), n_rows, n_columns, position, n_query, known_shared)
+    def _call_of(verb: str, batch: Batch) -> Call:
+        n_rows, n_columns = batch.table.shape
+        return Call(verb, (), n_rows, n_columns, len(batch.tokens), batch.max_length, batch.queries, batch.shared)
+
+    @staticmethod
+    def _rows_of(batch: Batch) -> tuple[Tensor, ...]:
+        return batch.tokens, batch.positions, batch.slots, batch.lengths, batch.table
 
     def _on_all(self, make: Callable[[], T], call: Call, *rows: Tensor) -> T:
-        if not self._in_tick:
-            raise RuntimeError("the model was called outside a tick: no other tensor-parallel rank follows")
+        if not self._in_order:
+            raise RuntimeError("the model was called outside an order: no other tensor-parallel rank follows")
         if self._failure is not None:
             raise RuntimeError(f"the model has failed: {self._failure!r}")
         self._tell(call, *rows)
@@ -143,9 +135,9 @@ class Leader:
 
     def _tell(self, call: Call, *rows: Tensor) -> None:
         """Sends a call, its rows, and the moves before it."""
-        parts = [part for tails, ancestors, _ in self._moves for part in (tails, ancestors)] + list(rows)
+        parts = self._moves + list(rows)
         numbers = torch.cat([part.reshape(-1).int() for part in parts]).cpu() if parts else None
-        call = call._replace(moves=tuple((len(tails), n_used) for tails, _, n_used in self._moves))
+        call = call._replace(moves=tuple(part.shape[1] for part in self._moves))
         try:
             self._ranks.broadcast_object((call, numbers))
         except BaseException as error:
@@ -160,8 +152,8 @@ class Follower:
     def __init__(self, model: Model, ranks: Any) -> None:
         self._model, self._ranks = model, ranks
 
-    def run(self, tick: Tick) -> list[GroupResult]:
-        """Does what rank 0's model does until its tick ends. The results are rank 0's."""
+    def run(self, order: StepOrder) -> list[GroupResult]:
+        """Does what rank 0's model does until its order is done. The results are rank 0's."""
         try:
             self._follow()
         except Exception:
@@ -179,26 +171,32 @@ class Follower:
         hidden: Tensor | None = None
         while True:
             call, numbers = self._ranks.broadcast_object()
-            sizes = [size for n, _ in call.moves for size in (n, n)]
+            sizes = [3 * n for n in call.moves]
             if call.n_rows:
-                n_tokens = call.n_rows * call.n_query
-                sizes += [n_tokens, n_tokens, call.n_rows * call.n_columns]
+                sizes += [call.n_tokens] * 3 + [call.n_rows, call.n_rows * call.n_columns]
             parts: list[Tensor] = list(numbers.to(self._model.device).split(sizes)) if sizes else []
-            for _, n_used in call.moves:
-                tails, ancestors, *parts = parts
-                self._model.reindex(tails[:, None], ancestors.long(), n_used)
+            for copies in parts[: len(call.moves)]:
+                self._copy(*copies.view(3, -1))
             if call.verb == END:
                 return
             if call.verb == LOGITS:
                 assert hidden is not None  # rank 0 has it of a HIDDEN
                 self._model.logits(hidden, slice(call.begin, call.end))
                 continue
-            tokens, slots, table = parts[0], parts[1].long(), parts[2].view(call.n_rows, call.n_columns)
-            plan = None if call.known_shared is None else self._model.attend.plan(table, call.known_shared)
+            tokens, positions, slots, lengths, table = parts[len(call.moves) :]
+            batch = Batch(
+                tokens.long(), positions.long(), slots.long(), table.view(call.n_rows, call.n_columns), lengths,
+                call.max_length, call.queries, call.shared,
+            )  # fmt: skip
             if call.verb == FORWARD:
-                self._model.forward(tokens, call.position, table, slots, plan)
+                self._model.forward(batch)
             else:
-                hidden = self._model.hidden(tokens, call.position, table, slots, call.n_query, plan)
+                hidden = self._model.hidden(batch)
+
+    def _copy(self, source: Tensor, target: Tensor, used: Tensor) -> None:
+        """Copies the first `used` (K,) slots of blocks `source` to blocks `target`."""
+        parents = torch.arange(len(source), device=source.device).repeat(2)
+        self._model.reindex(torch.cat([source, target])[:, None].contiguous(), parents, used.repeat(2))
 
 
 class ShareEngine(GroupEngine):
@@ -226,13 +224,13 @@ class LeadingRunner(ParticleRunner):
         super().__init__(model_runner)
         self.model: Leader = Leader(self.model, ranks)
 
-    def run(self, tick: Tick) -> list[GroupResult]:
-        with self.model.tick():
-            return super().run(tick)
+    def run(self, order: StepOrder) -> list[GroupResult]:
+        with self.model.order():
+            return super().run(order)
 
 
 def make_runner(model_runner: Any) -> ParticleRunner | Follower:
-    """Makes what this process, one of the tensor-parallel ranks, needs to run ticks."""
+    """Makes what this process, one of the tensor-parallel ranks, needs to run orders."""
     ranks = get_tp_group()
     if ranks.world_size == 1:
         return ParticleRunner(model_runner)

@@ -1,347 +1,263 @@
 """Worker side: the groups of a worker, over vLLM's own model and KV cache (`fastsmc.vllm.model`).
 
-`VllmRows` is the `RowModel` of one group. `ParticleRunner` holds the groups and the potentials of a worker and runs a
-`Tick` of the scheduler.
+`ParticleRunner` holds them and runs a `StepOrder` of the scheduler: in each particle step one pass of the model for the
+groups that share it, and one for each group that is alone. An order that comes with an ordinary step is `riding` in it.
 """
 
 from __future__ import annotations
 
 import base64
-import json
-import threading
 import time
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from fastsmc import ops, potentials
-from fastsmc.group import Group, GroupEngine, SMCError, set_up
-from fastsmc.paging import Paging
-from fastsmc.potentials import Potential
-from fastsmc.twists import Twist, card_stamp
+from fastsmc.smc import Group, GroupEngine, SMCError
+from fastsmc.smc.paging import BlockTables, Paging
+from fastsmc.vllm.capacity import last_position
 from fastsmc.vllm.compat import get_logger
-from fastsmc.vllm.lead import OBJECT, GroupResult, GroupStart, GroupTick, Tick, last_position
-from fastsmc.vllm.model import Model, PagedCalls
+from fastsmc.vllm.messages import GroupResult, GroupStart, GroupStep, StepOrder
+from fastsmc.vllm.model import Model
+from fastsmc.vllm.passes import Member, PagedCalls, Pass, Ride
+from fastsmc.vllm.shelf import Shelf
 
 logger = get_logger(__name__)
 
-#: potentials by name and arguments that a worker keeps set up; the oldest goes first
-_MAX_NAMED = 32
-#: potentials by name that are prepared at the same time; others wait for their turn
-_MAX_PREPARING = 2
-
-
-def _named(start: GroupStart) -> str:
-    """Returns what a potential by name is kept under."""
-    return f"{start.potential} {start.potential_args}"
-
-
-class VllmRows:
-    """Is the `RowModel` of one group over paged KV; a slot is a row of the block table."""
-
-    def __init__(self, model: PagedCalls, start: GroupStart, lookahead: int) -> None:
-        self._model, self._start = model, start
-        prompt_len = len(start.prompt)
-        self.paging = Paging(
-            start.params.n_particles,
-            prompt_len,
-            start.prompt_blocks,
-            model.block_size,
-            last_position(start.params, prompt_len, lookahead),
-            ahead=lookahead,
-            device=model.device,
-        )
-        self._plan: ops.AttendPlan | None = None
-        self._planned_for: tuple[int, int, int] | None = None
-        self._n_moves = 0  # calls of reindex
-
-    def first(self) -> tuple[Tensor, Tensor]:
-        """Runs the prompt's last token once more, in a private block, because the prompt's may be shared."""
-        model, paging, start = self._model, self.paging, self._start
-        position = paging.position - 1
-        column, n_used = divmod(position, model.block_size)
-        source = torch.tensor([start.prompt_blocks[column]], dtype=torch.int32, device=model.device)
-        scratch = paging.table[:1, paging.tail : paging.tail + 1]  # slot 0's own tail
-        both = torch.cat([source, scratch[0]])[:, None]
-        model.reindex(both, torch.zeros(2, dtype=torch.int64, device=model.device), n_used)
-        table = torch.cat([paging.table[:1, :column], scratch], dim=1)
-        slots = scratch[0].long() * model.block_size + n_used
-        return model.forward(torch.tensor(start.prompt[-1:], device=model.device), position, table, slots)
-
-    def next(self, tokens: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
-        paging, attend = self.paging, self._model.attend
-        table = paging.table[slots, : paging.tail + 1]
-        # what the table hangs on: slots are ascending, and between moves rows can only drop out (RowModel.next)
-        seen = (self._n_moves, len(slots), paging.tail)
-        if attend.why_not is None and seen != self._planned_for:
-            self._plan, self._planned_for = attend.plan(table, paging.n_prompt_columns), seen
-        pays = self._plan is not None and attend.pays(self._plan, paging.position + 1)
-        out = self._model.forward(tokens, paging.position, table, paging.slots(slots), self._plan if pays else None)
-        paging.position += 1
-        return out
-
-    def reindex(self, ancestors: Tensor) -> None:
-        self._n_moves += 1
-        self._model.reindex(self.paging.table, ancestors, self.paging.position)
-
-    def continuation_log_prob(
-        self, tokens: Tensor, slots: Tensor, continuation: list[int], temperature: float
-    ) -> Tensor:
-        model, paging, n = self._model, self.paging, len(continuation)
-        target = torch.tensor(continuation, device=model.device)
-        out = torch.empty(len(slots), dtype=torch.float64, device=model.device)
-        chunk = max(1, model.max_tokens // n)
-        n_columns = (paging.position + n - 1) // paging.block_size + 1
-        for i in range(0, len(slots), chunk):
-            part = slots[i : i + chunk]
-            query = torch.cat([tokens[i : i + chunk, None], target[None, :-1].expand(len(part), -1)], dim=1)
-            hidden = model.hidden(
-                query.reshape(-1), paging.position, paging.table[part, :n_columns], paging.slots(part, n), n
-            )
-            scores, wanted = [], target.repeat(len(part))
-            for begin in range(0, len(hidden), model.max_logits_rows):
-                rows = slice(begin, begin + model.max_logits_rows)
-                logits = model.logits(hidden, rows)
-                lse = ops.weigh(logits, temperature=temperature).lse
-                scores.append(logits.gather(1, wanted[rows, None])[:, 0].double() / temperature - lse)
-            out[i : i + chunk] = torch.cat(scores).reshape(len(part), n).sum(1)
-        return out
-
-
-class _Preparation:
-    """Makes and prepares a potential that a request named, in a thread of its own.
-
-    Attributes:
-        done: set when there is a potential, or an error, or when it was given up.
-        wanted: bool, whether a group waits for it; if not, it is not begun any more.
-    """
-
-    def __init__(self, name: str, args: str, get_engine: Callable[[], GroupEngine], turns: threading.Semaphore) -> None:
-        self.done = threading.Event()
-        self.wanted, self.given_up = True, False
-        self.error: str | None = None
-        self.potential: Potential | None = None
-        # a daemon: an engine that is shut down does not wait for what nobody will use
-        threading.Thread(target=self._run, args=(name, args, get_engine, turns), daemon=True).start()
-
-    def _run(self, name: str, args: str, get_engine: Callable[[], GroupEngine], turns: threading.Semaphore) -> None:
-        try:
-            with turns:
-                if not self.wanted:
-                    self.given_up = True
-                    return
-                potential = potentials.resolve(name, json.loads(args))
-                potential.prepare(get_engine().tokenizer)
-            self.potential = potential
-        except BaseException as error:  # of whatever a user's code does, only this potential's groups hear
-            named = isinstance(error, ValueError) and str(error).startswith("potential ")
-            self.error = str(error) if named else f"potential {name!r}: prepare raised {type(error).__name__}: {error}"
-        finally:
-            self.done.set()
-
 
 class ParticleRunner:
-    """Holds the groups and potentials of one worker, and runs its ticks."""
+    """Holds the groups and potentials of one worker, and runs orders of the scheduler."""
 
     engine_class = GroupEngine
 
     def __init__(self, model_runner: Any) -> None:
-        self.model: PagedCalls = Model(model_runner)
-        self._model_config = model_runner.vllm_config.model_config
-        self._net = model_runner.model
-        self._engine: GroupEngine | None = None
-        self._engine_lock = threading.Lock()
-        self._potentials: dict[str, Potential] = {}
-        self._preparing: dict[str, _Preparation] = {}  # by name and arguments
-        self._turns = threading.Semaphore(_MAX_PREPARING)
+        self._model = Model(model_runner)
+        self.model: PagedCalls = self._model
+        config = model_runner.vllm_config.model_config
+        self.shelf = Shelf(
+            config,
+            lambda tokenizer: self.engine_class(
+                tokenizer,
+                self.model.device,
+                config.get_vocab_size(),
+                config.get_hidden_size(),
+                model_runner.model,
+                config.model,
+            ),
+        )
+        self.tables = BlockTables(self.model.device)
+        self.groups: dict[str, Member] = {}
         # groups whose potential is being prepared: what they are to start with, and the blocks that they have got
         self._waiting: dict[str, tuple[GroupStart, list[int]]] = {}
-        self.groups: dict[str, tuple[Group, VllmRows, GroupStart]] = {}
+        self._half: tuple[Pass, set[str]] | None = None
 
-    # ---------------------------------------------------------------------------------------------- potentials
-    def _get_engine(self) -> GroupEngine:
-        with self._engine_lock:  # threads that prepare potentials ask, too
-            if self._engine is None:
-                config, tokenizer = self._model_config, None
-                if not config.skip_tokenizer_init:
-                    from transformers import AutoTokenizer
-
-                    tokenizer = AutoTokenizer.from_pretrained(
-                        config.tokenizer,
-                        revision=config.tokenizer_revision,
-                        trust_remote_code=config.trust_remote_code,
-                    )
-                self._engine = self.engine_class(
-                    tokenizer,
-                    self.model.device,
-                    config.get_vocab_size(),
-                    config.get_hidden_size(),
-                    self._net,
-                    config.model,
-                )
-            return self._engine
-
-    def put_potential(self, name: str, potential: Potential) -> None:
-        """Sets a potential up and keeps it under `name`."""
-        self._potentials[name] = set_up(potential, self._get_engine())
-
-    def drop_potential(self, name: str) -> None:
-        self._potentials.pop(name, None)
-
-    def _potential(self, start: GroupStart) -> Potential | None:
-        target = self._target(start)
-        if start.twist is None:
-            return target
-        assert target is not None  # Lead.parse wants a potential beside a twist
-        return self._twist(start.twist).guide(target)
-
-    def _twist(self, path: str) -> Twist:
-        """Returns the twist saved at `path`, which is kept as long as its card does not change."""
-        key = f"twist {path} {card_stamp(path)}"
-        if key not in self._potentials:
-            self._make_room()
-            self.put_potential(key, Twist.load(path))
-        twist = self._potentials[key]
-        assert isinstance(twist, Twist)  # a copy of what was put there
-        return twist
-
-    def _make_room(self) -> None:
-        named = [known for known in self._potentials if not known.startswith(OBJECT)]
-        if len(named) >= _MAX_NAMED:
-            self.drop_potential(named[0])
-
-    def _target(self, start: GroupStart) -> Potential | None:
-        name = start.potential
-        if name is None:
-            return None
-        if name.startswith(OBJECT):
-            if name not in self._potentials:
-                raise SMCError(f"potential={name!r}: not known to this engine; LLM.register_potential gives names")
-            return self._potentials[name]
-        return self._potentials[_named(start)]
-
-    def _is_prepared(self, start: GroupStart) -> bool:
-        """Says whether the potential that a group names is there; begins to prepare it if nobody has, and sets it up.
-
-        Raises:
-            SMCError: it cannot be made, prepared or set up.
-        """
-        if start.potential is None or start.potential.startswith(OBJECT) or (key := _named(start)) in self._potentials:
-            return True
-        if key not in self._preparing or self._preparing[key].given_up:
-            self._preparing[key] = _Preparation(start.potential, start.potential_args, self._get_engine, self._turns)
-        preparation = self._preparing[key]
-        preparation.wanted = True
-        if not preparation.done.is_set() or preparation.given_up:  # given up just now: the next call begins anew
-            return False
-        if preparation.error is not None:
-            raise SMCError(preparation.error)  # kept for other groups that wait for it; the last takes it away
-        assert preparation.potential is not None  # done, and neither given up nor failed
-        del self._preparing[key]
-        self._make_room()
-        self.put_potential(key, preparation.potential)
-        return True
-
-    # ------------------------------------------------------------------------------------------------- a tick
     @torch.inference_mode()
-    def run(self, tick: Tick) -> list[GroupResult]:
-        """Runs each group of the tick; a group that fails is dropped and says why, the others go on."""
-        results = []
-        if tick.patience and self._preparing:
-            self._wait_a_little(tick.patience)
-        for part in tick.groups:
-            result = GroupResult(part.request_id, part.epoch)
-            try:
-                self._run_group(part, result)
-            except (SMCError, ValueError) as error:
-                result.error = str(error)
-            except KeyboardInterrupt:
-                raise
-            except BaseException as error:
-                logger.exception("group %s failed", part.request_id)
-                result.error = f"internal error: {type(error).__name__}: {error}"
-            if result.done or result.error is not None:
-                self.drop([part.request_id])
-            results.append(result)
-        return results
+    def run(self, order: StepOrder) -> list[GroupResult]:
+        """Runs the groups of an order; a group that fails is dropped and says why, the others go on."""
+        results, half = self._take_up(order)
+        if half is not None:
+            self._run_pass(*half, results, order.max_rows)
+        else:
+            self._run_steps(order, results)
+        return self._answer(results)
 
-    def drop(self, request_ids: list[str]) -> None:
-        """Forgets groups that have ended, or were aborted or preempted. What is being prepared for them is kept."""
-        for request_id in request_ids:
-            self.groups.pop(request_id, None)
-            self._waiting.pop(request_id, None)
-        wanted, idle = {_named(start) for start, _ in self._waiting.values()}, []
-        for key, preparation in list(self._preparing.items()):
-            preparation.wanted = key in wanted
-            if not preparation.wanted and preparation.done.is_set():
-                if preparation.potential is None:
-                    del self._preparing[key]
-                else:
-                    idle.append(key)
-        for key in idle[:-_MAX_NAMED]:
-            del self._preparing[key]
+    @contextmanager
+    def riding(self, order: StepOrder) -> Iterator[list[GroupResult]]:
+        """Runs the groups of an order whose rows ride in the ordinary step within, and lists their results at its end.
 
-    def _wait_a_little(self, seconds: float) -> None:
-        """Waits until one of the potentials that groups wait for is prepared, but not for long."""
-        until = time.monotonic() + seconds
-        while not any(p.done.is_set() for p in self._preparing.values()) and time.monotonic() < until:
-            time.sleep(seconds / 5)
+        They have one pass, or a part of it. What goes wrong before or after the model's call ends groups only; in the
+        call it is an error of the ordinary step.
+        """
+        answers: list[GroupResult] = []
+        with torch.inference_mode():
+            results, half = self._take_up(order)
+            if half is None:
+                half = self._begin_pass([part for part in order.groups if not part.alone], results)
+            ride = None if half is None else self._board(*half, results, order.max_rows)
+        with nullcontext() if ride is None else self._model.riding(ride):
+            yield answers
+        with torch.inference_mode():
+            if ride is not None and half is not None:
+                self._alight(ride, *half, results)
+            answers += self._answer(results)
 
-    def _start(self, start: GroupStart, blocks: list[int]) -> tuple[Group, VllmRows, GroupStart]:
-        potential = self._potential(start)
+    def _board(self, part: Pass, ids: set[str], results: dict[str, GroupResult], max_rows: int | None) -> Ride | None:
+        try:
+            return self._model.ride(part.next_batch(max_rows))
+        except Exception as error:
+            self._fail(ids, results, error)
+            return None
+
+    def _alight(self, ride: Ride, part: Pass, ids: set[str], results: dict[str, GroupResult]) -> None:
+        first, start = next(iter(results.values())), time.perf_counter()
+        try:
+            assert ride.hidden is not None  # the ordinary step has called the model
+            first.rows = part.put(self._model.logits(ride.hidden, slice(None)), ride.hidden)
+            first.seconds = ride.seconds + time.perf_counter() - start
+            self._end_or_keep(part, ids, results)
+        except Exception as error:
+            self._fail(ids, results, error)
+
+    def _take_up(self, order: StepOrder) -> tuple[dict[str, GroupResult], tuple[Pass, set[str]] | None]:
+        """Makes an order's results, admits its groups, and finds the pass of theirs that is half done."""
+        if order.patience:
+            self.shelf.wait_a_little(order.patience)
+        results = {part.request_id: GroupResult(part.request_id, part.epoch) for part in order.groups}
+        half, self._half = self._half, None
+        if half is not None and half[1] == results.keys():
+            return results, half
+        for part in order.groups:
+            self._admit(part, results[part.request_id])
+        return results, None
+
+    def _answer(self, results: dict[str, GroupResult]) -> list[GroupResult]:
+        if self._half is None:  # so that what is missing is there before the next order
+            self._open_columns(list(results), results)
+        for request_id, result in results.items():
+            self._conclude(request_id, result)
+        return list(results.values())
+
+    def _run_steps(self, order: StepOrder, results: dict[str, GroupResult]) -> None:
+        """Runs particle steps until all have as many as they may, or the order's rows are used up."""
+        sets = [[part for part in order.groups if not part.alone], *([part] for part in order.groups if part.alone)]
+        left = order.max_rows
+        for step in range(max((part.steps for part in order.groups), default=0)):
+            if any(result.need for result in results.values()):
+                return
+            for parts in sets:
+                if left is not None and left <= 0:
+                    return
+                begun = self._begin_pass([part for part in parts if step < part.steps], results)
+                if begun is not None:
+                    left = self._run_pass(*begun, results, left)
+                if self._half is not None:
+                    return
+
+    def _begin_pass(self, parts: Sequence[GroupStep], results: dict[str, GroupResult]) -> tuple[Pass, set[str]] | None:
+        """Begins a pass of the groups of `parts` that can take a step; None if there is nothing to run."""
+        ready = self._open_columns([part.request_id for part in parts], results)
+        # groups stay in step with each other: one that needs blocks gets them before any goes on
+        if not ready or any(results[part.request_id].need for part in parts):
+            return None
+        try:
+            return Pass(self.model, self.tables, [self.groups[request_id] for request_id in ready]), set(ready)
+        except Exception as error:
+            self._fail(ready, results, error)
+            return None
+
+    def _run_pass(self, part: Pass, ids: set[str], results: dict[str, GroupResult], max_rows: int | None) -> int | None:
+        """Runs a pass on, to its end or until `max_rows` are used up; returns what is left of those."""
+        first, seconds = next(iter(results.values())), part.seconds
+        try:
+            ran = part.run(max_rows)
+            first.rows, first.seconds = first.rows + ran, first.seconds + part.seconds - seconds
+            self._end_or_keep(part, ids, results)
+        except Exception as error:
+            self._fail(ids, results, error)
+            return max_rows
+        return None if max_rows is None else max_rows - ran
+
+    def _end_or_keep(self, part: Pass, ids: set[str], results: dict[str, GroupResult]) -> None:
+        """Has groups take their step when all rows of their pass have run, else keeps what is done of it."""
+        if part.n_run == part.n_rows:
+            part.take()
+            return
+        self._half = part, ids
+        for request_id in ids:
+            results[request_id].partial = True
+
+    def _fail(self, ids: Sequence[str] | set[str], results: dict[str, GroupResult], error: Exception) -> None:
+        """Ends all groups of a pass that has failed."""
+        logger.exception("a pass of %d groups failed", len(ids))
+        shared = f" in a forward pass that {len(ids)} groups shared" * (len(ids) > 1)
+        for request_id in ids:
+            results[request_id].error = f"internal error{shared}: {type(error).__name__}: {error}"
+
+    # ------------------------------------------------------------------------------------------------------ one group
+    def _admit(self, part: GroupStep, result: GroupResult) -> None:
+        """Starts a group, when its potential is there, or gives it more blocks."""
+        try:
+            if part.start is not None:
+                self._waiting[part.request_id] = (part.start, [])
+            if part.request_id not in self._waiting:
+                self.groups[part.request_id].paging.grant(part.blocks)
+                return
+            start, blocks = self._waiting[part.request_id]
+            blocks += part.blocks
+            result.waiting = not self.shelf.is_ready(start)
+            if not result.waiting:
+                del self._waiting[part.request_id]
+                self.groups[part.request_id] = self._start(start, blocks)
+        except (SMCError, ValueError) as error:
+            result.error = str(error)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            logger.exception("group %s could not start", part.request_id)
+            result.error = f"internal error: {type(error).__name__}: {error}"
+
+    def _start(self, start: GroupStart, blocks: list[int]) -> Member:
+        potential = self.shelf.of(start)
         if potential is not None and potential.lookahead > start.lookahead:
             raise SMCError(
                 f"potential={start.potential!r}: needs a lookahead of {potential.lookahead} tokens that could not be "
                 "known when the group was admitted; give its continuation as token ids"
             )
-        rows = VllmRows(self.model, start, start.lookahead)
-        rows.paging.grant(blocks)
-        group = Group(
-            start.params,
-            rows,
-            potential,
-            start.prompt,
-            start.stop_token_ids,
-            self.model.device,
-            self._engine,
-            start.exact,
+        device = self.model.device
+        engine = None if potential is None else self.shelf.engine()
+        group = Group(start.params, potential, start.prompt, start.stop_token_ids, device, engine, start.exact)
+        last = last_position(start.params, len(start.prompt), start.lookahead)
+        paging = Paging(
+            group.n, len(start.prompt), start.prompt_blocks, self.model.block_size, last, start.lookahead, device
         )
-        return group, rows, start
+        paging.grant(blocks)
+        return Member(group, paging, self.tables.add(paging), start)
 
-    def _run_group(self, part: GroupTick, result: GroupResult) -> None:
-        if part.start is not None:
-            self._waiting[part.request_id] = (part.start, [])
-        if part.request_id in self._waiting:
-            start, blocks = self._waiting[part.request_id]
-            blocks += part.blocks
-            if not self._is_prepared(start):
-                result.waiting = True
-                return
-            del self._waiting[part.request_id]
-            self.groups[part.request_id] = self._start(start, blocks)
-        else:
-            self.groups[part.request_id][1].paging.grant(part.blocks)
-        group, rows, start = self.groups[part.request_id]
-        paging = rows.paging
-        for _ in range(part.steps):
-            if group.done:
-                break
-            result.need = paging.need(group.readers)
-            if result.need:
-                break
-            paging.open_columns()
-            result.surplus += paging.surplus()
-            group.step()
-        result.step, result.done = group.t, group.done
-        if group.done:
-            result.need = 0
-            self._finish(group, start, result)
+    def _open_columns(self, ids: Sequence[str], results: dict[str, GroupResult]) -> list[str]:
+        """Opens what the next position needs, and lists the groups that can take a step; the others need blocks."""
+        going = [i for i in ids if i in self.groups and not self.groups[i].group.done and results[i].error is None]
+        going = [i for i in going if not results[i].need]
+        must = [self.groups[i] for i in going if self.groups[i].paging.must_open]
+        if must:
+            used = [m.paging.live(m.group.cohort.readers(m.group.index)) | g << 32 for g, m in enumerate(must)]
+            live: list[list[int]] = [[] for _ in must]
+            for value in torch.unique(torch.cat(used)).tolist():  # one wait for the device
+                if value >= 0:
+                    live[value >> 32].append(value & 0xFFFFFFFF)
+            for member, blocks in zip(must, live, strict=True):
+                member.paging.sweep(blocks)
+        for i in going:
+            paging, result = self.groups[i].paging, results[i]
+            if paging.must_open:
+                result.need = paging.need()
+                if not result.need:
+                    paging.open_columns()
+                    result.surplus += paging.surplus()
+        return [i for i in going if not results[i].need]
 
-    def _finish(self, group: Group, start: GroupStart, result: GroupResult) -> None:
-        population = group.population()
-        chosen = group.choose()
+    def _conclude(self, request_id: str, result: GroupResult) -> None:
+        """Says what has become of a group; one that is over is dropped."""
+        member = self.groups.get(request_id)
+        if member is not None and result.error is None and not result.partial:
+            group = member.group
+            result.step, result.done = group.t, group.done
+            if group.error is not None:
+                result.error, result.done = str(group.error), False
+            elif group.done:
+                result.need = 0
+                try:
+                    self._finish(member, result)
+                except Exception as error:
+                    logger.exception("group %s failed", request_id)
+                    result.error = f"internal error: {type(error).__name__}: {error}"
+        if result.done or result.error is not None:
+            self.drop([request_id])
+
+    @staticmethod
+    def _finish(member: Member, result: GroupResult) -> None:
+        group, start = member.group, member.start
+        population, chosen = group.population(), group.choose()
         if chosen is not None:
             result.token_ids = population.token_ids[chosen]
             result.stopped = bool(result.token_ids) and result.token_ids[-1] in start.stop_token_ids
@@ -355,3 +271,13 @@ class ParticleRunner:
         }
         if start.return_population:
             result.population = base64.b64encode(population.to_bytes()).decode()
+
+    def drop(self, request_ids: list[str]) -> None:
+        """Forgets groups that have ended, or were aborted or preempted; a pass that is half done with one is undone."""
+        if self._half is not None and not self._half[1].isdisjoint(request_ids):
+            self._half = None
+        for request_id in request_ids:
+            self._waiting.pop(request_id, None)
+            if (member := self.groups.pop(request_id, None)) is not None:
+                self.tables.remove(member.first_row)
+        self.shelf.forget(start for start, _ in self._waiting.values())

@@ -1,8 +1,8 @@
-"""Scheduler side: an engine step is either ordinary (any requests, prefill of leads included) or particle-only.
+"""Scheduler side: an engine step is either ordinary (any requests, prefill of groups included) or particle-only.
 
-A lead goes through four phases:
+A group request goes through four phases:
 
-    queued    waits, hidden from vLLM, until its rows and blocks fit; FIFO among leads
+    queued    waits, hidden from vLLM, until its rows and blocks fit; smaller groups overtake it within bounds
     prefill   an ordinary request to vLLM; its first private blocks are already reserved
     running   past its prefill, hidden from vLLM; takes part in particle-only steps
     failed    carries an error that the next step reports, as does a request that is refused and becomes no group
@@ -11,6 +11,12 @@ Blocks come from vLLM's own BlockPool and never enter the prefix cache. A group 
 (`GroupResult.need`). When the pool is dry it waits for others to end; when nobody else can make progress, the youngest
 group that waits ends with an error, so that the others get its blocks. Every way out (finish, abort, error, preemption
 by an engine reset) passes `_free_request` or `_preempt_request`, which return all blocks.
+
+Particle-only steps and ordinary ones take turns where there are both; on the CPU, rows ride in ordinary steps that only
+decode, and need no turn. An order names all groups that are ready, as far as a forward pass holds their rows; who is
+left out has the next turn. Beside other work an engine step runs a bounded number of rows (`fastsmc.vllm.pace`), so a
+pass may be half done for several steps. As long as it is, its groups and no others are in the orders, and none of their
+blocks is granted or returned, unless one of them ends: then the half is undone, by the order that drops it.
 """
 
 from __future__ import annotations
@@ -18,6 +24,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from vllm.platforms import current_platform
@@ -30,23 +38,17 @@ from vllm.v1.request import Request, RequestStatus
 
 from fastsmc.potentials import token_list
 from fastsmc.vllm import compat
+from fastsmc.vllm.capacity import Limits, check_fits, first_columns
 from fastsmc.vllm.compat import get_logger
-from fastsmc.vllm.lead import (
-    GroupResult,
-    GroupStart,
-    GroupTick,
-    Lead,
-    Limits,
-    Tick,
-    check_fits,
-    first_columns,
-    is_lead,
-)
+from fastsmc.vllm.messages import GroupResult, GroupStart, GroupStep, StepOrder
+from fastsmc.vllm.options import EngineOptions
+from fastsmc.vllm.pace import Pace
+from fastsmc.vllm.request import GroupRequest, is_group_request
 
 logger = get_logger(__name__)
 
 #: particle steps in one engine step when nothing else waits; with other work around it is 1
-STEPS_PER_TICK = 8
+STEPS_PER_ORDER = 8
 #: seconds that a worker waits for potentials to be prepared when there is nothing else to do, and seconds between two
 #: engine steps that do nothing but ask for them when there is
 POLL, POLL_BESIDE_WORK = 0.005, 0.05
@@ -54,11 +56,12 @@ POLL, POLL_BESIDE_WORK = 0.005, 0.05
 
 @dataclasses.dataclass
 class _Group:
-    """Holds what the scheduler knows of a lead."""
+    """Holds what the scheduler knows of a group."""
 
     request: Request
-    lead: Lead
+    asked: GroupRequest
     lookahead: int
+    alone: bool  # its rows share no pass with other groups'
     phase: str = "queued"
     error: str | None = None
     epoch: int = 0  # counts restarts, so that a result from before a preemption is not taken for one after
@@ -67,8 +70,14 @@ class _Group:
     waiting: bool = False  # for its potential to be prepared
     need: int = 0  # blocks without which it cannot go on
     short: bool = False  # queued for want of blocks
+    overtaken: int = 0  # particles of groups that were admitted before it though they came later
+    turn: int = 0  # number of the order that it was last part of, or that was the last when it became ready to run
     blocks: dict[int, Any] = dataclasses.field(default_factory=dict)  # block id → KVCacheBlock
     to_grant: list[int] = dataclasses.field(default_factory=list)
+
+    @property
+    def n(self) -> int:
+        return self.asked.params.n_particles
 
 
 if TYPE_CHECKING:
@@ -87,11 +96,20 @@ class _SMCMixin(_Scheduler):
         compat.check_names(current_platform.device_type)
         compat.check_kv_cache(self.kv_cache_config)
         self._limits = Limits.of(self.vllm_config)
+        options = EngineOptions.of(self.vllm_config.additional_config)
+        self._never_shared = options.shared_forward == "never"
+        self._pace = Pace(options.max_particle_rows_per_step, logger)
         self._pool = self.kv_cache_manager.block_pool
         self._groups: dict[str, _Group] = {}  # by request id, in order of arrival
-        self._refused: dict[str, tuple[Request, str]] = {}  # by request id: leads that become no group, and why
+        self._refused: dict[str, tuple[Request, str]] = {}  # by request id: what becomes no group, and why
         self._dropped: list[str] = []
+        self._half: list[_Group] = []  # groups whose pass the workers have half done
+        self._turn = 0  # number of orders with groups so far
+        self._updated = -math.inf  # when an engine step's output last came back
         self._particle_turn = False
+        # see model.Model.riding; under tensor parallelism the other ranks would have to be told
+        v1_on_cpu = current_platform.device_type == "cpu" and not self.vllm_config.use_v2_model_runner
+        self._rides = v1_on_cpu and self.vllm_config.parallel_config.tensor_parallel_size == 1
         self._hold_admission = False
         self._polled = -math.inf  # when groups that wait for their potentials were last asked, and nothing else
 
@@ -100,10 +118,10 @@ class _SMCMixin(_Scheduler):
         known = request.request_id in self.requests  # an update of a streaming session
         super().add_request(request)
         params = request.sampling_params
-        if known or params is None or not is_lead(params):
+        if known or params is None or not is_group_request(params):
             return
         try:
-            lead = Lead.parse(params)
+            asked = GroupRequest.parse(params)
             if not request.prompt_token_ids or getattr(request, "prompt_embeds", None) is not None:
                 raise ValueError("prompt: a group of particles needs at least one prompt token, and no embeddings")
             if request.resumable:
@@ -111,10 +129,10 @@ class _SMCMixin(_Scheduler):
             if request.lora_request is not None:
                 raise ValueError("lora_request: groups of particles do not support LoRA")
             vocab_size = self.vllm_config.model_config.get_vocab_size()
-            lead.check_ids(vocab_size)
+            asked.check_ids(vocab_size)
             token_list("prompt", request.prompt_token_ids, vocab_size)
-            lookahead = lead.lookahead()
-            check_fits(lead.params, request.num_prompt_tokens, lookahead, self._limits)
+            lookahead = asked.lookahead()
+            check_fits(asked.params, request.num_prompt_tokens, lookahead, self._limits)
             # The seed is the group's. For the token that stock sampling draws at prefill, and that is dropped, it would
             # make a generator, which vLLM's CPU runner cannot rewind in a chunked prefill.
             request.sampling_params = params.clone()
@@ -122,28 +140,45 @@ class _SMCMixin(_Scheduler):
         except Exception as error:  # whatever a request holds, the engine goes on
             self._refused[request.request_id] = request, str(error) or repr(error)
         else:
-            self._groups[request.request_id] = _Group(request, lead, lookahead)
+            alone = self._never_shared or asked.alone
+            self._groups[request.request_id] = _Group(request, asked, lookahead, alone)
 
     def _admit(self) -> None:
-        """Reserves rows and blocks for queued leads, oldest first, while they fit."""
+        """Reserves rows and blocks for queued groups, oldest first, while they fit.
+
+        A group that does not fit is overtaken only as long as the groups that have overtaken it have fewer particles
+        than it has, so it neither waits for ever nor keeps small groups from rows that it cannot use yet.
+        """
         if self._hold_admission:  # what a deadlock's end gave back is for others first
             self._hold_admission = False
             return
+        queued = [g for g in self._groups.values() if g.phase == "queued"]
+        for group in queued:
+            group.short = False
         free = self._pool.get_num_free_blocks() - sum(
             self._prompt_blocks(g) for g in self._groups.values() if g.phase == "prefill" and not self._has_blocks(g)
         )
-        rows = sum(g.lead.params.n_particles for g in self._groups.values() if g.phase in ("prefill", "running"))
-        for group in self._groups.values():
-            if group.phase != "queued":
-                continue
-            params, prompt_len = group.lead.params, group.request.num_prompt_tokens
-            columns = first_columns(params, prompt_len, group.lookahead, self._limits.block_size)
-            first = params.n_particles * columns
-            rows += params.n_particles
-            free -= first + self._prompt_blocks(group)
-            group.short = rows <= self._limits.max_num_seqs and free < 0
-            if rows > self._limits.max_num_seqs or free < 0:
+        rows = self._limits.max_num_seqs - sum(g.n for g in self._groups.values() if g.phase in ("prefill", "running"))
+        passed: list[_Group] = []
+        credit = math.inf  # particles that may still overtake those that are passed
+        for group in queued:
+            if rows == 0 or credit <= 0:
                 return
+            if group.n <= rows:
+                prompt_len = group.request.num_prompt_tokens
+                first = group.n * first_columns(
+                    group.asked.params, prompt_len, group.lookahead, self._limits.block_size
+                )
+                group.short = first + self._prompt_blocks(group) > free
+            if group.n > rows or group.short:
+                passed.append(group)
+                credit = min(credit, group.n - group.overtaken)
+                continue
+            for other in passed:
+                other.overtaken += group.n
+            credit -= group.n
+            rows -= group.n
+            free -= first + self._prompt_blocks(group)
             self._grant(group, first)
             group.phase = "prefill"
 
@@ -151,7 +186,7 @@ class _SMCMixin(_Scheduler):
         return -(-group.request.num_prompt_tokens // self._limits.block_size)
 
     def _has_blocks(self, group: _Group) -> bool:
-        """Says whether vLLM has given a lead its prompt's blocks (at least the first of them)."""
+        """Says whether vLLM has given a group its prompt's blocks (at least the first of them)."""
         return group.request.status == RequestStatus.RUNNING
 
     def _grant(self, group: _Group, count: int) -> None:
@@ -164,6 +199,8 @@ class _SMCMixin(_Scheduler):
         self._pool.free_blocks(group.blocks.values())
         group.blocks, group.to_grant, group.need = {}, [], 0
         group.in_flight = group.waiting = False
+        if any(g is group for g in self._half):  # the workers undo it, as they are told to drop this group
+            self._half = []
         if group.started:
             self._dropped.append(group.request.request_id)
             group.started = False
@@ -174,50 +211,105 @@ class _SMCMixin(_Scheduler):
         if not paused:
             self._admit()
         hidden = {g.request.request_id for g in self._groups.values() if self._is_hidden(g)} | self._refused.keys()
-        others = [r for r in self.running if r.request_id not in hidden]
-        work = bool(others or self.kv_holding_waiting or self.finished_req_ids) or any(
-            r.request_id not in hidden for r in self.waiting
-        )
-        ready = [] if paused else [g for g in self._groups.values() if self._is_ready(g)]
-        patience = 0.0
-        if ready and all(g.waiting for g in ready):  # for their potentials: nothing is kept from others meanwhile
-            now, busy = time.monotonic(), work or any(g.in_flight for g in self._groups.values())
-            if busy and now < self._polled + POLL_BESIDE_WORK:
-                ready = []
-            else:
-                self._polled, patience = now, 0.0 if busy else POLL
+        visible = [r for queue in (self.running, self.waiting) for r in queue if r.request_id not in hidden]
+        work = bool(visible or self.kv_holding_waiting or self.finished_req_ids)
+        ready = [] if paused else self._ready(work)
         if ready and (self._particle_turn or not work):
             self._particle_turn = False
-            output = SchedulerOutput.make_empty()
-            steps = 1 if work else STEPS_PER_TICK
-            return _with_tick(output, Tick([self._tick(g, steps) for g in ready], self._take_dropped(), patience))
-
-        since = self._waiting_for_blocks_since()
-        held = [r for r in self.waiting if r.request_id in hidden or r.arrival_time > since]
-        leads_running = [r for r in self.running if r.request_id in hidden]
-        self.waiting.remove_requests(held)
-        self.running = others
-        self.max_num_running_reqs -= len(leads_running)  # they keep their places
-        try:
-            output = super().schedule(*args, **kwargs)
-        finally:
-            self.max_num_running_reqs += len(leads_running)
-            self.running = self.running + leads_running
-            for request in held:
-                self.waiting.add_request(request)
-        _with_tick(output, Tick([], self._take_dropped()))
-        self._particle_turn = True
+            # the bound is for other requests; groups' own prefill takes turns with whole passes
+            max_rows = self._pace.max_rows() if any(r.request_id not in self._groups for r in visible) else None
+            groups = self._half or self._take_turns(ready, max_rows)
+            return _with_order(SchedulerOutput.make_empty(), self._order(groups, work, max_rows))
+        output = self._schedule_ordinary(hidden, *args, **kwargs)
         if output.total_num_scheduled_tokens == 0 and not paused:
             self._break_deadlock()
-        return output
+        return _with_order(output, self._ride(ready, output) or StepOrder([], self._take_dropped()))
 
-    def _waiting_for_blocks_since(self) -> float:
-        """Returns the arrival of the oldest lead that waits for blocks, infinity if none does.
+    def _ride(self, ready: list[_Group], output: SchedulerOutput) -> StepOrder | None:
+        """Orders rows that ride in an ordinary step; None where there are none, or where a particle-only step is next.
 
-        Requests that came later are not admitted meanwhile, so that a steady stream of them cannot starve it.
+        They ride in steps of nothing but decode tokens, which with them fit a forward pass. Groups that are alone do
+        not, since what else is in their pass would change.
         """
-        waiting = [g for g in self._groups.values() if g.short or (g.phase == "running" and g.need)]
-        return min((g.request.arrival_time for g in waiting), default=math.inf)
+        n_tokens = output.total_num_scheduled_tokens
+        self._particle_turn = not (self._rides and 0 < n_tokens == len(output.num_scheduled_tokens))
+        if self._particle_turn or not ready or self._pace.wants_decode():
+            return None
+        groups, max_rows = self._half or self._take_turns(ready, None, n_passes=1), self._pace.max_rows()
+        room = self._limits.max_num_batched_tokens - n_tokens
+        fits = room > 1 if max_rows is not None else sum(g.n for g in groups) <= room  # a row may stand twice
+        if not fits or any(g.alone and not g.waiting for g in groups):
+            self._particle_turn = True
+            return None
+        return self._order(groups, True, None if max_rows is None else min(max_rows, room))
+
+    def _schedule_ordinary(self, hidden: set[str], *args: Any, **kwargs: Any) -> SchedulerOutput:
+        """Has vLLM schedule a step of what is not hidden.
+
+        Requests that came later than a group that waits for blocks are not admitted meanwhile, so that a steady stream
+        of them cannot starve it. Where it is queued they are not groups, whose overtaking has its own bound.
+        """
+        growing = [g.request.arrival_time for g in self._groups.values() if g.phase == "running" and g.need]
+        short = [g.request.arrival_time for g in self._groups.values() if g.short]
+        latest_group = min(growing, default=math.inf)
+        latest = min([latest_group, *short])
+        held = [
+            r
+            for r in self.waiting
+            if r.request_id in hidden or r.arrival_time > (latest_group if r.request_id in self._groups else latest)
+        ]
+        groups_running = [r for r in self.running if r.request_id in hidden]
+        self.waiting.remove_requests(held)
+        self.running = [r for r in self.running if r.request_id not in hidden]
+        self.max_num_running_reqs -= len(groups_running)  # they keep their places
+        try:
+            return super().schedule(*args, **kwargs)
+        finally:
+            self.max_num_running_reqs += len(groups_running)
+            self.running = self.running + groups_running
+            for request in held:
+                self.waiting.add_request(request)
+
+    def _ready(self, work: bool) -> list[_Group]:
+        """Returns the groups that an order can name now; blocks that they need are granted."""
+        if any(g.in_flight for g in self._groups.values()):  # what comes back may be half a pass
+            return []
+        if self._half:
+            return self._half
+        ready = [g for g in self._groups.values() if self._is_ready(g)]
+        if work and all(g.waiting for g in ready) and time.monotonic() < self._polled + POLL_BESIDE_WORK:
+            return []  # they wait for their potentials, and nothing is kept from others meanwhile
+        return ready
+
+    def _order(self, groups: list[_Group], work: bool, max_rows: int | None) -> StepOrder:
+        self._turn += 1
+        for group in groups:
+            group.turn = self._turn
+        patience = 0.0
+        if all(g.waiting for g in groups):
+            self._polled, patience = time.monotonic(), 0.0 if work else POLL
+        steps = 1 if work or self._half else STEPS_PER_ORDER
+        return StepOrder([self._step(g, steps) for g in groups], self._take_dropped(), patience, max_rows)
+
+    def _take_turns(self, ready: Sequence[_Group], max_rows: int | None, n_passes: int | None = None) -> list[_Group]:
+        """Chooses whose turn it is: no group has two as long as another that is ready has none.
+
+        Those that share a pass go together as far as it holds their rows. Further passes, of groups that are alone, are
+        in the same order as long as `max_rows` cuts none, or as `n_passes` says. Who waits for its potential is asked
+        in any case.
+        """
+        waiting = [g for g in ready if g.waiting]
+        by_turn = sorted((g for g in ready if not g.waiting), key=lambda g: g.turn)
+        shared, passes = [g for g in by_turn if not g.alone], [[g] for g in by_turn if g.alone]
+        if shared:
+            sums = accumulate(g.n for g in shared)
+            passes.append([g for g, n in zip(shared, sums, strict=True) if n <= self._limits.max_num_batched_tokens])
+            passes.sort(key=lambda groups: groups[0].turn)
+        if n_passes is None:
+            sums = accumulate(sum(g.n for g in groups) for groups in passes)
+            n_passes = max(1, sum(max_rows is None or n <= max_rows for n in sums))
+        longest = min((groups[0].turn for groups in passes[n_passes:]), default=math.inf)
+        return waiting + [g for groups in passes[:n_passes] for g in groups if g.turn <= longest]
 
     def _is_hidden(self, group: _Group) -> bool:
         request = group.request
@@ -234,31 +326,31 @@ class _SMCMixin(_Scheduler):
             group.need = 0
         return True
 
-    def _tick(self, group: _Group, steps: int) -> GroupTick:
+    def _step(self, group: _Group, steps: int) -> GroupStep:
         request, start = group.request, None
         if not group.started:
             prompt_len = request.num_prompt_tokens
             blocks = self.kv_cache_manager.get_block_ids(request.request_id)[0]
             assert request.sampling_params is not None and request.prompt_token_ids is not None  # see add_request
-            stop = set(group.lead.params.stop_token_ids or ())
-            if not group.lead.params.ignore_eos:
+            stop = set(group.asked.params.stop_token_ids or ())
+            if not group.asked.params.ignore_eos:
                 stop |= request.sampling_params.all_stop_token_ids
             start = GroupStart(
-                params=group.lead.params,
+                params=group.asked.params,
                 prompt=list(request.prompt_token_ids),
                 prompt_blocks=list(blocks[: -(-prompt_len // self._limits.block_size)]),
                 stop_token_ids=frozenset(stop),
-                potential=group.lead.potential,
-                potential_args=group.lead.potential_args,
-                twist=group.lead.twist,
-                exact=group.lead.exact,
+                potential=group.asked.potential,
+                potential_args=group.asked.potential_args,
+                twist=group.asked.twist,
+                exact=group.asked.exact,
                 lookahead=group.lookahead,
-                return_population=group.lead.return_population,
+                return_population=group.asked.return_population,
             )
             group.started = True
         granted, group.to_grant = group.to_grant, []
         group.in_flight = True
-        return GroupTick(request.request_id, group.epoch, steps, granted, start)
+        return GroupStep(request.request_id, group.epoch, steps, granted, start, group.alone)
 
     def _take_dropped(self) -> list[str]:
         dropped, self._dropped = self._dropped, []
@@ -267,7 +359,7 @@ class _SMCMixin(_Scheduler):
     def _break_deadlock(self) -> None:
         """Makes a group give blocks back where nothing ordinary was scheduled and no group can go on either.
 
-        First the youngest lead whose prompt still waits for blocks goes back to the queue, which costs nothing; if
+        First the youngest group whose prompt still waits for blocks goes back to the queue, which costs nothing; if
         there is none, the youngest of the groups that wait to grow ends with an error.
         """
         running = [g for g in self._groups.values() if g.phase == "running"]
@@ -293,32 +385,56 @@ class _SMCMixin(_Scheduler):
 
     # ---------------------------------------------------------------------------------------------- coming back
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: Any) -> dict[int, Any]:
+        self._see_time(scheduler_output)
         for request_id in scheduler_output.num_scheduled_tokens:
             if (group := self._groups.get(request_id)) is not None:
                 self._after_prefill(group, model_runner_output)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
-        for result in getattr(model_runner_output, "smc_results", ()):
-            self._after_tick(result, outputs)
+        if results := getattr(model_runner_output, "smc_results", None):
+            self._after_order(results, outputs)
         for request, error in list(self._refused.values()):
             self._finish(request, RequestStatus.FINISHED_ERROR, [], {"error": error}, outputs)
         for group in [g for g in self._groups.values() if g.phase == "failed"]:
             self._finish(group.request, RequestStatus.FINISHED_ERROR, [], {"error": group.error}, outputs)
         return outputs
 
+    def _see_time(self, scheduler_output: SchedulerOutput) -> None:
+        now, order = time.monotonic(), scheduler_output.smc  # type: ignore[attr-defined]  # see _with_order
+        if (n_tokens := scheduler_output.total_num_scheduled_tokens) > 0 and order.groups:
+            self._pace.see_ride()
+        elif n_tokens > 0:
+            # with steps scheduled ahead, this one began when the step before it came back
+            began = max(scheduler_output.smc_scheduled, self._updated)  # type: ignore[attr-defined]
+            has_prefill = n_tokens > len(scheduler_output.num_scheduled_tokens)
+            self._pace.see_ordinary(now - began, has_prefill)
+        self._updated = now
+
+    def _after_order(self, results: Sequence[GroupResult], outputs: dict[int, Any]) -> None:
+        self._pace.see_rows(sum(r.rows for r in results), sum(r.seconds for r in results))
+        current = {r.request_id: g for r in results if (g := self._current(r)) is not None}
+        half = [r.request_id for r in results if r.partial]
+        # where one of them has ended meanwhile, the next order drops it, and the workers undo the half
+        self._half = [current[request_id] for request_id in half] if current.keys() >= set(half) else []
+        for result in results:
+            if result.request_id in current:
+                self._after_step(current[result.request_id], result, outputs)
+
+    def _current(self, result: GroupResult) -> _Group | None:
+        """Returns the group that a result is of, None if it was aborted or preempted while the step ran."""
+        group = self._groups.get(result.request_id)
+        return group if group is not None and group.epoch == result.epoch and group.in_flight else None
+
     def _after_prefill(self, group: _Group, model_runner_output: Any) -> None:
-        """Drops the token that stock sampling drew for a lead; past its prefill the group is ready to run."""
+        """Drops the token that stock sampling drew for a group request; past its prefill the group is ready to run."""
         request = group.request
         index = model_runner_output.req_id_to_index.get(request.request_id)
         if index is not None and model_runner_output.sampled_token_ids:
             model_runner_output.sampled_token_ids[index] = []
         if group.phase == "prefill" and request.num_computed_tokens >= request.num_prompt_tokens:
             request.num_output_placeholders = 0  # of the async scheduler, for the token just dropped
-            group.phase = "running"
+            group.phase, group.turn = "running", self._turn
 
-    def _after_tick(self, result: GroupResult, outputs: dict[int, Any]) -> None:
-        group = self._groups.get(result.request_id)
-        if group is None or group.epoch != result.epoch or not group.in_flight:
-            return  # aborted or preempted while the step ran
+    def _after_step(self, group: _Group, result: GroupResult, outputs: dict[int, Any]) -> None:
         group.in_flight, group.waiting = False, result.waiting
         group.need = result.need
         self._pool.free_blocks([group.blocks.pop(block) for block in result.surplus])
@@ -333,11 +449,11 @@ class _SMCMixin(_Scheduler):
                 status = RequestStatus.FINISHED_ERROR
             else:
                 status = RequestStatus.FINISHED_STOPPED if result.stopped else RequestStatus.FINISHED_LENGTH_CAPPED
-            token_ids, stop = result.token_ids or [], group.lead.params.stop_token_ids or ()
+            token_ids, stop = result.token_ids or [], group.asked.params.stop_token_ids or ()
             if status == RequestStatus.FINISHED_STOPPED and token_ids and token_ids[-1] in stop:
                 group.request.stop_reason = token_ids[-1]
             self._finish(group.request, status, token_ids, payload, outputs)
-        elif not result.waiting:
+        elif not result.waiting and not result.partial:
             self._emit(group.request, [], None, {"step": result.step}, outputs)
 
     def _finish(
@@ -395,8 +511,9 @@ class _SMCMixin(_Scheduler):
         super()._preempt_request(request, *args, **kwargs)
 
 
-def _with_tick(output: SchedulerOutput, tick: Tick) -> SchedulerOutput:
-    output.smc = tick  # type: ignore[attr-defined]  # added to vLLM's fields, and pickled with them
+def _with_order(output: SchedulerOutput, order: StepOrder) -> SchedulerOutput:
+    output.smc = order  # type: ignore[attr-defined]  # added to vLLM's fields, and pickled with them
+    output.smc_scheduled = time.monotonic()  # type: ignore[attr-defined]
     return output
 
 

@@ -31,11 +31,11 @@ def call_ops(logits: Tensor) -> None:
         weighed = ops.weigh(logits, **given)
         ops.draw(logits, weighed, rows, uniforms[: len(rows)], **given)
 
-    call(torch.arange(2, device=device))  # without a twist each of the model's rows is weighed once
+    ops.weigh(logits)  # as where continuations are scored
     for n in (2, 3):  # as many rows as logits, or more
         rows = torch.arange(n, device=device)
         masked = {"mask": mask, "mask_rows": rows}
-        twists: list[dict[str, Tensor]] = [masked]
+        twists: list[dict[str, Tensor]] = [{}, masked]
         for values in (floats, floats[:1], floats[:1].expand(3, -1)):  # a row of log ψ each, one for all
             twist = {"log_psi": values, "psi_rows": rows.clamp(max=len(values) - 1)}
             # a regular expression's log ψ is float16

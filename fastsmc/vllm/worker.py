@@ -5,11 +5,13 @@ refused then. That comes before vLLM's own warm-up: what is compiled for groups 
 middle of traffic (vllm.utils.jit_monitor), and no CUDA graph of vLLM's is there yet when `attend` is measured.
 
 A particle-only step schedules no tokens for vLLM, so its result is returned from `execute_model` itself, in every
-process mode. Of several tensor-parallel ranks vLLM takes the first one's result (`fastsmc.vllm.ranks`).
+process mode; what rode in an ordinary step is returned with that one's tokens. Of several tensor-parallel ranks vLLM
+takes the first one's result (`fastsmc.vllm.ranks`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import cloudpickle
@@ -20,6 +22,7 @@ from vllm.v1.worker.gpu_worker import Worker
 from fastsmc.ops._tensors import built_backends, missing_on_gpu
 from fastsmc.vllm import attention, capacity, compat
 from fastsmc.vllm.compat import get_logger
+from fastsmc.vllm.messages import GroupResult
 from fastsmc.vllm.ranks import Follower, make_runner
 from fastsmc.vllm.runner import ParticleRunner
 
@@ -36,6 +39,7 @@ class SMCWorkerMixin(_Worker):
     """Adds a particle runner to a vLLM worker; see the module's docstring."""
 
     smc_runner: ParticleRunner | Follower
+    _riders: Sequence[GroupResult] = ()  # results of groups that rode in the step whose tokens are sampled next
 
     def load_model(self, *args: Any, **kwargs: Any) -> Any:
         compat.check_config(self.vllm_config)  # before the weights are read
@@ -48,14 +52,21 @@ class SMCWorkerMixin(_Worker):
         return super().compile_or_warm_up_model()
 
     def execute_model(self, scheduler_output: Any) -> Any:
-        tick = getattr(scheduler_output, "smc", None)
-        if tick is not None and (tick.drop or tick.groups):
-            self.smc_runner.drop(tick.drop)
-            if tick.groups:
-                output = ModelRunnerOutput(req_ids=[], req_id_to_index={})
-                output.smc_results = self.smc_runner.run(tick)  # type: ignore[attr-defined]  # added to vLLM's fields
-                return output
+        order = getattr(scheduler_output, "smc", None)
+        if order is not None and (order.drop or order.groups):
+            self.smc_runner.drop(order.drop)
+            if order.groups and scheduler_output.total_num_scheduled_tokens == 0:
+                return _with_results(ModelRunnerOutput(req_ids=[], req_id_to_index={}), self.smc_runner.run(order))
+            if order.groups:
+                assert isinstance(self.smc_runner, ParticleRunner)  # see the scheduler's `_rides`
+                with self.smc_runner.riding(order) as self._riders:
+                    return super().execute_model(scheduler_output)
         return super().execute_model(scheduler_output)
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        output = super().sample_tokens(grammar_output)  # on a CPU, where rows ride, nothing of it comes later
+        riders, self._riders = self._riders, ()
+        return _with_results(output, riders) if riders else output
 
     def smc_put_potential(self, name: str, potential: Any) -> str | None:
         """Keeps a potential (an object, or its cloudpickle bytes); returns None, or why it could not be set up.
@@ -67,7 +78,7 @@ class SMCWorkerMixin(_Worker):
         try:
             if isinstance(potential, bytes):
                 potential = cloudpickle.loads(potential)
-            self.smc_runner.put_potential(name, potential)
+            self.smc_runner.shelf.put(name, potential)
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # a user's code unpickles it
@@ -76,7 +87,12 @@ class SMCWorkerMixin(_Worker):
 
     def smc_drop_potential(self, name: str) -> None:
         if not isinstance(self.smc_runner, Follower):
-            self.smc_runner.drop_potential(name)
+            self.smc_runner.shelf.drop(name)
+
+
+def _with_results(output: ModelRunnerOutput, results: Sequence[GroupResult]) -> ModelRunnerOutput:
+    output.smc_results = results  # type: ignore[attr-defined]  # added to vLLM's fields
+    return output
 
 
 class SMCGPUWorker(SMCWorkerMixin, Worker):

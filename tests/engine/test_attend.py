@@ -12,7 +12,7 @@ from vllm import SamplingParams
 
 from fastsmc import Potential, SMCParams, ops
 from fastsmc.vllm import attend_costs
-from fastsmc.vllm.attention import Attend, find_layout
+from fastsmc.vllm.attention import Attend, MixedMetadata, find_layout
 from fastsmc.vllm.model import Model
 
 from .conftest import VOCAB, make_engine
@@ -51,25 +51,28 @@ def long_engine(path):
 def always(monkeypatch):
     """Every step goes through `attend`; (rows, common prefix, block reads) of each."""
     seen = []
+    metadata = Attend.metadata
 
-    def pays(self, plan, length):
+    def record(self, plan, length):
         seen.append((len(plan.order), plan.n_shared, plan.n_reads))
-        return True
+        return metadata(self, plan, length)
 
-    monkeypatch.setattr(Attend, "pays", pays)
+    monkeypatch.setattr(Attend, "metadata", record)
+    monkeypatch.setattr(Attend, "may_pay", lambda *args: True)
+    monkeypatch.setattr(Attend, "pays", lambda *args, **kwargs: True)
     return seen
 
 
 @pytest.fixture(autouse=True)
 def plans_fit(monkeypatch):
-    """A plan that is used again is that of the table."""
-    hidden = Model.hidden
+    """A plan that comes with a batch is that of its table."""
+    metadata = Model._metadata
 
-    def checked(self, tokens, position, table, slots, n_query=1, plan=None):
-        assert plan is None or torch.equal(plan.table, table)
-        return hidden(self, tokens, position, table, slots, n_query, plan)
+    def checked(self, batch):
+        assert batch.plan is None or torch.equal(batch.plan.table, batch.table)
+        return metadata(self, batch)
 
-    monkeypatch.setattr(Model, "hidden", checked)
+    monkeypatch.setattr(Model, "_metadata", checked)
 
 
 def runner_of(engine):
@@ -130,26 +133,49 @@ def test_the_same_particles_as_with_vllms_attention(long_engine, monkeypatch):
     params = SMCParams(n_particles=16, max_tokens=40, ess_threshold=0.7, seed=2)
     runs = []
     for pays in (True, False):
-        monkeypatch.setattr(Attend, "pays", lambda self, plan, length, pays=pays: pays)
+        monkeypatch.setattr(Attend, "may_pay", lambda *args: True)
+        monkeypatch.setattr(Attend, "pays", lambda *args, pays=pays, **kwargs: pays)
         runs.append(long_engine.smc(prompt_of(70), params, POTENTIAL))
     ours, theirs = runs
     assert ours.token_ids == theirs.token_ids and np.array_equal(ours.ancestors, theirs.ancestors)
     assert np.allclose(ours.log_probs, theirs.log_probs, atol=1e-4)
 
 
+def test_a_batch_in_parts(long_engine):
+    """Rows on `attend`, rows on vLLM's attention, padding between: each what it is in a batch of its own."""
+    model = runner_of(long_engine).model
+    layer = model._config.compilation_config.static_forward_context[model.layers[0]]
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(20, n, 32, generator=generator) for n in (layer.impl.num_heads, layer.impl.num_kv_heads))
+    table, lengths = shared_table(8, 3), torch.tensor([65, 70, 96, 66, 65, 90, 71, 80], dtype=torch.int32)
+    cache = layer.kv_cache.clone().normal_(generator=generator)
+    plan = model.attend.plan(table, 2, lengths, [0, 5, 8])
+    ours = model.attend.metadata(plan, lengths)
+    seventy = torch.full((8,), 70, dtype=torch.int32)
+    stock = model._stock_metadata(table, seventy, 70, table[:, -1].long() * 32 + 5)[model.layers[0]]
+
+    def forward(metadata, begin, end):
+        out = torch.full((20, *query.shape[1:]), 7.0)
+        layer.impl.forward(layer, *(t[begin:end] for t in (query, key, key)), cache, metadata, out[begin:end])
+        return out
+
+    got = forward(MixedMetadata(((0, 8, ours), (11, 19, stock))), 0, 20)
+    assert torch.equal(got[:8], forward(ours, 0, 8)[:8]) and torch.equal(got[11:19], forward(stock, 11, 19)[11:19])
+    assert bool((got[8:11] == 7).all() and (got[19:] == 7).all())
+    mixed = forward(MixedMetadata(((0, 8, stock), (11, 19, ours))), 0, 20)
+    assert torch.allclose(mixed[1], got[1], atol=1e-5) and torch.allclose(mixed[12], got[12], atol=1e-5)  # 70 tokens
+
+
 # ------------------------------------------------------------------------------------------------------- the switch
-def test_a_plan_serves_until_the_table_changes(long_engine, always, monkeypatch):
+def test_one_plan_serves_all_layers(long_engine, always, monkeypatch):
     made = []
     plan = ops.plan_attend
-    monkeypatch.setattr(ops, "plan_attend", lambda table, **kw: made.append(len(table)) or plan(table, **kw))
-    long_engine.smc(prompt_of(65), SMCParams(n_particles=1, max_tokens=20, ess_threshold=0.0), None)
-    assert len(always) == 19 and len(made) == 1
-    made.clear(), always.clear()
-    rows = long_engine.smc(prompt_of(65), SMCParams(n_particles=9, max_tokens=20, ess_threshold=0.0, seed=1), None)
-    parted = sum(len({tuple(t[:n]) for t in rows.token_ids}) < 9 for n in range(1, 20))
-    assert len(always) == 19 and len(made) == max(
-        1, parted + 1
-    )  # one for each step until all histories differ, no more
+    monkeypatch.setattr(
+        ops, "plan_attend", lambda table, *args, **kw: made.append(len(table)) or plan(table, *args, **kw)
+    )
+    params = SMCParams(n_particles=9, max_tokens=20, ess_threshold=0.0, seed=1)
+    long_engine.smc([prompt_of(65), prompt_of(9)], params, None)
+    assert len(always) == len(made) == 19 and max(made) > 9  # at the first step nobody shares
 
 
 def shared_table(n_rows, n_columns):
@@ -162,10 +188,12 @@ def test_the_costs_decide(long_engine, monkeypatch):
     """Many rows on a long prompt share it; one row has nobody to share with; without costs there is no choice."""
     attend = runner_of(long_engine).model.attend
     assert attend.why_not is None and attend.layout == "vector"
+
+    pays = attend.pays
     many, one = ops.plan_attend(shared_table(256, 65)), ops.plan_attend(shared_table(1, 1))
     costs = {"attend": [1e-5, 1e-11, 1e-10, 1e-7], "stock": [5e-6, 4e-11, 0.0, 1e-11, 1e-7], "margin": 1.2}
     monkeypatch.setattr(attend, "costs", costs)
-    assert attend.pays(many, 65 * 32) and not attend.pays(one, 20)
+    assert pays(many, 65 * 32) and not pays(one, 20)
     units, stock_units = attend_costs.features(256, 65 * 32, many.n_reads, len(many.nodes), attend.shape)
     products = 2 * 256 * 2 * 65 * 32 * 32
     distinct = 2 * (64 + 256) * 32 * 32
@@ -175,11 +203,30 @@ def test_the_costs_decide(long_engine, monkeypatch):
     want = theirs / (1e-5 + 1e-11 * products + 1e-10 * distinct + 1e-7 * 257)
     assert abs(attend_costs.ratio(costs, (units, stock_units)) - want) < 1e-9
     monkeypatch.setattr(attend, "costs", {**costs, "margin": want * 0.999})
-    assert attend.pays(many, 65 * 32)
+    assert pays(many, 65 * 32)
     monkeypatch.setattr(attend, "costs", {**costs, "margin": want * 1.001})
-    assert not attend.pays(many, 65 * 32)
+    assert not pays(many, 65 * 32)
     monkeypatch.setattr(attend, "costs", None)
-    assert not attend.pays(many, 65 * 32)
+    assert not pays(many, 65 * 32)
+
+
+def test_the_costs_decide_for_each_group_as_if_it_were_alone(long_engine, monkeypatch):
+    attend = runner_of(long_engine).model.attend
+    costs = {"attend": [1e-5, 1e-11, 1e-10, 1e-7], "stock": [5e-6, 4e-11, 0.0, 1e-11, 1e-7], "margin": 1.2}
+    monkeypatch.setattr(attend, "costs", costs)
+    table = torch.cat([shared_table(256, 65), shared_table(1, 65) + 1000])
+    lengths = torch.full((257,), 65 * 32, dtype=torch.int32)
+    lengths[256] = 20
+    both = attend.plan(table, [64, 0], lengths, [0, 256, 257])
+    alone = attend.plan(table[:256].contiguous(), 64), attend.plan(table[256:, :1].contiguous(), 0)
+    assert both.group_reads == [plan.n_reads for plan in alone] and both.group_nodes == [p.n_nodes for p in alone]
+    assert attend.pays(both, lengths[:256], group=0) and not attend.pays(both, lengths[256:], group=1)
+    assert attend.pays(both, lengths)
+    seen = []
+    monkeypatch.setattr(attend_costs, "pays", lambda of, units: seen.append(units))
+    attend.pays(both, lengths), attend.pays(both, 65 * 32, group=0), attend.pays(both, 20, group=1)
+    for whole, *parts in zip(*([*ours[1:], *stock[1:]] for ours, stock in seen), strict=True):
+        assert abs(whole - sum(parts)) <= 1e-9 * whole
 
 
 def test_costs_that_nobody_committed_are_measured_at_the_start(path, tmp_path, monkeypatch):
@@ -201,6 +248,13 @@ def test_costs_that_nobody_committed_are_measured_at_the_start(path, tmp_path, m
     assert seen and all(of == costs for of in seen) and population.log_z > -np.inf
 
 
+def stock_metadata_of(model):
+    def make(table, length):
+        return model._stock_metadata(table, torch.full((len(table),), length, dtype=torch.int32), length, table[:, 0])
+
+    return make
+
+
 @pytest.mark.parametrize("n_blocks", [0, 2])
 def test_a_pool_too_small_to_measure_leaves_vllms_attention(long_engine, tmp_path, monkeypatch, caplog, n_blocks):
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)  # to caplog
@@ -211,7 +265,7 @@ def test_a_pool_too_small_to_measure_leaves_vllms_attention(long_engine, tmp_pat
     layers = {name: copy.copy(context[name]) for name in model.layers}
     for layer in layers.values():
         layer.__dict__ = {**layer.__dict__, "kv_cache": layer.kv_cache[:n_blocks]}
-    attend.measure(layers, lambda table, length: model._stock_metadata(table, length, table[:, -1].long(), 1), 64, 512)
+    attend.measure(layers, stock_metadata_of(model), 64, 512)
     assert attend.costs is None and "too few cases" in caplog.text
     assert not attend.pays(ops.plan_attend(shared_table(256, 65)), 65 * 32)
     assert not (tmp_path / "fastsmc").exists()
@@ -229,7 +283,7 @@ def test_a_kernel_that_cannot_run_leaves_vllms_attention(long_engine, tmp_path, 
 
     monkeypatch.setattr(ops, "attend", out_of_resources)
     layers = {name: context[name] for name in model.layers}
-    attend.measure(layers, lambda table, length: model._stock_metadata(table, length, table[:, -1].long(), 1), 64, 512)
+    attend.measure(layers, stock_metadata_of(model), 64, 512)
     assert attend.costs is None and "out of resource: shared memory" in caplog.text
 
 

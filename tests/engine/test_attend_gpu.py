@@ -62,28 +62,40 @@ def path(tmp_path_factory):
     return make_llama(tmp_path_factory.mktemp("heads"), VOCAB, heads=(4, 2))
 
 
+def start(path, **args):
+    """An engine that knows some costs of `attend`, where it could not measure any: without them nobody asks `pays`."""
+    engine = make_engine(path, block_size=BLOCK, **args)
+    attend = runner_of(engine).model.attend
+    attend.costs = attend.costs or {"attend": [1.0] * 4, "stock": [1.0] * 5, "margin": 1e9}
+    return engine
+
+
 @pytest.fixture(scope="module", params=BACKENDS)
 def gpu_engine(request, path):
     """(engine, dtype, tolerance); of two engines only one is alive at a time on a GPU."""
     dtype, tolerance = BACKENDS[request.param]
     if INTERPRETED:
         attention.BACKENDS["cpu"] = {"CPU_ATTN": attention.BACKENDS["cuda"][request.param]}
-        return make_engine(path, block_size=BLOCK, dtype=dtype), dtype, tolerance
-    return make_engine(path, block_size=BLOCK, dtype=dtype, attention_backend=request.param), dtype, tolerance
+        return start(path, dtype=dtype), dtype, tolerance
+    return start(path, dtype=dtype, attention_backend=request.param), dtype, tolerance
 
 
 @pytest.fixture
 def always(monkeypatch):
-    """Every step goes through `attend`; the plans. A plan that is used again must be that of the table."""
+    """Every step goes through `attend`; the plans. A plan that comes with a batch must be that of its table."""
     seen = []
-    hidden = Model.hidden
+    model_metadata, metadata = Model._metadata, Attend.metadata
 
-    def checked(self, tokens, position, table, slots, n_query=1, plan=None):
-        assert plan is None or torch.equal(plan.table, table)
-        return hidden(self, tokens, position, table, slots, n_query, plan)
+    def checked(self, batch):
+        assert batch.plan is None or torch.equal(batch.plan.table, batch.table)
+        return model_metadata(self, batch)
 
-    monkeypatch.setattr(Model, "hidden", checked)
-    monkeypatch.setattr(Attend, "pays", lambda self, plan, length: seen.append(plan) or True)
+    monkeypatch.setattr(Model, "_metadata", checked)
+    monkeypatch.setattr(
+        Attend, "metadata", lambda self, plan, length: seen.append(plan) or metadata(self, plan, length)
+    )
+    monkeypatch.setattr(Attend, "may_pay", lambda *args: True)
+    monkeypatch.setattr(Attend, "pays", lambda *args, **kwargs: True)
     return seen
 
 
@@ -143,7 +155,8 @@ def test_the_same_particles_as_with_vllms_attention(gpu_engine, monkeypatch):
     params = SMCParams(n_particles=4, max_tokens=6, ess_threshold=1.0, seed=2)
     runs = []
     for pays in (True, False):
-        monkeypatch.setattr(Attend, "pays", lambda self, plan, length, pays=pays: pays)
+        monkeypatch.setattr(Attend, "may_pay", lambda *args: True)
+        monkeypatch.setattr(Attend, "pays", lambda *args, pays=pays, **kwargs: pays)
         runs.append(engine.smc(prompt_of(14), params, POTENTIAL))
     ours, theirs = runs
     if dtype == "float32":  # half precision may turn a draw
@@ -169,8 +182,9 @@ def test_the_switch_asks_the_device_nothing(gpu_engine, monkeypatch):
     costs = {"attend": [1e-5, 1e-11, 1e-10, 1e-7], "stock": [5e-6, 4e-11, 0.0, 0.0, 1e-7], "margin": 1.1}
     monkeypatch.setattr(attend, "costs", costs)
     table = torch.arange(65, dtype=torch.int32, device=runner_of(gpu_engine[0]).model.device).repeat(256, 1)
-    known, unknown = attend.plan(table, 64), attend.plan(table, 0)
-    assert attend.pays(known, 65 * BLOCK) and not attend.pays(unknown, 65 * BLOCK)
+    known, unknown = (attend.plan(table, None, None, columns) for columns in (64, 0))
+    pays = [attend.pays(256, 65 * BLOCK, plan.n_reads, plan.n_nodes) for plan in (known, unknown)]
+    assert pays == [True, False]
     assert not any("_made" in vars(plan) for plan in (known, unknown))
 
 
@@ -194,15 +208,15 @@ def test_the_warm_up_calls_attend_with_one_part_and_with_two(gpu_engine, monkeyp
 @runs
 def test_float8_cache(path, always, monkeypatch):
     """Keys and values in e4m3 with scales: as vLLM's own attention reads them, and near to float32."""
-    args = {"block_size": BLOCK, "kv_cache_dtype": "fp8"}
+    args = {"kv_cache_dtype": "fp8"}
     if INTERPRETED:
         from vllm.v1.attention.ops import triton_reshape_and_cache_flash as writer
 
         monkeypatch.setattr(writer, "_is_supported_kv_cache_dtype", lambda dtype: True)  # of a Hopper
         attention.BACKENDS["cpu"] = {"CPU_ATTN": attention.BACKENDS["cuda"]["TRITON_ATTN"]}
-        engine = make_engine(path, dtype="float32", **args)
+        engine = start(path, dtype="float32", **args)
     else:
-        engine = make_engine(path, dtype="bfloat16", attention_backend="TRITON_ATTN", **args)
+        engine = start(path, dtype="bfloat16", attention_backend="TRITON_ATTN", **args)
     model = runner_of(engine).model
     assert model.attend.why_not is None and {cache.dtype for cache in model.caches} == {torch.uint8}
     context = model._config.compilation_config.static_forward_context
@@ -214,7 +228,8 @@ def test_float8_cache(path, always, monkeypatch):
     assert len(always) == 5
     check_log_probs(path, prompt_of(14), ours, 0.3)
     if INTERPRETED:  # on a GPU vLLM's attention quantises more than the cache
-        monkeypatch.setattr(Attend, "pays", lambda self, plan, length: False)
+        monkeypatch.setattr(Attend, "may_pay", lambda *args: True)
+        monkeypatch.setattr(Attend, "pays", lambda *args, **kwargs: False)
         theirs = engine.smc(prompt_of(14), params, POTENTIAL)
         assert ours.token_ids == theirs.token_ids
         assert np.allclose(ours.log_probs, theirs.log_probs, atol=5e-4)
@@ -233,7 +248,8 @@ def test_float8_cache(path, always, monkeypatch):
             context[name].impl.supports_quant_query_input, context[name].query_quant = True, quantised
         runs = []
         for pays in (True, False):
-            monkeypatch.setattr(Attend, "pays", lambda self, plan, length, pays=pays: pays)
+            monkeypatch.setattr(Attend, "may_pay", lambda *args: True)
+            monkeypatch.setattr(Attend, "pays", lambda *args, pays=pays, **kwargs: pays)
             runs.append(engine.smc(prompt_of(14), params, POTENTIAL))
         assert runs[0].token_ids == runs[1].token_ids and not np.allclose(runs[0].log_probs, ours.log_probs, atol=5e-4)
         assert np.allclose(runs[0].log_probs, runs[1].log_probs, atol=5e-4)

@@ -15,6 +15,7 @@ from vllm import SamplingParams
 
 from fastsmc import Potential, SMCError, SMCParams
 from fastsmc.potentials import Infill, registry
+from fastsmc.vllm.passes import Pass
 from fastsmc.vllm.scheduler import POLL
 
 from .conftest import VOCAB
@@ -102,25 +103,24 @@ def test_early_ends(engine, tiny_path, all_blocks_back):
 @pytest.mark.parametrize("stop", [None, [5]])
 def test_live_blocks_equal_those_of_the_histories(engine, runner, all_blocks_back, monkeypatch, stop):
     """At every step: blocks in use = distinct token histories up to the end of each full block + one tail a slot."""
-    from fastsmc.group import Group
-
     seen = []
-    original = Group.step
+    original = Pass.take
 
-    def step(group):
-        original(group)
-        paging, size = group.model.paging, group.model.paging.block_size
-        histories = group._lineages()[~group.finished].tolist()
-        prompt_len, pairs = len(group.prompt), set()
-        for column in range(prompt_len // size, min(paging.position // size, paging.n_open)):
-            pairs |= {(column, tuple(h[: (column + 1) * size - prompt_len])) for h in histories}
-        private = max(0, paging.n_open - paging.position // size)
-        live = set(paging.live(group.readers).tolist())
-        assert len(live) == len(pairs) + private * group.n
-        assert live <= paging.owned
-        seen.append(len(pairs))
+    def take(part):
+        original(part)
+        for group, paging, *_ in runner.groups.values():
+            size, prompt_len, pairs = paging.block_size, len(group.prompt), set()
+            particles, ours = group.cohort.particles, group.cohort.layout.part(group.index)
+            histories = group.lineages.tokens()[~particles.finished[ours]].tolist()
+            for column in range(prompt_len // size, min(paging.position // size, paging.n_open)):
+                pairs |= {(column, tuple(h[: (column + 1) * size - prompt_len])) for h in histories}
+            private = max(0, paging.n_open - paging.position // size)
+            live = set(paging.live(group.cohort.readers(group.index)).tolist()) - {-1}
+            assert len(live) == len(pairs) + private * group.n
+            assert live <= paging.owned
+            seen.append(len(pairs))
 
-    monkeypatch.setattr(Group, "step", step)
+    monkeypatch.setattr(Pass, "take", take)
     for proposal in ("twisted", "base"):
         for threshold in (0.5, 1.0):
             params = SMCParams(
@@ -157,7 +157,7 @@ def test_capacity_is_refused_or_ended_clearly(small_engine):
 
 
 def test_a_lead_gives_way_to_a_prompt_that_came_first(small_engine):
-    """The lead's tails are reserved before an earlier, longer prompt finds its blocks: neither may wait for ever."""
+    """The group's tails are reserved before an earlier, longer prompt finds its blocks: neither may wait for ever."""
     pool = small_engine.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
     free = pool.get_num_free_blocks()
     lead = small_engine.lead_params(SMCParams(n_particles=28, max_tokens=8))
@@ -305,6 +305,8 @@ def test_scribbling_on_the_state_is_harmless(engine, all_blocks_back):
 
 
 class BrokenTwist(TableTwist):
+    asked = 0  # since it broke
+
     def __init__(self, how):
         super().__init__(value_table(100, VOCAB))
         self.how = how
@@ -317,6 +319,7 @@ class BrokenTwist(TableTwist):
         n = len(state.finished)
         if state.step < 2:
             return super().logw_next(state)
+        BrokenTwist.asked += 1
         bad = torch.zeros((n, VOCAB))
         if self.how == "nan":
             bad[4, 1] = float("nan")
@@ -340,8 +343,10 @@ class BrokenTwist(TableTwist):
     ],
 )
 def test_a_broken_twist(engine, all_blocks_back, how, message):
+    BrokenTwist.asked = 0
     with pytest.raises(SMCError, match=message):
         engine.smc(PROMPT, EVERY_STEP, BrokenTwist(how))
+    assert BrokenTwist.asked == (how != "setup")
 
 
 class Impossible(Potential):
@@ -592,7 +597,7 @@ def test_no_step_waits_for_a_potential_to_be_prepared(engine, runner, scheduler,
     Slow.gate.set()
     for output in step_until(*waiting):
         same(engine.population(output), want)
-    assert not runner._preparing and not runner._waiting
+    assert not runner.shelf._preparing and not runner._waiting
     step_until(add("group"))  # it is kept
     assert Slow.begun == ["well"]
 
@@ -606,12 +611,12 @@ def test_what_cannot_be_prepared_ends_its_groups_alone(engine, runner, all_block
     for output in step_until(*bad):
         assert error_of(output) == f"potential 'slow': prepare raised {message}"
     assert not error_of(step_until(good[1])[0])
-    assert Slow.begun == [how] and not runner._preparing and not runner._waiting
+    assert Slow.begun == [how] and not runner.shelf._preparing and not runner._waiting
 
 
 def test_a_preparation_that_is_given_up_while_it_is_asked_for_begins_anew():
     """Its thread looks at `wanted` just before a new group sets it."""
-    from fastsmc.vllm.runner import ParticleRunner
+    from fastsmc.vllm.shelf import Shelf
 
     class GivenUp:
         wanted, error, potential = False, None, None
@@ -626,9 +631,9 @@ def test_a_preparation_that_is_given_up_while_it_is_asked_for_begins_anew():
             self.asked += 1
             return self.asked > 1
 
-    runner, start = object.__new__(ParticleRunner), SimpleNamespace(potential="slow", potential_args="{}")
-    runner._potentials, runner._preparing = {}, {"slow {}": GivenUp()}
-    assert not runner._is_prepared(start) and runner._preparing["slow {}"].given_up
+    shelf, start = Shelf(None, None), SimpleNamespace(potential="slow", potential_args="{}")
+    shelf._preparing = {"slow {}": GivenUp()}
+    assert not shelf.is_ready(start) and shelf._preparing["slow {}"].given_up
 
 
 def test_abort_of_a_group_that_waits(engine, runner, scheduler, all_blocks_back, slow):

@@ -112,7 +112,7 @@ def test_chunked_prefill_and_prefix_cache(engine, process_engine):
         same(process_engine.smc(prompt, PARAMS["twisted"], POTENTIAL), want)
     params = SamplingParams(max_tokens=30, temperature=0.0)
     cached = process_engine.generate({"prompt_token_ids": prompt}, params, use_tqdm=False)[0]
-    assert cached.num_cached_tokens >= 128  # blocks of the leads' prompt, untouched by the particles
+    assert cached.num_cached_tokens >= 128  # blocks of the groups' prompt, untouched by the particles
     fresh = engine.generate({"prompt_token_ids": prompt}, params, use_tqdm=False)[0]
     assert cached.outputs[0].token_ids == fresh.outputs[0].token_ids
 

@@ -14,7 +14,8 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from fastsmc import Potential, SMCError, SMCParams, ops
 from fastsmc.potentials import Infill
-from fastsmc.vllm.lead import Tick
+from fastsmc.vllm.messages import StepOrder
+from fastsmc.vllm.passes import Batch
 from fastsmc.vllm.ranks import Follower, Leader, LeadingRunner
 
 from .conftest import VOCAB, environment, make_engine
@@ -103,6 +104,39 @@ def test_answers_that_differ_by_rank(parallel, tiny_path, tmp_path, proposal, ho
     assert sorted(path.name.partition("-")[0] for path in tmp_path.iterdir()) == ["reset", "setup"]
 
 
+def put_messages_down(worker):
+    if isinstance(worker.smc_runner, LeadingRunner):
+        leader = worker.smc_runner.model
+        leader.told, tell = [], leader._tell
+
+        def put_down(call, *rows):
+            leader.told.append(call.verb)
+            tell(call, *rows)
+
+        leader._tell = put_down
+
+
+def messages(worker):
+    """What rank 0 has told since `put_messages_down`."""
+    if isinstance(worker.smc_runner, LeadingRunner):
+        del worker.smc_runner.model._tell
+        return worker.smc_runner.model.__dict__.pop("told")
+
+
+def test_three_groups_in_one_pass(parallel, tiny_path, tmp_path, all_blocks_back):
+    """A pass is one message however many groups are in it, and nothing but the end of the order is told beside."""
+    prompts = [prompt_of(50), PROMPT, prompt_of(33)]
+    potentials = [Divergent("noise", tmp_path), Divergent("order", tmp_path), Divergent("noise", tmp_path)]
+    params = SMCParams(n_particles=12, max_tokens=40, ess_threshold=1.0, resampling="multinomial", seed=2)
+    parallel.collective_rpc(put_messages_down)
+    populations = parallel.smc(prompts, params, potentials)
+    told = parallel.collective_rpc(messages)[0]
+    for prompt, population in zip(prompts, populations, strict=True):
+        check_log_probs(tiny_path, prompt, population)
+    assert 40 <= told.count("forward") <= 42 and {*told} == {"forward", "end"}  # they do not arrive all at once
+    assert told.count("end") < 20  # several steps in an order
+
+
 def test_the_other_ranks_hold_nothing(parallel):
     names = parallel.collective_rpc(lambda worker: (type(worker.smc_runner).__name__, *vars(worker.smc_runner)))
     assert names[0][0] == "LeadingRunner" and names[1] == ("Follower", "_model", "_ranks")
@@ -151,7 +185,7 @@ def test_continuations_are_scored_by_all_ranks(parallel, engine, tiny_path, all_
 def attend_always(worker):
     runner = worker.smc_runner
     if isinstance(runner, LeadingRunner):
-        runner.model.attend.pays = lambda plan, length: length % 3 != 0
+        runner.model.attend.pays = lambda rows, length, reads, nodes: length % 3 != 0
         return
     attend, stock = runner._model.attend, runner._model._stock_metadata
     runner.seen = {"attend": 0, "stock": 0}
@@ -255,28 +289,26 @@ class Net:
     """A `Model` that puts down its calls, over KV caches that are real."""
 
     device, block_size, max_tokens, max_logits_rows = torch.device("cpu"), BLOCK, 64, 64
+    attend = None
 
     def __init__(self):
-        self.attend = SimpleNamespace(
-            plan=lambda table, known_shared: ops.plan_attend(table, known_shared=known_shared)
-        )
         generator = torch.Generator().manual_seed(0)
         self.caches = [torch.randn(200, 2, BLOCK, 3, generator=generator) for _ in range(2)]
         self.calls, self.fails = [], False
 
-    def forward(self, tokens, position, table, slots, plan=None):
-        return self.logits(self.hidden(tokens, position, table, slots, 1, plan), slice(None)), None
+    def forward(self, batch):
+        return self.logits(self.hidden(batch), slice(None)), None
 
-    def hidden(self, tokens, position, table, slots, n_query=1, plan=None):
+    def hidden(self, batch):
         if self.fails:
             raise MemoryError("no room")
         kept = torch.stack([cache.sum() for cache in self.caches]).tolist()  # what is there when the call is made
-        known = plan and (plan.known_shared, plan.table.tolist())
-        self.calls.append((tokens.tolist(), position, table.tolist(), slots.tolist(), n_query, known, kept))
+        values = [(v.dtype, v.tolist()) if isinstance(v, torch.Tensor) else v for v in batch]
+        self.calls.append((*values, kept))
         for cache in self.caches:
-            for i, slot in enumerate(slots.tolist()):
-                cache[slot // BLOCK, :, slot % BLOCK] = float(tokens[i] + i)
-        return torch.arange(len(tokens))
+            for i, slot in enumerate(batch.slots.tolist()):
+                cache[slot // BLOCK, :, slot % BLOCK] = float(batch.tokens[i] + i)
+        return torch.arange(len(batch.tokens))
 
     def logits(self, hidden, rows):
         self.calls.append(hidden[rows].tolist())
@@ -300,34 +332,36 @@ def in_place_form(generator, n):
 
 
 def test_the_other_rank_makes_the_same_calls(pair):
-    """Two groups of unlike size in turn, moves in plenty before, between and after the calls."""
+    """Two groups of unlike size and length side by side, moves in plenty before, between and after the calls."""
     leader, net, sent, follower, other = pair
     generator = torch.Generator().manual_seed(1)
     for _ in range(4):
-        blocks = [torch.arange(n * COLUMNS, dtype=torch.int32) + 100 * i for i, n in enumerate((5, 9))]
-        tables, n_messages = [ids.view(-1, COLUMNS) for ids in blocks], 1
-        with leader.tick():
-            for position in range(3, 14):
-                for table in tables:
-                    for _ in range(int(torch.randint(3, (), generator=generator))):
-                        leader.reindex(table, in_place_form(generator, len(table)), position)
-                    rows = torch.arange(0, len(table), 1 + position % 2)
-                    used, n_query = table[rows, : position // BLOCK + 2], 1 + 2 * (position % 3 == 0)
-                    slots = torch.arange(position, position + n_query)
-                    slots = (used[:, slots // BLOCK].long() * BLOCK + slots % BLOCK).reshape(-1)
-                    tokens = torch.randint(50, (len(slots),), generator=generator)
-                    n_messages += 1
-                    if n_query == 1:
-                        plan = ops.plan_attend(used, known_shared=position % 2) if position % 5 else None
-                        leader.forward(tokens, position, used, slots, plan)
-                    else:
-                        hidden = leader.hidden(tokens, position, used, slots, n_query)
-                        for begin in range(0, len(hidden), 4):
-                            leader.logits(hidden, slice(begin, begin + 4))
-                            n_messages += 1
-            leader.reindex(tables[0], in_place_form(generator, 5), 14)  # of a group that no pass follows in this tick
+        table, n_messages = torch.arange(14 * COLUMNS, dtype=torch.int32).view(-1, COLUMNS), 1
+        with leader.order():
+            for step in range(3, 14):
+                position = torch.tensor([step] * 5 + [step + 3] * 9, dtype=torch.int32)
+                for _ in range(int(torch.randint(3, (), generator=generator))):
+                    both = in_place_form(generator, 5), in_place_form(generator, 9) + 5
+                    leader.reindex(table, torch.cat(both), position)
+                rows, n = torch.arange(0, 14, 1 + step % 2), 1 + 2 * (step % 3 == 0)
+                used, at = table[rows], position[rows, None].long() + torch.arange(n)
+                slots = used.gather(1, at // BLOCK).long() * BLOCK + at % BLOCK
+                tokens = torch.randint(50, (len(rows) * n,), generator=generator)
+                lengths, queries = (at[:, -1] + 1).int(), None if n == 1 else (n,) * len(rows)
+                shared = ((0, 5 // (1 + step % 2), 1),) if step % 5 else ()
+                batch = Batch(tokens, at.flatten(), slots.flatten(), used, lengths, step + 6, queries, shared)
+                n_messages += 1
+                if n == 1:
+                    leader.forward(batch)
+                else:
+                    hidden = leader.hidden(batch)
+                    for begin in range(0, len(hidden), 4):
+                        leader.logits(hidden, slice(begin, begin + 4))
+                        n_messages += 1
+            # of a group that no pass follows in this order
+            leader.reindex(table, torch.cat([in_place_form(generator, 5), torch.arange(5, 14)]), position)
         assert len(sent) == n_messages  # one per call, and the end
-        assert follower.run(Tick([], [])) == [] and not sent
+        assert follower.run(StepOrder([], [])) == [] and not sent
         assert other.calls == net.calls and len(net.calls) > 20
         assert all(map(torch.equal, other.caches, net.caches))
 
@@ -335,14 +369,15 @@ def test_the_other_rank_makes_the_same_calls(pair):
 def test_what_fails_outside_the_model_leaves_the_ranks_together(pair):
     leader, net, sent, follower, other = pair
     table = torch.arange(12, dtype=torch.int32).view(3, 4)
-    with pytest.raises(KeyError), leader.tick():
-        leader.reindex(table, torch.tensor([0, 0, 2]), 6)
+    with pytest.raises(KeyError), leader.order():
+        position = torch.full((3,), 6, dtype=torch.int32)
+        leader.reindex(table, torch.tensor([0, 0, 2]), position)
         with pytest.raises(ValueError, match="ancestors"):
-            leader.reindex(table, torch.tensor([1, 2, 0]), 6)  # refused: moves nothing anywhere
+            leader.reindex(table, torch.tensor([1, 2, 0]), position)  # refused: moves nothing anywhere
         raise KeyError
-    assert follower.run(Tick([], [])) == [] and not sent
+    assert follower.run(StepOrder([], [])) == [] and not sent
     assert all(map(torch.equal, other.caches, net.caches)) and not torch.equal(net.caches[0], Net().caches[0])
-    with pytest.raises(RuntimeError, match="outside a tick"):
+    with pytest.raises(RuntimeError, match="outside an order"):
         leader.logits(torch.zeros(3), slice(None))
     assert not sent
 
@@ -350,20 +385,21 @@ def test_what_fails_outside_the_model_leaves_the_ranks_together(pair):
 def test_a_model_that_fails_fails_the_step(pair):
     """Even if a potential has swallowed the error: the other ranks wait in a collective."""
     leader, net, sent, _, _ = pair
-    table, one = torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, dtype=torch.int64)
+    one = torch.zeros(1, dtype=torch.int64)
+    batch = Batch(one, one, one, torch.zeros(1, 1, dtype=torch.int32), one.int() + 1, 1)
     runner = object.__new__(LeadingRunner)
-    runner.model, runner.groups = leader, {}
+    runner.model, runner.groups, runner._half = leader, {}, None
     net.fails = True
 
-    def run_group(part, result):
+    def run_steps(order, results):
         for _ in range(2):
             with pytest.raises((MemoryError, RuntimeError), match="no room"):
-                leader.forward(one, 0, table, one)
+                leader.forward(batch)
 
-    runner._run_group = run_group
+    runner._admit, runner._run_steps = lambda *args: None, run_steps
     part = SimpleNamespace(request_id="a", epoch=0)
     with pytest.raises(RuntimeError, match="tensor-parallel rank 0.*no room"):
-        runner.run(Tick([part], []))
+        runner.run(StepOrder([part], []))
     assert [call.verb for call, _ in sent] == ["forward"]  # nobody hears what comes after
 
 

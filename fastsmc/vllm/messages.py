@@ -1,0 +1,104 @@
+"""What travels between the scheduler and the workers: a `StepOrder` to them, a `GroupResult` per group back.
+
+Both are attributes that are added to vLLM's own objects: `SchedulerOutput.smc` and `ModelRunnerOutput.smc_results`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from fastsmc.params import SMCParams
+
+
+@dataclasses.dataclass
+class GroupStart:
+    """Holds all that a worker needs to begin a group."""
+
+    params: SMCParams
+    prompt: list[int]
+    prompt_blocks: list[int]
+    stop_token_ids: frozenset[int]
+    potential: str | None
+    potential_args: str
+    twist: str | None
+    exact: list[list[int]] | None
+    lookahead: int
+    return_population: bool
+
+
+@dataclasses.dataclass
+class GroupStep:
+    """Asks for a group's share of an engine step: up to `steps` particle steps, with new `blocks`.
+
+    Attributes:
+        alone: its rows share no forward pass with those of other groups.
+    """
+
+    request_id: str
+    epoch: int
+    steps: int
+    blocks: list[int]
+    start: GroupStart | None
+    alone: bool = False
+
+
+@dataclasses.dataclass
+class StepOrder:
+    """Says what the groups do in an engine step, and which groups the workers forget before it.
+
+    The rows of all groups that are not `alone` go into one forward pass per particle step, those of each that is into a
+    pass of their own. With `max_rows` the pass that would exceed it is cut: the rest of its rows is kept, and until
+    they have run it is *half done*. Each of its groups answers `partial`, the next order with groups names exactly
+    these, without new blocks, and runs on. Passes after the cut one are not begun; their groups answer as they stood.
+    An order, with groups or without, that drops one of the half's groups undoes it: the others begin their step anew.
+
+    An order whose `SchedulerOutput` schedules tokens *rides*: one pass of the groups that are not `alone`, or a part of
+    it, goes into the forward pass of those tokens.
+
+    Attributes:
+        drop: request ids of groups that have ended, or were aborted or preempted.
+        patience: seconds that the worker may wait for a potential to be prepared; 0 where there is other work.
+        max_rows: rows that this order runs at most, in all its passes; None: all of them.
+    """
+
+    groups: list[GroupStep]
+    drop: list[str]
+    patience: float = 0.0
+    max_rows: int | None = None
+
+
+@dataclasses.dataclass
+class GroupResult:
+    """Says what one group's share of a step came to.
+
+    Attributes:
+        step: particle steps done so far.
+        need: KV blocks without which it cannot go on; 0: none.
+        surplus: KV blocks given back.
+        waiting: its potential is still being prepared; ask again.
+        partial: its pass is half done; it has no need and no surplus then.
+        rows, seconds: model rows that the order ran, and what the model took for them (forward pass and logits) by the
+            clock; of all groups together, in the first result of an order.
+        error: the group has failed: why.
+        token_ids, stopped: of one particle drawn by weight, when the group is done; token_ids is None if no particle
+            has any weight.
+        summary: plain values for every client, empty until the group is done; `population` is the whole (base64 of
+            `Population.to_bytes`, so that it passes through JSON), when asked for.
+    """
+
+    request_id: str
+    epoch: int
+    step: int = 0
+    done: bool = False
+    need: int = 0
+    surplus: list[int] = dataclasses.field(default_factory=list)
+    waiting: bool = False
+    partial: bool = False
+    rows: int = 0
+    seconds: float = 0.0
+    error: str | None = None
+    token_ids: list[int] | None = None
+    stopped: bool = False
+    summary: dict[str, Any] = dataclasses.field(default_factory=dict)
+    population: str | None = None

@@ -1,0 +1,82 @@
+"""How many rows of a particle pass one engine step runs beside other requests, from what steps have taken so far.
+
+A group's rows are independent of each other until they are weighed, so a pass may be spread over several engine steps,
+and other requests wait for a part of it only. Nothing of vLLM is imported here, and no clock is read.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from fastsmc.vllm.options import ALL
+
+#: what a part of a pass may take, in ordinary steps that only decode: other requests' tokens then come about 4 times as
+#: far apart as without groups, and the groups have three quarters of the time
+DECODE_STEPS = 3.0
+#: what it may take beside prefill, in the time of the prefill step just before, where that is more: 1 would halve the
+#: speed of a long prompt, and a fifth leaves the time to its first token below 1.3 times that without groups
+PREFILL_SHARE = 0.2
+#: rows as long as nothing has been measured, and the least
+FIRST_ROWS, LEAST_ROWS = 64, 8
+#: share of a new measurement in an estimate
+NEWEST = 0.2
+#: decode steps with riding rows until one goes without, which is what a decode step's time is estimated from
+RIDES = 32
+#: a change by this factor is logged
+LOGGED_CHANGE = 1.5
+
+
+class Pace:
+    """Estimates seconds per row of a particle pass and seconds per decode step, and bounds a pass's rows by them."""
+
+    def __init__(self, rows_per_step: int | str | None, logger: logging.Logger) -> None:
+        """Takes the option `max_particle_rows_per_step`, and the logger that is told of changes."""
+        self._fixed, self._logger = rows_per_step, logger
+        self._per_row: float | None = None
+        self._decode: float | None = None
+        self._prefill = 0.0  # seconds of the last ordinary step, where it had prefill in it
+        self._logged = 0.0
+        self._rides = RIDES  # decode steps with riding rows since one without
+
+    def see_ordinary(self, seconds: float, has_prefill: bool) -> None:
+        """Takes what an ordinary step took."""
+        self._prefill = seconds if has_prefill else 0.0
+        if not has_prefill:
+            self._decode = _moved(self._decode, seconds)
+            self._rides = 0
+
+    def see_ride(self) -> None:
+        """Takes that a decode step had riding rows: it says nothing of what one without takes."""
+        self._prefill = 0.0
+        self._rides += 1
+
+    def wants_decode(self) -> bool:
+        """Says whether the next decode step shall have no riding rows, so that its time is known."""
+        return self._fixed is None and self._rides >= RIDES
+
+    def see_rows(self, rows: int, seconds: float) -> None:
+        """Takes what the model took for rows of particle passes. Few rows say nothing of what one more costs."""
+        if rows >= LEAST_ROWS and seconds > 0:
+            self._per_row = _moved(self._per_row, seconds / rows)
+
+    def max_rows(self) -> int | None:
+        """Returns how many rows of a pass the next engine step may run while there is other work; None: all."""
+        if self._fixed is not None:
+            return None if self._fixed == ALL else int(self._fixed)
+        if self._per_row is None:
+            return FIRST_ROWS
+        rows = FIRST_ROWS if self._decode is None else max(LEAST_ROWS, int(DECODE_STEPS * self._decode / self._per_row))
+        if self._decode is not None and not self._logged / LOGGED_CHANGE < rows < self._logged * LOGGED_CHANGE:
+            self._logged = rows
+            self._logger.info(
+                "a particle pass runs at most %d rows per engine step beside other requests: a decode step takes "
+                "%.1f ms, a row %.2f ms (max_particle_rows_per_step)",
+                rows,
+                1e3 * self._decode,
+                1e3 * self._per_row,
+            )
+        return max(rows, int(PREFILL_SHARE * self._prefill / self._per_row))
+
+
+def _moved(estimate: float | None, seen: float) -> float:
+    return seen if estimate is None else estimate + NEWEST * (seen - estimate)

@@ -1,0 +1,335 @@
+"""A pass of the model: one ragged batch for the rows of all groups that take a step together.
+
+`Pass` collects what cohorts want, runs it in one forward pass or in several chunks, and hands each cohort its rows of
+the logits. A row's bits do not hang on what else is in the batch, as far as the kernels keep that: a batch has at least
+two rows, and how a group attends is chosen by its own rows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import time
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from fastsmc import ops
+from fastsmc.smc import Cohort, Group, Scores, Wants, arrange
+from fastsmc.smc.cohort import Flow
+from fastsmc.smc.paging import BlockTables, Paging
+from fastsmc.vllm.messages import GroupStart
+
+if TYPE_CHECKING:
+    from fastsmc.vllm.attention import Attend
+
+
+class Batch(NamedTuple):
+    """Holds R rows of a forward pass, of one or more queries each; Q queries in all.
+
+    Attributes:
+        tokens: (Q,) int64, row by row.
+        positions: (Q,) int64.
+        slots: (Q,) int64, where the keys and values go.
+        table: (R, C) int32 block table; what lies beyond a row's length is ignored.
+        lengths: (R,) int32 tokens of a row, its queries included.
+        max_length: at least the longest of them.
+        queries: of each row; None: one each.
+        shared: rows that attend by `ops.attend`, as (begin, end, columns on which they are known to agree) of each
+            group; the others attend as vLLM does.
+        plan: of `ops.attend` for all rows, if it is made already.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    slots: Tensor
+    table: Tensor
+    lengths: Tensor
+    max_length: int
+    queries: tuple[int, ...] | None = None
+    shared: tuple[tuple[int, int, int], ...] = ()
+    plan: ops.AttendPlan | None = None
+
+    def part(self, begin: int, end: int) -> Batch:
+        """Takes rows [begin, end). A single row stands twice: kernels compute one row otherwise than several.
+
+        Both attend alike, since both write the row's keys and values.
+        """
+        n_rows = len(self.lengths)
+        if begin == 0 and end == n_rows > 1:
+            return self
+        rows = [*range(begin, end), *[begin] * (end - begin == 1)]
+        bounds = [0, *itertools.accumulate(self.queries or [1] * n_rows)]
+        device = self.table.device
+        row = torch.tensor(rows, device=device)
+        query = torch.tensor([q for r in rows for q in range(bounds[r], bounds[r + 1])], device=device)
+        shared = tuple(
+            (max(a, begin) - begin, min(b, end) - begin, known) for a, b, known in self.shared if a < end and b > begin
+        )
+        if end - begin == 1:
+            shared = tuple((0, 2, known) for _, _, known in shared)
+        return Batch(
+            self.tokens[query],
+            self.positions[query],
+            self.slots[query],
+            self.table[row],
+            self.lengths[row],
+            self.max_length,
+            None if self.queries is None else tuple(self.queries[r] for r in rows),
+            shared,
+        )
+
+
+@dataclasses.dataclass
+class Ride:
+    """Is a batch whose rows ride in the forward pass of an ordinary step, and what comes of it.
+
+    Attributes:
+        metadata: for attention, by layer.
+        hidden: (R, H) last hidden states, once the pass has run.
+        seconds: the rows' share of what it took.
+    """
+
+    batch: Batch
+    metadata: dict[str, Any]
+    hidden: Tensor | None = None
+    seconds: float = 0.0
+
+
+class PagedCalls(Protocol):
+    """Says what a pass calls: a `Model`, or what makes a model's calls on all tensor-parallel ranks.
+
+    Attributes:
+        max_tokens: queries of a forward pass.
+        max_logits_rows: rows whose logits are there at once while continuations are scored.
+    """
+
+    device: torch.device
+    block_size: int
+    attend: Attend
+    max_tokens: int
+    max_logits_rows: int
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]: ...
+
+    def hidden(self, batch: Batch) -> Tensor: ...
+
+    def logits(self, hidden: Tensor, rows: slice) -> Tensor: ...
+
+    def reindex(self, table: Tensor, ancestors: Tensor, position: Tensor) -> None: ...
+
+
+class Member(NamedTuple):
+    """Is a group in a worker.
+
+    Attributes:
+        first_row: of its rows in the worker's block tables.
+    """
+
+    group: Group
+    paging: Paging
+    first_row: int
+    start: GroupStart
+
+
+class Pass:
+    """Is one particle step of some groups, from what they want to what becomes of it.
+
+    Args:
+        members: groups that are not done; all columns are open that their next position needs.
+
+    Attributes:
+        groups: of the pass.
+        n_rows, n_run: rows of the model that it needs, and how many of them have run.
+        seconds: what the model took for them.
+    """
+
+    def __init__(self, model: PagedCalls, tables: BlockTables, members: Sequence[Member]) -> None:
+        self._model, self._tables = model, tables
+        self._members = {member.group: member for member in members}
+        self.groups = list(self._members)
+        self._cohorts = arrange(self.groups)
+        self._wants = [cohort.wants() for cohort in self._cohorts]
+        self._move(zip(self._cohorts, self._wants, strict=True))
+        self._rows = torch.cat([self._rows_of(c)[w.slots] for c, w in zip(self._cohorts, self._wants, strict=True)])
+        self.n_rows, self.n_run, self.seconds = len(self._rows), 0, 0.0
+        self._next = 0  # where the chunk ends that is with the model
+        self._batch = self._make_batch()
+        self._parts: list[tuple[Tensor, Tensor]] = []
+
+    def _rows_of(self, cohort: Cohort) -> Tensor:
+        """Lists the rows of the block tables that a cohort's slots are, (M,) int64."""
+        device, firsts = self._tables.table.device, [self._members[group].first_row for group in cohort.groups]
+        return torch.cat([torch.arange(f, f + g.n, device=device) for f, g in zip(firsts, cohort.groups, strict=True)])
+
+    def _move(self, wants: Iterable[tuple[Cohort, Wants]]) -> None:
+        """Makes the copies of slots that cohorts want, all at once."""
+        ancestors: Tensor | None = None
+        for cohort, want in wants:
+            if want.moves is not None:
+                if ancestors is None:
+                    ancestors = torch.arange(len(self._tables.position), device=self._tables.table.device)
+                rows = self._rows_of(cohort)
+                ancestors[rows] = rows[want.moves]
+        if ancestors is not None:
+            self._model.reindex(self._tables.table, ancestors, self._tables.position)
+            self._tables.position.copy_(self._tables.position[ancestors])
+
+    # ------------------------------------------------------------------------------------------------------- the model
+    def _make_batch(self) -> Batch:
+        size, tables = self._model.block_size, self._tables
+        members = [self._members[group] for want in self._wants for group in want.groups]
+        counts = [n - m for want in self._wants for m, n in itertools.pairwise(want.bounds)]
+        bounds = [0, *itertools.accumulate(counts)]
+        first = {begin: m for m, begin in zip(members, bounds, strict=False) if m.group.t == 0}
+        scratch = {row: self._open_first(member) for row, member in first.items()}
+        positions = tables.position[self._rows].long()
+        columns = max(member.paging.position for member in members) // size + 1
+        table = tables.table[:, :columns][self._rows]
+        for row, block in scratch.items():
+            table[row, (len(first[row].start.prompt) - 1) // size] = block
+        tokens = torch.cat([want.tokens for want in self._wants])
+        slots = table.gather(1, positions[:, None] // size)[:, 0].long() * size + positions % size
+        longest = max(member.paging.position for member in members) + 1
+        batch = Batch(tokens, positions, slots, table, (positions + 1).int(), longest)
+        return self._choose_attention(batch, members, bounds)
+
+    def _open_first(self, member: Member) -> Tensor:
+        """Makes the block, a 0-dim tensor, in which a group's prompt has its last token once more.
+
+        The first step runs that token, for its logits, in the first slot's own tail, because the prompt's blocks may be
+        shared with others.
+        """
+        position, size, tables = len(member.start.prompt) - 1, self._model.block_size, self._tables
+        column, n_used = divmod(position, size)
+        tail = tables.table[member.first_row, member.paging.tail]
+        if n_used:
+            source = torch.tensor([member.start.prompt_blocks[column]], dtype=torch.int32, device=tail.device)
+            both, parents = (
+                torch.cat([source, tail[None]])[:, None],
+                torch.zeros(2, dtype=torch.int64, device=tail.device),
+            )
+            self._model.reindex(both, parents, torch.full((2,), n_used, dtype=torch.int32, device=tail.device))
+        tables.position[member.first_row] = position
+        return tail
+
+    def _choose_attention(self, batch: Batch, members: Sequence[Member], bounds: list[int]) -> Batch:
+        """Lets groups use `ops.attend` where it is the faster for their own rows."""
+        attend = self._model.attend
+        may_pay = [
+            attend.why_not is None and m.group.t > 0 and attend.may_pay(end - begin, m.paging.position + 1)
+            for m, (begin, end) in zip(members, itertools.pairwise(bounds), strict=True)
+        ]
+        if not any(may_pay):
+            return batch
+        known = [m.paging.n_prompt_columns * (m.group.t > 0) for m in members]
+        plan = attend.plan(batch.table, known, batch.lengths, bounds)
+        shared = tuple(
+            (bounds[g], bounds[g + 1], known[g])
+            for g, m in enumerate(members)
+            if may_pay[g] and attend.pays(plan, m.paging.position + 1, group=g)
+        )
+        return batch._replace(shared=shared, plan=plan if len(shared) == len(members) else None)
+
+    def run(self, max_rows: int | None = None) -> int:
+        """Runs rows that have not run yet, at most so many, and returns how many they were."""
+        begin, end = self.n_run, self.n_rows if max_rows is None else min(self.n_rows, self.n_run + max_rows)
+        start = time.perf_counter()
+        while self.n_run < end:
+            self.put(*self._model.forward(self.next_batch(min(end - self.n_run, self._model.max_tokens))))
+        if max_rows is not None and self._model.device.type == "cuda":
+            torch.cuda.synchronize(self._model.device)  # else only launches would be timed
+        self.seconds += time.perf_counter() - start
+        return end - begin
+
+    def next_batch(self, max_rows: int | None) -> Batch:
+        """Returns rows that have not run yet, at most so many; who runs them hands `put` what comes of them."""
+        self._next = self.n_rows if max_rows is None else min(self.n_rows, self.n_run + max_rows)
+        return self._batch.part(self.n_run, self._next)
+
+    def put(self, logits: Tensor, hidden: Tensor) -> int:
+        """Takes the logits and hidden states of the last `next_batch`, and returns how many rows it had."""
+        ran = self._next - self.n_run  # a row that stands twice is taken once
+        self._parts.append((logits[:ran], hidden[:ran]))
+        self.n_run = self._next
+        return ran
+
+    # -------------------------------------------------------------------------------------------------------- the step
+    def take(self) -> None:
+        """Lets the groups take their step, once all rows have run."""
+        logits, hidden = (p[0] if len(p) == 1 else torch.cat(p) for p in zip(*self._parts, strict=True))
+        self._tables.position[self._rows] += 1
+        for member in self._members.values():
+            member.paging.position += member.group.t > 0
+        flows: list[tuple[Cohort, Flow]] = []
+        at = 0
+        for cohort, want in zip(self._cohorts, self._wants, strict=True):
+            rows = slice(at, at + want.bounds[-1])
+            at = rows.stop
+            cohort.scorer = self._score_one
+            flows.append((cohort, cohort.take(logits[rows], hidden[rows])))
+        self._finish(flows)
+
+    def _finish(self, flows: list[tuple[Cohort, Flow]]) -> None:
+        """Takes steps to their end; continuations that several of them want scored go through the model together."""
+        answers: list[Tensor | None] = [None] * len(flows)
+        while flows:
+            going: list[tuple[Cohort, Flow, Scores]] = []
+            for (cohort, flow), answer in zip(flows, answers, strict=True):
+                with contextlib.suppress(StopIteration):
+                    going.append((cohort, flow, next(flow) if answer is None else flow.send(answer)))
+            flows = [(cohort, flow) for cohort, flow, _ in going]
+            answers = list(self._score([scores for _, _, scores in going])) if going else []
+
+    def _score_one(self, scores: Scores) -> Tensor:
+        return self._score([scores])[0]
+
+    def _score(self, wanted: Sequence[Scores]) -> list[Tensor]:
+        """Computes log p0 of continuations, (R,) float64 each, in as few passes as the model's limits allow."""
+        device, size = self._model.device, self._model.block_size
+        cohorts = [scores.wants.groups[0].cohort for scores in wanted]
+        self._move(zip(cohorts, (scores.wants for scores in wanted), strict=True))
+        groups = [group for scores in wanted for group in scores.wants.groups]
+        ids = [ids for scores in wanted for ids in scores.continuations]
+        counts = [n - m for scores in wanted for m, n in itertools.pairwise(scores.wants.bounds)]
+        queries = [len(ids[g]) for g, count in enumerate(counts) for _ in range(count)]
+        targets = pad_sequence([torch.tensor(x, dtype=torch.int64) for x in ids], batch_first=True).to(device)
+        temperatures = torch.tensor([group.params.temperature for group in groups], dtype=torch.float64, device=device)
+        # for each row, its group and its place in the tables; for each query, its row and how many are before it there
+        group_of = torch.arange(len(groups), device=device).repeat_interleave(torch.tensor(counts, device=device))
+        rows = torch.cat([self._rows_of(c)[w.wants.slots] for c, w in zip(cohorts, wanted, strict=True)])
+        n_queries = torch.tensor(queries, device=device)
+        row_of = torch.arange(len(queries), device=device).repeat_interleave(n_queries, output_size=sum(queries))
+        before = torch.arange(len(row_of), device=device) - (n_queries.cumsum(0) - n_queries)[row_of]
+        last = torch.cat([scores.wants.tokens for scores in wanted])
+        tokens = torch.where(before == 0, last[row_of], targets[group_of[row_of], before - 1])
+        positions = self._tables.position[rows].long()
+        lengths, at, table = (positions + n_queries).int(), positions[row_of] + before, self._tables.table[rows]
+        slots = table[row_of, at // size].long() * size + at % size
+        longest = max(member.paging.position for member in self._members.values()) + max(queries)
+        batch = Batch(tokens, at, slots, table, lengths, longest, tuple(queries))
+        query_group = group_of[row_of]
+        scored = self._score_queries(batch, targets[query_group, before], temperatures[query_group])
+        by_row = torch.zeros(len(queries), dtype=torch.float64, device=device).index_add_(0, row_of, scored)
+        return list(by_row.split([scores.wants.bounds[-1] for scores in wanted]))
+
+    def _score_queries(self, batch: Batch, targets: Tensor, temperatures: Tensor) -> Tensor:
+        """Computes log p0 of the token that follows each query of a batch, (Q,) float64."""
+        model, queries, scores = self._model, batch.queries or (), []
+        bounds, begin = [0, *itertools.accumulate(queries)], 0
+        while begin < len(queries):
+            end = begin + 1
+            while end < len(queries) and bounds[end + 1] - bounds[begin] <= model.max_tokens:
+                end += 1
+            hidden = model.hidden(batch.part(begin, end))
+            for low in range(bounds[begin], bounds[end], model.max_logits_rows):
+                high = min(low + model.max_logits_rows, bounds[end])
+                logits = model.logits(hidden, slice(low - bounds[begin], high - bounds[begin]))
+                lse = ops.weigh(logits, temperature=temperatures[low:high]).lse
+                scores.append(logits.gather(1, targets[low:high, None])[:, 0].double() / temperatures[low:high] - lse)
+            begin = end
+        return torch.cat(scores)
