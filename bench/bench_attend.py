@@ -158,10 +158,10 @@ def bench_steps(n: int, prompts: tuple[int, ...], max_tokens: int, repeats: int)
     from vllm import SamplingParams
 
     from fastsmc import LLM, SMCParams
-    from fastsmc.group import Group
     from fastsmc.models import resolve
     from fastsmc.potentials import Lexicon
     from fastsmc.vllm.attention import Attend
+    from fastsmc.vllm.passes import Pass
 
     llm = LLM(
         resolve("smollm2"), dtype="bfloat16", max_model_len=8192, enforce_eager=True, max_num_seqs=1024,
@@ -178,23 +178,25 @@ def bench_steps(n: int, prompts: tuple[int, ...], max_tokens: int, repeats: int)
     spent: dict[str, list[float]] = defaultdict(list)
     rows: list[int] = []
     used: list[bool] = []
-    step, pays = Group.step, Attend.pays
+    begun: list[float] = []
+    begin, take, pays = Pass.__init__, Pass.take, Attend.pays
 
-    def choose(self, plan, length):
-        rows.append(len(plan.order))
-        answer = pays(self, plan, length)
+    def choose(self, plan, length, group):
+        rows.append(len(plan.table))
+        answer = pays(self, plan, length, group)
         used.append(answer)
         return answer and len(rows) % 2 == 0
 
-    def timed(self):
-        before = len(rows)
-        begin = time.perf_counter()
-        step(self)
-        seconds = time.perf_counter() - begin
-        if len(rows) > before and self.t > 4:  # by then nearly all histories differ
-            spent["ours" if len(rows) % 2 == 0 else "stock"].append(seconds)
+    def timed_begin(self, *args):
+        begun[:] = [time.perf_counter(), len(rows)]
+        begin(self, *args)
 
-    Attend.pays, Group.step = choose, timed  # type: ignore[method-assign]  # timed from outside
+    def timed_take(self):
+        take(self)
+        if len(rows) > begun[1] and self.groups[0].t > 4:  # by then nearly all histories differ
+            spent["ours" if len(rows) % 2 == 0 else "stock"].append(time.perf_counter() - begun[0])
+
+    Attend.pays, Pass.__init__, Pass.take = choose, timed_begin, timed_take  # type: ignore[assignment, method-assign]
     records: list[dict[str, Any]] = []
     for prompt_len in prompts:
         for i in range(repeats + 1):
@@ -229,7 +231,7 @@ def bench_steps(n: int, prompts: tuple[int, ...], max_tokens: int, repeats: int)
             f"{r['attend_chosen']:.0%} of the steps",
             flush=True,
         )
-    Attend.pays, Group.step = pays, step  # type: ignore[method-assign]
+    Attend.pays, Pass.__init__, Pass.take = pays, begin, take  # type: ignore[method-assign]
     return {"bench": "attend steps", "records": records}
 
 

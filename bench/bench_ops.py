@@ -30,9 +30,9 @@ from machine import write_result
 from torch import Tensor
 
 from fastsmc import Potential, SMCParams, ops
-from fastsmc.captured import CapturedGroup
 from fastsmc.ops._tensors import pick_backend
 from fastsmc.params import RESAMPLING_SCHEMES
+from fastsmc.smc.captured import CapturedGroup
 
 TEMPERATURE = 0.8
 LAYERS, BLOCKS, BLOCK_SHAPE = 30, 300, (3, 64, 64)  # block: heads, slots, dimensions

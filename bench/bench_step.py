@@ -15,11 +15,8 @@ case one after the other, `repeats` times. The other tree needs its C++ extensio
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
-import subprocess
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -27,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from machine import ROOT, source, write_result
+from trees import OtherEngine, serve
 
 PARTICLES = (64, 256)
 #: a few states and, for every letter so far, a state of its own: masks for all states at once, or for those in use
@@ -138,54 +136,6 @@ class Engine:
         return {"total": time.perf_counter() - start}
 
 
-class OtherEngine:
-    """Does as `Engine` in another process, with the fastsmc of `tree`."""
-
-    def __init__(self, tree: Path, *arguments: str) -> None:
-        environment = os.environ | {"PYTHONPATH": str(tree)}
-        environment.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        self.tree = tree
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, "--serve", *arguments],
-            env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        assert self.process.stdin is not None and self.process.stdout is not None  # pipes
-        self._requests, self._answers = self.process.stdin, self.process.stdout
-        self._read()
-
-    def _read(self) -> Any:
-        line = self._answers.readline()
-        if not line:
-            raise RuntimeError(f"the engine of {self.tree} ended with exit code {self.process.wait()}")
-        return json.loads(line)
-
-    def _call(self, *request: Any) -> dict[str, float]:
-        self._requests.write(json.dumps(request) + "\n")
-        self._requests.flush()
-        return self._read()
-
-    def step(self, n: int, potential: str) -> dict[str, float]:
-        return self._call("step", n, potential)
-
-    def build(self, pattern: str) -> dict[str, float]:
-        return self._call("build", pattern)
-
-    def close(self) -> None:
-        self._requests.close()
-        self.process.wait(60)
-
-
-def serve(model: str, max_tokens: int) -> None:
-    """Serves an `OtherEngine`: requests by line on stdin, answers on stdout, where vLLM no longer writes."""
-    out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    engine = Engine(model, max_tokens)
-    print(json.dumps("ready"), file=out, flush=True)
-    for line in sys.stdin:
-        method, *arguments = json.loads(line)
-        print(json.dumps(getattr(engine, method)(*arguments)), file=out, flush=True)
-
-
 def summary(runs: list[dict[str, float]], max_tokens: int) -> dict[str, Any]:
     """Returns medians of runs: ms per step by part, and the share outside forward and lm head."""
     outside = [r["total"] - r["hidden"] - r["logits"] for r in runs]
@@ -212,7 +162,7 @@ def run(
     if against is None:
         engines = {"this": Engine(model, max_tokens)}
     else:
-        options = ("--model", model, "--max-tokens", str(max_tokens))
+        options = (__file__, "--serve", "--model", model, "--max-tokens", str(max_tokens))
         engines = {"this": OtherEngine(ROOT, *options), "against": OtherEngine(Path(against).resolve(), *options)}
     records = []
     for n in particles:
@@ -275,7 +225,7 @@ def main() -> None:
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
-        serve(args.model, args.max_tokens)
+        serve(lambda: Engine(args.model, args.max_tokens))
         return
     particles = tuple(int(n) for n in args.particles.split(","))
     potentials = tuple(args.potentials.split(","))

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Measures on a CPU what bench/results says of one, most telling first:
 #
-#   bash bench/cpu.sh OUTDIR [part…]         default: all parts but infill and order
+#   bash bench/cpu.sh OUTDIR [part…]         default: all parts but groups, infill and order
 #   AGAINST=../old bash bench/cpu.sh OUTDIR against      steps of this tree and of another, in turn
 #
 # part           minutes on two quiet cores, and what for
@@ -15,6 +15,7 @@
 # peers          5    genlm-control in turn with fastsmc; PEER: its interpreter (bench/peers/.venv/bin/python)
 # infill        25    training and divergences: numbers that a busy machine does not change, only their time
 # order          2    orders of ancestors: the same
+# groups        35    several groups against stock, a step by their number, a group beside ordinary requests
 # against        6
 #
 # PYTHON: the interpreter (.venv/bin/python). Everything that is compared runs in turn within one part; medians. Load is
@@ -22,7 +23,7 @@
 set -u
 cd "$(dirname "$0")/.."
 if [ $# -eq 0 ]; then
-  sed -n '2,21s/^# \{0,1\}//p' "$0" >&2
+  sed -n '2,22s/^# \{0,1\}//p' "$0" >&2
   exit 2
 fi
 python=${PYTHON:-.venv/bin/python}
@@ -62,6 +63,7 @@ for part in $parts; do
     smc) bench smc_cpu bench_smc.py --cases $cases --repeats 2 ;;
     smc_one_core) VLLM_CPU_OMP_THREADS_BIND=0 bench smc_cpu_one_core bench_smc.py --cases $cases --repeats 2 ;;
     step) bench step_cpu bench_step.py ;;
+    groups) bench groups_cpu bench_groups.py ${AGAINST:+--against "$AGAINST"} ;;
     against) bench step_against bench_step.py --against "${AGAINST:?another source tree, built}" --max-tokens 16 ;;
     attend_steps) OMP_NUM_THREADS=1 bench attend_steps_cpu bench_attend.py steps --max-tokens 24 --repeats 3 ;;
     attend_ops) bench attend_ops_cpu bench_attend.py ops --seconds 0.1 ${COSTS:+--costs} ;;

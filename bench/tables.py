@@ -83,6 +83,70 @@ def step(result: Result) -> list[str]:
     ]  # fmt: skip
 
 
+def groups(result: Result) -> list[str]:
+    """Makes a table per part that was measured."""
+    of = {part: [r for r in result["records"] if r["part"] == part] for part in ("shared", "outside", "beside")}
+    lines: list[str] = []
+
+    def add(text: str, head: str, rows: Iterable[Iterable[object]]) -> None:
+        lines.extend([*([""] if lines else []), text, "", *table(head, rows)])
+
+    if of["shared"]:
+        others = list(of["shared"][0]["ratio"])
+        rates = ("smc", *others)
+        add(
+            f"Groups × particles, T = {of['shared'][0]['max_tokens']}, tokens/s:",
+            " | ".join(["G × N", *rates, *(f"SMC : {name}" for name in others), "distinct histories"]),
+            (
+                (
+                    f"{r['groups']} × {r['n_particles']}", *(f"{r['tokens_per_s'][name]:.0f}" for name in rates),
+                    *(f"**{r['ratio'][name]['median']:.2f}**" for name in others), f"{r['forward_share']:.2f}",
+                )
+                for r in of["shared"]
+            ),
+        )  # fmt: skip
+    if of["outside"]:
+        parts = ("total", "hidden", "logits", "weigh", "draw", "uniforms", "resample", "reindex", "outside")
+        add(
+            f"A step of G groups of {of['outside'][0]['n_particles']}, ms:",
+            "potential | tree | G | whole | forward | lm head | weigh | draw | uniforms | resample | reindex | outside",
+            (
+                (r["kind"], r["engine"], r["groups"], *(f"{r['step_ms'].get(part, 0.0):.2f}" for part in parts))
+                for r in of["outside"] if "step_ms" in r
+            ),
+        )  # fmt: skip
+        for r in of["outside"]:
+            if "us_per_group" in r:
+                text = f"{r['intercept_ms']:.1f} ms + {r['us_per_group']:.0f} µs per group"
+                lines += ["", f"Outside, {r['kind']}, {r['engine']}: {text}."]
+    if of["beside"]:
+        add(
+            f"Ordinary requests beside a group of {of['beside'][0]['n_particles']}, without → with it:",
+            "engine | ms between tokens, one stream | | s to first token, long prompt | | tokens/s, streams | "
+            "group's tokens/s: alone | beside one stream | long prompt | streams",
+            (
+                (
+                    r["engine"], f"{r['itl_ms']['without']:.0f} → {r['itl_ms']['with']:.0f}",
+                    f"**{r['itl_ratio']['median']:.1f} ×**",
+                    f"{r['ttft_s']['without']:.2f} → {r['ttft_s']['with']:.2f}",
+                    f"**{r['ttft_ratio']['median']:.2f} ×**",
+                    f"{r['streams_tokens_per_s']['without']:.0f} → {r['streams_tokens_per_s']['with']:.0f}",
+                    *(
+                        f"{r['group_tokens_per_s'][load]:.0f}"
+                        + (f" ({r['group_share'][load]['median']:.0%})" if load != "alone" else "")
+                        for load in ("alone", "stream", "long prompt", "streams")
+                    ),
+                )
+                for r in of["beside"]
+            ),
+        )  # fmt: skip
+        for r in of["beside"]:
+            if "over_against" in r:
+                text = ", ".join(f"{load} {found['median']:.2f}" for load, found in r["over_against"].items())
+                lines += ["", f"Tokens/s of {r['engine']} over those of the other tree: {text}."]
+    return lines
+
+
 def ops(result: Result) -> list[str]:
     records = result["records"]
     lines = table(
@@ -224,7 +288,7 @@ def order(result: Result) -> list[str]:
 
 TABLES: dict[str, Callable[[Result], list[str]]] = {
     "smc": smc, "step": step, "ops": ops, "attend steps": attend_steps, "attend ops": attend_ops, "twist": twist,
-    "peers": peers, "order": order,
+    "peers": peers, "order": order, "groups": groups,
 }  # fmt: skip
 
 
