@@ -152,8 +152,8 @@ def log_z_bounds(
 ) -> LogZBounds:
     """Bounds log Z by `runs` ordinary and `runs` conditional runs; conditional run r keeps exact[r % len(exact)].
 
-    Conditional runs resample multinomially whatever `params.resampling` says (see `fastsmc.smc.group`), so their bound is
-    right, but looser than that of systematic resampling would be.
+    Conditional runs resample multinomially whatever `params.resampling` says (see `fastsmc.smc.group`), so their bound
+    is right, but looser than that of systematic resampling would be.
 
     Raises:
         ValueError: no exact samples, or no runs.
