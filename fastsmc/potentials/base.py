@@ -117,7 +117,7 @@ class Potential:
     """
 
     #: whether a step with this potential may be captured as a CUDA graph (fastsmc.smc.captured): every method is a
-    #: fixed sequence of tensor operations on the state and on own tensors, which are updated in place; no value is looked
+    #: fixed sequence of tensor operations on the state and on own tensors, updated in place; no value is looked
     #: at on the host. State.tokens then is (N, max_tokens), -1 where nothing is drawn yet, State.step a 0-dim tensor.
     capturable: bool = False
     #: what `*` makes; fastsmc.potentials.product sets it, which builds on this module
