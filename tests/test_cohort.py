@@ -1,7 +1,9 @@
 """Groups in cohorts: whatever stands beside a group, whenever it comes and goes, it has the bits that it has alone."""
 
+import importlib.util
 import itertools
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -142,3 +144,30 @@ def test_as_few_cohorts_as_kinds(tiny):
     ]
     rows = {group: TableRows(tiny, group.n) for group in groups}
     assert take_pass(groups, rows) == 3
+
+
+def test_the_example_over_a_model_of_ones_own():
+    """examples/embedding.py: 60 lines, and the log Ẑ of its groups are those of plain sampling from the same model."""
+    path = Path(__file__).parents[1] / "examples" / "embedding.py"
+    assert len(path.read_text().splitlines()) <= 60
+    spec = importlib.util.spec_from_file_location("embedding", path)
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    z = np.exp(example.main())
+    assert len(z) == 8
+    torch.manual_seed(0)
+    model, n = example.Model(), 4000
+    with torch.inference_mode():
+        state = torch.zeros(n, example.HIDDEN)
+        for token in (1, 2, 3):
+            state = model.cell(model.embed(torch.full((n,), token)), state)
+        alive, repeats, last = torch.ones(n, dtype=torch.bool), torch.zeros(n), torch.full((n,), -1)
+        for _ in range(20):
+            token = torch.multinomial(model.head(state).softmax(1), 1)[:, 0]
+            repeats += alive & (token == last)
+            last = torch.where(alive, token, last)
+            alive &= token != 0
+            state = model.cell(model.embed(token), state)
+    phi = torch.exp(-2 * repeats).numpy()
+    error = np.hypot(phi.std() / np.sqrt(n), z.std(ddof=1) / np.sqrt(len(z)))
+    assert abs(z.mean() - phi.mean()) < 4 * error
