@@ -182,8 +182,8 @@ def test_the_switch_asks_the_device_nothing(gpu_engine, monkeypatch):
     costs = {"attend": [1e-5, 1e-11, 1e-10, 1e-7], "stock": [5e-6, 4e-11, 0.0, 0.0, 1e-7], "margin": 1.1}
     monkeypatch.setattr(attend, "costs", costs)
     table = torch.arange(65, dtype=torch.int32, device=runner_of(gpu_engine[0]).model.device).repeat(256, 1)
-    known, unknown = (attend.plan(table, None, None, columns) for columns in (64, 0))
-    pays = [attend.pays(256, 65 * BLOCK, plan.n_reads, plan.n_nodes) for plan in (known, unknown)]
+    known, unknown = (attend.plan(table, columns) for columns in (64, 0))
+    pays = [attend.pays(plan, 65 * BLOCK) for plan in (known, unknown)]
     assert pays == [True, False]
     assert not any("_made" in vars(plan) for plan in (known, unknown))
 

@@ -123,8 +123,9 @@ def test_a_plain_decode_step_now_and_then(engine, scheduler, orders, all_blocks_
     orders.clear()
     step_until(both, lambda: both.ids[0] in both.outputs)
     plain = [i for i, (tokens, groups, *_) in enumerate(orders) if tokens and not groups]
-    # the first comes after the prefill and a step of the group's
-    assert [b - a for a, b in itertools.pairwise(plain[-4:])] == [RIDES + 2, RIDES + 1, RIDES + 1]
+    # the first of four comes after the prefill, and maybe after a step of the group's
+    assert len(plain) >= 4
+    assert [b - a for a, b in itertools.pairwise(plain[-3:])] == [RIDES + 1, RIDES + 1]
     engine.llm_engine.abort_request(both.others)
     both.to_the_end()
 

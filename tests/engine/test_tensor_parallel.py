@@ -185,7 +185,8 @@ def test_continuations_are_scored_by_all_ranks(parallel, engine, tiny_path, all_
 def attend_always(worker):
     runner = worker.smc_runner
     if isinstance(runner, LeadingRunner):
-        runner.model.attend.pays = lambda rows, length, reads, nodes: length % 3 != 0
+        runner.model.attend.may_pay = lambda n_rows, length: True
+        runner.model.attend.pays = lambda plan, length, group: length % 3 != 0
         return
     attend, stock = runner._model.attend, runner._model._stock_metadata
     runner.seen = {"attend": 0, "stock": 0}
@@ -202,7 +203,8 @@ def attend_always(worker):
 
 def attend_as_it_pays(worker):
     model = getattr(worker.smc_runner, "_model", worker.smc_runner.__dict__.get("model"))
-    model.attend.__dict__.pop("pays", None), model.attend.__dict__.pop("plan", None)
+    for name in ("pays", "may_pay", "plan"):
+        model.attend.__dict__.pop(name, None)
     model.__dict__.pop("_stock_metadata", None)
     return worker.smc_runner.__dict__.pop("seen", None)
 
