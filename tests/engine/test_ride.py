@@ -84,6 +84,7 @@ def test_the_bits_of_each_alone(
     """Groups of all kinds beside three requests: what each is alone, whichever way it attends and passes are cut."""
     if attention != "as it pays":
         always = attention == "attend"
+        monkeypatch.setattr(Attend, "may_pay", lambda *args: True)
         monkeypatch.setattr(Attend, "pays", lambda self, plan, length, group=0: always or length % 3 > 0)
     requests = [*mixed(6), Request(prompt_of(31), Infill([2, 4], True), n_particles=4, max_tokens=12, seed=3)]
     want = each_alone(engine, requests)
