@@ -41,6 +41,13 @@ class NotShaping(TableTwist):
         return None
 
 
+class LooksLate(NotShaping):
+    """As that, and looks at no token before a particle ends."""
+
+    def prefix(self, state):
+        return torch.zeros(len(state.finished), dtype=torch.float64)
+
+
 class Fails(TableTwist):
     def complete(self, state):
         raise KeyError("no such sequence")
@@ -52,6 +59,7 @@ KINDS = {
     "guide": Guide(VALUE),
     "next only": NextOnly(VALUE),
     "not shaping": NotShaping(VALUE),
+    "looks late": LooksLate(VALUE),
     "fails": Fails(VALUE),
 }
 

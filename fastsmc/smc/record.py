@@ -44,14 +44,20 @@ class Log:
 
 @dataclasses.dataclass
 class Span:
-    """Says where in a cohort's log a group is: from `begin` to `end` (None: now), group `g` with particles `part`."""
+    """Says where in a cohort's log a group is: from step `begin` to `end`, as group `g` with particles `part`.
+
+    Attributes:
+        event: of the log, the first that `Lineages` has not seen.
+        end, last_event: where the group left the cohort, which may go on without it; None: it is there.
+    """
 
     log: Log
     g: int
     part: slice
     begin: int
-    event: int  # of the log, the first that `Lineages` has not seen
+    event: int
     end: int | None = None
+    last_event: int | None = None
 
 
 class Lineages:
@@ -65,14 +71,15 @@ class Lineages:
 
     def enter(self, log: Log, g: int, part: slice) -> None:
         if self.spans:
-            self.spans[-1].end = len(self.spans[-1].log.steps)
+            left = self.spans[-1]
+            left.end, left.last_event = len(left.log.steps), len(left.log.events)
         self.spans.append(Span(log, g, part, len(log.steps), len(log.events)))
 
     def _news(self) -> list[tuple[str, Tensor]]:
         """Takes the events that nobody has looked at yet."""
         news = []
         for span in self.spans[self._seen :]:
-            events = span.log.events[span.event :]
+            events = span.log.events[span.event : span.last_event]
             news += [(k, v[span.part] if k == "tokens" else v[span.part] - span.part.start) for k, v in events]
             span.event += len(events)
         self._seen = max(len(self.spans) - 1, 0)
