@@ -161,7 +161,11 @@ class Potential:
         return self.prefix(state)
 
     def logw_next(self, state: State) -> Tensor | Rows | Masked | None:
-        """Returns (N, V) log ψ_{t+1}(s, v) − log ψ_t(s) for every next token v; None: not used in the proposal."""
+        """Returns (N, V) log ψ_{t+1}(s, v) − log ψ_t(s) for every next token v; None: not used in the proposal.
+
+        The answer must stay as it is until the step has drawn, and other groups are asked before that: no buffer that
+        groups share.
+        """
         return None
 
     def __mul__(self, other: Potential) -> Product:

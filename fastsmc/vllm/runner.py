@@ -169,7 +169,7 @@ class ParticleRunner:
 
     def _fail(self, ids: Sequence[str] | set[str], results: dict[str, GroupResult], error: Exception) -> None:
         """Ends all groups of a pass that has failed."""
-        logger.exception("a pass of %d groups failed", len(ids))
+        logger.exception("a pass failed, of these groups: %s", ", ".join(sorted(ids)))
         shared = f" in a forward pass that {len(ids)} groups shared" * (len(ids) > 1)
         for request_id in ids:
             results[request_id].error = f"internal error{shared}: {type(error).__name__}: {error}"
