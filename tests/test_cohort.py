@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import PROMPT, TableRows, TableTwist, TinyLlama, make_llama, value_table
+from tiny import PROMPT, Guide, TableRows, TableTwist, TinyLlama, make_llama, value_table
 
 from fastsmc import Potential, SMCParams
 from fastsmc.smc import Group, SMCError, arrange, finish
@@ -16,16 +16,6 @@ from fastsmc.smc.driving import run_group
 
 VOCAB, STEPS, STOP = 6, 4, 5
 VALUE = value_table(STEPS, VOCAB, seed=4)
-
-
-class Guide(TableTwist):
-    proposal_only = True
-
-    def prefix(self, state):
-        return 0.0 * self._so_far(state)
-
-    def logw_next(self, state):
-        return super().logw_next(state) + state.lengths[:, None] * 1.7 - 40.0
 
 
 class NextOnly(TableTwist):

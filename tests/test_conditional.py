@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from tiny import PROMPT, TableRows, TableTwist, TinyLlama, make_llama, value_table
+from tiny import PROMPT, Guide, TableRows, TableTwist, TinyLlama, make_llama, value_table
 
 from fastsmc import SMCParams
 from fastsmc.smc import Group, SMCError
@@ -11,18 +11,6 @@ from fastsmc.smc.driving import run_group, take_step
 
 VOCAB, STEPS, STOP = 6, 3, 5
 POTENTIAL = TableTwist(value_table(STEPS, VOCAB, seed=4))
-
-
-class Guide(TableTwist):
-    """The same φ, with a twist that only shapes the proposal: it has a constant of its own in every prefix."""
-
-    proposal_only = True
-
-    def prefix(self, state):
-        return 0.0 * self._so_far(state)
-
-    def logw_next(self, state):
-        return super().logw_next(state) + state.lengths[:, None] * 1.7 - 40.0
 
 
 @pytest.fixture(scope="module")

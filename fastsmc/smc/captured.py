@@ -225,21 +225,24 @@ class CapturedGroup(Setup):
         step.faults.clear()
         step.close(new_psi)
         if not kind.twisted:
-            self._reindex()
+            self._reindex(later=1)
 
-    def _reindex(self) -> None:
-        """Lets block tables, tails and the potential's particles follow the resampling."""
+    def _reindex(self, later: int = 0) -> None:
+        """Lets tables, tails and the potential's particles follow the resampling of `later` steps ago, and records it."""
         ancestors = self.step.ancestors
         ops.reindex(
             self._table, ancestors, position=self._position, block_size=self.model.block_size,
-            caches=self.model.caches, slot_dim=self.model.slot_dim,
+            caches=self.model.caches, slot_dim=self.model.slot_dim, genealogy=self._record["ancestors"],
+            step=self.step.step[0] - later,
         )  # fmt: skip
         if self.asker is not None:
             self.asker.call("reindex", ancestors.clone())
 
     # ------------------------------------------------------------------------------------------- parts of a step
     def put(self, name: str, values: Tensor) -> None:
-        """Sets a row of the record, where the group is still going."""
+        """Sets a row of the record, where the group is still going; `reindex` writes that of the ancestors."""
+        if name == "ancestors":
+            return
         record, at = self._record[name], self.step.step
         row = (values if name in ("ess", "resampled") else values[None]).to(record.dtype)
         record.index_copy_(0, at, torch.where(self.step.going, row, record.index_select(0, at)))

@@ -41,8 +41,8 @@ class Wants(NamedTuple):
         groups: those of the cohort.
         bounds: G + 1 ints: rows [bounds[g], bounds[g + 1]) are those of groups[g].
         tokens: (R,) int64. At a group's first step there is one row, whose token is the prompt's last.
-        slots: (R,) int64, ascending, counted through the groups of the cohort: slot s of group g is `first` particle of
-            the group + s.
+        slots: (R,) int64, ascending, counted through the groups of the cohort: those of a group begin where the
+            particles of the groups before it end.
         moves: (M,) int64 or None: before anything is appended, slot i becomes a copy of slot moves[i], in the in-place
             form of `ops.resample`.
     """

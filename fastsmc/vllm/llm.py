@@ -241,14 +241,9 @@ class LLM(vllm.LLM):
                     names[id(phi)] = self.register_potential(phi)
             requests = [
                 self.lead_params(
-                    each[i],
-                    names.get(id(phi)),
-                    twist=twist,
-                    exact=retained[i],
-                    alone=alone,
-                    return_population=True,
+                    one, names.get(id(phi)), twist=twist, exact=samples, alone=alone, return_population=True
                 )
-                for i, phi in enumerate(chosen)
+                for one, phi, samples in zip(each, chosen, retained, strict=True)
             ]
             outputs = self._run_groups(inputs, requests, each[0].max_tokens, use_tqdm)
         finally:
