@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from fastsmc import Potential, SMCParams
+from fastsmc import Population, Potential, SMCParams
 from fastsmc.smc import Group, Wants, arrange, finish
 
 VOCAB, HIDDEN = 50, 32
@@ -43,7 +43,7 @@ class FewRepeats(Potential):
 
 
 @torch.inference_mode()
-def main() -> list[float]:
+def main() -> list[Population]:
     torch.manual_seed(0)
     model = Model()
     params = [SMCParams(n_particles=64, max_tokens=20, seed=seed) for seed in range(8)]
@@ -53,8 +53,8 @@ def main() -> list[float]:
     while going := [group for group in groups if not group.done]:
         for cohort in arrange(going):
             finish(cohort.take(*model.append(cohort.wants())))
-    return [group.population().log_z for group in groups]
+    return [group.population() for group in groups]
 
 
 if __name__ == "__main__":
-    print("log Z of each group:", ", ".join(f"{log_z:.3f}" for log_z in main()))
+    print("log Z of each group:", ", ".join(f"{population.log_z:.3f}" for population in main()))

@@ -151,14 +151,26 @@ def test_the_example_over_a_model_of_ones_own():
     spec = importlib.util.spec_from_file_location("embedding", path)
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
-    z = np.exp(example.main())
-    assert len(z) == 8
+    populations = example.main()
     torch.manual_seed(0)
     model, n = example.Model(), 4000
-    with torch.inference_mode():
-        state = torch.zeros(n, example.HIDDEN)
+
+    def start(rows):
+        state = torch.zeros(rows, example.HIDDEN)
         for token in (1, 2, 3):
-            state = model.cell(model.embed(torch.full((n,), token)), state)
+            state = model.cell(model.embed(torch.full((rows,), token)), state)
+        return state
+
+    with torch.inference_mode():
+        for population in populations:  # what each particle's tokens have after the tokens before them
+            tokens = torch.tensor([[*ids, *[-1] * (20 - len(ids))] for ids in population.token_ids])
+            state, want = start(len(tokens)), torch.zeros(len(tokens), dtype=torch.float64)
+            for token in tokens.T:
+                scores = model.head(state).double().log_softmax(1).gather(1, token.clamp(min=0)[:, None])[:, 0]
+                want += torch.where(token >= 0, scores, 0.0)
+                state = model.cell(model.embed(token.clamp(min=0)), state)
+            np.testing.assert_allclose(population.log_probs, want.numpy(), atol=1e-4)
+        state = start(n)
         alive, repeats, last = torch.ones(n, dtype=torch.bool), torch.zeros(n), torch.full((n,), -1)
         for _ in range(20):
             token = torch.multinomial(model.head(state).softmax(1), 1)[:, 0]
@@ -166,6 +178,7 @@ def test_the_example_over_a_model_of_ones_own():
             last = torch.where(alive, token, last)
             alive &= token != 0
             state = model.cell(model.embed(token), state)
+    z = np.exp([population.log_z for population in populations])
     phi = torch.exp(-2 * repeats).numpy()
     error = np.hypot(phi.std() / np.sqrt(n), z.std(ddof=1) / np.sqrt(len(z)))
     assert abs(z.mean() - phi.mean()) < 4 * error

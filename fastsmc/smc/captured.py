@@ -228,7 +228,7 @@ class CapturedGroup(Setup):
             self._reindex(later=1)
 
     def _reindex(self, later: int = 0) -> None:
-        """Lets tables, tails and the potential's particles follow the resampling of `later` steps ago, and records it."""
+        """Lets tables, tails and potential follow the resampling of `later` steps ago, and records its ancestors."""
         ancestors = self.step.ancestors
         ops.reindex(
             self._table, ancestors, position=self._position, block_size=self.model.block_size,
