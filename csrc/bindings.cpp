@@ -132,6 +132,28 @@ PYBIND11_MODULE(_C, m) {
     return cpu::bad_offset(at<int64_t>(offsets), groups, n);
   });
 
+  m.def("bad_threshold", [](Address thresholds, int64_t n) { return cpu::bad_threshold(at<double>(thresholds), n); });
+  m.def("bad_index", [](Address index, int64_t n, int64_t low, int64_t high, Address where) {
+    return cpu::bad_index(at<int64_t>(index), n, low, high, at<int64_t>(where));
+  });
+  m.def("bad_position", [](Address positions, int64_t n, int64_t most) {
+    return cpu::bad_position(at<int32_t>(positions), n, most);
+  });
+  m.def("bad_slot", [](Address slots, Address offsets, int64_t groups) {
+    return cpu::bad_slot(at<int64_t>(slots), at<int64_t>(offsets), groups);
+  });
+  m.def("bad_size", [](Address offsets, int64_t groups, int64_t largest) {
+    return cpu::bad_size(at<int64_t>(offsets), groups, largest);
+  });
+
+  // ancestors, slots, tokens, rows, present, copied
+  m.def("settle", [](Address slots, Address tokens, Address wanted, Address offsets, int64_t groups,
+                     const std::array<Address, 6>& out) {
+    cpu::settle(at<int64_t>(slots), at<int64_t>(tokens), at<bool>(wanted), at<int64_t>(offsets), groups,
+                {at<int64_t>(out[0]), at<int64_t>(out[1]), at<int64_t>(out[2]), at<int64_t>(out[3]), at<bool>(out[4]),
+                 at<bool>(out[5])});
+  });
+
   m.def("resample", [](const ResampleArgs& a, const ResampleSizes& sizes, const std::string& scheme,
                        double threshold) {
     const ResamplingGroups all = resampling(a, sizes, scheme, threshold);

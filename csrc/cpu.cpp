@@ -12,6 +12,7 @@
 #include <limits>
 #include <memory>
 #include <stdexcept>
+#include <tuple>
 
 #include "cpu_weigh.hpp"
 #include "fastsmc/draw.cuh"
@@ -125,6 +126,42 @@ int64_t bad_temperature(const double* temperature, const int64_t* logit_rows, in
   return -1;
 }
 
+// First index outside [0, 1], NaN included, else −1.
+int64_t bad_threshold(const double* thresholds, int64_t n) {
+  for (int64_t i = 0; i < n; ++i)
+    if (!(thresholds[i] >= 0.0 && thresholds[i] <= 1.0)) return i;
+  return -1;
+}
+
+// First index outside [low, high) among those where `where` is not negative, or all where it is null; else −1.
+int64_t bad_index(const int64_t* index, int64_t n, int64_t low, int64_t high, const int64_t* where) {
+  for (int64_t i = 0; i < n; ++i)
+    if ((index[i] < low || index[i] >= high) && (!where || where[i] >= 0)) return i;
+  return -1;
+}
+
+// First position outside [0, most], else −1.
+int64_t bad_position(const int32_t* positions, int64_t n, int64_t most) {
+  for (int64_t i = 0; i < n; ++i)
+    if (positions[i] < 0 || positions[i] > most) return i;
+  return -1;
+}
+
+// First particle whose slot is not one of its group's, else −1.
+int64_t bad_slot(const int64_t* slots, const int64_t* offsets, int64_t groups) {
+  for (int64_t g = 0; g < groups; ++g)
+    for (int64_t i = offsets[g]; i < offsets[g + 1]; ++i)
+      if (slots[i] < 0 || slots[i] >= offsets[g + 1] - offsets[g]) return i;
+  return -1;
+}
+
+// First group of more than `largest` particles, else −1.
+int64_t bad_size(const int64_t* offsets, int64_t groups, int64_t largest) {
+  for (int64_t g = 0; g < groups; ++g)
+    if (offsets[g + 1] - offsets[g] > largest) return g;
+  return -1;
+}
+
 // First index that does not ascend from 0 to n, else −1.
 int64_t bad_offset(const int64_t* offsets, int64_t groups, int64_t n) {
   for (int64_t g = 0; g <= groups; ++g)
@@ -232,6 +269,48 @@ void emulate_reindex(const Reindexing& r, const std::vector<BlockCache>& caches,
     const int thread = i % threads, part = i / threads % parts;
     reindex_row(r, caches.data(), static_cast<int>(caches.size()), i / threads / parts, part, parts, thread, threads);
   });
+}
+
+void settle(const int64_t* slots, const int64_t* tokens, const bool* wanted, const int64_t* offsets, int64_t groups,
+            const Histories& out) {
+  std::vector<int64_t> order;  // particles that are wanted, those with one history side by side
+  int64_t row = 0;
+  for (int64_t g = 0; g < groups; ++g) {
+    const int64_t begin = offsets[g], end = offsets[g + 1];
+    order.clear();
+    for (int64_t i = begin; i < end; ++i) {
+      out.ancestors[i] = i, out.slots[i] = slots[i], out.tokens[i] = 0, out.rows[i] = -1;
+      out.present[i] = out.copied[i] = false;
+    }
+    for (int64_t i = begin; i < end; ++i) {
+      if (!wanted[i]) continue;
+      order.push_back(i);
+      out.present[begin + slots[i]] = true;
+    }
+    std::sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
+      return std::make_tuple(slots[a], tokens[a], a) < std::make_tuple(slots[b], tokens[b], b);
+    });
+    int64_t vacant = begin;
+    for (size_t k = 0; k < order.size(); ++k) {
+      const int64_t i = order[k], before = k > 0 ? order[k - 1] : -1;
+      int64_t target = begin + slots[i];
+      if (before >= 0 && slots[before] == slots[i]) {
+        if (tokens[before] == tokens[i]) {
+          out.slots[i] = out.slots[before];
+          continue;
+        }
+        while (out.present[vacant]) ++vacant;
+        target = vacant;
+        out.ancestors[target] = begin + slots[i];
+        out.present[target] = out.copied[target] = true;
+      }
+      out.slots[i] = target - begin, out.tokens[target] = tokens[i];
+    }
+    for (int64_t slot = begin; slot < end; ++slot)  // tokens of particles have been read: their rows are next
+      if (out.present[slot]) out.rows[slot] = row++;
+    order.assign(out.rows + begin, out.rows + end);
+    for (int64_t i = begin; i < end; ++i) out.rows[i] = wanted[i] ? order[out.slots[i]] : -1;
+  }
 }
 
 std::vector<Node> plan(const Table& table, int32_t* order) {

@@ -44,7 +44,12 @@ void draw(const Matrix& logits, const Matrix& psi, const Matrix& mask, int64_t v
 int64_t bad_log_weight(const double* log_weights, int64_t n);
 int64_t bad_uniform(const double* u, int64_t n);
 int64_t bad_temperature(const double* temperature, const int64_t* logit_rows, int64_t n);
+int64_t bad_threshold(const double* thresholds, int64_t n);
+int64_t bad_index(const int64_t* index, int64_t n, int64_t low, int64_t high, const int64_t* where);
+int64_t bad_position(const int32_t* positions, int64_t n, int64_t most);
 int64_t bad_offset(const int64_t* offsets, int64_t groups, int64_t n);
+int64_t bad_slot(const int64_t* slots, const int64_t* offsets, int64_t groups);
+int64_t bad_size(const int64_t* offsets, int64_t groups, int64_t largest);
 
 void resample(const ResamplingGroups& all);
 
@@ -56,6 +61,15 @@ int64_t not_in_place(const int64_t* ancestors, int64_t n);
 int64_t bad_tail(const Reindexing& r, const std::vector<BlockCache>& caches);
 
 void reindex(const Reindexing& r, const std::vector<BlockCache>& caches);
+
+// What `settle` gives, n elements each; see fastsmc/ops/settle.py.
+struct Histories {
+  int64_t *ancestors, *slots, *tokens, *rows;
+  bool *present, *copied;
+};
+
+void settle(const int64_t* slots, const int64_t* tokens, const bool* wanted, const int64_t* offsets, int64_t groups,
+            const Histories& out);
 
 // For tests: run what the device runs, thread by thread, in an order drawn from `seed`.
 void emulate_resample(const ResamplingGroups& all, int threads, uint64_t seed);

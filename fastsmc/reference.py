@@ -8,6 +8,7 @@ rounding of float32.
 from __future__ import annotations
 
 import bisect
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from itertools import accumulate
@@ -263,6 +264,39 @@ def reindex(table, ancestors, *, position, block_size, caches, slot_dim=None, ge
             if slot_dim is not None:
                 slots[slot_dim - 1] = slice(0, used)
             cache[(table[i, tail], *slots)] = cache[(table[a, tail], *slots)]
+
+
+# -- settle ------------------------------------------------------------------------------------------------------------
+class Histories(NamedTuple):
+    ancestors: Array
+    slots: Array
+    tokens: Array
+    rows: Array
+    present: Array
+    copied: Array
+
+
+def settle(slots, tokens, wanted, offsets) -> Histories:
+    """Gives every distinct (slot, token) of the particles in `wanted` a slot of its group; see fastsmc.ops.settle."""
+    n = len(slots)
+    ancestors, of, appended, rows = np.arange(n), np.array(slots, np.int64), np.zeros(n, np.int64), np.full(n, -1)
+    present, copied = np.zeros(n, bool), np.zeros(n, bool)
+    for begin, end in itertools.pairwise(offsets):
+        mine = [i for i in range(begin, end) if wanted[i]]
+        histories = sorted({(int(slots[i]), int(tokens[i])) for i in mine})
+        vacant = (s for s in range(end - begin) if s not in {slot for slot, _ in histories})
+        where: dict[tuple[int, int], int] = {}
+        for slot, token in histories:
+            stays = not any(other == slot for other, _ in where)
+            where[slot, token] = target = slot if stays else next(vacant)
+            ancestors[begin + target], appended[begin + target] = begin + slot, token
+            present[begin + target], copied[begin + target] = True, not stays
+        for i in mine:
+            of[i] = where[int(slots[i]), int(tokens[i])]
+    for begin, end in itertools.pairwise(offsets):
+        for i in range(begin, end):
+            rows[i] = present[: begin + of[i]].sum() if wanted[i] else -1
+    return Histories(ancestors, of, appended, rows, present, copied)
 
 
 # -- attend ------------------------------------------------------------------------------------------------------------

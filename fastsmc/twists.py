@@ -39,6 +39,9 @@ from fastsmc.trunk import Trunk
 from fastsmc.values import check_choice, check_int
 
 FORMAT, VERSION = "fastsmc.twist", 1
+#: rows that a head is given at least: with fewer PyTorch's CPU kernels give a row other bits, and how many there are
+#: depends on which groups are asked together
+LEAST_ROWS = 4
 KINDS = ("linear", "mlp", "lora", "model")
 LOSSES = ("ctl", "rl", "sixo", "fudge", "dpg")
 
@@ -325,42 +328,61 @@ class Twist(Potential):
         return trunk
 
     def reset(self, n_particles: int, prompt: list[int]) -> None:
-        self._before: tuple[Tensor, Tensor, Tensor] | None = None  # features (R, r + 2), log ψ (R,), rows (N,)
+        self._features: Tensor | None = None  # (N, r + 2), of the history that the model has seen last
+        self._log_psi: Tensor | None = None  # (N,) of the same
         self._last: Tensor | None = None  # (N,) what `prefix` last saw drawn
+        self._rows: Tensor | None = None  # (N,) of the trunk's cache
         self._cache: Any = None
 
+    @property
+    def per_particle(self) -> tuple[str, ...] | None:  # type: ignore[override]
+        """Names what it has per particle; a trunk has the KV cache of one group."""
+        return None if self.card.kind in ("lora", "model") else ("_features", "_log_psi", "_last")
+
     def reindex(self, ancestors: Tensor) -> None:
-        if self._before is not None:
-            features, log_psi, rows = self._before
-            self._before = features, log_psi, rows[ancestors]
-        if self._last is not None:
-            self._last = self._last[ancestors]
+        for name in ("_features", "_log_psi", "_last", "_rows"):
+            values = getattr(self, name)
+            if values is not None:
+                setattr(self, name, values[ancestors])
 
     def _advance(self, state: State, last_tokens: Tensor | None) -> tuple[Tensor, Tensor]:
         """Computes features (R, r) and log ψ (R,) float32 of the distinct histories that the model has just seen.
+
+        There may be more rows than histories, behind them.
 
         Args:
             last_tokens: (N,) int64, the last token of each particle's history; None before the first token.
         """
         rows, seen = state.rows, torch.nonzero(state.rows >= 0).squeeze(1)
-        n_rows = 1 if last_tokens is None else int(rows.max()) + 1
+        if self.trunk is not None:
+            n_rows = 1 if last_tokens is None else int(rows.max()) + 1
+        elif state.hidden_rows is None:
+            raise ValueError(f"a twist of kind {self.card.kind!r} needs hidden states, and this engine gives none")
+        else:
+            n_rows = len(state.hidden_rows)
         particle = torch.zeros(n_rows, dtype=torch.int64, device=rows.device)  # one that has each history
         particle[rows[seen]] = seen
         log_psi = torch.zeros(n_rows, dtype=torch.float32, device=rows.device)
         if last_tokens is not None:
-            assert self._before is not None  # an earlier step has set it
-            features, before, parents = self._before
-            parent, last = parents[particle], last_tokens[particle]
-            log_psi = before[parent] + self._link((features[parent] * self._weight[last]).sum(1))
+            assert self._features is not None and self._log_psi is not None  # an earlier step has set them
+            last = last_tokens[particle]
+            log_psi = self._log_psi[particle] + self._link((self._features[particle] * self._weight[last]).sum(1))
         if self.trunk is None:
-            if state.hidden_rows is None:
-                raise ValueError(f"a twist of kind {self.card.kind!r} needs hidden states, and this engine gives none")
             hidden = state.hidden_rows
         elif last_tokens is None:
             hidden, self._cache = self.trunk.start(state.prompt)
         else:
-            hidden, self._cache = self.trunk.next(self._cache, parent, last)
+            assert self._rows is not None  # as above
+            hidden, self._cache = self.trunk.next(self._cache, self._rows[particle], last)
+        if (short := LEAST_ROWS - n_rows) > 0:
+            hidden, log_psi = F.pad(hidden, (0, 0, 0, short)), F.pad(log_psi, (0, short))
         return self.head.features(hidden.float()), log_psi
+
+    def _keep(self, features: Tensor, log_psi: Tensor, rows: Tensor) -> None:
+        """Keeps (R, r + 2) and (R,) for each particle (N,)."""
+        at = rows.clamp(min=0)
+        self._features, self._log_psi = features[at], log_psi[at]
+        self._rows = None if self.trunk is None else rows
 
     def _link(self, raw: Tensor) -> Tensor:
         return F.logsigmoid(raw) if self.card.bounded else raw
@@ -374,7 +396,7 @@ class Twist(Potential):
         values = F.linear(features, self._weight)
         if bounded:
             values = F.logsigmoid(values).sub_(log_psi[:, None])
-        self._before = features, shift, state.rows
+        self._keep(features, shift, state.rows)
         return Rows(values, state.rows.clamp(min=0))
 
     @torch.no_grad()
@@ -383,7 +405,7 @@ class Twist(Potential):
         zeros = torch.zeros(len(state.finished), dtype=torch.float64, device=state.finished.device)
         if state.step == 0 or self.proposal_only:
             return zeros
-        if self.trunk is not None and self._before is not None and self._last is None:  # logw_next has moved the trunk
+        if self._rows is not None and self._last is None:  # logw_next has moved the trunk
             raise ValueError(
                 f"a twist of kind {self.card.kind!r} cannot stand beside a proposal-only one: it would be asked twice "
                 "a step, and its trunk goes on by one token each time"
@@ -392,10 +414,9 @@ class Twist(Potential):
         self._last = state.last_tokens
         features = torch.cat([features, torch.ones(len(features), 1, device=features.device)], dim=1)
         features = F.pad(features, (0, 1))
-        self._before = features, torch.zeros_like(log_psi), state.rows
-        assert state.last_tokens is not None  # a token has been drawn
-        rows, last = state.rows.clamp(min=0), state.last_tokens.clamp(min=0)
-        return self._link((features[rows] * self._weight[last]).sum(1)).double()
+        self._keep(features, torch.zeros_like(log_psi), state.rows)
+        assert state.last_tokens is not None and self._features is not None  # a token has been drawn
+        return self._link((self._features * self._weight[state.last_tokens.clamp(min=0)]).sum(1)).double()
 
     def complete(self, state: State) -> Tensor:
         return torch.zeros(len(state.finished), dtype=torch.float64, device=state.finished.device)

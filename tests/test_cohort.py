@@ -4,6 +4,7 @@ import importlib.util
 import itertools
 import random
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ import torch
 from tiny import PROMPT, Guide, TableRows, TableTwist, TinyLlama, make_llama, value_table
 
 from fastsmc import Potential, SMCParams
-from fastsmc.smc import Group, SMCError, arrange, finish
+from fastsmc.potentials import Final, Lexicon
+from fastsmc.smc import Group, GroupEngine, SMCError, arrange, finish
 from fastsmc.smc.driving import run_group
 
 VOCAB, STEPS, STOP = 6, 4, 5
@@ -43,6 +45,51 @@ class Fails(TableTwist):
         raise KeyError("no such sequence")
 
 
+class Remembers(TableTwist):
+    """Remembers what φ has of each particle so far; groups of one object are asked together."""
+
+    per_particle = ("_sum",)
+    sizes: ClassVar[list[int]] = []
+
+    def reset(self, n_particles, prompt):
+        self._sum = None  # until it is first asked
+
+    def reindex(self, ancestors):
+        self._sum = None if self._sum is None else self._sum[ancestors]
+
+    def logw_next(self, state):
+        self.sizes.append(len(state.finished))
+        if self._sum is None:
+            self._sum = torch.zeros(len(state.finished), dtype=torch.float64)
+        elif state.step > 0:
+            drawn = self.value[state.step - 1][state.last_tokens.clamp(min=0)]
+            self._sum = self._sum + torch.where(state.last_tokens >= 0, drawn, 0.0)
+        return super().logw_next(state) + 0.3 * self._sum[:, None]
+
+
+class FailsTogether(Remembers):
+    per_particle = Remembers.per_particle
+
+    def logw_next(self, state):
+        if state.step == 2:
+            raise KeyError("no such sequence")
+        return super().logw_next(state)
+
+
+class SaysNothingNew(Remembers):
+    """Has more per particle than what its base class names, and does not say so: it is asked group by group."""
+
+    def reset(self, n_particles, prompt):
+        super().reset(n_particles, prompt)
+        self._n = torch.zeros(n_particles)
+
+    def logw_next(self, state):
+        self._n += 1  # of another size than the particles of several groups
+        return super().logw_next(state) + 0.0 * self._n[:, None]
+
+
+LEXICON = Lexicon(token_ids=[1, 4], weight=0.5)
+LEXICON.setup(GroupEngine(vocab_size=VOCAB))
 KINDS = {
     "none": None,
     "twist": TableTwist(VALUE),
@@ -51,6 +98,12 @@ KINDS = {
     "not shaping": NotShaping(VALUE),
     "looks late": LooksLate(VALUE),
     "fails": Fails(VALUE),
+    "remembers": Remembers(VALUE),
+    "fails together": FailsTogether(VALUE),
+    "says nothing new": SaysNothingNew(VALUE),
+    "lexicon": LEXICON,
+    "product": Remembers(VALUE) * LEXICON,
+    "final": Final(Remembers(VALUE)),
 }
 
 
@@ -142,6 +195,41 @@ def test_as_few_cohorts_as_kinds(tiny):
     ]
     rows = {group: TableRows(tiny, group.n) for group in groups}
     assert take_pass(groups, rows) == 3
+
+
+@pytest.mark.parametrize("kind", ["remembers", "product", "says nothing new"])
+def test_groups_of_one_object_are_asked_together(tiny, kind, monkeypatch):
+    """Those at the same step, with as many tokens to come; the others apart."""
+    sizes = []
+    monkeypatch.setattr(Remembers, "sizes", sizes)
+    groups = [
+        Group(SMCParams(n_particles=n, max_tokens=steps, seed=n), KINDS[kind], PROMPT, frozenset())
+        for n, steps in ((2, STEPS), (3, 3), (4, STEPS), (5, STEPS))
+    ]
+    rows = {group: TableRows(tiny, group.n) for group in groups}
+    take_pass(groups[:2], rows)
+    apart = kind == "says nothing new"
+    assert sizes == [2, 3]
+    sizes.clear()
+    take_pass(groups, rows)  # one a step further than two others
+    assert sorted(sizes) == ([2, 3, 4, 5] if apart else [2, 3, 9])
+    sizes.clear()
+    take_pass(groups[2:], rows)
+    take_pass([groups[0], *groups[2:]], rows)
+    assert sorted(sizes) == ([2, 4, 4, 5, 5] if apart else [9, 11])
+
+
+def test_an_error_ends_all_that_were_asked_together(tiny):
+    groups = [
+        Group(SMCParams(n_particles=2, max_tokens=STEPS, seed=i), KINDS[kind], PROMPT, frozenset())
+        for i, kind in enumerate(("fails together", "remembers", "fails together", "twist"))
+    ]
+    rows = {group: TableRows(tiny, group.n) for group in groups}
+    while going := [group for group in groups if not group.done]:
+        take_pass(going, rows)
+    assert [group.error is None for group in groups] == [False, True, False, True]
+    assert [group.t for group in groups] == [2, STEPS, 2, STEPS]
+    assert "FailsTogether.logw_next at step 2: raised KeyError" in str(groups[2].error)
 
 
 def test_the_example_over_a_model_of_ones_own():

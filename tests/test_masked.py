@@ -148,7 +148,7 @@ def test_a_product_keeps_masks_packed_and_equals_dense():
         del masked.logw_next
     group = Group(SMCParams(n_particles=4, max_tokens=STEPS), factors("masked")[0], PROMPT, STOP)
     take_step(group, MarkovRows())
-    answer = group.asker.potential.logw_next(group.cohort._state(0, group.cohort._seen()))
+    answer = group.asker.potential.logw_next(group.cohort._state(group.cohort._asked[0]))
     assert isinstance(answer, Masked) and answer.bits.shape[1] == 3 and isinstance(answer.values, Rows)
     assert answer.bits.dtype == torch.int32 and len(answer.bits) <= 4
 

@@ -56,6 +56,7 @@ def make_state(sequences, max_tokens, step=None, stops=(EOS,)) -> State:
     rows = [list(s[:step]) for s in sequences]
     state = State()
     state.tokens = torch.tensor([r + [-1] * (step - len(r)) for r in rows], dtype=torch.int64).reshape(len(rows), step)
+    state.last_tokens = state.tokens[:, -1] if step else None
     state.lengths = torch.tensor([len(r) for r in rows])
     ended = [len(r) == max_tokens or len(r) < step or bool(r and r[-1] in stops) for r in rows]
     state.finished = torch.tensor(ended)

@@ -12,6 +12,7 @@ from fastsmc.ops.attend import BF16_MATH, AttendPlan, attend, plan_attend
 from fastsmc.ops.draw import NO_TOKEN, Drawn, draw, stratify
 from fastsmc.ops.reindex import reindex
 from fastsmc.ops.resample import Resampled, ess_log_mean, resample
+from fastsmc.ops.settle import Histories, settle
 from fastsmc.ops.uniforms import uniforms
 from fastsmc.ops.weigh import TILE, Weighed, weigh
 
@@ -21,6 +22,7 @@ __all__ = [
     "TILE",
     "AttendPlan",
     "Drawn",
+    "Histories",
     "Resampled",
     "Weighed",
     "attend",
@@ -29,6 +31,7 @@ __all__ = [
     "plan_attend",
     "reindex",
     "resample",
+    "settle",
     "stratify",
     "uniforms",
     "weigh",

@@ -145,16 +145,12 @@ def check_index(
     low: int = 0,
     where: Tensor | None = None,
 ) -> Tensor:
-    """Returns an int64 vector if its values lie in [low, high): all, or those that the bool vector `where` marks."""
-    checked = index = check_vector(name, tensor, torch.int64, device, n)
-    if values_are_checked(device) and where is not None:
-        checked = index[where]
-    if values_are_checked(device) and checked.numel():
-        least, most = torch.aminmax(checked)
-        if least < low or most >= high:
-            value = int(least) if least < low else int(most)
-            at = index == value if where is None else (index == value) & where
-            raise ValueError(f"{name}[{int(at.int().argmax())}]={value}: must be in [{low}, {high})")
+    """Returns an int64 vector if its values lie in [low, high): all, or those where the index `where` is not −1."""
+    index = check_vector(name, tensor, torch.int64, device, n)
+    if values_are_checked(device):
+        bad = _C.bad_index(read_address(index), index.shape[0], low, high, read_address(where))
+        if bad >= 0:
+            raise ValueError(f"{name}[{bad}]={int(index[bad])}: must be in [{low}, {high})")
     return index
 
 
@@ -270,16 +266,14 @@ def check_matrices(
         raise ValueError(f"logits: must be a matrix (rows, columns), got {logits!r}")
     device = logits.device
     logits = _check_matrix("logits", logits, FLOATS, device)
-    vocab, present = logits.shape[1], None
+    vocab = logits.shape[1]
     if logit_rows is not None:
         logit_rows = check_index("logit_rows", logit_rows, logits.shape[0], device, low=-1)
-        if values_are_checked(device):
-            present = logit_rows >= 0
     n_rows = (logits if logit_rows is None else logit_rows).shape[0]
 
     def rows(name: str, index: Tensor | None, matrix: Tensor, low: int) -> Tensor | None:
         if index is not None:
-            return check_index(f"{name}_rows", index, matrix.shape[0], device, n_rows, low=low, where=present)
+            return check_index(f"{name}_rows", index, matrix.shape[0], device, n_rows, low=low, where=logit_rows)
         if matrix.shape[0] != n_rows:
             full = "log_psi" if name == "psi" else name
             raise ValueError(f"{full}: has {matrix.shape[0]} rows, must have {n_rows}, or {name}_rows must be given")

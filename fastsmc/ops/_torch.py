@@ -347,3 +347,40 @@ def reindex(
             by_slot[target[move], slot] = by_slot[source[move], slot]
     full = torch.arange(columns, device=device) < tail[:, None]
     table[rows] = torch.where(full, table[parents], table[rows])
+
+
+# -- settle ------------------------------------------------------------------------------------------------------------
+def settle(
+    slots: Tensor, tokens: Tensor, wanted: Tensor, offsets: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    n, device = slots.shape[0], slots.device
+    everyone = torch.arange(n, device=device)
+    group_of = torch.searchsorted(offsets[1:], everyone, right=True)
+    begin = offsets[group_of]
+    slots = slots + begin
+    # the others come behind those of their slot
+    keys, order = torch.sort(slots << 32 | torch.where(wanted, tokens, _LOW32), stable=True)
+    parents, sorted_tokens, there, begins = slots[order], tokens[order], wanted[order], begin[order]
+    first = there.clone()  # of the particles with one history
+    first[1:] &= keys[1:] != keys[:-1]
+    moves = first.clone()
+    moves[:1] = False
+    moves[1:] &= parents[1:] == parents[:-1]  # else it stays in place
+    used = torch.zeros(n + 1, dtype=torch.bool, device=device)
+    used[torch.where(there, parents, n)] = True
+    vacant = torch.argsort(group_of * 2 + used[:n], stable=True)  # in each group the vacant ones first
+    before = torch.zeros(n + 1, dtype=torch.int64, device=device)  # moves of those before
+    before[1:] = moves.cumsum(0)
+    target = torch.where(moves, vacant[(begins + before[:-1] - before[begins]).clamp(max=max(n - 1, 0))], parents)
+    # the histories behind a first one are its own: each takes the slot of the last first one
+    target = target[torch.where(first, everyone, 0).cummax(0).values]
+    fate = torch.where(first, target, n)
+    ancestors, appended = torch.arange(n + 1, device=device), torch.zeros(n + 1, dtype=torch.int64, device=device)
+    ancestors[fate], appended[fate] = parents, sorted_tokens
+    copied, present = torch.zeros_like(used), torch.zeros_like(used)
+    copied[torch.where(moves, target, n)] = True
+    present[fate] = True
+    settled = torch.empty_like(slots)
+    settled[order] = torch.where(there, target, parents)
+    rows = torch.where(wanted, (present[:n].cumsum(0) - 1)[settled], -1)
+    return ancestors[:n], settled - begin, appended[:n], rows, present[:n], copied[:n]

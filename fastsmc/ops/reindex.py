@@ -138,11 +138,8 @@ def _check_position(
     allowed = f"must be in [0, {columns * block_size}], {columns} columns of {block_size} slots"
     if isinstance(position, Tensor) and position.dim() == 1:
         position = check_vector("position", position, torch.int32, device, n)
-        if values_are_checked(device):
-            outside = (position < 0) | (position > columns * block_size)
-            if outside.any():
-                row = int(outside.int().argmax())
-                raise ValueError(f"position[{row}]={int(position[row])}: {allowed}")
+        if values_are_checked(device) and (row := _C.bad_position(position.data_ptr(), n, columns * block_size)) >= 0:
+            raise ValueError(f"position[{row}]={int(position[row])}: {allowed}")
         return 0, position
     position, position_at = split_scalar("position", position, device)
     if not 0 <= position <= columns * block_size:

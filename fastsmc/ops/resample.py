@@ -207,8 +207,7 @@ def _check_groups(
         if largest is not None and not 0 <= largest <= MAX_PARTICLES:
             raise ValueError(f"largest={largest!r}: must be in [0, {MAX_PARTICLES}]")
         largest = min(n, MAX_PARTICLES) if largest is None else min(n, largest)
-        if values_are_checked(device) and (wide := offsets.diff() > largest).any():
-            g = int(wide.int().argmax())
+        if values_are_checked(device) and (g := _C.bad_size(offsets.data_ptr(), offsets.shape[0] - 1, largest)) >= 0:
             raise ValueError(
                 f"offsets: group {g} has {int(offsets[g + 1] - offsets[g])} particles, must have {largest} at most"
             )
@@ -229,8 +228,7 @@ def _split_threshold(
         raise ValueError("threshold: is a tensor, must be a number where there are no groups")
     groups = log_weights.shape[0] if offsets is None else offsets.shape[0] - 1
     threshold = check_vector("threshold", threshold, torch.float64, log_weights.device, groups)
-    if values_are_checked(log_weights.device) and not (good := (threshold >= 0.0) & (threshold <= 1.0)).all():
-        g = int((~good).int().argmax())
+    if values_are_checked(log_weights.device) and (g := _C.bad_threshold(threshold.data_ptr(), groups)) >= 0:
         raise ValueError(f"threshold[{g}]={threshold[g].item()}: must be in [0, 1]")
     return 1.0, threshold
 

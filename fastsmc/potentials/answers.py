@@ -4,10 +4,12 @@ check_scores   of `prefix` and `complete`
 check_next     of `logw_next`: types, shapes, devices; the host waits for nothing
 check_rows     of the same: indices, for which the host waits
 NextRows       the same as arguments of the ops
+together       those of several potentials as one
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -162,3 +164,57 @@ class NextRows(NamedTuple):
             words = self.mask[mask_rows, tokens >> 5]
             out = out.masked_fill(((words >> (tokens & 31).int()) & 1 == 0) & (mask_rows >= 0), -math.inf)
         return out
+
+
+class _Stack:
+    """Puts matrices one below the other; one that comes again stands once."""
+
+    def __init__(self) -> None:
+        self._matrices: list[Tensor] = []
+        self._begins: dict[tuple[int, torch.Size, tuple[int, ...]], int] = {}
+        self._size = 0
+        self.rows: list[Tensor] = []
+
+    def add(self, matrix: Tensor, rows: Tensor) -> None:
+        """Takes rows (N,) int64 of a matrix (M, …)."""
+        key = matrix.data_ptr(), matrix.shape, matrix.stride()
+        if key not in self._begins:
+            self._begins[key], self._size = self._size, self._size + len(matrix)
+            self._matrices.append(matrix)
+        self.rows.append(rows + self._begins[key])
+
+    def whole(self) -> tuple[Tensor, Tensor]:
+        """Gives all matrices as one, of the dtype that holds the values of each; and all rows."""
+        matrices = self._matrices
+        if len(matrices) == 1:
+            return matrices[0], torch.cat(self.rows)
+        dtype = functools.reduce(torch.promote_types, (matrix.dtype for matrix in matrices))
+        return torch.cat([matrix.to(dtype) for matrix in matrices]), torch.cat(self.rows)
+
+
+def together(parts: list[NextRows | None], sizes: list[int], device: torch.device) -> NextRows:
+    """Makes one `NextRows` of several, of `sizes` particles each, a row per particle; None: all zeros.
+
+    Where one has log ψ, the others have a row of zeros; where one has a mask, to the others all tokens are allowed.
+    """
+    if len(parts) == 1 and parts[0] is not None:
+        return parts[0]
+    psi, masks = _Stack(), _Stack()
+    values = next((part.log_psi for part in parts if part is not None and part.log_psi is not None), None)
+    zeros = None if values is None else torch.zeros(1, values.shape[1], device=device)
+    mask = next((part.mask for part in parts if part is not None and part.mask is not None), None)
+    for part, size in zip(parts, sizes, strict=True):
+        everyone = torch.arange(size, device=device)
+        if zeros is not None:
+            if part is None or part.log_psi is None:
+                psi.add(zeros, torch.zeros_like(everyone))
+            else:
+                psi.add(part.log_psi, everyone if part.psi_rows is None else part.psi_rows)
+        if mask is not None:
+            if part is None or part.mask is None:
+                masks.rows.append(torch.full_like(everyone, -1))
+            else:
+                masks.add(part.mask, everyone if part.mask_rows is None else part.mask_rows)
+    log_psi, psi_rows = (None, None) if zeros is None else psi.whole()
+    bits, mask_rows = (None, None) if mask is None else masks.whole()
+    return NextRows(log_psi, psi_rows, bits, mask_rows)

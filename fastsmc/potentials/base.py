@@ -134,6 +134,15 @@ class Potential:
     proposal_only: bool = False
     #: names of attributes that groups share and nobody writes to after `setup`; those of base classes count too
     shared_by_groups: tuple[str, ...] = ()
+    #: names of attributes that are tensors (N, …) with an entry per particle, or None for all groups at the same step.
+    #: A class that says it, if only (), may be asked for several groups at once: groups of one object that are at the
+    #: same step, with the same `max_tokens` and stop tokens. `State` then shows the particles of all of them, one
+    #: group's behind the other's; `State.prompt` is the first's, and not to be looked at; an exception ends all of
+    #: them. `reset` is called for each. What else changes from step to step are numbers that are the same for all
+    #: groups at a step. A subclass has to say it anew.
+    per_particle: tuple[str, ...] | None = None
+    #: names of attributes that hold the potentials, one or a tuple, that this one is made of
+    made_of: tuple[str, ...] = ()
 
     def prepare(self, tokenizer: Any) -> None:
         """Does host work that may be slow, such as compiling tables; tokenizer: as `Engine.tokenizer`. Default: none.

@@ -381,7 +381,7 @@ def _attributes(kind: type) -> tuple[frozenset[str], frozenset[str]]:
     def named(attribute: str) -> frozenset[str]:
         return frozenset(name for base in kind.__mro__ for name in vars(base).get(attribute, ()))
 
-    return named("shared_by_groups"), named("_apart")
+    return named("shared_by_groups"), named("made_of")
 
 
 @functools.cache

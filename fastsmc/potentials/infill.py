@@ -22,6 +22,8 @@ class Infill(Potential):
         ValueError: the continuation is empty or not of these types; in `setup`: an id is beyond the vocabulary.
     """
 
+    per_particle = ()
+
     def __init__(self, continuation: str | Sequence[int], every_step: bool = False) -> None:
         self._text = continuation if isinstance(continuation, str) else None
         self.continuation_in_prefix = bool(every_step)

@@ -27,6 +27,7 @@ class Lexicon(Potential):
     """
 
     capturable = True
+    per_particle = ()
     shared_by_groups = ("_member", "_change")
 
     def __init__(

@@ -21,7 +21,8 @@ class Product(Potential):
     `complete` when a particle ends.
     """
 
-    _apart = ("factors",)  # a group's copy has a copy per factor, even of one that stands twice
+    made_of = ("factors",)  # a group's copy has a copy per factor, even of one that stands twice
+    per_particle = ()
 
     def __init__(self, *factors: Potential) -> None:
         if not factors or not all(isinstance(f, Potential) for f in factors):
@@ -111,7 +112,8 @@ def _by_pairs(combine: Callable[[Tensor, Tensor], Tensor], a: Rows, b: Rows) -> 
 class Final(Potential):
     """Has another potential's φ without its ψ: particles are weighed with it when they end, and not before."""
 
-    _apart = ("potential",)
+    made_of = ("potential",)
+    per_particle = ()
 
     def __init__(self, potential: Potential) -> None:
         self.potential = potential

@@ -195,6 +195,7 @@ class Regex(Potential):
     """
 
     shared_by_groups = ("_automaton", "_budgets")
+    per_particle = ("_at",)
 
     def __init__(self, pattern: str) -> None:
         if not isinstance(pattern, str):
@@ -242,22 +243,28 @@ class Regex(Potential):
         return kept[key]
 
     def _states(self, state: State, budget: _Budget) -> Tensor:
-        """Returns (N,) int64 automaton states, brought up to `state.step` tokens; stop tokens do not move them."""
+        """Returns (N,) int64 automaton states after `state.step` tokens; stop tokens do not move them."""
         if state.step < self._consumed or len(self._at) != len(state.lengths):
             self.reset(len(state.lengths), state.prompt)
-        if self._consumed < state.step:
-            tokens = state.tokens
-            for column in range(self._consumed, state.step):
-                token = tokens[:, column]
-                kind = budget.classes[token.clamp(min=0)]
-                moves = (token >= 0) & (kind != budget.stop_class)
-                self._at = torch.where(moves, budget.move(self._at, kind), self._at)
-            self._consumed = state.step
+        at, n_new = self._at, state.step - self._consumed
+        if n_new == 1 and state.last_tokens is not None:  # else they would have to be traced back
+            columns = [state.last_tokens]
+        else:
+            columns = list(state.tokens[:, self._consumed :].T) if n_new else []
+        for token in columns:
+            kind = budget.classes[token.clamp(min=0)]
+            moves = (token >= 0) & (kind != budget.stop_class)
+            at = torch.where(moves, budget.move(at, kind), at)
+        return at
+
+    def _go_on(self, state: State, budget: _Budget) -> Tensor:
+        """Returns the same, and goes on from there. `complete` does not, so groups at one step are equally far."""
+        self._at, self._consumed = self._states(state, budget), state.step
         return self._at
 
     def prefix(self, state: State) -> Tensor:
         budget = self._budget(state.stop_token_ids)
-        return log_of(budget.reach(max(state.max_tokens - state.step, 0))[self._states(state, budget)])
+        return log_of(budget.reach(max(state.max_tokens - state.step, 0))[self._go_on(state, budget)])
 
     def complete(self, state: State) -> Tensor:
         budget = self._budget(state.stop_token_ids)
@@ -265,4 +272,4 @@ class Regex(Potential):
 
     def logw_next(self, state: State) -> Masked:
         budget = self._budget(state.stop_token_ids)
-        return budget.mask(self._states(state, budget), max(state.max_tokens - state.step - 1, 0))
+        return budget.mask(self._go_on(state, budget), max(state.max_tokens - state.step - 1, 0))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any
@@ -14,22 +13,13 @@ from fastsmc.params import SMCParams
 from fastsmc.potentials import Potential, State
 from fastsmc.potentials.answers import NextRows, check_next, check_scores
 from fastsmc.potentials.copying import for_others
+from fastsmc.potentials.joint import is_joinable
 from fastsmc.smc.engine import GroupEngine, SMCError
-
-
-class Seen:
-    """Holds what the potentials of a cohort see at one moment, (M,) each: copies, as potentials may write to them."""
-
-    def __init__(self, **values: Tensor | None) -> None:
-        self._values = {name: None if value is None else value.clone() for name, value in values.items()}
-
-    def part(self, name: str, part: slice) -> Any:
-        values = self._values[name]
-        return None if values is None else values[part]
+from fastsmc.smc.particles import Particles
 
 
 class GroupState(State):
-    """The view of a group that its potential gets. It shares no memory with the group, so it may be written to.
+    """The view of particles that their potential gets. It shares no memory with them, so it may be written to.
 
     `tokens`, `hidden` and `hidden_rows` are made when they are looked at: properties, where `State` has attributes.
     """
@@ -37,14 +27,16 @@ class GroupState(State):
     def __init__(
         self,
         asker: Asker,
-        seen: Seen,
+        particles: Particles,
         part: slice,
+        first_row: int,
         step: Any,
         tokens: Callable[[], Tensor],
         hidden: Callable[[], Tensor | None],
     ) -> None:
-        self.lengths, self.finished = seen.part("lengths", part), seen.part("finished", part)
-        self.last_tokens, self.rows = seen.part("last_tokens", part), seen.part("rows", part)
+        self.lengths, self.finished = particles.lengths[part].clone(), particles.finished[part].clone()
+        self.last_tokens, rows = particles.last_tokens[part].clone(), particles.rows[part]
+        self.rows = torch.where(rows >= 0, rows - first_row, -1) if first_row else rows.clone()
         self.step, self.prompt, self.max_tokens = step, list(asker.prompt), asker.params.max_tokens
         self.stop_token_ids = asker.stop_token_ids
         self._tokens, self._hidden = tokens, hidden
@@ -67,10 +59,12 @@ class GroupState(State):
 
 
 class Asker:
-    """Asks the potential of one group. Whatever a user's code does ends this group alone.
+    """Asks the potential of a group. Whatever a user's code does ends the groups that it was asked for, and no other.
 
     Attributes:
         potential: the group's own copy.
+        origin: what it is a copy of.
+        joinable: whether groups of one origin may be asked together (`Potential.per_particle`).
         last_step: step of the last `State` that it saw.
         last_sizes: rows of log ψ and of the mask in the last answer of `logw_next`.
         scorer: answers `continuation_log_prob` while it is asked for scores.
@@ -80,11 +74,13 @@ class Asker:
     def __init__(
         self,
         potential: Potential,
+        origin: Potential,
         params: SMCParams,
         prompt: list[int],
         stop_token_ids: frozenset[int],
         engine: GroupEngine | None,
     ) -> None:
+        self.origin, self.joinable = origin, is_joinable(potential)
         self.potential, self.params, self.prompt, self.stop_token_ids = potential, params, prompt, stop_token_ids
         self.engine = engine
         self.last_step = 0
@@ -149,57 +145,3 @@ class Asker:
     def _refused(self, method: str, error: TypeError) -> SMCError:
         """Makes the group's error of one of `potentials.answers`, which begins with class and method."""
         return self.error(method, str(error).partition(" ")[2])
-
-
-class _Stack:
-    """Puts matrices one below the other; one that comes again stands once."""
-
-    def __init__(self) -> None:
-        self._matrices: list[Tensor] = []
-        self._begins: dict[tuple[int, torch.Size, tuple[int, ...]], int] = {}
-        self._size = 0
-        self.rows: list[Tensor] = []
-
-    def add(self, matrix: Tensor, rows: Tensor) -> None:
-        """Takes rows (N,) int64 of a matrix (M, …)."""
-        key = matrix.data_ptr(), matrix.shape, matrix.stride()
-        if key not in self._begins:
-            self._begins[key], self._size = self._size, self._size + len(matrix)
-            self._matrices.append(matrix)
-        self.rows.append(rows + self._begins[key])
-
-    def whole(self) -> tuple[Tensor, Tensor]:
-        """Gives all matrices as one, of the dtype that holds the values of each; and all rows."""
-        matrices = self._matrices
-        if len(matrices) == 1:
-            return matrices[0], torch.cat(self.rows)
-        dtype = functools.reduce(torch.promote_types, (matrix.dtype for matrix in matrices))
-        return torch.cat([matrix.to(dtype) for matrix in matrices]), torch.cat(self.rows)
-
-
-def together(parts: list[NextRows | None], sizes: list[int], device: torch.device) -> NextRows:
-    """Makes one `NextRows` of those of several groups, a row per particle; None: the group is over.
-
-    Where one has log ψ, the others have a row of zeros; where one has a mask, to the others all tokens are allowed.
-    """
-    if len(parts) == 1 and parts[0] is not None:
-        return parts[0]
-    psi, masks = _Stack(), _Stack()
-    values = next((part.log_psi for part in parts if part is not None and part.log_psi is not None), None)
-    zeros = None if values is None else torch.zeros(1, values.shape[1], device=device)
-    mask = next((part.mask for part in parts if part is not None and part.mask is not None), None)
-    for part, size in zip(parts, sizes, strict=True):
-        everyone = torch.arange(size, device=device)
-        if zeros is not None:
-            if part is None or part.log_psi is None:
-                psi.add(zeros, torch.zeros_like(everyone))
-            else:
-                psi.add(part.log_psi, everyone if part.psi_rows is None else part.psi_rows)
-        if mask is not None:
-            if part is None or part.mask is None:
-                masks.rows.append(torch.full_like(everyone, -1))
-            else:
-                masks.add(part.mask, everyone if part.mask_rows is None else part.mask_rows)
-    log_psi, psi_rows = (None, None) if zeros is None else psi.whole()
-    bits, mask_rows = (None, None) if mask is None else masks.whole()
-    return NextRows(log_psi, psi_rows, bits, mask_rows)

@@ -27,7 +27,7 @@ from fastsmc.population import Population
 from fastsmc.potentials import Potential
 from fastsmc.potentials.answers import NextRows
 from fastsmc.smc import faults
-from fastsmc.smc.asking import GroupState, Seen
+from fastsmc.smc.asking import GroupState
 from fastsmc.smc.group import Setup
 from fastsmc.smc.particles import Particles
 from fastsmc.smc.record import make_population
@@ -209,7 +209,7 @@ class CapturedGroup(Setup):
             told = [asker.next_rows(self._state(0), self._vocab)]
             if told[0] is None:
                 raise asker.error("logw_next", "returned None")
-            step.clamp(told)
+            step.clamp(told, [slice(None)])
         shaped = kind.twisted or kind.guided
         ended, change = step.draw(logits, told[0] if shaped else None, None if shaped else told[0], first, None)
         if kind.twisted:
@@ -250,14 +250,9 @@ class CapturedGroup(Setup):
     def _state(self, drawn: int) -> GroupState:
         """Makes what the potential sees; `drawn`: 1 after the draw of this step, else 0."""
         assert self.asker is not None  # else nobody looks
-        particles, hidden = self.particles, self._hidden
         self.asker.last_step = self.t + drawn
-        seen = Seen(
-            lengths=particles.lengths, finished=particles.finished, last_tokens=particles.last_tokens,
-            rows=particles.rows,
-        )  # fmt: skip
-        step = self.step.step[0] + drawn
-        return GroupState(self.asker, seen, slice(None), step, self._tokens, lambda: hidden)
+        hidden, step = self._hidden, self.step.step[0] + drawn
+        return GroupState(self.asker, self.particles, slice(None), 0, step, self._tokens, lambda: hidden)
 
     def _tokens(self) -> Tensor:
         """Traces each particle back: (N, T) int64 tokens, −1 beyond the last. T gathers of N, when looked at only."""

@@ -11,6 +11,7 @@ distinct histories.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -20,12 +21,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from fastsmc.potentials.answers import NextRows
+from fastsmc import ops
+from fastsmc.potentials import joint
+from fastsmc.potentials.answers import NextRows, together
 from fastsmc.potentials.tokens import token_list
 from fastsmc.smc import faults
-from fastsmc.smc.asking import GroupState, Seen, together
+from fastsmc.smc.asking import Asker, GroupState
 from fastsmc.smc.engine import SMCError
-from fastsmc.smc.histories import Histories, settle
 from fastsmc.smc.particles import Layout, Particles
 from fastsmc.smc.record import Log
 from fastsmc.smc.step import Step
@@ -71,11 +73,14 @@ Flow = Generator[Scores, Tensor, None]
 
 
 def arrange(groups: Sequence[Group]) -> list[Cohort]:
-    """Puts groups that are not done into cohorts, as few as there are kinds. Those of a kind keep their order."""
-    kinds: dict[object, list[Group]] = {}
+    """Puts groups that are not done into cohorts, as few as there are kinds.
+
+    Those of a kind keep their order, but that those which are asked together stand side by side.
+    """
+    kinds: dict[object, dict[object, list[Group]]] = {}
     for group in groups:
-        kinds.setdefault((group.kind, group.device), []).append(group)
-    return [_cohort_of(members) for members in kinds.values()]
+        kinds.setdefault((group.kind, group.device), {}).setdefault(group.asked_with, []).append(group)
+    return [_cohort_of(list(itertools.chain(*members.values()))) for members in kinds.values()]
 
 
 def _cohort_of(groups: list[Group]) -> Cohort:
@@ -84,6 +89,24 @@ def _cohort_of(groups: list[Group]) -> Cohort:
     if cohort.groups == groups and all(group.cohort is cohort for group in groups):
         return cohort
     return Cohort(groups)
+
+
+@dataclasses.dataclass
+class Together:
+    """Is a run of groups of a cohort that are asked together; most often one group.
+
+    Attributes:
+        asker: of the first of them, whose potential stands for all; None: they have no potentials.
+        first, last: which groups, last not included.
+        part: their particles.
+        joined: whether the first one's potential has the particles of all.
+    """
+
+    asker: Asker | None
+    first: int
+    last: int
+    part: slice
+    joined: bool = False
 
 
 class Cohort:
@@ -99,6 +122,8 @@ class Cohort:
     def __init__(self, groups: Sequence[Group]) -> None:
         self.groups, self.log = list(groups), Log()
         old = [(group.cohort, group.index) for group in groups if group.started]
+        for cohort, g in old:
+            cohort._part(g)
         self.particles: Particles
         if old:
             self.particles = Particles.joined((cohort.particles, cohort.layout.part(g)) for cohort, g in old)
@@ -120,11 +145,32 @@ class Cohort:
         self._hidden: Tensor | None = None
         self._bounds = [0] * (len(groups) + 1)
         self._vocab = 0
-        self._first_rows: Tensor = torch.zeros_like(self.particles.rows)
-        self._next: Histories | None = None
+        self._next: ops.Histories | None = None
         for g, group in enumerate(groups):
             group.cohort, group.index = self, g
             group.lineages.enter(self.log, g, self.layout.part(g))
+        self._asked = self._join()
+
+    def _join(self) -> list[Together]:
+        """Joins the potentials of groups that are asked together."""
+        asked, first = [], 0
+        for _, run in itertools.groupby(self.groups, lambda group: group.asked_with):
+            askers = [group.asker for group in run]
+            last = first + len(askers)
+            part = slice(self.layout.bounds[first], self.layout.bounds[last])
+            asked.append(Together(askers[0], first, last, part, askers[0] is not None and len(askers) > 1))
+            if asked[-1].joined:
+                joint.join([asker.potential for asker in askers if asker is not None])
+            first = last
+        return asked
+
+    def _part(self, g: int) -> None:
+        """Gives group g, which goes to another cohort, and those that it was asked with their own potentials again."""
+        run = next(run for run in self._asked if run.first <= g < run.last)
+        if run.joined:
+            groups = [(group.asker.potential, group.n) for group in self.groups[run.first : run.last] if group.asker]
+            joint.part(*zip(*groups, strict=True))
+            run.joined = False
 
     # ------------------------------------------------------------------------------------------------- before a pass
     def begin(self) -> None:
@@ -144,14 +190,14 @@ class Cohort:
         if group.asker is None:
             return
         group.asker.call("reset", group.n, list(group.prompt))
-        group.asker.scorer = functools.partial(self._continuation, 0, ~particles.finished)
-        answer = group.asker.scores("prefix", self._state(0, self._seen()))
+        group.asker.scorer = functools.partial(self._continuation, self._asked[0], ~particles.finished)
+        answer = group.asker.scores("prefix", self._state(self._asked[0]))
         psi = step.checked(answer, torch.ones_like(particles.finished), faults.PREFIX)
         particles.log_psi += psi
         particles.log_w += psi
         bad, alive = torch.stack([self._bad().any(), (psi > -math.inf).any()]).tolist()
         if bad:
-            raise self._fault_error(0)
+            raise self._fault_error(self._asked[0], 0)
         if not alive:
             self.log.put("ancestors", self.layout.all)
             self.log.put("resampled", torch.zeros_like(step.going))
@@ -173,16 +219,19 @@ class Cohort:
     def wants(self) -> Wants:
         """Says what the model must do for the next step. Asked again, it wants the same."""
         particles = self.particles
-        plan = self._next or settle(particles, self.step.active, self.layout)
+        plan = self._next or self._settle(self.step.active)
         self._next = None
         particles.slots.copy_(plan.slots)
         particles.rows.copy_(plan.rows)
-        self._first_rows = plan.first_rows
         self._bounds = [0]
         for group in self.groups:
             self._bounds.append(self._bounds[-1] + group.n_rows)
         moves = plan.ancestors if any(group.copies for group in self.groups) else None
         return self._wants(plan.present, plan.tokens, self._bounds, moves)
+
+    def _settle(self, wanted: Tensor) -> ops.Histories:
+        particles = self.particles
+        return ops.settle(particles.slots, particles.last_tokens, wanted, self.layout.offsets)
 
     def _wants(self, present: Tensor, tokens: Tensor, bounds: list[int], moves: Tensor | None) -> Wants:
         """Lists the slots in `present` (M,) bool, bounds[-1] of them, with the tokens (M,) that they append."""
@@ -207,15 +256,14 @@ class Cohort:
         if not any(self._own(group) for group in self.groups):
             return
         shaped = step.kind.twisted or step.kind.guided
-        told = together(answers, self.layout.sizes, self.particles.log_w.device) if any(answers) else None
+        sizes = [run.part.stop - run.part.start for run in self._asked]
+        told = together(answers, sizes, self.particles.log_w.device) if any(answers) else None
         first = step.step == 0 if any(group.t == 0 for group in self.groups) else None
         ended, change = step.draw(logits, told if shaped else None, None if shaped else told, first, self._forced())
         bad, n_ended, left, moved = self._read(
             self._bad(), ended, step.active, step.resampled if step.kind.twisted else None
         )
-        for g, group in enumerate(self.groups):
-            if bad[g] and self._own(group):
-                self._fail(g, self._fault_error(g))
+        self._fail_bad(bad)
         if step.kind.twisted:
             self._reindex(moved)
         new_psi = yield from self._ask_scores(ended, n_ended, left, change)
@@ -223,16 +271,17 @@ class Cohort:
         self._end_step()
 
     def _let_go(self, logits: Tensor, hidden: Tensor | None) -> Flow:
-        """Lets groups go that turn out not to be twisted: each takes its first step as a cohort of one."""
-        for g, group in enumerate(self.groups):
-            if group.kind.twisted or not self.step.kind.twisted:
+        """Lets groups go that turn out not to be twisted: they take their first step as a cohort of their own."""
+        for run in self._asked:
+            gone = [group for group in self.groups[run.first : run.last] if self._own(group) and not group.kind.twisted]
+            if not gone or not self.step.kind.twisted:
                 continue
-            rows = slice(self._bounds[g], self._bounds[g + 1])
-            self.step.going[g] = False
-            alone = Cohort([group])
-            alone.scorer = self.scorer
-            alone.wants()
-            yield from alone.take(logits[rows], None if hidden is None else hidden[rows])
+            rows = slice(self._bounds[run.first], self._bounds[run.last])
+            self.step.stop(slice(run.first, run.last))
+            apart = Cohort(gone)
+            apart.scorer = self.scorer
+            apart.wants()
+            yield from apart.take(logits[rows], None if hidden is None else hidden[rows])
 
     def _forced(self) -> Tensor | None:
         """Lists the next token of the exact sample that a particle would retain, (M,) int64; −1 after its end."""
@@ -248,14 +297,13 @@ class Cohort:
         """Brings the groups up to date, and finds out what they want next."""
         step, particles = self.step, self.particles
         self.log.close()
-        plan = self._next = settle(particles, step.active, self.layout)
+        plan = self._next = self._settle(step.active)
         unfinished = ~particles.finished
         bad, rows, copies, left, going, moved = self._read(
             self._bad(), plan.present, plan.copied, unfinished, step.going, step.resampled
         )
+        self._fail_bad(bad)
         for g, group in enumerate(self.groups):
-            if bad[g] and self._own(group):
-                self._fail(g, self._fault_error(g))
             if not self._own(group):
                 continue
             group.t += 1
@@ -274,29 +322,19 @@ class Cohort:
         return torch.stack(values).tolist()
 
     # ------------------------------------------------------------------------------------------ asking the potentials
-    def _seen(self) -> Seen:
-        particles = self.particles
-        rows = particles.rows
-        return Seen(
-            lengths=particles.lengths,
-            finished=particles.finished,
-            last_tokens=particles.last_tokens,
-            rows=torch.where(rows >= 0, rows - self._first_rows, -1),
-        )
-
-    def _state(self, g: int, seen: Seen, drawn: int = 0) -> GroupState:
-        """Makes the view of group g, which has drawn a token in this step, or not."""
-        group, asker = self.groups[g], self.groups[g].asker
+    def _state(self, run: Together, drawn: int = 0) -> GroupState:
+        """Makes the view of groups that have drawn a token in this step, or not."""
+        asker, groups, hidden = run.asker, self.groups[run.first : run.last], self._hidden
         assert asker is not None  # else nobody looks
-        asker.last_step = group.t + drawn
-        rows = slice(self._bounds[g], self._bounds[g + 1])
-        hidden = self._hidden
+        asker.last_step = groups[0].t + drawn
+        rows = slice(self._bounds[run.first], self._bounds[run.last])
         state = GroupState(
             asker,
-            seen,
-            self.layout.part(g),
+            self.particles,
+            run.part,
+            rows.start,
             asker.last_step,
-            lambda: group.lineages.tokens().clone(),
+            lambda: torch.cat([group.lineages.tokens() for group in groups]),
             lambda: None if hidden is None else hidden[rows],
         )
         if asker.last_step == 0:
@@ -305,79 +343,85 @@ class Cohort:
 
     def _ask_next(self) -> list[NextRows | None]:
         """Asks `logw_next` of the groups that need it; indices that are out of range are kept as faults."""
-        kind, seen = self.step.kind, None
+        kind = self.step.kind
         answers: list[NextRows | None] = []
-        for g, group in enumerate(self.groups):
-            answer = None
-            if group.asker is not None and (kind.twisted or kind.guided or group.weighs_by_next):
-                seen = seen or self._seen()
+        for run in self._asked:
+            answer, group = None, self.groups[run.first]
+            if run.asker is not None and (kind.twisted or kind.guided or group.weighs_by_next):
                 try:
-                    answer = group.asker.next_rows(self._state(g, seen), self._vocab)
+                    answer = run.asker.next_rows(self._state(run), self._vocab)
                     if answer is None and kind.twisted and group.t == 0:
-                        group.become_base()
+                        for group in self.groups[run.first : run.last]:
+                            group.become_base()
                     elif answer is None:
                         later = " after it had returned a tensor" * (group.t > 0)
-                        raise group.asker.error("logw_next", "returned None" + later)
+                        raise run.asker.error("logw_next", "returned None" + later)
                 except SMCError as error:
-                    self._fail(g, error)
+                    self._fail(run, error)
             answers.append(answer)
-        self.step.clamp(answers)
+        self.step.clamp(answers, [run.part for run in self._asked])
         return answers
 
     def _ask_scores(
         self, ended: Tensor, n_ended: list[int], left: list[int], change: Tensor
     ) -> Generator[Scores, Tensor, Tensor | None]:
         """Asks `complete` about particles that ended, `prefix` about others where weights need it: (M,) new log ψ."""
-        step, asked = self.step, [group.asker is not None and self._own(group) for group in self.groups]
-        complete = [ask and n > 0 for ask, n in zip(asked, n_ended, strict=True)]
-        prefix = [
-            ask and n > 0 and not (step.kind.twisted or group.weighs_by_next)
-            for ask, n, group in zip(asked, left, self.groups, strict=True)
-        ]
+        step = self.step
+        complete = [self._has(run, n_ended) for run in self._asked]
+        by_prefix = [not (step.kind.twisted or self.groups[run.first].weighs_by_next) for run in self._asked]
+        prefix = [wants and self._has(run, left) for wants, run in zip(by_prefix, self._asked, strict=True)]
         if not any(complete + prefix):
             return None if step.kind.twisted else self.particles.log_psi + change
         yield from self._score_declared(ended, complete, prefix)
         new_psi = self._scores("complete", faults.COMPLETE, ended, complete, self.particles.log_psi + change)
         new_psi = self._scores("prefix", faults.PREFIX, step.active, prefix, new_psi)
-        for group in self.groups:
-            if group.asker is not None:
-                group.asker.known = None
+        for run in self._asked:
+            if run.asker is not None:
+                run.asker.known = None
         return new_psi
 
+    def _has(self, run: Together, counts: list[int]) -> bool:
+        """Says whether a run has a potential, and one of its groups that are going has something to be asked about."""
+        going = (g for g in range(run.first, run.last) if self._own(self.groups[g]))
+        return run.asker is not None and any(counts[g] for g in going)
+
     def _scores(self, method: str, fault: int, asked: Tensor, which: list[bool], new_psi: Tensor) -> Tensor:
-        """Puts what `method` of the groups in `which` says about particles `asked` (M,) bool into new_psi (M,)."""
+        """Puts what `method` of the runs in `which` says about particles `asked` (M,) bool into new_psi (M,)."""
         if not any(which):
             return new_psi
-        seen, answers, about = self._seen(), [], []
-        for g, group in enumerate(self.groups):
-            part, values = self.layout.part(g), None
-            if which[g] and group.error is None:
-                assert group.asker is not None  # else it is not in `which`
-                group.asker.scorer = functools.partial(self._continuation, g, asked)
+        answers, about = [], []
+        for run, wanted in zip(self._asked, which, strict=True):
+            values = None
+            if wanted and any(self._own(group) for group in self.groups[run.first : run.last]):
+                assert run.asker is not None  # else it is not in `which`
+                run.asker.scorer = functools.partial(self._continuation, run, asked)
                 try:
-                    values = group.asker.scores(method, self._state(g, seen, 1))
+                    values = run.asker.scores(method, self._state(run, 1))
                 except SMCError as error:
-                    self._fail(g, error)
-            answers.append(torch.zeros_like(new_psi[part]) if values is None else values)
-            about.append(torch.zeros_like(asked[part]) if values is None else asked[part])
+                    self._fail(run, error)
+            answers.append(torch.zeros_like(new_psi[run.part]) if values is None else values)
+            about.append(torch.zeros_like(asked[run.part]) if values is None else asked[run.part])
         told = torch.cat(about)
         return torch.where(told, self.step.checked(torch.cat(answers), told, fault, later=1), new_psi)
 
     def _reindex(self, moved: list[int]) -> None:
         """Lets the potentials' particles follow the last resampling."""
-        for g, group in enumerate(self.groups):
-            if moved[g] and group.asker is not None and self._own(group):
-                ancestors = self.step.ancestors[self.layout.part(g)] - self.layout.bounds[g]
+        for run in self._asked:
+            if run.asker is not None and self._has(run, moved):
                 try:
-                    group.asker.call("reindex", ancestors)
+                    run.asker.call("reindex", self.step.ancestors[run.part] - run.part.start)
                 except SMCError as error:
-                    self._fail(g, error)
+                    self._fail(run, error)
 
     # ------------------------------------------------------------------------------------------------- continuations
     def _want_scores(self, asked: Tensor, continuations: list[list[int]]) -> tuple[Scores, Tensor]:
-        """Makes the rows that score continuations after particles `asked` (M,) bool; and each particle's row, (M,)."""
+        """Makes the rows that score continuations after particles `asked` (M,) bool; and each particle's row, (M,).
+
+        Args:
+            continuations: of each run.
+        """
         particles, layout = self.particles, self.layout
-        plan = settle(particles, asked | self.step.active, layout)
+        plan = self._settle(asked | self.step.active)
         particles.slots.copy_(plan.slots)
         slots, size = plan.slots + layout.start, len(asked)
         present = torch.zeros(size + 1, dtype=torch.bool, device=asked.device)
@@ -386,39 +430,36 @@ class Cohort:
         rows, copies = self._read(present, plan.copied)
         bounds = [0, *itertools.accumulate(rows)]
         wants = self._wants(present, plan.tokens, bounds, plan.ancestors if any(copies) else None)
-        return Scores(wants, continuations), (present.cumsum(0) - 1)[slots].clamp(min=0)
+        by_run = zip(continuations, self._asked, strict=True)
+        by_group = [ids for ids, run in by_run for _ in range(run.first, run.last)]
+        return Scores(wants, by_group), (present.cumsum(0) - 1)[slots].clamp(min=0)
 
     def _score_declared(
         self, ended: Tensor, complete: list[bool], prefix: list[bool]
     ) -> Generator[Scores, Tensor, None]:
         """Has the continuations scored that potentials declare, those of all groups in one pass."""
         continuations: list[list[int]] = []
-        asked = []
-        for g, group in enumerate(self.groups):
-            part, ids, about = self.layout.part(g), None, torch.zeros_like(ended[self.layout.part(g)])
-            if group.asker is not None and (complete[g] or prefix[g]):
-                ids = group.asker.potential.continuation
-                if ids is not None and complete[g]:
-                    about = about | ended[part]
-                if ids is not None and prefix[g] and group.asker.potential.continuation_in_prefix:
-                    about = about | self.step.active[part]
-                elif not complete[g]:
-                    ids = None
+        asked, active = torch.zeros_like(ended), self.step.active
+        for run, ends, goes_on in zip(self._asked, complete, prefix, strict=True):
+            ids = None if run.asker is None else run.asker.potential.continuation
+            if ids is not None and ends:
+                asked[run.part] |= ended[run.part]
+            if ids is not None and goes_on and run.asker is not None and run.asker.potential.continuation_in_prefix:
+                asked[run.part] |= active[run.part]
+            elif not ends:
+                ids = None
             continuations.append(ids or [])
-            asked.append(about)
         if not any(continuations):
             return
-        scores, row_of = self._want_scores(torch.cat(asked), continuations)
+        scores, row_of = self._want_scores(asked, continuations)
         values = (yield scores)[row_of]
-        for g, ids in enumerate(continuations):
-            asker = self.groups[g].asker
-            if ids and asker is not None:
-                asker.known = ids, values[self.layout.part(g)]
+        for run, ids in zip(self._asked, continuations, strict=True):
+            if ids and run.asker is not None:
+                run.asker.known = ids, values[run.part]
 
-    def _continuation(self, g: int, asked: Tensor, token_ids: list[int]) -> Tensor:
-        """Scores a continuation of group g's particles in `asked` (M,) bool: (N,) float64, 0 for the others."""
-        group, part = self.groups[g], self.layout.part(g)
-        asker = group.asker
+    def _continuation(self, run: Together, asked: Tensor, token_ids: list[int]) -> Tensor:
+        """Scores a continuation of a run's particles in `asked` (M,) bool: (N,) float64, 0 for the others."""
+        asker, part = run.asker, run.part
         assert asker is not None and asker.engine is not None  # the potential asks through it
         token_ids = token_list("token_ids", token_ids, asker.engine.vocab_size or None)
         if not 0 < len(token_ids) <= asker.potential.lookahead:
@@ -431,8 +472,9 @@ class Cohort:
             return torch.where(asked[part], asker.known[1], 0.0)
         if self.scorer is None:
             raise NotImplementedError("this engine cannot score continuations")
-        about = asked & (self.layout.group_of == g)
-        scores, row_of = self._want_scores(about, [token_ids if i == g else [] for i in range(len(self.groups))])
+        about = torch.zeros_like(asked)
+        about[part] = asked[part]
+        scores, row_of = self._want_scores(about, [token_ids if other is run else [] for other in self._asked])
         if not scores.wants.bounds[-1]:
             return torch.zeros_like(self.particles.log_w[part])
         return torch.where(about, self.scorer(scores)[row_of], 0.0)[part]
@@ -441,18 +483,34 @@ class Cohort:
     def _own(self, group: Group) -> bool:
         return group.cohort is self and group.error is None
 
-    def _fail(self, g: int, error: SMCError) -> None:
-        self.groups[g].error, self.groups[g].done = error, True
-        self.step.going[g] = False
+    def _fail(self, run: Together, error: SMCError) -> None:
+        """Ends all groups of a run."""
+        for g in range(run.first, run.last):
+            self._end(g, error)
+
+    def _fail_bad(self, bad: list[int]) -> None:
+        """Ends the groups that have particles with a fault, of which `bad` (G,) are the counts."""
+        if any(bad):
+            for run in self._asked:
+                for g in range(run.first, run.last):
+                    if bad[g]:
+                        self._end(g, self._fault_error(run, g))
+
+    def _end(self, g: int, error: SMCError) -> None:
+        if self._own(self.groups[g]):
+            self.groups[g].error, self.groups[g].done = error, True
+            self.step.stop(slice(g, g + 1))
 
     def _bad(self) -> Tensor:
         """Marks the particles that have a fault in this step, (M,) bool."""
         marks = [fault.bad for fault in self.step.faults]
-        return functools.reduce(torch.logical_or, marks) if marks else torch.zeros_like(self.particles.finished)
+        return torch.stack(marks).any(0) if marks else torch.zeros_like(self.particles.finished)
 
-    def _fault_error(self, g: int) -> SMCError:
-        """Makes the error of the first fault of group g; waits for the device."""
+    def _fault_error(self, run: Together, g: int) -> SMCError:
+        """Makes the error of the first fault of group g of a run; waits for the device."""
         group, part = self.groups[g], self.layout.part(g)
+        if run.asker is not None and group.asker is not None:
+            group.asker.last_sizes = run.asker.last_sizes
         kind, bad, values, later = next(fault for fault in self.step.faults if bool(fault.bad[part].any()))
         i, at = int(bad[part].int().argmax()), group.t + later
         value = math.nan if values is None else values[part][i].item()

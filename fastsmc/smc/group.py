@@ -75,10 +75,10 @@ class Setup:
         if potential is not None:
             try:
                 methods = answered(potential)
-                potential = own_copy(potential, engine, on_write=copy_on_write)
+                copy = own_copy(potential, engine, on_write=copy_on_write)
             except ValueError as error:
                 raise SMCError(str(error)) from error
-            self.asker = Asker(potential, params, self.prompt, self.stop_token_ids, engine)
+            self.asker = Asker(copy, potential, params, self.prompt, self.stop_token_ids, engine)
         guided = potential is not None and potential.proposal_only
         if guided and params.proposal != "twisted":
             raise SMCError(
@@ -154,6 +154,17 @@ class Group(Setup):
         self.cohort = Cohort([self])
         self.index = 0
         self.cohort.begin()
+
+    @property
+    def asked_with(self) -> tuple:
+        """Gives what is equal for groups that may be asked together (`Potential.per_particle`)."""
+        asker = self.asker
+        if asker is None:
+            return ()
+        if not asker.joinable:
+            return (id(self),)
+        origin, same = (id(asker.origin), id(asker.engine)), (self.weighs_by_next, self.stop_token_ids)
+        return *origin, *same, self.t, self.params.max_tokens
 
     def become_base(self) -> None:
         """Goes on with the base proposal, since the potential does not shape the first draw."""

@@ -7,22 +7,10 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-#: name → dtype of what each particle has, all of shape (M,); those that `follow` takes from its ancestor come first
-_FOLLOWING = {
-    "log_psi": torch.float64,
-    "lengths": torch.int64,
-    "finished": torch.bool,
-    "paused": torch.bool,
-    "last_tokens": torch.int64,
-    "slots": torch.int64,
-    "rows": torch.int64,
-}
-_OWN = {
-    "log_w": torch.float64,
-    "retained": torch.bool,
-    "rank": torch.int64,
-    "count": torch.int64,
-}
+#: what each particle has, by what `follow` takes from its ancestor and what it does not: numbers of 64 bits, then flags
+_FOLLOWING = ("log_psi", "lengths", "last_tokens", "slots", "rows"), ("finished", "paused")
+_OWN = ("log_w", "rank", "count"), ("retained",)
+_FLOATS = ("log_psi", "log_w")
 
 
 class Particles:
@@ -54,24 +42,35 @@ class Particles:
     count: Tensor
 
     def __init__(self, size: int, device: torch.device) -> None:
-        for name, dtype in (_FOLLOWING | _OWN).items():
-            setattr(self, name, torch.zeros(size, dtype=dtype, device=device))
+        of_kinds = zip(_FOLLOWING + _OWN, (torch.int64, torch.bool) * 2, strict=True)
+        self._blocks = [torch.zeros((len(names), size), dtype=dtype, device=device) for names, dtype in of_kinds]
+        self._view()
         self.count.fill_(1)
+
+    def _view(self) -> None:
+        """Makes the attributes, rows of the blocks."""
+        for names, block in zip(_FOLLOWING + _OWN, self._blocks, strict=True):
+            for name, row in zip(names, block, strict=True):
+                setattr(self, name, row.view(torch.float64) if name in _FLOATS else row)
 
     @classmethod
     def joined(cls, parts: Iterable[tuple[Particles, slice]]) -> Particles:
         """Copies parts of others into one."""
-        parts = list(parts)
-        out = cls.__new__(cls)
-        for name in _FOLLOWING | _OWN:
-            setattr(out, name, torch.cat([getattr(particles, name)[part] for particles, part in parts]))
+        out, parts = cls.__new__(cls), list(parts)
+        all_blocks = ([block[:, part] for block in particles._blocks] for particles, part in parts)
+        out._blocks = [torch.cat(blocks, dim=1) for blocks in zip(*all_blocks, strict=True)]
+        out._view()
         return out
 
     def follow(self, ancestors: Tensor) -> None:
         """Makes each particle a copy of its ancestor (M,) int64, but for its weight: the one gather of a resampling."""
-        for name in _FOLLOWING:
-            values = getattr(self, name)
-            values.copy_(values[ancestors])
+        for block in self._blocks[: len(_FOLLOWING)]:
+            block.copy_(block.index_select(1, ancestors))
+
+    @property
+    def idle(self) -> Tensor:
+        """Marks particles that have ended or pause, (M,) bool."""
+        return self._blocks[1].any(0)
 
 
 class Layout:
@@ -98,8 +97,8 @@ class Layout:
         return slice(self.bounds[g], self.bounds[g + 1])
 
     def of(self, values: Tensor) -> Tensor:
-        """Spreads one value per group (G,) over its particles, (M,)."""
-        return values.expand(len(self.all)) if len(self.sizes) == 1 else values[self.group_of]
+        """Spreads one value per group (G,) over its particles: (M,), or (1,), which is as good, where G is 1."""
+        return values if len(self.sizes) == 1 else values[self.group_of]
 
     def counts(self, flags: Tensor) -> Tensor:
         """Counts set flags (M,) or (M, K) bool by group: (G,) or (G, K) int64."""

@@ -100,11 +100,19 @@ class Step:
         self.resampled = torch.zeros_like(self.going)
         self.ancestors = self.layout.all
         self.of = self.layout.of
+        self._active: Tensor | None = None  # as long as nothing of it has changed
 
     @property
     def active(self) -> Tensor:
         """Marks the particles that draw, (M,) bool."""
-        return ~self.particles.finished & ~self.particles.paused & self.of(self.going)
+        if self._active is None:
+            self._active = ~self.particles.idle & self.of(self.going)
+        return self._active
+
+    def stop(self, groups: slice) -> None:
+        """Lets groups go no further."""
+        self.going[groups] = False
+        self._active = None
 
     # ------------------------------------------------------------------------------------------------------ the draw
     def draw(
@@ -132,9 +140,9 @@ class Step:
         rows = torch.where(active, particles.rows, -1)
         inputs |= {"logit_rows": rows, "temperature": self._temperature}
         weighed = ops.weigh(logits, **inputs)
-        self.check(active & weighed.lse.isnan(), MODEL, particles.rows.clone())
+        self.check(weighed.lse.isnan(), MODEL, rows)
         if twist is not None:
-            self.check(active & weighed.lse_psi.isnan(), NEXT_ROW)
+            self.check(weighed.lse_psi.isnan(), NEXT_ROW)
         parents = self.layout.all
         if twist is not None:
             gain = torch.where(active, weighed.lse_psi - weighed.lse, 0.0).nan_to_num(nan=-math.inf, neginf=-math.inf)
@@ -210,7 +218,8 @@ class Step:
         particles.last_tokens.copy_(torch.where(particles.paused, particles.last_tokens, tokens))
         particles.lengths += drew
         ended = drew & ((tokens[:, None] == self._stop).any(1) | (particles.lengths >= self._max_tokens))
-        particles.finished |= ended | (active & ~drew)
+        particles.finished |= ended | (active ^ drew)
+        self._active = None
         return ended
 
     # --------------------------------------------------------------------------------------------------- the weights
@@ -237,6 +246,7 @@ class Step:
         self.record.put("ess", self.ess)
         self.step += 1
         self.going &= (self.ess > 0) & ~all_ended
+        self._active = None
 
     def resample(self, may: Tensor) -> Tensor:
         """Resamples the groups in `may` (G,) bool whose ESS is low, all that particles have; returns ancestors (M,)."""
@@ -259,6 +269,7 @@ class Step:
         particles.rank.copy_(rank)
         particles.count.copy_(count)
         particles.follow(ancestors)
+        self._active = None
         return ancestors
 
     # ------------------------------------------------------------------------------------------------- exact samples
@@ -299,19 +310,23 @@ class Step:
             self.check(self.particles.retained & (self.particles.log_w == -math.inf), NO_WEIGHT)
 
     # ----------------------------------------------------------------------------------------------- what is shared
-    def clamp(self, answers: list[NextRows | None]) -> None:
-        """Clamps indices of rows to their matrices, by group; what was out of range for one that draws is a fault."""
+    def clamp(self, answers: list[NextRows | None], parts: Sequence[slice]) -> None:
+        """Clamps indices of rows to their matrices; what was out of range for one that draws is a fault.
+
+        Args:
+            answers: of the potentials, each about the particles of one of `parts`, which are all together.
+        """
         for rows, matrix, kind in (("psi_rows", "log_psi", PSI_INDEX), ("mask_rows", "mask", MASK_INDEX)):
             if all(getattr(answer, rows, None) is None for answer in answers):
                 continue
             bad, values = [], []
-            for g, answer in enumerate(answers):
+            for i, (answer, part) in enumerate(zip(answers, parts, strict=True)):
                 index = getattr(answer, rows, None)
                 if answer is None or index is None:
-                    index = fine = self.layout.all[self.layout.part(g)]
+                    index = fine = self.layout.all[part]
                 else:
                     fine = index.clamp(0, max(len(getattr(answer, matrix)) - 1, 0))
-                    answers[g] = answer._replace(**{rows: fine})
+                    answers[i] = answer._replace(**{rows: fine})
                 bad.append(fine != index)
                 values.append(index)
             self.check(torch.cat(bad) & self.active, kind, torch.cat(values))

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
+from weakref import WeakValueDictionary
 
 from fastsmc import potentials
 from fastsmc.potentials import Potential
@@ -71,6 +72,8 @@ class Shelf:
         self._engine: GroupEngine | None = None
         self._engine_lock = threading.Lock()
         self._potentials: dict[str, Potential] = {}
+        # twists with what they guide, as long as a group has one: groups of one object may be asked together
+        self._guided: WeakValueDictionary[tuple[int, int], Potential] = WeakValueDictionary()
         self._preparing: dict[str, _Preparation] = {}  # by name and arguments
         self._turns = threading.Semaphore(_MAX_PREPARING)
 
@@ -101,7 +104,11 @@ class Shelf:
         if start.twist is None:
             return target
         assert target is not None  # GroupRequest.parse wants a potential beside a twist
-        return self._twist(start.twist).guide(target)
+        twist = self._twist(start.twist)
+        guided = self._guided.get((id(twist), id(target)))  # which holds both
+        if guided is None:
+            guided = self._guided[id(twist), id(target)] = twist.guide(target)
+        return guided
 
     def _twist(self, path: str) -> Twist:
         """Returns the twist saved at `path`, which is kept as long as its card does not change."""
