@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 GIB = 1 << 30
 IMPORTS = """
 import importlib, sys, torch
-MODULES = "worker attention attention_gpu attend_costs scheduler llm model ranks runner request messages capacity"
+MODULES = "worker attention attention.gpu attention.costs scheduler llm model ranks runner request messages capacity"
 for name in MODULES.split() + ["warm_up"]:
     importlib.import_module(f"fastsmc.vllm.{name}")
 from fastsmc.vllm import compat
@@ -148,6 +148,6 @@ def test_what_is_logged_is_shown_by_vllms_handlers():
 
     above = compat.get_logger("fastsmc.vllm.llm").name.split(".")[0]
     assert DEFAULT_LOGGING_CONFIG["loggers"][above]["handlers"]
-    for path in (ROOT / "fastsmc" / "vllm").glob("*.py"):
+    for path in (ROOT / "fastsmc" / "vllm").rglob("*.py"):
         made = re.findall(r"^logger = (.*)$", path.read_text(), re.MULTILINE)
         assert set(made) <= {"get_logger(__name__)"}, path.name
