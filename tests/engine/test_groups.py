@@ -11,6 +11,7 @@ from vllm import SamplingParams
 
 from fastsmc import Potential, SMCParams, ops
 from fastsmc.potentials import Infill
+from fastsmc.vllm import capacity
 from fastsmc.vllm.attention import Attend
 from fastsmc.vllm.pace import Pace
 from fastsmc.vllm.passes import Pass
@@ -358,7 +359,8 @@ def test_two_hundred_random_ends(small_engine, monkeypatch):
 # ------------------------------------------------------------------------------------------- passes that are cut
 @pytest.mark.parametrize("bound", [1, 3, 7, 64, "all"])
 def test_the_bits_do_not_hang_on_the_bound(engine, runner, scheduler, all_blocks_back, monkeypatch, passes, bound):
-    """Beside a request that decodes all the while; with a bound, passes are cut in as many parts as it says."""
+    """Beside a request that decodes all the while; with a bound, passes are cut in as many parts as it says, and keep
+    what is counted in the memory that is taken off the KV cache."""
     requests = [
         Request(prompt_of(50), TableTwist(3 * VALUE), n_particles=6, max_tokens=14, ess_threshold=1.0, seed=1),
         Request(PROMPT, TableTwist(VALUE), n_particles=3, max_tokens=9, seed=2, temperature=0.8, stop_token_ids=[5]),
@@ -371,7 +373,12 @@ def test_the_bits_do_not_hang_on_the_bound(engine, runner, scheduler, all_blocks
     together, n_half = Run(engine, requests, beside), 0
     while not set(together.ids) <= set(together.outputs):
         together.step()
-        n_half += runner._half is not None
+        if runner._half is not None:
+            n_half += 1
+            rows, (logits, hidden) = runner._half[0].n_rows, runner._half[0]._found
+            kept = sum(x.untyped_storage().nbytes() for x in (logits, hidden))
+            # the rows of logits are padded
+            assert kept <= capacity.half_pass_bytes(rows, logits.stride(0), hidden.shape[1], logits.itemsize)
     assert together.others[0] not in together.outputs  # it was there all the while
     engine.llm_engine.abort_request(together.others)
     identical(together.to_the_end(), want)
