@@ -2,7 +2,7 @@
 
     ops     one layer at a time on synthetic block tables: rows × length × how much is shared. Fits the costs that the
             engine's switch goes by, and judges it on cases that were not fitted: other rows and lengths, another kind
-            of sharing, another model's shape. `--costs` puts them into fastsmc/vllm/attend_costs.json
+            of sharing, another model's shape. `--costs` puts them into fastsmc/vllm/attention/costs.json
     steps   a whole particle step of SmolLM2-135M, N = 256, by prompt length: steps of one group alternate between the
             engine as it is (switch included) and vLLM's attention, so that both meet the same rows and the same machine
     gpu     the Triton kernel alone at Llama-3.1-8B's shapes (N = 1024, 2048 prompt tokens, 512 generated), beside
@@ -24,8 +24,8 @@ from typing import Any
 
 from machine import write_result
 
-from fastsmc.vllm import attend_costs
-from fastsmc.vllm.attend_costs import Shape, interleaved, make_table
+from fastsmc.vllm.attention import costs as attend_costs
+from fastsmc.vllm.attention.costs import Shape, interleaved, make_table
 
 #: SmolLM2-135M, Llama-3.1-8B, GPT-2, Qwen2.5-0.5B: heads, key heads, head size, block size
 SMOLLM2, LLAMA, GPT2, QWEN = Shape(9, 3, 64, 32), Shape(32, 8, 128, 32), Shape(12, 12, 64, 32), Shape(14, 2, 64, 32)
@@ -69,7 +69,7 @@ def bench_case(shape: Shape, sharing: str, n_rows: int, length: int, dtype: Any,
     from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
     from fastsmc import ops
-    from fastsmc.vllm.attention import find_layout, split_cache
+    from fastsmc.vllm.attention.cpu import find_layout, split_cache
 
     heads, key_heads, size, block = shape
     table = make_table(sharing, n_rows, -(-length // block))

@@ -12,8 +12,8 @@ import torch
 from scipy.optimize import nnls
 
 from fastsmc import ops
-from fastsmc.vllm import attend_costs
-from fastsmc.vllm.attend_costs import Shape, Timed
+from fastsmc.vllm.attention import costs as attend_costs
+from fastsmc.vllm.attention.costs import Shape, Timed
 
 SHAPE, OTHER = Shape(heads=6, key_heads=2, head_size=32, block_size=16), Shape(8, 8, 64, 16)
 COSTS = {"attend": [1e-5, 1e-11, 1e-10, 1e-7], "stock": [4e-6, 4e-11, 2e-11, 0.0, 3e-7], "margin": 1.1}

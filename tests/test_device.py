@@ -1,7 +1,8 @@
 """Groups whose tensors are not on the host: nothing is mixed up, and how often the host waits for the device."""
 
 from collections import Counter
-from itertools import pairwise
+from itertools import islice, pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,9 +12,12 @@ from test_potentials import EOS, V, tokenizer  # noqa: F401
 from tiny import TableTwist, value_table
 
 from fastsmc import Potential, SMCParams
+from fastsmc.ops import plan_attend
 from fastsmc.potentials import Infill, Lexicon, Regex, Rows, TextPotential
 from fastsmc.smc import Group, GroupEngine, arrange, finish
 from fastsmc.smc.driving import take_step
+from fastsmc.smc.paging import BlockTables, Paging
+from fastsmc.vllm.passes import Member, Pass
 
 HIDDEN, STEPS = 3, 6
 
@@ -130,6 +134,71 @@ def test_a_step_waits_for_the_device_twice(tokenizer, name, proposal, n_groups):
             waits.append(Counter(watch.waits[before:]))
     assert len(waits) >= STEPS
     assert max(sum(step.values()) for step in waits) == 2, waits
+
+
+class PagedTokens(LastToken):
+    """A `PagedCalls` whose logits are those of `LastToken`, and whose rows share reads where they can."""
+
+    block_size, max_logits_rows, why_not = 2, 100, None
+
+    def __init__(self, n, device, max_tokens):
+        super().__init__(n, device)
+        self.device, self.max_tokens, self.attend, self.parts = device, max_tokens, self, []
+
+    def may_pay(self, n_rows, length):
+        return True
+
+    def plan(self, table, known, lengths, offsets):
+        return plan_attend(table, lengths, block_size=2, offsets=offsets, known_shared=known, backend="triton")
+
+    def pays(self, plan, length, group):
+        return group > 0
+
+    def forward(self, batch):
+        self.parts.append(len(batch.tokens))
+        return super().next(batch.tokens, None)
+
+    def reindex(self, table, ancestors, position):
+        if table.shape[1]:
+            table.copy_(table[ancestors])
+
+
+@torch.inference_mode()
+def test_a_pass_waits_for_nothing_however_it_is_cut(tokenizer):  # noqa: F811
+    """Its groups' steps wait twice, and each is what it is in a pass that is whole; the parts are as large as told."""
+    pytest.importorskip("triton")
+    populations, n_parts = {}, {}
+    for max_tokens in (100, 5, 1):
+        with Watch() as watch:
+            engine, model = GroupEngine(tokenizer, DEVICE, V, HIDDEN), PagedTokens(7, DEVICE, max_tokens)
+            tables, members, blocks = BlockTables(DEVICE), [], iter(range(1, 10_000))
+            for seed in range(3):
+                params = SMCParams(n_particles=7, max_tokens=STEPS, ess_threshold=1.0, seed=seed, ignore_eos=True)
+                potential = POTENTIALS["hidden"]()
+                potential.setup(engine)
+                group = Group(params, potential, [1], set(), DEVICE, engine)
+                paging = Paging(7, 1, [0], 2, STEPS, 0, DEVICE)
+                members.append(
+                    Member(group, paging, tables.add(paging), SimpleNamespace(prompt=[1], prompt_blocks=[0]))
+                )
+            while going := [member for member in members if not member.group.done]:
+                for member in going:
+                    if member.paging.must_open:
+                        member.paging.grant(list(islice(blocks, 7)))
+                        member.paging.open_columns()
+                before, n_before = len(watch.waits), len(model.parts)
+                part = Pass(model, tables, going)
+                part.run()
+                sizes = model.parts[n_before:]
+                assert len(sizes) == -(-part.n_rows // max_tokens) and max(sizes) <= max(max_tokens, 2)
+                part.take()
+                assert len(watch.waits) - before <= 2, watch.waits[before:]
+            populations[max_tokens] = [member.group.population() for member in members]
+            n_parts[max_tokens] = len(model.parts)
+    assert n_parts[100] == STEPS and n_parts[1] > n_parts[5] > 2 * STEPS
+    for max_tokens in (5, 1):
+        for got, want in zip(populations[max_tokens], populations[100], strict=True):
+            assert got.token_ids == want.token_ids and got.log_z == want.log_z
 
 
 def test_the_device_is_one():

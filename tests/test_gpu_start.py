@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
@@ -18,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 GIB = 1 << 30
 IMPORTS = """
 import importlib, sys, torch
-MODULES = "worker attention attention_gpu attend_costs scheduler llm model ranks runner request messages capacity"
+MODULES = "worker attention attention.gpu attention.costs scheduler llm model ranks runner request messages capacity"
 for name in MODULES.split() + ["warm_up"]:
     importlib.import_module(f"fastsmc.vllm.{name}")
 from fastsmc.vllm import compat
@@ -61,12 +62,20 @@ def test_what_a_cuda_machine_imports_leaves_torch_alone():
 
 
 @pytest.mark.parametrize(
-    ("rows", "vocab", "gib"), [(1024, 128256, 1.05), (4096, 128256, 4.01), (256, 49152, 0.16), (1, 8, 0.0625)]
+    ("rows", "vocab", "hidden", "element", "gib"),
+    [
+        (1024, 128256, 4096, 2, 1.05),
+        (4096, 128256, 4096, 2, 4.01),
+        (256, 49152, 576, 4, 0.16),
+        (4096, 2048, 8192, 4, 0.22),  # as a model of audio codes: what a half pass keeps is more than its log ψ
+        (1, 8, 8, 2, 0.0625),
+    ],
 )
-def test_bytes_of_a_step(rows, vocab, gib):
-    needed = capacity.unprofiled_step_bytes(rows, vocab)
+def test_bytes_of_a_step(rows, vocab, hidden, element, gib):
+    needed = capacity.unprofiled_step_bytes(rows, vocab, hidden, element)
     assert needed / GIB == pytest.approx(gib, rel=0.03)
     assert needed >= 2 * 4 * rows * vocab + 528 * 64 * 256 * 4  # log ψ twice, attend's parts
+    assert needed >= element * rows * (vocab + hidden) + 528 * 64 * 256 * 4  # logits and hidden states of a half pass
 
 
 @pytest.mark.parametrize(
@@ -82,7 +91,7 @@ def test_bytes_of_a_step(rows, vocab, gib):
     ],
 )
 def test_room_that_is_left(available, rows, left, warns):
-    got, warning = capacity.leave_room(int(available * GIB), capacity.unprofiled_step_bytes(rows, 128256))
+    got, warning = capacity.leave_room(int(available * GIB), capacity.unprofiled_step_bytes(rows, 128256, 4096, 2))
     assert got / GIB == pytest.approx(left, abs=0.02)
     assert (warning is not None) == warns
     if warns:
@@ -90,7 +99,7 @@ def test_room_that_is_left(available, rows, left, warns):
 
 
 @pytest.mark.parametrize(
-    ("asked", "left"), [(None, 10 * GIB - capacity.unprofiled_step_bytes(1024, 128256)), (3 * GIB, 3 * GIB)]
+    ("asked", "left"), [(None, 10 * GIB - capacity.unprofiled_step_bytes(1024, 2048, 8192, 4)), (3 * GIB, 3 * GIB)]
 )
 def test_the_worker_leaves_it_unless_the_user_has_sized_the_cache(monkeypatch, asked, left):
     from vllm.v1.worker import gpu_worker
@@ -101,7 +110,9 @@ def test_the_worker_leaves_it_unless_the_user_has_sized_the_cache(monkeypatch, a
     worker = SMCGPUWorker.__new__(SMCGPUWorker)
     worker.cache_config = SimpleNamespace(kv_cache_memory_bytes=asked)
     worker.scheduler_config = SimpleNamespace(max_num_seqs=1024)
-    worker.model_config = SimpleNamespace(get_vocab_size=lambda: 128256)
+    worker.model_config = SimpleNamespace(
+        get_vocab_size=lambda: 2048, get_hidden_size=lambda: 8192, dtype=torch.float32
+    )
     assert worker.determine_available_memory() == left
 
 
@@ -148,6 +159,6 @@ def test_what_is_logged_is_shown_by_vllms_handlers():
 
     above = compat.get_logger("fastsmc.vllm.llm").name.split(".")[0]
     assert DEFAULT_LOGGING_CONFIG["loggers"][above]["handlers"]
-    for path in (ROOT / "fastsmc" / "vllm").glob("*.py"):
+    for path in (ROOT / "fastsmc" / "vllm").rglob("*.py"):
         made = re.findall(r"^logger = (.*)$", path.read_text(), re.MULTILINE)
         assert set(made) <= {"get_logger(__name__)"}, path.name

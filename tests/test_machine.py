@@ -71,7 +71,8 @@ def test_what_does_not_fit_is_said_in_one_line_with_the_figures(ranks, where):
 def test_bytes_of_a_step():
     # 1024 rows, V = 49152 in bf16: 2 + 4 + 8 bytes each; of 4096 tokens' logits at most 2^27, 6 bytes each
     assert capacity.whole_step_bytes(1024, 4096, 49152, 576, 1536, 2) == 1024 * 49152 * 14 + (1 << 27) * 6
-    assert capacity.whole_step_bytes(1, 8192, 10, 1000, 4000, 4) == 160 + 8192 * 16000 * 4  # here the activations
+    # here the activations, and the logits and hidden states that a half pass keeps
+    assert capacity.whole_step_bytes(1, 8192, 10, 1000, 4000, 4) == (10 + 1000) * 4 + 8192 * 16000 * 4
 
 
 # ------------------------------------------------------------------------------------------------------ control groups

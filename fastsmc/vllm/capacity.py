@@ -37,13 +37,23 @@ def gib(n_bytes: float) -> str:
 
 
 # --------------------------------------------------------------------------------------- a step, beside a GPU's profile
-def unprofiled_step_bytes(max_num_seqs: int, vocab_size: int) -> int:
+def half_pass_bytes(rows: int, vocab: int, hidden: int, element: int) -> int:
+    """Returns the bytes that a pass keeps of its rows, logits and hidden states, while other requests have their step.
+
+    They are written into one place, part by part, and nothing else is there of a step before the last part has run.
+    """
+    return rows * (vocab + hidden) * element
+
+
+def unprofiled_step_bytes(rows: int, vocab: int, hidden: int, element: int) -> int:
     """Returns the bytes of a device that a step of groups needs beyond vLLM's profile, which has as many rows' logits.
 
-    All rows of an engine together are at most `max_num_seqs`, and one group's step is over before the next begins.
+    All rows of an engine together are at most `rows` = max_num_seqs, and one group's step is over before the next
+    begins. Either a pass is half done, beside a step of other requests as large as the profile's, or all its rows have
+    run and are weighed, the logits where the profile has its own.
     """
-    per_row = vocab_size * LOG_PSI_BYTES + -(-vocab_size // TILE) * TILE_BYTES
-    return max_num_seqs * per_row + SMALL_BYTES
+    weighed = rows * (vocab * LOG_PSI_BYTES + -(-vocab // TILE) * TILE_BYTES)
+    return max(weighed, half_pass_bytes(rows, vocab, hidden, element)) + SMALL_BYTES
 
 
 def leave_room(available: int, needed: int) -> tuple[int, str | None]:
@@ -67,13 +77,14 @@ def whole_step_bytes(rows: int, tokens: int, vocab: int, hidden: int, intermedia
     """Returns the bytes per rank that a step may hold beside weights and KV cache, for a dtype of `element` bytes.
 
     For each of `rows` = max_num_seqs particles and each of V tokens: its logit in the model's dtype and in float32, and
-    `LOG_PSI_BYTES`, so rows·V·(element + 12). To that comes the larger of what never exists at once: activations of
-    `tokens` = max_num_batched_tokens tokens through a layer, tokens·(2·intermediate + 8·hidden)·4, and logits of a
-    continuation that is scored, min(tokens·V, 2²⁷)·(element + 4).
+    `LOG_PSI_BYTES`, so rows·V·(element + 12), or `half_pass_bytes` if that is more. To that comes the larger of what
+    never exists at once: activations of `tokens` = max_num_batched_tokens tokens through a layer,
+    tokens·(2·intermediate + 8·hidden)·4, and logits of a continuation that is scored, min(tokens·V, 2²⁷)·(element + 4).
     """
     activations = tokens * (2 * intermediate + 8 * hidden) * 4
     scored = min(tokens * vocab, SCORE_ELEMENTS) * (element + 4)
-    return rows * vocab * (element + 4 + LOG_PSI_BYTES) + max(activations, scored)
+    weighed = rows * vocab * (element + 4 + LOG_PSI_BYTES)
+    return max(weighed, half_pass_bytes(rows, vocab, hidden, element)) + max(activations, scored)
 
 
 class Rank(NamedTuple):

@@ -62,16 +62,25 @@ class Batch(NamedTuple):
         n_rows = len(self.lengths)
         if begin == 0 and end == n_rows > 1:
             return self
-        rows = [*range(begin, end), *[begin] * (end - begin == 1)]
-        bounds = [0, *itertools.accumulate(self.queries or [1] * n_rows)]
-        device = self.table.device
-        row = torch.tensor(rows, device=device)
-        query = torch.tensor([q for r in rows for q in range(bounds[r], bounds[r + 1])], device=device)
+        bounds, device = [0, *itertools.accumulate(self.queries or [1] * n_rows)], self.table.device
+        row = torch.arange(begin, end, device=device)
+        query = torch.arange(bounds[begin], bounds[end], device=device)
+        queries = None if self.queries is None else self.queries[begin:end]
         shared = tuple(
             (max(a, begin) - begin, min(b, end) - begin, known) for a, b, known in self.shared if a < end and b > begin
         )
         if end - begin == 1:
+            row, query, queries = row.repeat(2), query.repeat(2), None if queries is None else queries * 2
             shared = tuple((0, 2, known) for _, _, known in shared)
+        return self._take(row, query, queries, shared)
+
+    def reordered(self, order: Tensor) -> Batch:
+        """Puts rows of one query each into another order, `order` (R,) int64, in which groups keep their places."""
+        return self._take(order, order, None, self.shared)
+
+    def _take(
+        self, row: Tensor, query: Tensor, queries: tuple[int, ...] | None, shared: tuple[tuple[int, int, int], ...]
+    ) -> Batch:
         return Batch(
             self.tokens[query],
             self.positions[query],
@@ -79,7 +88,7 @@ class Batch(NamedTuple):
             self.table[row],
             self.lengths[row],
             self.max_length,
-            None if self.queries is None else tuple(self.queries[r] for r in rows),
+            queries,
             shared,
         )
 
@@ -158,8 +167,10 @@ class Pass:
         self._rows = torch.cat([self._rows_of(c)[w.slots] for c, w in zip(self._cohorts, self._wants, strict=True)])
         self.n_rows, self.n_run, self.seconds = len(self._rows), 0, 0.0
         self._next = 0  # where the chunk ends that is with the model
+        self._plan: ops.AttendPlan | None = None  # of all rows, if some attend by it
         self._batch = self._make_batch()
-        self._parts: list[tuple[Tensor, Tensor]] = []
+        self._order: Tensor | None = None  # (R,) int64, rows in the order of the batch, once the pass is cut
+        self._found: tuple[Tensor, ...] = ()  # logits (R, V) and hidden states (R, H), as far as they are there
 
     def _rows_of(self, cohort: Cohort) -> Tensor:
         """Lists the rows of the block tables that a cohort's slots are, (M,) int64."""
@@ -233,6 +244,7 @@ class Pass:
             for g, m in enumerate(members)
             if may_pay[g] and attend.pays(plan, m.paging.position + 1, group=g)
         )
+        self._plan = plan if shared else None
         return batch._replace(shared=shared, plan=plan if len(shared) == len(members) else None)
 
     def run(self, max_rows: int | None = None) -> int:
@@ -249,19 +261,41 @@ class Pass:
     def next_batch(self, max_rows: int | None) -> Batch:
         """Returns rows that have not run yet, at most so many; who runs them hands `put` what comes of them."""
         self._next = self.n_rows if max_rows is None else min(self.n_rows, self.n_run + max_rows)
+        if self._order is None and self._next < self.n_rows:
+            self._order = self._order_to_cut()
+            self._batch = self._batch.reordered(self._order)
         return self._batch.part(self.n_run, self._next)
+
+    def _order_to_cut(self) -> Tensor:
+        """Lists the rows, (R,) int64, so that those of a group that read the same blocks are neighbours.
+
+        Rows of one parent then are in one part of the pass, or in two, and not in all of them.
+        """
+        if self._plan is None:
+            return torch.arange(self.n_rows, device=self._rows.device)
+        order, offsets = self._plan.order, self._plan.offsets
+        assert offsets is not None  # `_choose_attention` plans by group
+        groups = torch.bucketize(order, offsets[1:], right=True)  # some of which may read the same prompt
+        return order[groups.argsort(stable=True)].long()
 
     def put(self, logits: Tensor, hidden: Tensor) -> int:
         """Takes the logits and hidden states of the last `next_batch`, and returns how many rows it had."""
-        ran = self._next - self.n_run  # a row that stands twice is taken once
-        self._parts.append((logits[:ran], hidden[:ran]))
+        ran, found = self._next - self.n_run, (logits, hidden)  # a row that stands twice is taken once
+        if self._order is None:
+            self._found = tuple(x[:ran] for x in found)
+        else:
+            if self.n_run == 0:
+                self._found = tuple(x.new_empty_strided((self.n_rows, x.shape[1]), x.stride()) for x in found)
+            rows = self._order[self.n_run : self._next]
+            for whole, part in zip(self._found, found, strict=True):
+                whole[rows] = part[:ran]
         self.n_run = self._next
         return ran
 
     # -------------------------------------------------------------------------------------------------------- the step
     def take(self) -> None:
         """Lets the groups take their step, once all rows have run."""
-        logits, hidden = (p[0] if len(p) == 1 else torch.cat(p) for p in zip(*self._parts, strict=True))
+        logits, hidden = self._found
         self._tables.position[self._rows] += 1
         for member in self._members.values():
             member.paging.position += member.group.t > 0

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import cloudpickle
+import torch
 from vllm.platforms import current_platform
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.worker.gpu_worker import Worker
@@ -108,8 +109,12 @@ class SMCGPUWorker(SMCWorkerMixin, Worker):
         available = super().determine_available_memory()
         if self.cache_config.kv_cache_memory_bytes:
             return available
-        rows, vocab = self.scheduler_config.max_num_seqs, self.model_config.get_vocab_size()
-        left, warning = capacity.leave_room(available, capacity.unprofiled_step_bytes(rows, vocab))
+        rows, model = self.scheduler_config.max_num_seqs, self.model_config
+        assert isinstance(model.dtype, torch.dtype)  # vLLM has resolved its name
+        needed = capacity.unprofiled_step_bytes(
+            rows, model.get_vocab_size(), model.get_hidden_size(), model.dtype.itemsize
+        )
+        left, warning = capacity.leave_room(available, needed)
         logger.info("%.2f GiB of the device are left to the steps of groups", (available - left) / 2**30)
         if warning is not None:
             logger.warning("max_num_seqs=%d: %s", rows, warning)

@@ -11,8 +11,9 @@ from tiny import TableTwist, hf_log_probs, make_llama, value_table
 from vllm import SamplingParams
 
 from fastsmc import Potential, SMCParams, ops
-from fastsmc.vllm import attend_costs
-from fastsmc.vllm.attention import Attend, MixedMetadata, find_layout
+from fastsmc.vllm.attention import Attend, MixedMetadata
+from fastsmc.vllm.attention import costs as attend_costs
+from fastsmc.vllm.attention.cpu import find_layout
 from fastsmc.vllm.model import Model
 
 from .conftest import VOCAB, make_engine

@@ -9,10 +9,12 @@ import torch
 from tiny import PROMPT, TableTwist, TinyLlama, hf_log_probs, value_table
 from vllm import SamplingParams
 
-from fastsmc import Potential, SMCParams
+from fastsmc import Potential, SMCParams, ops
 from fastsmc.potentials import Infill
+from fastsmc.vllm import capacity
 from fastsmc.vllm.attention import Attend
 from fastsmc.vllm.pace import Pace
+from fastsmc.vllm.passes import Pass
 
 from .conftest import VOCAB
 from .test_engine import Broken, check_log_probs, prompt_of
@@ -357,7 +359,8 @@ def test_two_hundred_random_ends(small_engine, monkeypatch):
 # ------------------------------------------------------------------------------------------- passes that are cut
 @pytest.mark.parametrize("bound", [1, 3, 7, 64, "all"])
 def test_the_bits_do_not_hang_on_the_bound(engine, runner, scheduler, all_blocks_back, monkeypatch, passes, bound):
-    """Beside a request that decodes all the while; with a bound, passes are cut in as many parts as it says."""
+    """Beside a request that decodes all the while; with a bound, passes are cut in as many parts as it says, and keep
+    what is counted in the memory that is taken off the KV cache."""
     requests = [
         Request(prompt_of(50), TableTwist(3 * VALUE), n_particles=6, max_tokens=14, ess_threshold=1.0, seed=1),
         Request(PROMPT, TableTwist(VALUE), n_particles=3, max_tokens=9, seed=2, temperature=0.8, stop_token_ids=[5]),
@@ -370,7 +373,12 @@ def test_the_bits_do_not_hang_on_the_bound(engine, runner, scheduler, all_blocks
     together, n_half = Run(engine, requests, beside), 0
     while not set(together.ids) <= set(together.outputs):
         together.step()
-        n_half += runner._half is not None
+        if runner._half is not None:
+            n_half += 1
+            rows, (logits, hidden) = runner._half[0].n_rows, runner._half[0]._found
+            kept = sum(x.untyped_storage().nbytes() for x in (logits, hidden))
+            # the rows of logits are padded
+            assert kept <= capacity.half_pass_bytes(rows, logits.stride(0), hidden.shape[1], logits.itemsize)
     assert together.others[0] not in together.outputs  # it was there all the while
     engine.llm_engine.abort_request(together.others)
     identical(together.to_the_end(), want)
@@ -378,6 +386,41 @@ def test_the_bits_do_not_hang_on_the_bound(engine, runner, scheduler, all_blocks
         assert n_half > 14 / bound
     else:
         assert n_half == 0
+
+
+def test_rows_of_one_parent_stay_together(engine, runner, all_blocks_back, monkeypatch):
+    """What a pass reads more when it is cut is far less than by a cut in the order of slots, by the parts' plans."""
+    requests = [
+        Request(prompt_of(20, i), TableTwist(VALUE), n_particles=40, max_tokens=100, ess_threshold=1.0, seed=i)
+        for i in range(2)
+    ]
+    monkeypatch.setattr(Attend, "may_pay", lambda *args: True)
+    monkeypatch.setattr(Attend, "pays", lambda self, plan, length, group: length % 3 > 0)
+    want, bound, blocks = run(engine, requests), 13, Counter()
+    order_to_cut = Pass._order_to_cut
+
+    def compare(self):
+        order = order_to_cut(self)
+        assert sorted(order.tolist()) == list(range(self.n_rows))
+        for name, rows in (("slots", order.sort().values), ("plan", order)):
+            batch = self._batch.reordered(rows)
+            for begin in range(0, self.n_rows, bound):
+                part = batch.part(begin, min(begin + bound, self.n_rows))
+                blocks[name] += count_blocks(part)
+        blocks["whole"] += count_blocks(self._batch)
+        return order
+
+    def count_blocks(batch):
+        if not batch.shared:
+            return 0
+        size = runner.model.block_size
+        return ops.plan_attend(batch.table.cpu(), batch.lengths.cpu(), block_size=size, backend="cpu").n_reads
+
+    monkeypatch.setattr(Pass, "_order_to_cut", compare)
+    monkeypatch.setattr(runner.model, "max_tokens", bound)
+    identical(run(engine, requests), want)
+    more = {name: blocks[name] - blocks["whole"] for name in ("plan", "slots")}
+    assert 0 < more["plan"] < 2 / 3 * more["slots"], blocks
 
 
 @pytest.mark.parametrize("end", ["abort", "preemption", "failure", "the other request ends"])

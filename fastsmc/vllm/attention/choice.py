@@ -1,189 +1,26 @@
-"""Groups' own attention inside vLLM: `attend` where it is worth it, vLLM's kernels for everything else.
-
-    register()         before the model is loaded: vLLM's backends, under their own names, become the subclasses of
-                       `BACKENDS`: its CPU backend, on a CUDA device FlashAttention and Triton (attention_gpu.py)
-    Attend(layers)     after that: says whether and how `attend` can run on this model
-    .measure(...)      at start-up, where fastsmc/vllm/attend_costs.json does not say when it pays on such a machine
-    .plan(...)         once for a table: who reads what together
-    .pays(...)         per step: whether it is faster than vLLM's attention; .metadata(...) then is what the layers get
-    AttendImpl         per layer: runs `attend` if the metadata is ours, vLLM's own forward if not
-
-Ordinary requests never see any of it: their metadata is vLLM's, and so is the code that they run.
-"""
+"""Says whether `attend` can run on a model, and for which rows it is the faster."""
 
 from __future__ import annotations
 
 import functools
 import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from vllm import _custom_ops, envs
-from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionType
-from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
-from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
-from vllm.v1.attention.selector import _cached_get_attn_backend
 
 from fastsmc import ops
-from fastsmc.ops.attend import LANES, LAYOUTS, AttendPlan
-from fastsmc.vllm import attend_costs, compat
+from fastsmc.ops.attend import AttendPlan
+from fastsmc.vllm import compat
+from fastsmc.vllm.attention import costs as attend_costs
+from fastsmc.vllm.attention.backends import AttendImpl
+from fastsmc.vllm.attention.metadata import AttendMetadata
 from fastsmc.vllm.compat import get_logger
 
-if TYPE_CHECKING:
-    from vllm.v1.attention.backend import AttentionImpl as _VllmImpl
-else:
-    _VllmImpl = object  # which of vLLM's comes after `AttendImpl` among the bases of each of ours
-
 logger = get_logger(__name__)
-
-#: device type → vLLM's name of a backend → ours. Strings: what a backend imports need not be there on another device
-BACKENDS = {
-    "cpu": {"CPU_ATTN": f"{__name__}.AttendCPUBackend"},
-    "cuda": {
-        "FLASH_ATTN": f"{__name__}_gpu.AttendFlashBackend",
-        "TRITON_ATTN": f"{__name__}_gpu.AttendTritonBackend",
-    },
-}
-
-
-@dataclass(frozen=True)
-class AttendMetadata:
-    """Attention metadata of groups' rows, one query each; the same for every layer.
-
-    Attributes:
-        length: tokens of each row, as ops.attend takes it; for a plan of 'triton' (1,) or (R,) int32 on the device.
-    """
-
-    plan: AttendPlan
-    length: int | Tensor
-    layout: str
-
-
-@dataclass(frozen=True)
-class MixedMetadata:
-    """Attention metadata of a batch of which some rows use `attend` and others vLLM's attention.
-
-    Attributes:
-        parts: (begin, end, metadata) of the tokens [begin, end) of the batch; metadata is vLLM's or `AttendMetadata`.
-            Tokens outside all parts are padding.
-    """
-
-    parts: tuple[tuple[int, int, Any], ...]
-
-
-class AttendImpl(_VllmImpl):
-    """Attends for rows that come with `AttendMetadata`, and leaves all others to vLLM's own forward; a batch that comes
-    with `MixedMetadata` is both, part by part.
-
-    Our implementations inherit from this first, then from one of vLLM's.
-
-    Attributes:
-        backend: the backend of ops.plan_attend and ops.attend.
-        num_kv_heads: vLLM's, of every implementation.
-    """
-
-    backend: str
-    num_kv_heads: int
-
-    def forward(
-        self,
-        layer: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        kv_cache: Tensor,
-        attn_metadata: Any,
-        output: Tensor,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Tensor:
-        if isinstance(attn_metadata, MixedMetadata):
-            for begin, end, metadata in attn_metadata.parts:
-                q, k, v = (t if t is None else t[begin:end] for t in (query, key, value))
-                self.forward(layer, q, k, v, kv_cache, metadata, output[begin:end], *args, **kwargs)
-            return output
-        if not isinstance(attn_metadata, AttendMetadata):
-            stock = super().forward  # type: ignore[safe-super]  # of the implementation that comes next in the bases
-            return stock(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
-        if any(scale is not None for scale in (*args, *kwargs.values())):  # `Attend` has refused the model
-            raise NotImplementedError("attend does not quantise its output")
-        n_rows = len(attn_metadata.plan.table)  # the batch may be padded
-        self.attend(layer, query[:n_rows], kv_cache, attn_metadata, output[:n_rows].view(n_rows, *query.shape[1:]))
-        return output
-
-    def attend(self, layer: Any, query: Tensor, kv_cache: Tensor, metadata: AttendMetadata, out: Tensor) -> None:
-        """Runs ops.attend of queries (R, Hq, D) over a layer's cache, into `out` of their shape."""
-        raise NotImplementedError
-
-    @staticmethod
-    def unknown(layers: Sequence[Any]) -> dict[str, bool]:
-        """Names what `attend` would do wrong, each with whether these layers have it."""
-        raise NotImplementedError
-
-    @staticmethod
-    def find_layout(layer: Any) -> str | None:
-        """Finds how vLLM lays the cache out, as one of ops.attend's layouts; None if it is none of them."""
-        raise NotImplementedError
-
-    @staticmethod
-    def cost_key(layer: Any) -> str:
-        """Names what costs depend on beside the shapes: the kernels, vLLM's and ours, and the dtypes."""
-        raise NotImplementedError
-
-
-class AttendCPUImpl(AttendImpl, CPUAttentionBackendImpl):
-    """Attends by vLLM's CPU kernels, or by `attend` in C++."""
-
-    backend = "cpu"
-
-    def attend(self, layer: Any, query: Tensor, kv_cache: Tensor, metadata: AttendMetadata, out: Tensor) -> None:
-        ops.attend(
-            query,
-            *split_cache(kv_cache),
-            metadata.plan,
-            metadata.length,
-            scale=self.scale,
-            layout=metadata.layout,
-            out=out,
-        )
-
-    @staticmethod
-    def unknown(layers: Sequence[Any]) -> dict[str, bool]:
-        impl, block_size = layers[0].impl, layers[0].kv_cache.shape[2]
-        return {
-            "a sliding window": any(layer.impl.sliding_window != -1 for layer in layers),
-            "a quantised KV cache": any(layer.impl.is_fp8_kv_cache for layer in layers),
-            f"a head size of {impl.head_size}": impl.head_size % LANES != 0,
-            f"a block size of {block_size}": block_size % LANES != 0,
-            "attention layers that differ": len({layer.isa for layer in layers}) > 1,
-        }
-
-    @staticmethod
-    def find_layout(layer: Any) -> str | None:
-        return find_layout(layer.isa, layer.kv_cache.dtype, layer.kv_cache.shape[2], layer.impl.head_size)
-
-    @staticmethod
-    def cost_key(layer: Any) -> str:
-        return attend_costs.cost_key(layer.isa, layer.kv_cache.dtype)
-
-
-class AttendCPUBackend(CPUAttentionBackend):
-    @staticmethod
-    def get_impl_cls() -> type[AttendCPUImpl]:
-        return AttendCPUImpl
-
-
-def register() -> None:
-    """Puts our subclasses in the place of vLLM's backends, for models loaded in this process from now on."""
-    for name, path in BACKENDS.get(current_platform.device_type, {}).items():
-        register_backend(AttentionBackendEnum[name], path)
-    _cached_get_attn_backend.cache_clear()  # an engine that started earlier in this process
 
 
 class Attend:
@@ -371,51 +208,3 @@ class Attend:
         n_rows, n_reads, n_nodes = counts
         mean = float(length.double().mean()) if isinstance(length, Tensor) else length
         return attend_costs.pays(self.costs, attend_costs.features(n_rows, mean, n_reads, n_nodes, self.shape))
-
-
-@contextmanager
-def rows_read_whole() -> Iterator[None]:
-    """Has vLLM's CPU kernels read the keys of a row one after the other, by metadata that is built meanwhile.
-
-    Otherwise they split long rows among threads that have nothing else to do, and a row's bits hang on those beside it.
-    """
-    envs.VLLM_CPU_ATTN_SPLIT_KV = False  # hides what the module would make of the environment
-    try:
-        yield
-    finally:
-        del envs.VLLM_CPU_ATTN_SPLIT_KV
-
-
-def split_cache(kv_cache: Tensor) -> tuple[Tensor, Tensor]:
-    """Splits vLLM's CPU cache (n_blocks, Hk, B, 2 D), in which a block's keys come before its values, into keys and
-    values (n_blocks, Hk, B, D)."""
-    n_blocks, n_key_heads, block_size, width = kv_cache.shape
-    keys, values = kv_cache.view(n_blocks, n_key_heads, 2 * block_size, width // 2).chunk(2, dim=2)
-    return keys, values
-
-
-def find_layout(isa: str, dtype: torch.dtype, block_size: int, head_size: int) -> str | None:
-    """Finds the layout of what vLLM's cache writer for `isa` writes, by letting it write; None: `attend` lacks it."""
-    cache = torch.zeros(1, 1, block_size, 2 * head_size, dtype=dtype)
-    keys, values = split_cache(cache)
-    generator = torch.Generator().manual_seed(0)
-    key, value = (torch.randn(block_size, 1, head_size, generator=generator).to(dtype) for _ in range(2))
-    _custom_ops.cpu_attn_reshape_and_cache(key, value, keys, values, torch.arange(block_size), isa)
-    for layout in LAYOUTS:
-        written = [t.reshape(-1) for t in (keys, values)]
-        if all(
-            torch.equal(got, want) for got, want in zip(written, lay_out(key[:, 0], value[:, 0], layout), strict=True)
-        ):
-            return layout
-    return None
-
-
-def lay_out(key: Tensor, value: Tensor, layout: str) -> tuple[Tensor, Tensor]:
-    """Lays keys and values (B, D) of one block out as they lie in memory, flat."""
-    tokens, dims = key.shape
-    if layout == "tiled":
-        key = key.view(tokens // LANES, LANES, dims // 2, 2).transpose(1, 2)
-        value = value.view(tokens // 2, 2, dims // LANES, LANES).permute(2, 0, 3, 1)
-    elif layout == "vector":
-        key = key.t()
-    return key.reshape(-1), value.reshape(-1)

@@ -34,7 +34,7 @@ from fastsmc.vllm.compat import get_logger
 logger = get_logger(__name__)
 
 #: committed: `cost_key` → `Costs`
-COSTS = Path(__file__).with_name("attend_costs.json")
+COSTS = Path(__file__).with_name("costs.json")
 #: `attend` must be so many times as fast to be chosen. The margin grows until the costs overrate `attend` by more than
 #: it in at most one of CASES_BEYOND cases.
 MARGIN, CASES_BEYOND = 1.1, 40

@@ -1,4 +1,4 @@
-"""vLLM's FlashAttention and Triton backends with `attend` in Triton for groups; what attention.py is for the CPU.
+"""vLLM's FlashAttention and Triton backends with `attend` in Triton for groups; what cpu.py is for the CPU.
 
 Both write the new keys and values apart from `forward` (do_kv_cache_update, left alone here) into one cache of logical
 shape (n_blocks, Hk, B, 2 D), keys beside values in each slot, whatever the order in memory. `attend` reads both halves
@@ -20,7 +20,8 @@ from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend, Trito
 
 from fastsmc import ops
 from fastsmc.ops.attend import FLOAT8
-from fastsmc.vllm.attention import AttendImpl, AttendMetadata
+from fastsmc.vllm.attention.backends import AttendImpl
+from fastsmc.vllm.attention.metadata import AttendMetadata
 
 #: head sizes that the kernel has been compiled for
 HEAD_SIZES = range(16, 257)
