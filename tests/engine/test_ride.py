@@ -101,11 +101,11 @@ def test_the_bits_of_each_alone(
         assert not (before[0] and not before[3] and after[1] and not after[0] and after[2] is not None)
 
 
-def test_fewer_passes_than_in_turns(engine, scheduler, calls, orders, all_blocks_back, monkeypatch):
+def test_fewer_passes_than_in_turns(engine, runner, scheduler, calls, orders, all_blocks_back, monkeypatch):
     requests = [Request(prompt_of(50), TableTwist(3 * VALUE), n_particles=20, max_tokens=30, ess_threshold=1.0, seed=1)]
     found = {}
     for rides in (False, True):
-        monkeypatch.setattr(scheduler, "_rides", rides)
+        monkeypatch.setattr(runner.model.riding, "why_not", None if rides else "this test")
         monkeypatch.setattr(scheduler, "_pace", Pace("all", scheduler._pace._logger))
         both = beside(engine, requests)
         calls.clear()
@@ -199,7 +199,7 @@ def test_a_failure_of_ours_leaves_the_ordinary_step_alone(
     want = each_alone(engine, requests[:1])
     both = beside(engine, requests, DECODES)
 
-    def fail(*args):
+    def fail(*args, **kwargs):
         raise MemoryError("no room")
 
     if where == "a potential":
