@@ -12,11 +12,12 @@ Blocks come from vLLM's own BlockPool and never enter the prefix cache. A group 
 group that waits ends with an error, so that the others get its blocks. Every way out (finish, abort, error, preemption
 by an engine reset) passes `_free_request` or `_preempt_request`, which return all blocks.
 
-Particle-only steps and ordinary ones take turns where there are both; where the workers can do it, rows ride in ordinary
-steps that only decode, and need no turn. An order names all groups that are ready, as far as a forward pass holds their rows; who is
-left out has the next turn. Beside other work an engine step runs a bounded number of rows (`fastsmc.vllm.pace`), so a
-pass may be half done for several steps. As long as it is, its groups and no others are in the orders, and none of their
-blocks is granted or returned, unless one of them ends: then the half is undone, by the order that drops it.
+Particle-only steps and ordinary ones take turns where there are both. Where the workers say that rows can ride, they
+ride in ordinary steps that only decode, and need no turn. An order names all groups that are ready, as far as a forward
+pass holds their rows; who is left out has the next turn. Beside other work an engine step runs a bounded number of rows
+(`fastsmc.vllm.pace`), so a pass may be half done for several steps. As long as it is, its groups and no others are in
+the orders, and none of their blocks is granted or returned, unless one of them ends: then the half is undone, by the
+order that drops it.
 """
 
 from __future__ import annotations

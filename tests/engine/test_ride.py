@@ -1,4 +1,6 @@
-"""Rows that ride in ordinary decode steps (the CPU's runner): one forward pass for both, and nobody's bits change."""
+"""Rows that ride in ordinary decode steps of the CPU's runner: one forward pass for both, and nobody's bits change.
+
+test_ride_v2.py has the GPU's runner."""
 
 import itertools
 
@@ -15,7 +17,9 @@ from fastsmc.vllm.pace import RIDES, Pace
 from .test_engine import Broken, prompt_of
 from .test_groups import VALUE, Request, Run, each_alone, identical, mixed, step_until
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU nothing rides")
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="the CPU's runner, whose bits do not hang on the batch"
+)
 
 DECODES = [
     (prompt_of(40 + i, i), SamplingParams(max_tokens=n, temperature=0.0, ignore_eos=True))
