@@ -19,7 +19,9 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from fastsmc import ops
 from fastsmc.vllm import capacity, compat, warm_up
 from fastsmc.vllm.attention import Attend, MixedMetadata, rows_read_whole
+from fastsmc.vllm.batch_bits import differing_sizes
 from fastsmc.vllm.compat import get_logger
+from fastsmc.vllm.options import EngineOptions
 from fastsmc.vllm.passes import Batch, Ride
 from fastsmc.vllm.riding import Riding
 
@@ -64,8 +66,27 @@ class Model:
             logger.info("rows of groups ride in ordinary steps that only decode")
         else:
             logger.info("groups take turns with ordinary steps: %s", self.riding.why_not)
+        if EngineOptions.of(self._config.additional_config).shared_forward == "auto":
+            self._compare_batches()
         if self.device.type == "cuda":
             self._warm_up(context[self.layers[0]])
+
+    def _compare_batches(self) -> None:
+        """Says in the log if a population hangs on more than its seed."""
+        where, config = "on GPUs", self._config.model_config
+        if self.device.type == "cpu":
+            sizes = differing_sizes(
+                self._model, lambda hidden: self.logits(hidden, slice(None)), config.get_hidden_size(), config.dtype
+            )
+            if not sizes:
+                return
+            where = f"on this CPU, say {', '.join(map(str, sizes))} instead of 2"
+        if get_tp_group().rank_in_group == 0:
+            logger.info(
+                "groups share forward passes, and a row's bits hang on how many rows there are (%s): a population is "
+                'the same for the same seed and companions; shared_forward="never" makes it depend on the seed alone',
+                where,
+            )
 
     @torch.inference_mode()
     def _warm_up(self, layer: Any) -> None:

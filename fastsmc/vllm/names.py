@@ -155,6 +155,7 @@ MEMBERS = {
     "vllm.model_executor.layers.attention.attention:Attention": (
         *("impl", "kv_cache", "dtype", "attn_backend", "head_size", "head_size_v"),
     ),
+    "vllm.model_executor.layers.linear:LinearBase": ("input_size", "output_size"),
     "vllm.v1.core.sched.scheduler:Scheduler": (
         *("running", "waiting", "kv_holding_waiting", "requests", "finished_req_ids", "kv_cache_manager"),
         *("kv_cache_config", "pause_state", "max_num_running_reqs", "vllm_config"),

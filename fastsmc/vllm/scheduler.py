@@ -99,11 +99,6 @@ class _SMCMixin(_Scheduler):
         self._limits = Limits.of(self.vllm_config)
         options = EngineOptions.of(self.vllm_config.additional_config)
         self._never_shared = options.shared_forward == "never"
-        if not self._never_shared and current_platform.device_type != "cpu":
-            logger.info(
-                "groups share forward passes: a population is the same for the same seed and companions; "
-                'shared_forward="never" makes it depend on the seed alone'
-            )
         self._pace = Pace(options.max_particle_rows_per_step, logger)
         self._pool = self.kv_cache_manager.block_pool
         self._groups: dict[str, _Group] = {}  # by request id, in order of arrival

@@ -3,6 +3,7 @@
 test_ride_v2.py has the GPU's runner."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from vllm import SamplingParams
 from vllm.forward_context import get_forward_context
 
 from fastsmc.potentials import Infill
+from fastsmc.vllm import riding
 from fastsmc.vllm.attention import Attend
+from fastsmc.vllm.model import take_plan
 from fastsmc.vllm.pace import RIDES, Pace
 
 from .test_engine import Broken, prompt_of
@@ -218,3 +221,43 @@ def test_a_failure_of_ours_leaves_the_ordinary_step_alone(
         error = "internal error in a forward pass that 2 groups shared: MemoryError: no room"
         assert both.to_the_end() == [error] * 2
     assert tokens_of(both) == greedy
+
+
+@pytest.mark.parametrize(
+    ("changes", "device", "reason"),
+    [
+        ({}, "cpu", None),
+        ({}, "cuda", "vLLM's V1 runner pads"),
+        ({"v2": True}, "cuda", None),
+        ({"ranks": 2}, "cpu", "tensor-parallel ranks"),
+        ({"v2": True, "impl": "FlashInferImpl"}, "cuda", "FlashInferImpl cannot attend for a batch in parts"),
+        ({"v2": True, "ubatching": True}, "cuda", "enable_dbo"),
+        ({"v2": True, "fused": True}, "cuda", "fuse_attn_quant"),
+    ],
+)
+def test_where_nothing_rides_it_is_said_why(monkeypatch, changes, device, reason):
+    monkeypatch.setattr(riding, "get_tp_group", lambda: SimpleNamespace(world_size=changes.get("ranks", 1)))
+    kind = type(changes["impl"], (), {}) if "impl" in changes else riding.AttendImpl
+    config = SimpleNamespace(
+        use_v2_model_runner=changes.get("v2", False),
+        parallel_config=SimpleNamespace(use_ubatching=changes.get("ubatching", False)),
+        compilation_config=SimpleNamespace(
+            static_forward_context={"layer": SimpleNamespace(impl=kind.__new__(kind))},
+            pass_config=SimpleNamespace(fuse_attn_quant=changes.get("fused", False)),
+        ),
+    )
+    runner = SimpleNamespace(model=None, vllm_config=config)
+    found = riding.Riding(runner, ["layer"], torch.device(device)).why_not
+    assert found == reason or reason in found
+
+
+def test_two_batches_have_plans_of_their_own():
+    """FlashAttention 3's builder gives each batch the same buffer, cut to its size."""
+    buffer = torch.arange(8, dtype=torch.int32)
+    first = SimpleNamespace(scheduler_metadata=buffer[:5])
+    take_plan(first)
+    buffer.fill_(-1)
+    assert first.scheduler_metadata.tolist() == [0, 1, 2, 3, 4]
+    for other in (SimpleNamespace(scheduler_metadata=None), SimpleNamespace()):
+        take_plan(other)
+        assert vars(other) in ({}, {"scheduler_metadata": None})
