@@ -103,6 +103,7 @@ class Riding:
         else:
             input_ids = torch.cat([input_ids, batch.tokens.to(input_ids.dtype)])
             positions = torch.cat([positions, batch.positions])
+        assert isinstance(ordinary.attn_metadata, dict) and isinstance(ordinary.slot_mapping, dict)  # no microbatches
         metadata = {
             name: MixedMetadata(((0, n, ordinary.attn_metadata[name]), (n, end, ride.metadata[name])))
             for name in self._layers
