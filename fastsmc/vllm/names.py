@@ -88,6 +88,7 @@ CALLS = {
     "vllm.v1.worker.gpu_worker:Worker.determine_available_memory": (),
     "vllm.v1.worker.gpu_worker:Worker.compile_or_warm_up_model": (),
     "vllm.v1.worker.gpu_worker:Worker.execute_model": ("self", "scheduler_output"),
+    "vllm.v1.worker.gpu_worker:Worker.sample_tokens": ("grammar_output",),
     "vllm.v1.worker.cpu_worker:CPUWorker.load_model": (),
     "vllm.v1.worker.cpu_worker:CPUWorker.determine_available_memory": (),
     "vllm.v1.worker.cpu_worker:CPUWorker.compile_or_warm_up_model": (),
