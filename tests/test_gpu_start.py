@@ -20,7 +20,7 @@ GIB = 1 << 30
 IMPORTS = """
 import importlib, sys, torch
 MODULES = "worker attention attention.gpu attention.costs scheduler llm model ranks runner request messages capacity"
-for name in MODULES.split() + ["warm_up"]:
+for name in MODULES.split() + ["warm_up", "riding", "batch_bits"]:
     importlib.import_module(f"fastsmc.vllm.{name}")
 from fastsmc.vllm import compat
 from fastsmc.vllm.llm import engine_args

@@ -73,6 +73,7 @@ class GroupResult:
     """Says what one group's share of a step came to.
 
     Attributes:
+        rides: whether rows can ride in ordinary steps of this worker.
         step: particle steps done so far.
         need: KV blocks without which it cannot go on; 0: none.
         surplus: KV blocks given back.
@@ -89,6 +90,7 @@ class GroupResult:
 
     request_id: str
     epoch: int
+    rides: bool = False
     step: int = 0
     done: bool = False
     need: int = 0

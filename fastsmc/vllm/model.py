@@ -7,22 +7,23 @@ through neither the model runner's input batch nor its sampler.
 from __future__ import annotations
 
 import itertools
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from vllm.distributed import get_tp_group
-from vllm.forward_context import get_forward_context, set_forward_context
+from vllm.forward_context import set_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from fastsmc import ops
 from fastsmc.vllm import capacity, compat, warm_up
 from fastsmc.vllm.attention import Attend, MixedMetadata, rows_read_whole
+from fastsmc.vllm.batch_bits import differing_sizes
 from fastsmc.vllm.compat import get_logger
+from fastsmc.vllm.options import EngineOptions
 from fastsmc.vllm.passes import Batch, Ride
+from fastsmc.vllm.riding import Riding
 
 logger = get_logger(__name__)
 
@@ -60,8 +61,32 @@ class Model:
             logger.info("groups use vLLM's attention, which reads a shared block once per row: %s", self.attend.why_not)
         elif self.attend.costs is None:
             self._measure_attend({name: context[name] for name in self.layers})
+        self.riding = Riding(model_runner, self.layers, self.device)
+        if self.riding.why_not is None:
+            logger.info("rows of groups ride in ordinary steps that only decode")
+        else:
+            logger.info("groups take turns with ordinary steps: %s", self.riding.why_not)
+        if EngineOptions.of(self._config.additional_config).shared_forward == "auto":
+            self._compare_batches()
         if self.device.type == "cuda":
             self._warm_up(context[self.layers[0]])
+
+    def _compare_batches(self) -> None:
+        """Says in the log if a population hangs on more than its seed."""
+        where, config = "on GPUs", self._config.model_config
+        if self.device.type == "cpu":
+            sizes = differing_sizes(
+                self._model, lambda hidden: self.logits(hidden, slice(None)), config.get_hidden_size(), config.dtype
+            )
+            if not sizes:
+                return
+            where = f"on this CPU, say {', '.join(map(str, sizes))} instead of 2"
+        if get_tp_group().rank_in_group == 0:
+            logger.info(
+                "groups share forward passes, and a row's bits hang on how many rows there are (%s): a population is "
+                'the same for the same seed and companions; shared_forward="never" makes it depend on the seed alone',
+                where,
+            )
 
     @torch.inference_mode()
     def _warm_up(self, layer: Any) -> None:
@@ -107,42 +132,9 @@ class Model:
                 inputs_embeds=None,
             )
 
-    def ride(self, batch: Batch) -> Ride:
+    def ride(self, batch: Batch, timed: bool) -> Ride:
         """Prepares all that can fail of rows which `riding` takes along."""
-        return Ride(batch, self._metadata(batch))
-
-    @contextmanager
-    def riding(self, ride: Ride) -> Iterator[None]:
-        """Has rows ride in the call of the model that vLLM's runner makes within: one forward pass for both.
-
-        Only the CPU's runner is known for it: it makes its calls by `_model_forward`, and pads none. The GPU's V2
-        runner does neither, so nothing rides there now.
-        """
-
-        def forward(input_ids: Tensor, positions: Tensor, **rest: Any) -> Tensor:
-            batch, ordinary, n = ride.batch, get_forward_context(), len(input_ids)
-            end = n + len(batch.tokens)
-            metadata = {
-                name: MixedMetadata(((0, n, ordinary.attn_metadata[name]), (n, end, ride.metadata[name])))
-                for name in self.layers
-            }
-            slots = {name: torch.cat([ordinary.slot_mapping[name][:n], batch.slots]) for name in self.layers}
-            start = time.perf_counter()
-            with set_forward_context(metadata, self._config, num_tokens=end, slot_mapping=slots):
-                hidden = self._model(
-                    input_ids=torch.cat([input_ids, batch.tokens.to(input_ids.dtype)]),
-                    positions=torch.cat([positions, batch.positions]),
-                    **rest,
-                )
-            ride.seconds = (time.perf_counter() - start) * (end - n) / end
-            ride.hidden = hidden[n:]
-            return hidden[:n]
-
-        self._runner._model_forward = forward
-        try:
-            yield
-        finally:
-            del self._runner._model_forward  # the class has its own
+        return Ride(batch, self._metadata(batch), timed)
 
     def _metadata(self, batch: Batch) -> dict[str, Any]:
         """Makes the attention metadata by layer: in parts, where some rows share reads and others do not."""
@@ -202,6 +194,8 @@ class Model:
         for group in self.attention:
             with rows_read_whole():
                 built = group.get_metadata_builder().build(common_prefix_len=0, common_attn_metadata=common)
+            if self.device.type == "cuda":
+                take_plan(built)
             metadata.update(dict.fromkeys(group.layer_names, built))
         return metadata
 
@@ -225,6 +219,16 @@ def _adjoining(shared: Sequence[tuple[int, int, int]]) -> list[list[tuple[int, i
         else:
             out.append([stretch])
     return out
+
+
+def take_plan(metadata: Any) -> None:
+    """Takes FlashAttention 3's plan of a batch out of the buffer into which the next one comes.
+
+    With CUDA graphs of the whole model its metadata builder keeps one buffer; other metadata has no such plan. Two
+    batches in one forward pass (an ordinary step's and riders, or parts of ours) would both have the last one's.
+    """
+    if getattr(metadata, "scheduler_metadata", None) is not None:
+        metadata.scheduler_metadata = metadata.scheduler_metadata.clone()
 
 
 def in_memory_order(caches: list[Tensor], n_blocks: int, block_size: int) -> tuple[list[Tensor], int]:

@@ -88,6 +88,7 @@ CALLS = {
     "vllm.v1.worker.gpu_worker:Worker.determine_available_memory": (),
     "vllm.v1.worker.gpu_worker:Worker.compile_or_warm_up_model": (),
     "vllm.v1.worker.gpu_worker:Worker.execute_model": ("self", "scheduler_output"),
+    "vllm.v1.worker.gpu_worker:Worker.sample_tokens": ("grammar_output",),
     "vllm.v1.worker.cpu_worker:CPUWorker.load_model": (),
     "vllm.v1.worker.cpu_worker:CPUWorker.determine_available_memory": (),
     "vllm.v1.worker.cpu_worker:CPUWorker.compile_or_warm_up_model": (),
@@ -105,8 +106,15 @@ CALLS = {
     "vllm.distributed.parallel_state:GroupCoordinator.barrier": (),
     "vllm.distributed:get_tp_group": (),
     "vllm.distributed.parallel_state:GroupCoordinator.broadcast_object": ("self", "obj", "src"),
-    "vllm.forward_context:set_forward_context": (*("attn_metadata", "vllm_config", "num_tokens", "slot_mapping"),),
+    "vllm.forward_context:set_forward_context": (
+        *("attn_metadata", "vllm_config", "num_tokens", "slot_mapping", "cudagraph_runtime_mode", "batch_descriptor"),
+        "is_padding",
+    ),
     "vllm.forward_context:get_forward_context": (),
+    "vllm.forward_context:BatchDescriptor": ("num_tokens",),
+    "vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager.dispatch": (
+        *("self", "num_reqs", "num_tokens", "uniform_token_count", "num_active_loras"),
+    ),
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner._model_forward": (*("input_ids", "positions"),),
     "vllm.v1.attention.backend:CommonAttentionMetadata": (
         *("query_start_loc", "query_start_loc_cpu", "seq_lens", "num_reqs", "num_actual_tokens", "max_query_len"),
@@ -148,6 +156,7 @@ MEMBERS = {
     "vllm.model_executor.layers.attention.attention:Attention": (
         *("impl", "kv_cache", "dtype", "attn_backend", "head_size", "head_size_v"),
     ),
+    "vllm.model_executor.layers.linear:LinearBase": ("input_size", "output_size"),
     "vllm.v1.core.sched.scheduler:Scheduler": (
         *("running", "waiting", "kv_holding_waiting", "requests", "finished_req_ids", "kv_cache_manager"),
         *("kv_cache_config", "pause_state", "max_num_running_reqs", "vllm_config"),
@@ -164,10 +173,19 @@ MEMBERS = {
     ),
     "vllm.v1.request:RequestStatus": (*("RUNNING", "FINISHED_STOPPED", "FINISHED_LENGTH_CAPPED", "FINISHED_ERROR"),),
     "vllm.v1.worker.gpu_worker:Worker": ("model_runner",),
-    "vllm.v1.worker.gpu.model_runner:GPUModelRunner": ("model", "attn_groups", "kv_cache_config", "vllm_config"),
+    "vllm.v1.worker.gpu.model_runner:GPUModelRunner": (
+        *("model", "attn_groups", "kv_cache_config", "vllm_config", "cudagraph_manager", "input_buffers"),
+    ),
+    "vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager": ("use_breakable_cg",),
+    "vllm.v1.worker.gpu.cudagraph_utils:BatchExecutionDescriptor": (
+        *("cg_mode", "num_tokens", "num_reqs", "uniform_token_count", "max_query_len"),
+    ),
+    "vllm.v1.worker.gpu.input_batch:InputBuffers": ("input_ids", "positions", "is_padding"),
+    "vllm.v1.worker.gpu.async_utils:AsyncOutput": ("model_runner_output",),
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner": ("model", "attn_groups", "kv_cache_config", "vllm_config"),
     "vllm.v1.worker.utils:AttentionGroup": ("layer_names", "kernel_block_size"),
     "vllm.v1.outputs:ModelRunnerOutput": ("sampled_token_ids",),
+    "vllm.v1.outputs:AsyncModelRunnerOutput": (),
     "vllm.distributed.parallel_state:GroupCoordinator": ("rank_in_group", "world_size", "cpu_group"),
     "vllm.utils.cpu_resource_utils:LogicalCPUInfo": ("id", "physical_core", "numa_node"),
     "vllm.utils.cpu_resource_utils:MemoryNodeInfo": ("available_memory",),
@@ -196,10 +214,11 @@ MEMBERS = {
     "vllm.config.scheduler:SchedulerConfig": ("max_num_seqs", "max_num_batched_tokens", "async_scheduling"),
     "vllm.config.parallel:ParallelConfig": (
         *("pipeline_parallel_size", "data_parallel_size", "decode_context_parallel_size"),
-        *("prefill_context_parallel_size", "enable_hc_sp", "enable_elastic_ep"),
+        *("prefill_context_parallel_size", "enable_hc_sp", "enable_elastic_ep", "use_ubatching"),
     ),
     "vllm.config.compilation:CompilationConfig": ("static_forward_context", "pass_config"),
     "vllm.config.compilation:PassConfig": ("fuse_attn_quant",),
+    "vllm.config.compilation:CUDAGraphMode": ("NONE", "PIECEWISE"),
     "vllm.config.aux_output:AuxOutputConfig": ("enabled",),
 }
 
@@ -208,6 +227,9 @@ ONLY = {
     "vllm.v1.worker.cpu_worker": "cpu",
     "vllm.v1.worker.cpu_model_runner": "cpu",
     "vllm.v1.worker.gpu.model_runner": "cuda",
+    "vllm.v1.worker.gpu.cudagraph_utils": "cuda",
+    "vllm.v1.worker.gpu.input_batch": "cuda",
+    "vllm.v1.worker.gpu.async_utils": "cuda",
     "vllm.v1.attention.backends.flash_attn": "cuda",
     "vllm.v1.attention.backends.triton_attn": "cuda",
 }
@@ -235,6 +257,10 @@ BEHAVIOUR = {
     "vllm.v1.worker.cpu_worker:CPUWorker.determine_available_memory": "bytes for the KV cache",
     "vllm.v1.worker.cpu_worker:CPUWorker.compile_or_warm_up_model": "the KV cache is there when it returns",
     "vllm.v1.worker.gpu.model_runner:GPUModelRunner.execute_model": "how the model is called; we call it likewise",
+    "vllm.v1.worker.gpu.model_runner:GPUModelRunner.prepare_inputs": "tokens and positions begin the input buffers",
+    "vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager": "which steps replay which graphs, and what captured them",
+    "vllm.v1.worker.gpu.cudagraph_utils:ModelCudaGraphManager": "what its graphs read",
+    "vllm.v1.worker.gpu.async_utils:AsyncOutput": "hands out the model_runner_output that riders' results are added to",
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner._model_forward": "how the model is called; we call it likewise",
     "vllm.v1.worker.utils:AttentionGroup": "kernel block size and metadata builders",
     "vllm.v1.worker.utils:allocate_kv_cache": "the KV cache's shapes and strides, and what lies beside it in a block",

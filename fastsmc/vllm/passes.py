@@ -99,12 +99,14 @@ class Ride:
 
     Attributes:
         metadata: for attention, by layer.
+        timed: whether `seconds` is wanted, for which a GPU has to be waited for.
         hidden: (R, H) last hidden states, once the pass has run.
         seconds: the rows' share of what it took.
     """
 
     batch: Batch
     metadata: dict[str, Any]
+    timed: bool
     hidden: Tensor | None = None
     seconds: float = 0.0
 

@@ -75,7 +75,7 @@ class ParticleRunner:
             if half is None:
                 half = self._begin_pass([part for part in order.groups if not part.alone], results)
             ride = None if half is None else self._board(*half, results, order.max_rows)
-        with nullcontext() if ride is None else self._model.riding(ride):
+        with nullcontext() if ride is None else self._model.riding.along(ride):
             yield answers
         with torch.inference_mode():
             if ride is not None and half is not None:
@@ -84,7 +84,7 @@ class ParticleRunner:
 
     def _board(self, part: Pass, ids: set[str], results: dict[str, GroupResult], max_rows: int | None) -> Ride | None:
         try:
-            return self._model.ride(part.next_batch(max_rows))
+            return self._model.ride(part.next_batch(max_rows), timed=max_rows is not None)
         except Exception as error:
             self._fail(ids, results, error)
             return None
@@ -103,7 +103,8 @@ class ParticleRunner:
         """Makes an order's results, admits its groups, and finds the pass of theirs that is half done."""
         if order.patience:
             self.shelf.wait_a_little(order.patience)
-        results = {part.request_id: GroupResult(part.request_id, part.epoch) for part in order.groups}
+        rides = self._model.riding.why_not is None
+        results = {part.request_id: GroupResult(part.request_id, part.epoch, rides) for part in order.groups}
         half, self._half = self._half, None
         if half is not None and half[1] == results.keys():
             return results, half

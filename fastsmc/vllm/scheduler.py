@@ -12,11 +12,12 @@ Blocks come from vLLM's own BlockPool and never enter the prefix cache. A group 
 group that waits ends with an error, so that the others get its blocks. Every way out (finish, abort, error, preemption
 by an engine reset) passes `_free_request` or `_preempt_request`, which return all blocks.
 
-Particle-only steps and ordinary ones take turns where there are both; on the CPU, rows ride in ordinary steps that only
-decode, and need no turn. An order names all groups that are ready, as far as a forward pass holds their rows; who is
-left out has the next turn. Beside other work an engine step runs a bounded number of rows (`fastsmc.vllm.pace`), so a
-pass may be half done for several steps. As long as it is, its groups and no others are in the orders, and none of their
-blocks is granted or returned, unless one of them ends: then the half is undone, by the order that drops it.
+Particle-only steps and ordinary ones take turns where there are both. Where the workers say that rows can ride, they
+ride in ordinary steps that only decode, and need no turn. An order names all groups that are ready, as far as a forward
+pass holds their rows; who is left out has the next turn. Beside other work an engine step runs a bounded number of rows
+(`fastsmc.vllm.pace`), so a pass may be half done for several steps. As long as it is, its groups and no others are in
+the orders, and none of their blocks is granted or returned, unless one of them ends: then the half is undone, by the
+order that drops it.
 """
 
 from __future__ import annotations
@@ -98,11 +99,6 @@ class _SMCMixin(_Scheduler):
         self._limits = Limits.of(self.vllm_config)
         options = EngineOptions.of(self.vllm_config.additional_config)
         self._never_shared = options.shared_forward == "never"
-        if not self._never_shared and current_platform.device_type != "cpu":
-            logger.info(
-                "groups share forward passes: a population is the same for the same seed and companions; "
-                'shared_forward="never" makes it depend on the seed alone'
-            )
         self._pace = Pace(options.max_particle_rows_per_step, logger)
         self._pool = self.kv_cache_manager.block_pool
         self._groups: dict[str, _Group] = {}  # by request id, in order of arrival
@@ -112,9 +108,7 @@ class _SMCMixin(_Scheduler):
         self._turn = 0  # number of orders with groups so far
         self._updated = -math.inf  # when an engine step's output last came back
         self._particle_turn = False
-        # see model.Model.riding; under tensor parallelism the other ranks would have to be told
-        v1_on_cpu = current_platform.device_type == "cpu" and not self.vllm_config.use_v2_model_runner
-        self._rides = v1_on_cpu and self.vllm_config.parallel_config.tensor_parallel_size == 1
+        self._rides = False  # until a worker's first results say so (`fastsmc.vllm.riding`)
         self._hold_admission = False
         self._polled = -math.inf  # when groups that wait for their potentials were last asked, and nothing else
 
@@ -415,6 +409,7 @@ class _SMCMixin(_Scheduler):
         self._updated = now
 
     def _after_order(self, results: Sequence[GroupResult], outputs: dict[int, Any]) -> None:
+        self._rides = results[0].rides
         self._pace.see_rows(sum(r.rows for r in results), sum(r.seconds for r in results))
         current = {r.request_id: g for r in results if (g := self._current(r)) is not None}
         half = [r.request_id for r in results if r.partial]

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import cloudpickle
 import torch
 from vllm.platforms import current_platform
-from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.worker.gpu_worker import Worker
 
 from fastsmc.ops._tensors import built_backends, missing_on_gpu
@@ -59,15 +59,18 @@ class SMCWorkerMixin(_Worker):
             if order.groups and scheduler_output.total_num_scheduled_tokens == 0:
                 return _with_results(ModelRunnerOutput(req_ids=[], req_id_to_index={}), self.smc_runner.run(order))
             if order.groups:
-                assert isinstance(self.smc_runner, ParticleRunner)  # see the scheduler's `_rides`
+                assert isinstance(self.smc_runner, ParticleRunner)  # see `GroupResult.rides`
                 with self.smc_runner.riding(order) as self._riders:
                     return super().execute_model(scheduler_output)
         return super().execute_model(scheduler_output)
 
     def sample_tokens(self, grammar_output: Any) -> Any:
-        output = super().sample_tokens(grammar_output)  # on a CPU, where rows ride, nothing of it comes later
+        output = super().sample_tokens(grammar_output)
         riders, self._riders = self._riders, ()
-        return _with_results(output, riders) if riders else output
+        if riders:  # the V2 runner hands out what the tokens are yet to come to
+            later = isinstance(output, AsyncModelRunnerOutput)
+            _with_results(output.model_runner_output if later else output, riders)
+        return output
 
     def smc_put_potential(self, name: str, potential: Any) -> str | None:
         """Keeps a potential (an object, or its cloudpickle bytes); returns None, or why it could not be set up.

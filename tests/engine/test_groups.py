@@ -440,6 +440,7 @@ def test_ends_in_the_middle_of_a_pass(engine, runner, scheduler, all_blocks_back
     elif end == "failure":
         with monkeypatch.context() as patch:
             patch.setattr(scheduler, "_rides", False)  # a pass of their own: in one of both, the engine ends
+            patch.setattr(runner.model.riding, "why_not", "this test")
             patch.setattr(runner.model, "forward", None)
             step_until(together, lambda: not runner.groups)
     else:

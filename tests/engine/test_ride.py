@@ -1,6 +1,9 @@
-"""Rows that ride in ordinary decode steps (the CPU's runner): one forward pass for both, and nobody's bits change."""
+"""Rows that ride in ordinary decode steps of the CPU's runner: one forward pass for both, and nobody's bits change.
+
+test_ride_v2.py has the GPU's runner."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,13 +12,17 @@ from vllm import SamplingParams
 from vllm.forward_context import get_forward_context
 
 from fastsmc.potentials import Infill
+from fastsmc.vllm import riding
 from fastsmc.vllm.attention import Attend
+from fastsmc.vllm.model import take_plan
 from fastsmc.vllm.pace import RIDES, Pace
 
 from .test_engine import Broken, prompt_of
 from .test_groups import VALUE, Request, Run, each_alone, identical, mixed, step_until
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU nothing rides")
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="the CPU's runner, whose bits do not hang on the batch"
+)
 
 DECODES = [
     (prompt_of(40 + i, i), SamplingParams(max_tokens=n, temperature=0.0, ignore_eos=True))
@@ -101,11 +108,11 @@ def test_the_bits_of_each_alone(
         assert not (before[0] and not before[3] and after[1] and not after[0] and after[2] is not None)
 
 
-def test_fewer_passes_than_in_turns(engine, scheduler, calls, orders, all_blocks_back, monkeypatch):
+def test_fewer_passes_than_in_turns(engine, runner, scheduler, calls, orders, all_blocks_back, monkeypatch):
     requests = [Request(prompt_of(50), TableTwist(3 * VALUE), n_particles=20, max_tokens=30, ess_threshold=1.0, seed=1)]
     found = {}
     for rides in (False, True):
-        monkeypatch.setattr(scheduler, "_rides", rides)
+        monkeypatch.setattr(runner.model.riding, "why_not", None if rides else "this test")
         monkeypatch.setattr(scheduler, "_pace", Pace("all", scheduler._pace._logger))
         both = beside(engine, requests)
         calls.clear()
@@ -199,7 +206,7 @@ def test_a_failure_of_ours_leaves_the_ordinary_step_alone(
     want = each_alone(engine, requests[:1])
     both = beside(engine, requests, DECODES)
 
-    def fail(*args):
+    def fail(*args, **kwargs):
         raise MemoryError("no room")
 
     if where == "a potential":
@@ -214,3 +221,43 @@ def test_a_failure_of_ours_leaves_the_ordinary_step_alone(
         error = "internal error in a forward pass that 2 groups shared: MemoryError: no room"
         assert both.to_the_end() == [error] * 2
     assert tokens_of(both) == greedy
+
+
+@pytest.mark.parametrize(
+    ("changes", "device", "reason"),
+    [
+        ({}, "cpu", None),
+        ({}, "cuda", "vLLM's V1 runner pads"),
+        ({"v2": True}, "cuda", None),
+        ({"ranks": 2}, "cpu", "tensor-parallel ranks"),
+        ({"v2": True, "impl": "FlashInferImpl"}, "cuda", "FlashInferImpl cannot attend for a batch in parts"),
+        ({"v2": True, "ubatching": True}, "cuda", "enable_dbo"),
+        ({"v2": True, "fused": True}, "cuda", "fuse_attn_quant"),
+    ],
+)
+def test_where_nothing_rides_it_is_said_why(monkeypatch, changes, device, reason):
+    monkeypatch.setattr(riding, "get_tp_group", lambda: SimpleNamespace(world_size=changes.get("ranks", 1)))
+    kind = type(changes["impl"], (), {}) if "impl" in changes else riding.AttendImpl
+    config = SimpleNamespace(
+        use_v2_model_runner=changes.get("v2", False),
+        parallel_config=SimpleNamespace(use_ubatching=changes.get("ubatching", False)),
+        compilation_config=SimpleNamespace(
+            static_forward_context={"layer": SimpleNamespace(impl=kind.__new__(kind))},
+            pass_config=SimpleNamespace(fuse_attn_quant=changes.get("fused", False)),
+        ),
+    )
+    runner = SimpleNamespace(model=None, vllm_config=config)
+    found = riding.Riding(runner, ["layer"], torch.device(device)).why_not
+    assert found == reason or reason in found
+
+
+def test_two_batches_have_plans_of_their_own():
+    """FlashAttention 3's builder gives each batch the same buffer, cut to its size."""
+    buffer = torch.arange(8, dtype=torch.int32)
+    first = SimpleNamespace(scheduler_metadata=buffer[:5])
+    take_plan(first)
+    buffer.fill_(-1)
+    assert first.scheduler_metadata.tolist() == [0, 1, 2, 3, 4]
+    for other in (SimpleNamespace(scheduler_metadata=None), SimpleNamespace()):
+        take_plan(other)
+        assert vars(other) in ({}, {"scheduler_metadata": None})

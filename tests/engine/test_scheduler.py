@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 from vllm import EngineArgs, SamplingParams
-from vllm.platforms import current_platform
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
@@ -90,6 +89,7 @@ class Worker:
     gives: float = 0.05  # share of its blocks that a step gives back
     fails: float = 0.15
     ends: int | None = None  # step at which groups end, by chance if None
+    can_ride: bool = False
     rides: bool = False  # whether the order comes with an ordinary step
     waits: tuple[int, ...] = (0, 0, 0, 0, 1, 3)  # for how many orders a potential is being prepared
 
@@ -103,7 +103,7 @@ class Worker:
                 result = ModelRunnerOutput([], {})
                 result.smc_results = results
                 return result
-            assert set(output.num_scheduled_tokens.values()) == {1}
+            assert self.can_ride and set(output.num_scheduled_tokens.values()) == {1}
             assert self.ran + (self.ran == 1) + output.total_num_scheduled_tokens <= ROWS
             self.counts["rides"] += 1
         ids = list(output.num_scheduled_tokens)
@@ -143,7 +143,7 @@ class Worker:
             group.blocks |= set(part.blocks)
             if group.wanted is not None:
                 group.wanted = max(0, group.wanted - len(part.blocks))
-        results = {part.request_id: GroupResult(part.request_id, part.epoch) for part in order.groups}
+        results = {p.request_id: GroupResult(p.request_id, p.epoch, self.can_ride) for p in order.groups}
         self.ran = 0
         for _ in range(min((part.steps for part in order.groups), default=0)):
             members = {p.request_id: p for p in order.groups if self.begins(p, results[p.request_id])}
@@ -272,14 +272,11 @@ class Engine:
 def engine_of(make):
     def engine_of(ends=None, ahead=0, seed=None, rides=False, **options):
         """Without a seed for what is left to chance: no group fails, waits or grows, and each step has N rows."""
-        worker = Worker(random.Random(seed), ends=ends)
+        worker = Worker(random.Random(seed), ends=ends, can_ride=rides)
         if seed is None:
             worker.grows = worker.gives = worker.fails = 0.0
             worker.waits, worker.chance.randint = (0,), lambda low, high: high
-        scheduler = make(async_scheduling=ahead > 0, **options)
-        assert scheduler._rides == (current_platform.device_type == "cpu")
-        scheduler._rides = rides
-        return Engine(scheduler, worker, ahead)
+        return Engine(make(async_scheduling=ahead > 0, **options), worker, ahead)
 
     return engine_of
 

@@ -1,0 +1,162 @@
+"""Rows of groups in the call of the model that vLLM's runner makes for an ordinary step: one forward pass for both.
+
+    V1 on a CPU   the runner makes its calls by a method of its own (`_model_forward`), and pads no batch.
+    V2            the runner asks its graph manager for a CUDA graph that holds the step (`dispatch`). For a step that
+                  only decodes it is one of the whole model, in which nothing can ride. A step with riders is therefore
+                  told what vLLM tells a step of a size that nobody has captured: there is none. It then calls
+                  `runner.model` with what it has prepared. What stands there meanwhile calls the model for both: by the
+                  graphs of its pieces (PIECEWISE) where a captured size holds them, padded to it, else without graphs.
+
+Anywhere else nothing rides, particle-only steps take turns with ordinary ones, and `Riding.why_not` says why. After the
+step vLLM's objects are as they were.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.config.compilation import CUDAGraphMode
+from vllm.distributed import get_tp_group
+from vllm.forward_context import BatchDescriptor, get_forward_context, set_forward_context
+
+from fastsmc.vllm.attention import AttendImpl, MixedMetadata
+from fastsmc.vllm.passes import Ride
+
+#: the slot of a token that is padding: its keys and values are not written
+PAD_SLOT = -1
+
+
+class Riding:
+    """Takes rows along in the ordinary steps of a model runner.
+
+    Args:
+        layers: names of the attention layers.
+
+    Attributes:
+        why_not: why rows cannot ride here; None where they can.
+    """
+
+    def __init__(self, runner: Any, layers: Sequence[str], device: torch.device) -> None:
+        self._runner, self._model, self._layers, self._device = runner, runner.model, layers, device
+        config = self._config = runner.vllm_config
+        self._is_v2 = config.use_v2_model_runner
+        impls = [config.compilation_config.static_forward_context[name].impl for name in layers]
+        foreign = {type(impl).__name__ for impl in impls if not isinstance(impl, AttendImpl)}
+        reasons = {
+            "the other tensor-parallel ranks would have to be told": get_tp_group().world_size > 1,
+            "vLLM's V1 runner pads its batches to CUDA graphs": not self._is_v2 and device.type != "cpu",
+            f"{', '.join(sorted(foreign))} cannot attend for a batch in parts": bool(foreign),
+            "vLLM cuts its batches into microbatches (enable_dbo)": config.parallel_config.use_ubatching,
+            "attention may give a quantised output (fuse_attn_quant)": (
+                config.compilation_config.pass_config.fuse_attn_quant
+            ),
+        }
+        self.why_not = next((reason for reason, holds in reasons.items() if holds), None)
+
+    @contextmanager
+    def along(self, ride: Ride) -> Iterator[None]:
+        """Has rows ride in the call of the model that vLLM's runner makes within."""
+        call, runner = functools.partial(self._call, ride), self._runner
+        if not self._is_v2:
+            runner._model_forward = call
+            try:
+                yield
+            finally:
+                del runner._model_forward  # the class has its own
+            return
+        manager = runner.cudagraph_manager
+        manager.dispatch, runner.model = functools.partial(_dispatch_none, manager), call
+        try:
+            yield
+        finally:
+            runner.model = self._model
+            del manager.dispatch  # the class has its own
+
+    def _call(self, ride: Ride, input_ids: Tensor, positions: Tensor, **rest: Any) -> Tensor:
+        """Calls the model for ordinary tokens and riding rows; returns the hidden states of the former."""
+        batch, ordinary, n = ride.batch, get_forward_context(), len(input_ids)
+        end = n + len(batch.tokens)
+        size, context = end, {}
+        if (captured := self._find_captured(end)) is not None:
+            size, buffers = captured, self._runner.input_buffers
+            input_ids, positions = (
+                _in_place(buffer[:size], first, rows)
+                for buffer, first, rows in (
+                    (buffers.input_ids, input_ids, batch.tokens),
+                    (buffers.positions, positions, batch.positions),
+                )
+            )
+            is_padding = buffers.is_padding[:size]
+            is_padding[n:end], is_padding[end:] = False, True
+            context = {
+                "cudagraph_runtime_mode": CUDAGraphMode.PIECEWISE,
+                "batch_descriptor": BatchDescriptor(num_tokens=size),
+                "is_padding": is_padding,
+            }
+        else:
+            input_ids = torch.cat([input_ids, batch.tokens.to(input_ids.dtype)])
+            positions = torch.cat([positions, batch.positions])
+        assert isinstance(ordinary.attn_metadata, dict) and isinstance(ordinary.slot_mapping, dict)  # no microbatches
+        metadata = {
+            name: MixedMetadata(((0, n, ordinary.attn_metadata[name]), (n, end, ride.metadata[name])))
+            for name in self._layers
+        }
+        # one group of layers has one KV cache, and the same slots (compat.check_kv_cache)
+        first = ordinary.slot_mapping[self._layers[0]][:n]
+        slots = torch.cat([first, batch.slots, batch.slots.new_full((size - end,), PAD_SLOT)])
+        start = time.perf_counter()
+        with set_forward_context(
+            metadata, self._config, num_tokens=size, slot_mapping=dict.fromkeys(self._layers, slots), **context
+        ):
+            hidden = self._model(input_ids=input_ids, positions=positions, **rest)
+        if ride.timed and self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # else only launches would be timed
+        ride.seconds = (time.perf_counter() - start) * (end - n) / end
+        # the next replay of a graph overwrites what the last one gave
+        ride.hidden = hidden[n:end] if captured is None else hidden[n:end].clone()
+        return hidden[:n]
+
+    def _find_captured(self, n_tokens: int) -> int | None:
+        """Finds the captured size of piecewise graphs that holds so many tokens; None if there is none."""
+        if not self._is_v2:
+            return None
+        manager = self._runner.cudagraph_manager
+        if manager.use_breakable_cg:  # its graphs read buffers of vLLM's that are not filled here
+            return None
+        found = _dispatch(manager, n_tokens, n_tokens, None, num_active_loras=0)
+        fits = found.cg_mode == CUDAGraphMode.PIECEWISE and found.num_tokens <= len(
+            self._runner.input_buffers.input_ids
+        )
+        return found.num_tokens if fits else None
+
+
+def _dispatch(manager: Any, *args: Any, **kwargs: Any) -> Any:
+    """Asks a graph manager for the graph of a batch, whatever it answers its runner meanwhile."""
+    return type(manager).dispatch(manager, *args, **kwargs)
+
+
+def _dispatch_none(manager: Any, num_reqs: int, num_tokens: int, *args: Any, **kwargs: Any) -> Any:
+    """Answers a runner what its graph manager answers where no graph is captured."""
+    return dataclasses.replace(
+        _dispatch(manager, num_reqs, num_tokens, *args, **kwargs),
+        cg_mode=CUDAGraphMode.NONE,
+        num_tokens=num_tokens,
+        num_reqs=num_reqs,
+        uniform_token_count=None,
+        max_query_len=None,
+    )
+
+
+def _in_place(buffer: Tensor, first: Tensor, rows: Tensor) -> Tensor:
+    """Fills a graph's input: `first` (n,), which is there already, then `rows` (R,), then zeros."""
+    n, end = len(first), len(first) + len(rows)
+    assert first.data_ptr() == buffer.data_ptr()  # as GPUModelRunner.prepare_inputs makes it
+    buffer[n:end], buffer[end:] = rows, 0
+    return buffer
