@@ -317,7 +317,7 @@ def test_refusals(path):
     with pytest.raises(ValueError, match="capture: needs a CUDA device"):
         group.capture()
     group.run()
-    with pytest.raises(ValueError, match="advance: all max_tokens=3 steps are done"):
+    with pytest.raises(ValueError, match="advance: all 3 steps of max_tokens=3 are done"):
         group.advance()
 
 
