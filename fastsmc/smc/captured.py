@@ -5,8 +5,8 @@
 `Cohort` gives the model distinct histories only, and asks the device how many there are. Here particle i is row i of
 the model, and everything that decides anything is a tensor: the step counter and the position (so that replays neither
 repeat random numbers nor write to the same place), whether a group resamples, which particles have ended, the first
-fault. The host knows only how many steps it has asked for; it reads nothing until it looks. For equal logits both give the
-same particles, tokens and weights.
+fault. The host knows only how many steps it has asked for; it reads nothing until it looks. For equal logits both give
+the same particles, tokens and weights.
 
 It costs more: N rows go through the model at every step, and a resampling moves block-table rows and tails at once.
 Groups with exact samples are not for it: their ancestors are not in the in-place form that moves rows.

@@ -21,6 +21,7 @@ from importlib import metadata
 from typing import Any
 
 from fastsmc.vllm import names
+from fastsmc.vllm.options import EngineOptions
 
 #: versions of vLLM that scripts/check_vllm.json knows, and of whose changes somebody has read each
 SUPPORTED = ">=0.32.0,<0.34"
@@ -150,6 +151,9 @@ def check_config(config: Any) -> None:
         "sequence parallelism (enable_sp)": getattr(config.compilation_config.pass_config, "enable_sp", False),
         "distributed_executor_backend='external_launcher' with tensor_parallel_size > 1": (
             parallel.tensor_parallel_size > 1 and parallel.distributed_executor_backend == "external_launcher"
+        ),
+        "captured_steps with tensor_parallel_size > 1": (
+            parallel.tensor_parallel_size > 1 and EngineOptions.of(config.additional_config).captured_steps
         ),
         "speculative decoding": config.speculative_config is not None,
         "KV transfer (kv_transfer_config, kv_offloading_size)": config.kv_transfer_config is not None,

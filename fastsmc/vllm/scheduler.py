@@ -97,7 +97,7 @@ class _SMCMixin(_Scheduler):
         compat.check_kv_cache(self.kv_cache_config)
         self._limits = Limits.of(self.vllm_config)
         options = EngineOptions.of(self.vllm_config.additional_config)
-        self._never_shared = options.shared_forward == "never"
+        self._never_shared = options.shared_forward == "never" or options.captured_steps
         if not self._never_shared and current_platform.device_type != "cpu":
             logger.info(
                 "groups share forward passes: a population is the same for the same seed and companions; "
