@@ -260,7 +260,7 @@ def check_kv_cache(kv_cache_config: Any) -> None:
 
 def check_runner(runner: Any) -> None:
     """Refuses a model runner without the members that the particle runner reads, or with a model it cannot call."""
-    wanted = names.MEMBERS["vllm.v1.worker.gpu.model_runner:GPUModelRunner"]
+    wanted = names.MEMBERS["vllm.v1.worker.gpu_model_runner:GPUModelRunner"]  # of V1's runner, and V2's has them too
     missing = [name for name in wanted if not hasattr(runner, name)]
     if missing:
         raise UnsupportedError(f"vLLM {vllm_version()}: {type(runner).__name__} lacks {', '.join(missing)}")
