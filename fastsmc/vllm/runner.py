@@ -1,7 +1,8 @@
 """Worker side: the groups of a worker, over vLLM's own model and KV cache (`fastsmc.vllm.model`).
 
 `ParticleRunner` holds them and runs a `StepOrder` of the scheduler: in each particle step one pass of the model for the
-groups that share it, and one for each group that is alone. An order that comes with an ordinary step is `riding` in it.
+groups that share it, and one for each group that is alone; with `captured_steps` some are run by the captured driver
+(`fastsmc.vllm.captured`). An order that comes with an ordinary step is `riding` in it.
 """
 
 from __future__ import annotations
