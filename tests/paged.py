@@ -77,11 +77,11 @@ class PagedLlama:
         return self.net.lm_head(hidden).float(), hidden.float()
 
     def prefill(self, prompt: list[int]) -> list[int]:
-        """Puts all but the prompt's last token into the first blocks; their ids."""
+        """Puts the prompt into the first blocks; their ids."""
         device = self.caches[0].device
         blocks = list(range(-(-len(prompt) // self.block_size)))
         table = torch.tensor([blocks], dtype=torch.int32, device=device)
-        for i, token in enumerate(prompt[:-1]):
+        for i, token in enumerate(prompt):
             self.forward(torch.tensor([token], device=device), torch.tensor(i, device=device), table)
         return blocks
 

@@ -282,6 +282,32 @@ def test_resampling_saves_blocks_and_a_dry_pool_is_an_error(path):
         run_captured(path, params, potential, pool=66, stop=())
 
 
+@pytest.mark.parametrize("prompt_len", [4, 5])
+def test_blocks_that_come_as_they_are_missing(path, prompt_len):
+    """From N blocks on, with grants where a column opens; the same particles. Nobody writes to the prompt's blocks."""
+    prompt, potential = PROMPT[:prompt_len], Values(value_table(30, VOCAB) * 3)
+    params = SMCParams(n_particles=8, max_tokens=30, ess_threshold=0.8, stop_token_ids=[STOP], seed=5)
+    model = PagedLlama(path, 200, BLOCK)
+    blocks = model.prefill(prompt)
+    before, fresh = [cache[blocks].clone() for cache in model.caches], iter(range(len(blocks), 200))
+    pool = torch.tensor([next(fresh) for _ in range(8)], dtype=torch.int32)
+    group = CapturedGroup(params, model, potential, prompt, blocks, pool, frozenset([STOP]))
+    granted = 0
+    while not group.done:
+        if group.must_open and (missing := group.missing()):
+            group.grant([next(fresh) for _ in range(missing)])
+            granted += missing
+            assert group.missing() == 0
+        group.advance()
+        group.look()
+    assert 0 < granted < 8 * 7 and group.error is None and group.t <= 30
+    assert_same(group.population(), run_captured(path, params, potential, prompt))
+    for cache, old in zip(model.caches, before, strict=True):
+        assert torch.equal(cache[blocks].nan_to_num(), old.nan_to_num())
+    with pytest.raises(ValueError, match="advance: all"):
+        group.advance()
+
+
 @pytest.mark.parametrize("method", ["prefix", "complete", "logw_next"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_bad_numbers_are_named(path, method, value):
@@ -317,7 +343,7 @@ def test_refusals(path):
     with pytest.raises(ValueError, match="capture: needs a CUDA device"):
         group.capture()
     group.run()
-    with pytest.raises(ValueError, match="advance: all max_tokens=3 steps are done"):
+    with pytest.raises(ValueError, match="advance: all 3 steps of max_tokens=3 are done"):
         group.advance()
 
 

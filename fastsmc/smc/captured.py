@@ -5,7 +5,7 @@
 `Cohort` gives the model distinct histories only, and asks the device how many there are. Here particle i is row i of
 the model, and everything that decides anything is a tensor: the step counter and the position (so that replays neither
 repeat random numbers nor write to the same place), whether a group resamples, which particles have ended, the first
-fault. The host knows only how many steps it has asked for; it reads nothing until the end. For equal logits both give
+fault. The host knows only how many steps it has asked for; it reads nothing until it looks. For equal logits both give
 the same particles, tokens and weights.
 
 It costs more: N rows go through the model at every step, and a resampling moves block-table rows and tails at once.
@@ -14,6 +14,7 @@ Groups with exact samples are not for it: their ancestors are not in the in-plac
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Protocol
@@ -28,6 +29,7 @@ from fastsmc.potentials import Potential
 from fastsmc.potentials.answers import NextRows
 from fastsmc.smc import faults
 from fastsmc.smc.asking import GroupState
+from fastsmc.smc.engine import GroupEngine, SMCError
 from fastsmc.smc.group import Setup
 from fastsmc.smc.particles import Particles
 from fastsmc.smc.record import make_population
@@ -61,14 +63,19 @@ class CapturedGroup(Setup):
 
     Args:
         params: what to do.
-        model: holds the prompt's keys and values in `prompt_blocks`, but for those of the prompt's last token.
+        model: holds the prompt's keys and values in `prompt_blocks`.
         potential: with `capturable` set; None for plain ancestral sampling. It must have been set up. The group works
             on a copy (`potentials.copying`).
         prompt: token ids.
-        prompt_blocks: ceil(P / B) block ids. Read, and only the last token's slot of the last block is written.
+        prompt_blocks: ceil(P / B) block ids, which are only read, as others may share them.
         pool: (M,) int32 ids of blocks that are this group's own. N·(ceil((P + T)/B) − floor(P/B)) always suffice; with
             resampling far fewer do.
         stop_token_ids: tokens that end a particle.
+        engine: what the potential was set up with.
+
+    Attributes:
+        t: steps asked for, as the host counts; once `look` has found the group over, those that counted.
+        done, error: whether the group is over, and why it has failed, as far as the host has looked.
 
     Raises:
         ValueError: naming the argument.
@@ -85,6 +92,7 @@ class CapturedGroup(Setup):
         prompt_blocks: Sequence[int],
         pool: Tensor,
         stop_token_ids: frozenset[int] | set[int] = frozenset(),
+        engine: GroupEngine | None = None,
     ) -> None:
         device, n, block = model.caches[0].device, params.n_particles, model.block_size
         if len(prompt_blocks) != -(-len(prompt) // block) or not prompt:
@@ -93,8 +101,9 @@ class CapturedGroup(Setup):
             raise ValueError(f"pool: must be a vector of int32 on {device}, got {pool.dtype} {tuple(pool.shape)}")
         if potential is not None and not potential.capturable:
             raise ValueError(f"potential={type(potential).__name__}: is not capturable (Potential.capturable)")
-        super().__init__(params, potential, prompt, stop_token_ids, device, copy_on_write=False)
-        self.model, self.t = model, 0  # steps asked for, as the host counts
+        super().__init__(params, potential, prompt, stop_token_ids, device, engine, copy_on_write=False)
+        self.model, self.t, self.done = model, 0, False
+        self.error: SMCError | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
         steps = params.max_tokens
         particles = self.particles = Particles(n, device)
@@ -153,12 +162,12 @@ class CapturedGroup(Setup):
     @torch.inference_mode()
     def advance(self) -> None:
         """Takes one step, by the graph if there is one. Asks the device nothing."""
-        if self.t == self.params.max_tokens:
-            raise ValueError(f"advance: all max_tokens={self.t} steps are done")
+        if self.done or self.t == self.params.max_tokens:
+            raise ValueError(f"advance: all {self.t} steps of max_tokens={self.params.max_tokens} are done")
         if self.t == 0:
             self._first()
         else:
-            if (len(self.prompt) + self.t - 1) % self.model.block_size == 0:
+            if self.must_open:
                 self._open_column()
             if self._graph is None:
                 self._next()
@@ -178,20 +187,29 @@ class CapturedGroup(Setup):
         self._graph = graph
 
     def _first(self) -> None:
-        """Runs the prompt's last token once, for the logits of every particle, which then gets the prompt's tail."""
-        logits, hidden = self.model.forward(self.particles.last_tokens[:1], self._position, self._prompt_row)
+        """Runs the prompt's last token once more, for the logits of every particle, in the first one's private block.
+
+        The others get copies of what that block holds of the prompt then.
+        """
+        block, at = self.model.block_size, len(self.prompt) - 1
+        last = self._position.clone()
         self._position += 1
-        block = self.model.block_size
-        if len(self.prompt) % block:
-            self._open_column()
-            tails = self._table[:, self._n_shared_columns]
-            table = torch.cat([self._prompt_row[0, -1:], tails])[:, None].contiguous()
-            parents = torch.zeros(self.n + 1, dtype=torch.int64, device=self.device)
+        self._open_column()
+        row, tails = self._prompt_row.clone(), self._table[:, self._n_shared_columns : self._n_shared_columns + 1]
+        row[0, at // block] = tails[0, 0]
+        self._copy_tail(torch.cat([self._prompt_row[:, at // block, None], tails[:1]]), at % block)
+        logits, hidden = self.model.forward(self.particles.last_tokens[:1], last, row)
+        self._copy_tail(tails.contiguous(), len(self.prompt) % block)
+        self._take(logits, hidden, torch.ones_like(self.step.going))
+
+    def _copy_tail(self, table: Tensor, n_used: int) -> None:
+        """Copies the first `n_used` slots of the first block of `table` (K, 1) to the others."""
+        if n_used:
+            parents = torch.zeros(len(table), dtype=torch.int64, device=self.device)
             ops.reindex(
-                table, parents, position=len(self.prompt) % block, block_size=block, caches=self.model.caches,
+                table, parents, position=n_used, block_size=self.model.block_size, caches=self.model.caches,
                 slot_dim=self.model.slot_dim,
             )  # fmt: skip
-        self._take(logits, hidden, torch.ones_like(self.step.going))
 
     def _next(self) -> None:
         logits, hidden = self.model.forward(self.particles.last_tokens.clamp(min=0), self._position, self._table)
@@ -207,8 +225,11 @@ class CapturedGroup(Setup):
         told: list[NextRows | None] = [None]
         if asker is not None and (kind.twisted or kind.guided or self.weighs_by_next):
             told = [asker.next_rows(self._state(0), self._vocab)]
-            if told[0] is None:
-                raise asker.error("logw_next", "returned None")
+            if told[0] is None and kind.twisted and first is not None:
+                kind = self.kind = step.kind = dataclasses.replace(kind, twisted=False)
+            elif told[0] is None:
+                later = " after it had returned a tensor" * (first is None)
+                raise asker.error("logw_next", "returned None" + later)
             step.clamp(told, [slice(None)])
         shaped = kind.twisted or kind.guided
         ended, change = step.draw(logits, told[0] if shaped else None, None if shaped else told[0], first, None)
@@ -275,40 +296,72 @@ class CapturedGroup(Setup):
             self._fault.copy_(torch.where(new, found, self._fault))
 
     # -------------------------------------------------------------------------------------------------- paging
-    def _open_column(self) -> None:
-        """Gives each particle a private block in the column of the next position: N free blocks of the pool.
+    @property
+    def must_open(self) -> bool:
+        """Says whether the next step opens a column, which takes N free blocks of the pool."""
+        opens = self.t == 0 or (self.t > 1 and (len(self.prompt) + self.t - 1) % self.model.block_size == 0)
+        return opens and self.t < self.params.max_tokens
 
-        Free is what no unfinished particle reads. Marks and counts have fixed shapes, so the host waits for nothing.
+    def missing(self) -> int:
+        """Counts the blocks that the pool lacks for the column that the next step opens. Waits for the device."""
+        return max(0, self.n - int((~self._taken()).sum()))
+
+    def grant(self, blocks: Sequence[int]) -> None:
+        """Adds blocks to the pool. None leaves it, since the host does not know those that are free."""
+        self._pool = torch.cat([self._pool, torch.tensor(blocks, dtype=torch.int32, device=self.device)])
+
+    def _taken(self) -> Tensor:
+        """Marks the blocks of the pool that an unfinished particle reads: (M,) bool.
+
+        Marks have fixed shapes, so the host waits for nothing.
         """
-        column = (self._position // self.model.block_size)[None]
+        column = self._position // self.model.block_size
         past = torch.arange(self._table.shape[1], device=self.device) < column
         read = past[None, :] & ~self.particles.finished[:, None]
         read[:, : self._n_shared_columns] = False
         marked = torch.where(read, self._table.long(), self._n_block_ids).reshape(-1)
         live = torch.zeros(self._n_block_ids + 1, dtype=torch.bool, device=self.device)
         live.index_fill_(0, marked, True)
-        taken = live[self._pool.long()]
+        return live[self._pool.long()]
+
+    def _open_column(self) -> None:
+        """Gives each particle a private block in the column of the next position: N free blocks of the pool."""
+        taken = self._taken()
         free_first = torch.argsort(taken.to(torch.int8), stable=True)[: self.n]
         if len(free_first) < self.n:
             raise ValueError(f"pool: has {len(self._pool)} blocks, N = {self.n} particles need one each")
         self.step.faults.clear()
         self.step.check(taken[free_first], faults.POOL, torch.full_like(self._rows, len(self._pool)))
         self._keep_faults()
+        column = (self._position // self.model.block_size)[None]
         self._table.index_copy_(1, column, self._pool[free_first][:, None])
 
     # ---------------------------------------------------------------------------------------------- the result
+    @property
+    def log_w(self) -> Tensor:
+        """Gives (N,) float64 log weights since the last resampling."""
+        return self.particles.log_w
+
+    def look(self) -> None:
+        """Learns whether the group is over and why it has failed, at one wait for the device."""
+        told = torch.cat([self._fault, self.step.going.double(), self._ran.sum()[None].double()])
+        kind, at, particle, value, going, ran = told.tolist()
+        if kind:
+            self.error = self.fault_error(int(kind), int(particle), int(at), value, self._vocab)
+        if kind or not going or self.t == self.params.max_tokens:
+            self.t, self.done = int(ran), True
+
     def population(self) -> Population:
-        """Gives the weighted particles. This is the only place where the host waits for the device.
+        """Gives the weighted particles. Waits for the device.
 
         Raises:
             SMCError: for the first number that must not be.
         """
-        kind, at, particle, value = self._fault.tolist()
-        if kind:
-            raise self.fault_error(int(kind), int(particle), int(at), value, self._vocab)
-        steps = int(self._ran.sum())
+        self.look()
+        if self.error is not None:
+            raise self.error
         return make_population(
-            {name: values[:steps].cpu().numpy() for name, values in self._record.items()},
+            {name: values[: self.t].cpu().numpy() for name, values in self._record.items()},
             self.particles.log_w,
             float(self.step.log_z),
             twisted=self.kind.twisted,

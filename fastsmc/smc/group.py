@@ -181,15 +181,6 @@ class Group(Setup):
         """Gives the log of the closed resampling intervals. Waits for the device."""
         return float(self.cohort.step.log_z[self.index])
 
-    def choose(self) -> int | None:
-        """Draws a particle by the final weights, one sample of the target; None if there is no weight."""
-        weights = torch.softmax(self.log_w, 0).cpu().numpy()
-        if not np.isfinite(weights).all():
-            return None
-        p = self.params
-        u = ops.uniforms(1, seed=p.seed, group=p.group, step=0, stream=CHOOSE, device="cpu")
-        return int(draw_indices(weights, u.numpy())[0])
-
     def population(self) -> Population:
         """Gives the weighted particles, traced back through the genealogy."""
         names = ("tokens", "token_log_probs", "ancestors", "resampled", "ess", "step_log_w")
@@ -202,3 +193,12 @@ class Group(Setup):
             prompt=self.prompt,
             params=self.params,
         )
+
+
+def choose(log_w: Tensor, params: SMCParams) -> int | None:
+    """Draws a particle by final log weights (N,), one sample of the target; None if there is no weight."""
+    weights = torch.softmax(log_w, 0).cpu().numpy()
+    if not np.isfinite(weights).all():
+        return None
+    u = ops.uniforms(1, seed=params.seed, group=params.group, step=0, stream=CHOOSE, device="cpu")
+    return int(draw_indices(weights, u.numpy())[0])

@@ -21,6 +21,7 @@ from importlib import metadata
 from typing import Any
 
 from fastsmc.vllm import names
+from fastsmc.vllm.options import EngineOptions
 
 #: versions of vLLM that scripts/check_vllm.json knows, and of whose changes somebody has read each
 SUPPORTED = ">=0.32.0,<0.34"
@@ -151,6 +152,9 @@ def check_config(config: Any) -> None:
         "distributed_executor_backend='external_launcher' with tensor_parallel_size > 1": (
             parallel.tensor_parallel_size > 1 and parallel.distributed_executor_backend == "external_launcher"
         ),
+        "captured_steps with tensor_parallel_size > 1": (
+            parallel.tensor_parallel_size > 1 and EngineOptions.of(config.additional_config).captured_steps
+        ),
         "speculative decoding": config.speculative_config is not None,
         "KV transfer (kv_transfer_config, kv_offloading_size)": config.kv_transfer_config is not None,
         "encoder transfer (ec_transfer_config)": config.ec_transfer_config is not None,
@@ -256,7 +260,7 @@ def check_kv_cache(kv_cache_config: Any) -> None:
 
 def check_runner(runner: Any) -> None:
     """Refuses a model runner without the members that the particle runner reads, or with a model it cannot call."""
-    wanted = names.MEMBERS["vllm.v1.worker.gpu_model_runner:GPUModelRunner"]  # V2 has these, and more
+    wanted = names.MEMBERS["vllm.v1.worker.gpu_model_runner:GPUModelRunner"]  # of V1's runner, and V2's has them too
     missing = [name for name in wanted if not hasattr(runner, name)]
     if missing:
         raise UnsupportedError(f"vLLM {vllm_version()}: {type(runner).__name__} lacks {', '.join(missing)}")

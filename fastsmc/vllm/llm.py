@@ -124,6 +124,8 @@ class LLM(vllm.LLM):
             has passes of its own. None: as `additional_config` says, or "auto".
         max_particle_rows_per_step: rows of groups in one engine step beside ordinary requests, or "all"; None: as many
             as take about three ordinary decode steps (`fastsmc.vllm.options.EngineOptions`).
+        captured_steps: groups for which that holds take steps without a wait for the device; its conditions and what
+            else it changes are in `fastsmc.vllm.options.EngineOptions`.
         kwargs: any argument of `vllm.LLM` but `scheduler_cls` and `worker_cls`.
 
     Raises:
@@ -138,13 +140,18 @@ class LLM(vllm.LLM):
         *,
         shared_forward: str | None = None,
         max_particle_rows_per_step: int | str | None = None,
+        captured_steps: bool | None = None,
         **kwargs: Any,
     ) -> None:
         compat.check_version()
         if str(model).startswith(("/", ".", "~")) and not os.path.exists(model):  # vLLM would take it for a hub's name
             raise ValueError(f"model={str(model)!r}: there is no such directory")
         self._strays: list[Any] = []
-        options = {"shared_forward": shared_forward, "max_particle_rows_per_step": max_particle_rows_per_step}
+        options = {
+            "shared_forward": shared_forward,
+            "max_particle_rows_per_step": max_particle_rows_per_step,
+            "captured_steps": captured_steps,
+        }
         arguments = engine_args(kwargs | {name: value for name, value in options.items() if value is not None})
         settings = surroundings(arguments.get("tensor_parallel_size") or 1)
         with _environment(settings):

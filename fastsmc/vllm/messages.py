@@ -53,6 +53,8 @@ class StepOrder:
     these, without new blocks, and runs on. Passes after the cut one are not begun; their groups answer as they stood.
     An order, with groups or without, that drops one of the half's groups undoes it: the others begin their step anew.
 
+    Groups that the captured driver runs are alone, and take whole steps whatever `max_rows` says.
+
     An order whose `SchedulerOutput` schedules tokens *rides*: one pass of the groups that are not `alone`, or a part of
     it, goes into the forward pass of those tokens.
 

@@ -17,7 +17,7 @@ from vllm.forward_context import set_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from fastsmc import ops
-from fastsmc.vllm import capacity, compat, warm_up
+from fastsmc.vllm import capacity, compat, graphs, warm_up
 from fastsmc.vllm.attention import Attend, MixedMetadata, rows_read_whole
 from fastsmc.vllm.batch_bits import differing_sizes
 from fastsmc.vllm.compat import get_logger
@@ -56,7 +56,7 @@ class Model:
             bool(self._config.compilation_config.pass_config.fuse_attn_quant),
         )
         # where a slot lies in a block is the kernels' affair, known of GPU backends; else blocks are copied whole
-        self._slot_dim = slot_dim if self.attend.why_not is None and self.attend.backend == "triton" else None
+        self.slot_dim = slot_dim if self.attend.why_not is None and self.attend.backend == "triton" else None
         if self.attend.why_not is not None:
             logger.info("groups use vLLM's attention, which reads a shared block once per row: %s", self.attend.why_not)
         elif self.attend.costs is None:
@@ -68,7 +68,11 @@ class Model:
             logger.info("groups take turns with ordinary steps: %s", self.riding.why_not)
         if EngineOptions.of(self._config.additional_config).shared_forward == "auto":
             self._compare_batches()
+        why_not = graphs.why_not(model_runner)
+        self._graphs = None if why_not is not None else self._make_graphs()
         if self.device.type == "cuda":
+            uses = "vLLM's CUDA graphs" if why_not is None else f"no CUDA graphs: {why_not}"
+            logger.info("forward passes of groups use %s", uses)
             self._warm_up(context[self.layers[0]])
 
     def _compare_batches(self) -> None:
@@ -87,6 +91,9 @@ class Model:
                 'the same for the same seed and companions; shared_forward="never" makes it depend on the seed alone',
                 where,
             )
+
+    def _make_graphs(self) -> graphs.DecodeGraphs:
+        return graphs.DecodeGraphs(self._runner, self.layers, self._build, self._metadata, self._starts)
 
     @torch.inference_mode()
     def _warm_up(self, layer: Any) -> None:
@@ -119,6 +126,8 @@ class Model:
 
     def hidden(self, batch: Batch) -> Tensor:
         """Returns (Q, H) last hidden states of the queries of a batch."""
+        if self._graphs is not None and (hidden := self._graphs.hidden(batch)) is not None:
+            return hidden
         with set_forward_context(
             self._metadata(batch),
             self._config,
@@ -190,6 +199,10 @@ class Model:
             slot_mapping=slots,
             causal=True,
         )
+        return self._build(common)
+
+    def _build(self, common: CommonAttentionMetadata) -> dict[str, Any]:
+        """Has vLLM's backends build their metadata, by layer."""
         metadata = {}
         for group in self.attention:
             with rows_read_whole():
@@ -206,7 +219,7 @@ class Model:
     def reindex(self, table: Tensor, ancestors: Tensor, position: Tensor) -> None:
         """Reindexes a table (R, C) int32 whose rows hold `position` (R,) int32 tokens, and the caches of all layers."""
         ops.reindex(
-            table, ancestors, position=position, block_size=self.block_size, caches=self.caches, slot_dim=self._slot_dim
+            table, ancestors, position=position, block_size=self.block_size, caches=self.caches, slot_dim=self.slot_dim
         )
 
 

@@ -25,6 +25,11 @@ class EngineOptions:
             passes of its own, so that the same seed gives the same population whatever else runs.
         max_particle_rows_per_step: rows of a particle pass that one engine step runs while there are ordinary requests.
             None: as many as take about three ordinary decode steps (`fastsmc.vllm.pace`); "all": no bound.
+        captured_steps: groups take steps of fixed shapes, in which the host does not wait for the device
+            (`fastsmc.vllm.captured`), where their potential is `capturable` or there is none, and there are no exact
+            samples; the others as ever. Such a group's N rows go through the model at every step, together, whatever
+            `max_particle_rows_per_step` says, and it keeps its blocks to its end. No group then shares a pass. Not
+            with tensor parallelism.
 
     Raises:
         ValueError: naming the option, its value and what is allowed.
@@ -32,10 +37,13 @@ class EngineOptions:
 
     shared_forward: str = "auto"
     max_particle_rows_per_step: int | str | None = None
+    captured_steps: bool = False
 
     def __post_init__(self) -> None:
         if self.shared_forward not in ("auto", "never"):
             raise ValueError(f"shared_forward={self.shared_forward!r}: must be 'auto' or 'never'")
+        if not isinstance(self.captured_steps, bool):
+            raise ValueError(f"captured_steps={self.captured_steps!r}: must be True or False")
         rows = self.max_particle_rows_per_step
         if rows is not None and rows != ALL and (isinstance(rows, bool) or not isinstance(rows, int) or rows < 1):
             raise ValueError(

@@ -1,7 +1,8 @@
 """Worker side: the groups of a worker, over vLLM's own model and KV cache (`fastsmc.vllm.model`).
 
 `ParticleRunner` holds them and runs a `StepOrder` of the scheduler: in each particle step one pass of the model for the
-groups that share it, and one for each group that is alone. An order that comes with an ordinary step is `riding` in it.
+groups that share it, and one for each group that is alone; with `captured_steps` some are run by the captured driver
+(`fastsmc.vllm.captured`). An order that comes with an ordinary step is `riding` in it.
 """
 
 from __future__ import annotations
@@ -15,11 +16,15 @@ from typing import Any
 import torch
 
 from fastsmc.smc import Group, GroupEngine, SMCError
+from fastsmc.smc.group import choose
 from fastsmc.smc.paging import BlockTables, Paging
+from fastsmc.vllm import captured
 from fastsmc.vllm.capacity import last_position
+from fastsmc.vllm.captured import CapturedMember
 from fastsmc.vllm.compat import get_logger
 from fastsmc.vllm.messages import GroupResult, GroupStart, GroupStep, StepOrder
 from fastsmc.vllm.model import Model
+from fastsmc.vllm.options import EngineOptions
 from fastsmc.vllm.passes import Member, PagedCalls, Pass, Ride
 from fastsmc.vllm.shelf import Shelf
 
@@ -48,6 +53,8 @@ class ParticleRunner:
         )
         self.tables = BlockTables(self.model.device)
         self.groups: dict[str, Member] = {}
+        self.captured: dict[str, CapturedMember] = {}
+        self._captures = EngineOptions.of(model_runner.vllm_config.additional_config).captured_steps
         # groups whose potential is being prepared: what they are to start with, and the blocks that they have got
         self._waiting: dict[str, tuple[GroupStart, list[int]]] = {}
         self._half: tuple[Pass, set[str]] | None = None
@@ -60,6 +67,7 @@ class ParticleRunner:
             self._run_pass(*half, results, order.max_rows)
         else:
             self._run_steps(order, results)
+            self._run_captured(order, results)
         return self._answer(results)
 
     @contextmanager
@@ -135,6 +143,12 @@ class ParticleRunner:
                 if self._half is not None:
                     return
 
+    def _run_captured(self, order: StepOrder, results: dict[str, GroupResult]) -> None:
+        for part in order.groups:
+            if (member := self.captured.get(part.request_id)) is not None:
+                with self._ending(results[part.request_id], "failed", SMCError):
+                    member.run(part.steps, results[part.request_id])
+
     def _begin_pass(self, parts: Sequence[GroupStep], results: dict[str, GroupResult]) -> tuple[Pass, set[str]] | None:
         """Begins a pass of the groups of `parts` that can take a step; None if there is nothing to run."""
         ready = self._open_columns([part.request_id for part in parts], results)
@@ -178,9 +192,12 @@ class ParticleRunner:
     # ------------------------------------------------------------------------------------------------------ one group
     def _admit(self, part: GroupStep, result: GroupResult) -> None:
         """Starts a group, when its potential is there, or gives it more blocks."""
-        try:
+        with self._ending(result, "could not start", SMCError, ValueError):
             if part.start is not None:
                 self._waiting[part.request_id] = (part.start, [])
+            if part.request_id in self.captured:
+                self.captured[part.request_id].group.grant(part.blocks)
+                return
             if part.request_id not in self._waiting:
                 self.groups[part.request_id].paging.grant(part.blocks)
                 return
@@ -189,16 +206,22 @@ class ParticleRunner:
             result.waiting = not self.shelf.is_ready(start)
             if not result.waiting:
                 del self._waiting[part.request_id]
-                self.groups[part.request_id] = self._start(start, blocks)
-        except (SMCError, ValueError) as error:
+                self._start(part.request_id, start, blocks)
+
+    @contextmanager
+    def _ending(self, result: GroupResult, what: str, *said: type[Exception]) -> Iterator[None]:
+        """Ends one group where something goes wrong within: errors that are `said` as they are, and internal ones."""
+        try:
+            yield
+        except said as error:
             result.error = str(error)
         except KeyboardInterrupt:
             raise
         except BaseException as error:
-            logger.exception("group %s could not start", part.request_id)
+            logger.exception("group %s %s", result.request_id, what)
             result.error = f"internal error: {type(error).__name__}: {error}"
 
-    def _start(self, start: GroupStart, blocks: list[int]) -> Member:
+    def _start(self, request_id: str, start: GroupStart, blocks: list[int]) -> None:
         potential = self.shelf.of(start)
         if potential is not None and potential.lookahead > start.lookahead:
             raise SMCError(
@@ -207,13 +230,16 @@ class ParticleRunner:
             )
         device = self.model.device
         engine = None if potential is None else self.shelf.engine()
+        if self._captures and captured.holds(potential, start):
+            self.captured[request_id] = CapturedMember.begin(self._model, potential, engine, start, blocks)
+            return
         group = Group(start.params, potential, start.prompt, start.stop_token_ids, device, engine, start.exact)
         last = last_position(start.params, len(start.prompt), start.lookahead)
         paging = Paging(
             group.n, len(start.prompt), start.prompt_blocks, self.model.block_size, last, start.lookahead, device
         )
         paging.grant(blocks)
-        return Member(group, paging, self.tables.add(paging), start)
+        self.groups[request_id] = Member(group, paging, self.tables.add(paging), start)
 
     def _open_columns(self, ids: Sequence[str], results: dict[str, GroupResult]) -> list[str]:
         """Opens what the next position needs, and lists the groups that can take a step; the others need blocks."""
@@ -239,7 +265,7 @@ class ParticleRunner:
 
     def _conclude(self, request_id: str, result: GroupResult) -> None:
         """Says what has become of a group; one that is over is dropped."""
-        member = self.groups.get(request_id)
+        member = self.groups.get(request_id) or self.captured.get(request_id)
         if member is not None and result.error is None and not result.partial:
             group = member.group
             result.step, result.done = group.t, group.done
@@ -247,18 +273,15 @@ class ParticleRunner:
                 result.error, result.done = str(group.error), False
             elif group.done:
                 result.need = 0
-                try:
+                with self._ending(result, "failed"):
                     self._finish(member, result)
-                except Exception as error:
-                    logger.exception("group %s failed", request_id)
-                    result.error = f"internal error: {type(error).__name__}: {error}"
         if result.done or result.error is not None:
             self.drop([request_id])
 
     @staticmethod
-    def _finish(member: Member, result: GroupResult) -> None:
+    def _finish(member: Member | CapturedMember, result: GroupResult) -> None:
         group, start = member.group, member.start
-        population, chosen = group.population(), group.choose()
+        population, chosen = group.population(), choose(group.log_w, group.params)
         if chosen is not None:
             result.token_ids = population.token_ids[chosen]
             result.stopped = bool(result.token_ids) and result.token_ids[-1] in start.stop_token_ids
@@ -279,6 +302,7 @@ class ParticleRunner:
             self._half = None
         for request_id in request_ids:
             self._waiting.pop(request_id, None)
+            self.captured.pop(request_id, None)
             if (member := self.groups.pop(request_id, None)) is not None:
                 self.tables.remove(member.first_row)
         self.shelf.forget(start for start, _ in self._waiting.values())

@@ -98,7 +98,7 @@ class _SMCMixin(_Scheduler):
         compat.check_kv_cache(self.kv_cache_config)
         self._limits = Limits.of(self.vllm_config)
         options = EngineOptions.of(self.vllm_config.additional_config)
-        self._never_shared = options.shared_forward == "never"
+        self._never_shared = options.shared_forward == "never" or options.captured_steps
         self._pace = Pace(options.max_particle_rows_per_step, logger)
         self._pool = self.kv_cache_manager.block_pool
         self._groups: dict[str, _Group] = {}  # by request id, in order of arrival

@@ -192,6 +192,12 @@ def test_unsupported_configurations_are_refused_by_name(engine, monkeypatch):
         patch.setattr(config.parallel_config, "distributed_executor_backend", "external_launcher")
         with pytest.raises(compat.UnsupportedError, match="'external_launcher' with"):
             compat.check_config(config)
+    with monkeypatch.context() as patch:
+        patch.setattr(config.parallel_config, "tensor_parallel_size", 2)
+        compat.check_config(config)
+        patch.setattr(config, "additional_config", {"fastsmc": {"captured_steps": True}})
+        with pytest.raises(compat.UnsupportedError, match="captured_steps with tensor_parallel_size > 1"):
+            compat.check_config(config)
     # a model with a vision tower that may be asked to look; the same model as a text model is taken
     for multimodal in (True, False):
         with monkeypatch.context() as patch:

@@ -539,6 +539,7 @@ def test_pace(caplog):
         ({"max_particle_rows_per_step": "none"}, "max_particle_rows_per_step='none': must"),
         ({"shared_forward": "always"}, "shared_forward='always': must be 'auto' or 'never'"),
         ({"shared_forward": None}, "shared_forward=None: must be"),
+        ({"captured_steps": 1}, "captured_steps=1: must be True or False"),
         ({"shared_forwards": "never"}, "shared_forwards='never': vllm.LLM has no such argument; shared_forward?"),
         (
             {"additional_config": {"fastsmc": {"shared_foward": "never"}}},
@@ -565,6 +566,7 @@ def test_options_reach_the_engine(make):
     assert EngineOptions.of(out["additional_config"]) == EngineOptions("auto", 9)
     assert "additional_config" not in engine_args({}) and EngineOptions.of({}) == EngineOptions()
     assert make(max_particle_rows_per_step=9)._pace.max_rows() == 9
+    assert [make(captured_steps=on)._never_shared for on in (False, True)] == [False, True]
     with pytest.raises(ValueError, match="shared_forward='no'"):
         make(shared_forward="no")
 
