@@ -354,12 +354,13 @@ class Twist(Potential):
             last_tokens: (N,) int64, the last token of each particle's history; None before the first token.
         """
         rows, seen = state.rows, torch.nonzero(state.rows >= 0).squeeze(1)
-        if self.trunk is not None:
-            n_rows = 1 if last_tokens is None else int(rows.max()) + 1
-        elif state.hidden_rows is None:
+        hidden = state.hidden_rows
+        if self.trunk is None and hidden is None:
             raise ValueError(f"a twist of kind {self.card.kind!r} needs hidden states, and this engine gives none")
+        if self.trunk is None and hidden is not None:
+            n_rows = len(hidden)
         else:
-            n_rows = len(state.hidden_rows)
+            n_rows = 1 if last_tokens is None else int(rows.max()) + 1
         particle = torch.zeros(n_rows, dtype=torch.int64, device=rows.device)  # one that has each history
         particle[rows[seen]] = seen
         log_psi = torch.zeros(n_rows, dtype=torch.float32, device=rows.device)
@@ -367,13 +368,12 @@ class Twist(Potential):
             assert self._features is not None and self._log_psi is not None  # an earlier step has set them
             last = last_tokens[particle]
             log_psi = self._log_psi[particle] + self._link((self._features[particle] * self._weight[last]).sum(1))
-        if self.trunk is None:
-            hidden = state.hidden_rows
-        elif last_tokens is None:
+        if self.trunk is not None and last_tokens is None:
             hidden, self._cache = self.trunk.start(state.prompt)
-        else:
+        elif self.trunk is not None:
             assert self._rows is not None  # as above
             hidden, self._cache = self.trunk.next(self._cache, self._rows[particle], last)
+        assert hidden is not None  # the engine's, or the trunk's
         if (short := LEAST_ROWS - n_rows) > 0:
             hidden, log_psi = F.pad(hidden, (0, 0, 0, short)), F.pad(log_psi, (0, short))
         return self.head.features(hidden.float()), log_psi

@@ -76,7 +76,7 @@ def _settle(
     if backend == "torch":
         return _torch.settle(slots, tokens, wanted, offsets)
     out = _empty(slots)
-    inputs = (read_address(x) for x in (slots, tokens, wanted, offsets))
+    inputs = read_address(slots), read_address(tokens), read_address(wanted), read_address(offsets)
     _C.settle(*inputs, offsets.shape[0] - 1, [x.data_ptr() for x in out])
     return out
 
