@@ -222,6 +222,8 @@ class _SMCMixin(_Scheduler):
         output = self._schedule_ordinary(hidden, *args, **kwargs)
         if output.total_num_scheduled_tokens == 0 and not paused:
             self._break_deadlock()
+            if not ready and (waiting := self._ready(work=False)):  # for potentials, and nothing else can run
+                return _with_order(output, self._order(waiting, False, None))
         return _with_order(output, self._ride(ready, output) or StepOrder([], self._take_dropped()))
 
     def _ride(self, ready: list[_Group], output: SchedulerOutput) -> StepOrder | None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import logging
 import random
+import time
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from fastsmc import SMCParams
+from fastsmc.vllm import scheduler
 from fastsmc.vllm.llm import LLM, engine_args
 from fastsmc.vllm.messages import GroupResult
 from fastsmc.vllm.options import EngineOptions
@@ -364,6 +367,31 @@ def test_random_ends(engine_of, options):
     assert (counts["rides"] > 100) == options.get("rides", False)
     assert (counts["shared"] > 100) == (options.get("shared_forward") != "never")
     assert {"abort", "FinishReason.ERROR", "error"} & set(engine.ended.values())
+
+
+def test_potentials_are_waited_for_where_nothing_else_can_run(engine_of, monkeypatch):
+    """A request that is held back is no reason to ask for them at long intervals only."""
+    engine = engine_of(ends=3)
+    engine.worker.waits = (1000,)
+    waiting = engine.add(21)
+    for _ in range(5):
+        engine.step()
+    assert engine.worker.groups
+    engine.worker.waits, engine.worker.grows = (0,), 1.0
+    growing = engine.add(34)  # wants as many blocks again, which are not there
+    for _ in range(50):
+        engine.step()
+        if engine.scheduler._groups[growing].need:
+            break
+    engine.worker.grows = 0.0
+    engine.worker.groups[waiting].waits = 5
+    engine.add()  # is held until the group has its blocks
+    now = time.monotonic()
+    monkeypatch.setattr(scheduler, "time", SimpleNamespace(monotonic=lambda: now))
+    assert engine.scheduler._groups[growing].need and waiting not in engine.ended
+    for _ in range(40):
+        engine.step()
+    assert waiting in engine.ended and len(engine.ended) == 3
 
 
 def running(engine: Engine, *sizes: int, **extra) -> list[str]:
