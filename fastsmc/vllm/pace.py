@@ -27,22 +27,28 @@ LOGGED_CHANGE = 1.5
 
 
 class Pace:
-    """Estimates seconds per row of a particle pass and seconds per decode step, and bounds a pass's rows by them."""
+    """Estimates seconds per row of a particle pass and seconds per decode step, and bounds a pass's rows by them.
+
+    Decode steps are told apart by how many tokens they have, within a factor of two: requests come and go faster than
+    one estimate would follow.
+    """
 
     def __init__(self, rows_per_step: int | str | None, logger: logging.Logger) -> None:
         """Takes the option `max_particle_rows_per_step`, and the logger that is told of changes."""
         self._fixed, self._logger = rows_per_step, logger
         self._per_row: float | None = None
-        self._decode: float | None = None
+        self._decode: dict[int, float] = {}  # by size
+        self._size = 0  # of the last decode step
         self._prefill = 0.0  # seconds of the last ordinary step, where it had prefill in it
         self._logged = 0.0
         self._rides = RIDES  # decode steps with riding rows since one without
 
-    def see_ordinary(self, seconds: float, has_prefill: bool) -> None:
-        """Takes what an ordinary step took."""
+    def see_ordinary(self, seconds: float, n_tokens: int, has_prefill: bool) -> None:
+        """Takes what an ordinary step of so many tokens took."""
         self._prefill = seconds if has_prefill else 0.0
         if not has_prefill:
-            self._decode = _moved(self._decode, seconds)
+            self._size = _size(n_tokens)
+            self._decode[self._size] = _moved(self._decode.get(self._size), seconds)
             self._rides = 0
 
     def see_ride(self) -> None:
@@ -50,9 +56,10 @@ class Pace:
         self._prefill = 0.0
         self._rides += 1
 
-    def wants_decode(self) -> bool:
-        """Says whether the next decode step shall have no riding rows, so that its time is known."""
-        return self._fixed is None and self._rides >= RIDES
+    def wants_decode(self, n_tokens: int) -> bool:
+        """Says whether a decode step of so many tokens shall have no riding rows, so that its time is known."""
+        self._size = _size(n_tokens)
+        return self._fixed is None and (self._rides >= RIDES or self._size not in self._decode)
 
     def see_rows(self, rows: int, seconds: float) -> None:
         """Takes what the model took for rows of particle passes. Few rows say nothing of what one more costs."""
@@ -65,17 +72,22 @@ class Pace:
             return None if self._fixed == ALL else int(self._fixed)
         if self._per_row is None:
             return FIRST_ROWS
-        rows = FIRST_ROWS if self._decode is None else max(LEAST_ROWS, int(DECODE_STEPS * self._decode / self._per_row))
-        if self._decode is not None and not self._logged / LOGGED_CHANGE < rows < self._logged * LOGGED_CHANGE:
+        decode = self._decode.get(self._size)
+        rows = FIRST_ROWS if decode is None else max(LEAST_ROWS, int(DECODE_STEPS * decode / self._per_row))
+        if decode is not None and not self._logged / LOGGED_CHANGE < rows < self._logged * LOGGED_CHANGE:
             self._logged = rows
             self._logger.info(
                 "a particle pass runs at most %d rows per engine step beside other requests: a decode step takes "
                 "%.1f ms, a row %.2f ms (max_particle_rows_per_step)",
                 rows,
-                1e3 * self._decode,
+                1e3 * decode,
                 1e3 * self._per_row,
             )
         return max(rows, int(PREFILL_SHARE * self._prefill / self._per_row))
+
+
+def _size(n_tokens: int) -> int:
+    return n_tokens.bit_length()
 
 
 def _moved(estimate: float | None, seen: float) -> float:

@@ -234,7 +234,7 @@ class _SMCMixin(_Scheduler):
         """
         n_tokens = output.total_num_scheduled_tokens
         self._particle_turn = not (self._rides and 0 < n_tokens == len(output.num_scheduled_tokens))
-        if self._particle_turn or not ready or self._pace.wants_decode():
+        if self._particle_turn or not ready or self._pace.wants_decode(n_tokens):
             return None
         groups, max_rows = self._half or self._take_turns(ready, None, n_passes=1), self._pace.max_rows()
         room = self._limits.max_num_batched_tokens - n_tokens
@@ -407,7 +407,7 @@ class _SMCMixin(_Scheduler):
             # with steps scheduled ahead, this one began when the step before it came back
             began = max(scheduler_output.smc_scheduled, self._updated)  # type: ignore[attr-defined]
             has_prefill = n_tokens > len(scheduler_output.num_scheduled_tokens)
-            self._pace.see_ordinary(now - began, has_prefill)
+            self._pace.see_ordinary(now - began, n_tokens, has_prefill)
         self._updated = now
 
     def _after_order(self, results: Sequence[GroupResult], outputs: dict[int, Any]) -> None:

@@ -527,16 +527,16 @@ def test_pace(caplog):
     pace.see_rows(256, 0.256)
     assert pace.max_rows() == FIRST_ROWS
     with caplog.at_level(logging.INFO):
-        pace.see_ordinary(0.02, False)
+        pace.see_ordinary(0.02, 1, False)
         assert pace.max_rows() == int(DECODE_STEPS * 20) and "at most 60 rows" in caplog.text
-        pace.see_ordinary(0.021, False)
+        pace.see_ordinary(0.021, 1, False)
         assert 60 <= pace.max_rows() <= 61 and len(caplog.records) == 1  # a small change is not logged
         for _ in range(50):
-            pace.see_ordinary(0.05, False)
+            pace.see_ordinary(0.05, 1, False)
         assert abs(pace.max_rows() - 150) <= 1 and len(caplog.records) == 2
-    pace.see_ordinary(2.0, True)  # beside prefill; once
+    pace.see_ordinary(2.0, 1, True)  # beside prefill; once
     assert pace.max_rows() == int(PREFILL_SHARE * 2000)
-    pace.see_ordinary(0.05, False)
+    pace.see_ordinary(0.05, 1, False)
     assert abs(pace.max_rows() - 150) <= 1
     # a pass has a part that does not depend on its rows: the bound goes where a pass of that many takes three steps
     for _ in range(100):
@@ -544,16 +544,21 @@ def test_pace(caplog):
         pace.see_rows(rows, 0.05 + 1e-3 * rows)
     assert abs(pace.max_rows() - 100) <= 2
     # riding rows wait for one decode step without them, and every so often for another
-    assert not pace.wants_decode() and Pace(None, logger).wants_decode() and not Pace(7, logger).wants_decode()
+    assert not pace.wants_decode(1) and Pace(None, logger).wants_decode(1) and not Pace(7, logger).wants_decode(1)
     decode = pace.max_rows()
     for i in range(RIDES):
-        assert not pace.wants_decode(), i
+        assert not pace.wants_decode(1), i
         pace.see_ride()
-    assert pace.wants_decode() and pace.max_rows() == decode
-    pace.see_ordinary(2.0, True)  # with prefill in it, it says nothing of a decode step
-    assert pace.wants_decode()
-    pace.see_ordinary(0.05, False)
-    assert not pace.wants_decode()
+    assert pace.wants_decode(1) and pace.max_rows() == decode
+    pace.see_ordinary(2.0, 1, True)  # with prefill in it, it says nothing of a decode step
+    assert pace.wants_decode(1)
+    pace.see_ordinary(0.05, 1, False)
+    assert not pace.wants_decode(1)
+    # more requests are another step, whose time is not known; as many as before are the old one
+    assert pace.wants_decode(16)
+    pace.see_ordinary(0.1, 16, False)
+    assert not pace.wants_decode(17) and pace.max_rows() > 1.5 * decode
+    assert not pace.wants_decode(1) and pace.max_rows() == decode
     assert Pace(7, logger).max_rows() == 7 and Pace("all", logger).max_rows() is None
 
 
