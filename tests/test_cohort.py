@@ -219,6 +219,22 @@ def test_groups_of_one_object_are_asked_together(tiny, kind, monkeypatch):
     assert sorted(sizes) == ([2, 4, 4, 5, 5] if apart else [9, 11])
 
 
+def test_what_is_named_per_particle_has_an_entry_for_each(tiny):
+    class Names(TableTwist):
+        per_particle = ("_sum",)
+
+        def reset(self, n_particles, prompt):
+            if n_particles > 2:
+                self._sum = torch.zeros(n_particles - 1)
+
+    for n, what in ((2, "'missing'"), (3, r"\(2,\)")):
+        params = SMCParams(n_particles=n, max_tokens=STEPS)
+        with pytest.raises(
+            SMCError, match=f"potential Names: per_particle names '_sum', which must .* {n} rows.*{what}"
+        ):
+            Group(params, Final(Names(VALUE)), PROMPT, frozenset())
+
+
 def test_an_error_ends_all_that_were_asked_together(tiny):
     groups = [
         Group(SMCParams(n_particles=2, max_tokens=STEPS, seed=i), KINDS[kind], PROMPT, frozenset())

@@ -27,6 +27,23 @@ def is_joinable(potential: Potential) -> bool:
     return all("per_particle" in vars(type(each)) and each.per_particle is not None for each in levels)
 
 
+def check(potential: Potential, n: int) -> None:
+    """Checks that what a potential names in `per_particle` has `n` entries.
+
+    Raises:
+        ValueError: naming class and attribute.
+    """
+    for (each,) in _levels([potential]):
+        for name in each.per_particle or ():
+            value = getattr(each, name, "missing")
+            if value is not None and not (isinstance(value, torch.Tensor) and value.dim() and len(value) == n):
+                what = tuple(value.shape) if isinstance(value, torch.Tensor) else repr(value)
+                raise ValueError(
+                    f"potential {type(each).__name__}: per_particle names {name!r}, which must be a tensor of {n} rows "
+                    f"or None after reset; it is {what}"
+                )
+
+
 def join(potentials: Sequence[Potential]) -> None:
     """Makes the first of `potentials` hold the particles of all, one potential's behind the other's."""
     for level in _levels(potentials):

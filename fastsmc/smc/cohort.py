@@ -190,6 +190,11 @@ class Cohort:
         if group.asker is None:
             return
         group.asker.call("reset", group.n, list(group.prompt))
+        if group.asker.joinable:
+            try:
+                joint.check(group.asker.potential, group.n)
+            except ValueError as error:
+                raise SMCError(str(error)) from None
         group.asker.scorer = functools.partial(self._continuation, self._asked[0], ~particles.finished)
         answer = group.asker.scores("prefix", self._state(self._asked[0]))
         psi = step.checked(answer, torch.ones_like(particles.finished), faults.PREFIX)
