@@ -40,6 +40,8 @@ from trees import OtherEngine, serve
 PARTS = ("shared", "outside", "beside")
 #: G × N; one group is what `--against` is about
 SHAPES = ((16, 16), (64, 8), (4, 64), (1, 256))
+#: of `shared`: groups that are run apart, too; more would take minutes
+MOST_APART = 16
 #: of `outside`: groups, of so many particles each
 GROUPS, PARTICLES = (1, 16, 64), 4
 #: of `beside`: particles of the group, tokens of a stream's and of the long prompt, streams, tokens a forward takes
@@ -282,7 +284,11 @@ def shared(
         calls: dict[str, Callable[[], Any]] = {
             "smc": functools.partial(engines[this].smc, *arguments, "lexicon"),
             "stock": functools.partial(engines[this].stock, *arguments),
-            **{name: functools.partial(engines[name].smc, *arguments, "lexicon") for name in others},
+            **{
+                name: functools.partial(engines[name].smc, *arguments, "lexicon")
+                for name in others
+                if name != "never" or groups <= MOST_APART
+            },
         }
         answers = in_turn(calls, repeats)
         seconds = {name: [answer["total"] for answer in of] for name, of in answers.items()}
