@@ -99,8 +99,10 @@ def groups(result: Result) -> list[str]:
             " | ".join(["G × N", *rates, *(f"SMC : {name}" for name in others), "distinct histories"]),
             (
                 (
-                    f"{r['groups']} × {r['n_particles']}", *(f"{r['tokens_per_s'][name]:.0f}" for name in rates),
-                    *(f"**{r['ratio'][name]['median']:.2f}**" for name in others), f"{r['forward_share']:.2f}",
+                    f"{r['groups']} × {r['n_particles']}",
+                    *(f"{r['tokens_per_s'][name]:.0f}" if name in r["tokens_per_s"] else "" for name in rates),
+                    *(f"**{r['ratio'][name]['median']:.2f}**" if name in r["ratio"] else "" for name in others),
+                    f"{r['forward_share']:.2f}",
                 )
                 for r in of["shared"]
             ),
