@@ -123,7 +123,7 @@ class LLM(vllm.LLM):
         shared_forward: "auto": the rows of all groups that are ready go through the model together; "never": each group
             has passes of its own. None: as `additional_config` says, or "auto".
         max_particle_rows_per_step: rows of groups in one engine step beside ordinary requests, or "all"; None: as many
-            as take about three ordinary decode steps (`fastsmc.vllm.options.EngineOptions`).
+            as take three to four ordinary decode steps (`fastsmc.vllm.options.EngineOptions`).
         captured_steps: groups for which that holds take steps without a wait for the device; its conditions and what
             else it changes are in `fastsmc.vllm.options.EngineOptions`.
         kwargs: any argument of `vllm.LLM` but `scheduler_cls` and `worker_cls`.

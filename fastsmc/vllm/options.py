@@ -24,7 +24,7 @@ class EngineOptions:
         shared_forward: "auto": the rows of all groups that are ready go into one forward pass. "never": each group has
             passes of its own, so that the same seed gives the same population whatever else runs.
         max_particle_rows_per_step: rows of a particle pass that one engine step runs while there are ordinary requests.
-            None: as many as take about three ordinary decode steps (`fastsmc.vllm.pace`); "all": no bound.
+            None: as many as take three to four ordinary decode steps (`fastsmc.vllm.pace`); "all": no bound.
         captured_steps: groups take steps of fixed shapes, in which the host does not wait for the device
             (`fastsmc.vllm.captured`), where their potential is `capturable` or there is none, and there are no exact
             samples; the others as ever. Such a group's N rows go through the model at every step, together, whatever
@@ -48,7 +48,7 @@ class EngineOptions:
         if rows is not None and rows != ALL and (isinstance(rows, bool) or not isinstance(rows, int) or rows < 1):
             raise ValueError(
                 f"max_particle_rows_per_step={rows!r}: must be a positive integer, {ALL!r} for no bound, or None for "
-                "about three ordinary decode steps"
+                "three to four ordinary decode steps"
             )
 
     @classmethod

@@ -10,9 +10,9 @@ import logging
 
 from fastsmc.vllm.options import ALL
 
-#: what a part of a pass may take, in ordinary steps that only decode: other requests' tokens then come about 4 times as
-#: far apart as without groups, and the groups have three quarters of the time
-DECODE_STEPS = 3.0
+#: what a part of a pass may take, in ordinary steps that only decode: other requests' tokens then come less than four
+#: times as far apart as without groups, and the groups have more than three quarters of the time
+DECODE_STEPS = 3.5
 #: what it may take beside prefill, in the time of the prefill step just before, where that is more: 1 would double the
 #: time to a long prompt's first token; about a third leaves it below 1.3 times that without groups
 PREFILL_SHARE = 0.35
