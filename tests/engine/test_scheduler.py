@@ -535,7 +535,7 @@ def test_pace(caplog):
             pace.see_ordinary(0.05, 1, False)
         assert abs(pace.max_rows() - 175) <= 1 and len(caplog.records) == 2
     pace.see_ordinary(2.0, 1, True)  # beside prefill; once
-    assert pace.max_rows() == int(PREFILL_SHARE * 2000)
+    assert abs(pace.max_rows() - PREFILL_SHARE * 2000) <= 1
     pace.see_ordinary(0.05, 1, False)
     assert abs(pace.max_rows() - 175) <= 1
     # a pass has a part that does not depend on its rows: the bound goes where a pass of that many takes three steps
