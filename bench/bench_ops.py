@@ -3,6 +3,7 @@
     weigh+draw  a step's normalisers and one token a row, T = 0.8; without and with a twist
     resample    five schemes, N = 64 to 16384, and 16 groups of 256 in one launch
     reindex     caches as SmolLM2 has them (30 layers of bfloat16 blocks), 40 % of the rows moved
+    settle      particles that come from half as many histories and have drawn again; eager is its PyTorch operations
     step        all of a captured step but the model: as CapturedGroup runs it, on a GPU as one CUDA graph
 
 Everything in a record ran in turn (A B A B …), so that a change of the machine's load meets all; medians. On the CPU
@@ -204,6 +205,20 @@ def bench_reindex(slot_dim: int | None, clock: Clock) -> dict[str, Any]:
     )  # fmt: skip
 
 
+def bench_settle(n: int, groups: int, clock: Clock) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(n)
+    slots, tokens = (torch.randint(high, (groups * n,), generator=generator).to(clock.device) for high in (n // 2, 4))
+    wanted = torch.ones_like(slots, dtype=torch.bool)
+    offsets = torch.arange(0, groups * n + 1, n, device=clock.device)
+    calls = 20 if clock.gpu else 1
+    functions = {
+        "ours": clock.graph(lambda: ops.settle(slots, tokens, wanted, offsets), calls),
+        "eager": clock.graph(lambda: ops.settle(slots, tokens, wanted, offsets, backend="torch"), calls),
+    }
+    times = {name: seconds / calls for name, seconds in clock.medians(functions).items()}
+    return record("settle", "torch", clock, n, times, groups=groups)
+
+
 class _Still:
     """Has the same logits always: a `captured.PagedModel` without a model's cost."""
 
@@ -323,6 +338,7 @@ def run(json_path: str | None = None, device: str | None = None, seconds: float 
         ),
         lambda: bench_resample("systematic", 256, 16, brief),
         *(lambda slot_dim=slot_dim: bench_reindex(slot_dim, clock) for slot_dim in (None, 2)),
+        *(lambda n=n, groups=groups: bench_settle(n, groups, brief) for n, groups in ((256, 1), (1024, 1), (16, 16))),
         *(lambda n=n, v=v: bench_step(n, v, torch.bfloat16, clock) for n, v in SIZES[where.type]),
     ]
     records = []

@@ -85,17 +85,19 @@ def step(result: Result) -> list[str]:
 
 def groups(result: Result) -> list[str]:
     """Makes a table per part that was measured."""
-    of = {part: [r for r in result["records"] if r["part"] == part] for part in ("shared", "outside", "beside")}
-    lines: list[str] = []
+    makers = {"shared": _shared, "outside": _outside, "beside": _beside}
+    found = {part: [r for r in result["records"] if r["part"] == part] for part in makers}
+    parts = [makers[part](records) for part, records in found.items() if records]
+    return [line for i, lines in enumerate(parts) for line in ([""] * (i > 0) + lines)]
 
-    def add(text: str, head: str, rows: Iterable[Iterable[object]]) -> None:
-        lines.extend([*([""] if lines else []), text, "", *table(head, rows)])
 
-    if of["shared"]:
-        others = list(of["shared"][0]["ratio"])
-        rates = ("smc", *others)
-        add(
-            f"Groups × particles, T = {of['shared'][0]['max_tokens']}, tokens/s:",
+def _shared(records: list[Result]) -> list[str]:
+    others = list(records[0]["ratio"])
+    rates = ("smc", *others)
+    return [
+        f"Groups × particles, T = {records[0]['max_tokens']}, tokens/s:",
+        "",
+        *table(
             " | ".join(["G × N", *rates, *(f"SMC : {name}" for name in others), "distinct histories"]),
             (
                 (
@@ -104,26 +106,37 @@ def groups(result: Result) -> list[str]:
                     *(f"**{r['ratio'][name]['median']:.2f}**" if name in r["ratio"] else "" for name in others),
                     f"{r['forward_share']:.2f}",
                 )
-                for r in of["shared"]
+                for r in records
             ),
-        )  # fmt: skip
-    if of["outside"]:
-        parts = ("total", "hidden", "logits", "weigh", "draw", "uniforms", "resample", "reindex", "outside")
-        add(
-            f"A step of G groups of {of['outside'][0]['n_particles']}, ms:",
+        ),
+    ]
+
+
+def _outside(records: list[Result]) -> list[str]:
+    parts = ("total", "hidden", "logits", "weigh", "draw", "uniforms", "resample", "reindex", "outside")
+    lines = [
+        f"A step of G groups of {records[0]['n_particles']}, ms:",
+        "",
+        *table(
             "potential | tree | G | whole | forward | lm head | weigh | draw | uniforms | resample | reindex | outside",
             (
                 (r["kind"], r["engine"], r["groups"], *(f"{r['step_ms'].get(part, 0.0):.2f}" for part in parts))
-                for r in of["outside"] if "step_ms" in r
+                for r in records if "step_ms" in r
             ),
-        )  # fmt: skip
-        for r in of["outside"]:
-            if "us_per_group" in r:
-                text = f"{r['intercept_ms']:.1f} ms + {r['us_per_group']:.0f} µs per group"
-                lines += ["", f"Outside, {r['kind']}, {r['engine']}: {text}."]
-    if of["beside"]:
-        add(
-            f"Ordinary requests beside a group of {of['beside'][0]['n_particles']}, without → with it:",
+        ),
+    ]  # fmt: skip
+    for r in records:
+        if "us_per_group" in r:
+            text = f"{r['intercept_ms']:.1f} ms + {r['us_per_group']:.0f} µs per group"
+            lines += ["", f"Outside, {r['kind']}, {r['engine']}: {text}."]
+    return lines
+
+
+def _beside(records: list[Result]) -> list[str]:
+    lines = [
+        f"Ordinary requests beside a group of {records[0]['n_particles']}, without → with it:",
+        "",
+        *table(
             "engine | ms between tokens, one stream | | s to first token, long prompt | | tokens/s, streams | "
             "group's tokens/s: alone | beside one stream | long prompt | streams",
             (
@@ -139,13 +152,14 @@ def groups(result: Result) -> list[str]:
                         for load in ("alone", "stream", "long prompt", "streams")
                     ),
                 )
-                for r in of["beside"]
+                for r in records
             ),
-        )  # fmt: skip
-        for r in of["beside"]:
-            if "over_against" in r:
-                text = ", ".join(f"{load} {found['median']:.2f}" for load, found in r["over_against"].items())
-                lines += ["", f"Tokens/s of {r['engine']} over those of the other tree: {text}."]
+        ),
+    ]  # fmt: skip
+    for r in records:
+        if "over_against" in r:
+            text = ", ".join(f"{load} {found['median']:.2f}" for load, found in r["over_against"].items())
+            lines += ["", f"Tokens/s of {r['engine']} over those of the other tree: {text}."]
     return lines
 
 
@@ -166,6 +180,7 @@ def ops(result: Result) -> list[str]:
     at_4096 = [r for r in records if r["op"] == "resample" and r["n"] == 4096]
     blocks = [r for r in records if r["op"] == "reindex"]
     steps = [r for r in records if r["op"] == "step"]
+    settled = [r for r in records if r["op"] == "settle"]
     return [
         *lines,
         "",
@@ -176,6 +191,11 @@ def ops(result: Result) -> list[str]:
         + "; ".join(
             f"{what} {1e3 * r['median_s']:.1f} ms ({r['ratio']:.1f} × eager)"
             for what, r in zip(("whole blocks", "the used half"), blocks, strict=True)
+        )
+        + ".",
+        "`settle`: "
+        + ", ".join(
+            f"{1e3 * r['median_s']:.3f} ms (N = {r['n']}, G = {r['groups']}, {r['ratio']:.0f} × eager)" for r in settled
         )
         + ".",
         "All of a captured step but the model, bfloat16 logits and twist, with a resampling: "

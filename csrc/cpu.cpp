@@ -273,7 +273,7 @@ void emulate_reindex(const Reindexing& r, const std::vector<BlockCache>& caches,
 
 void settle(const int64_t* slots, const int64_t* tokens, const bool* wanted, const int64_t* offsets, int64_t groups,
             const Histories& out) {
-  std::vector<int64_t> order;  // particles that are wanted, those with one history side by side
+  std::vector<int64_t> order, row_of;  // wanted particles, those with one history side by side; by slot
   int64_t row = 0;
   for (int64_t g = 0; g < groups; ++g) {
     const int64_t begin = offsets[g], end = offsets[g + 1];
@@ -306,10 +306,12 @@ void settle(const int64_t* slots, const int64_t* tokens, const bool* wanted, con
       }
       out.slots[i] = target - begin, out.tokens[target] = tokens[i];
     }
-    for (int64_t slot = begin; slot < end; ++slot)  // tokens of particles have been read: their rows are next
-      if (out.present[slot]) out.rows[slot] = row++;
-    order.assign(out.rows + begin, out.rows + end);
-    for (int64_t i = begin; i < end; ++i) out.rows[i] = wanted[i] ? order[out.slots[i]] : -1;
+    row_of.resize(end - begin);
+    for (int64_t slot = begin; slot < end; ++slot) {
+      row_of[slot - begin] = row;
+      row += out.present[slot];
+    }
+    for (const int64_t i : order) out.rows[i] = row_of[out.slots[i]];
   }
 }
 

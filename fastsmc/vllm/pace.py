@@ -11,7 +11,7 @@ import logging
 from fastsmc.vllm.options import ALL
 
 #: what a part of a pass may take, in ordinary steps that only decode: other requests' tokens then come less than four
-#: times as far apart as without groups, and the groups have more than three quarters of the time
+#: times as far apart as without groups, and the groups have most of the time
 DECODE_STEPS = 3.5
 #: what it may take beside prefill, in the time of the prefill step just before, where that is more: 1 would double the
 #: time to a long prompt's first token; about a third leaves it below 1.3 times that without groups
@@ -58,21 +58,24 @@ class Pace:
 
     def wants_decode(self, n_tokens: int) -> bool:
         """Says whether a decode step of so many tokens shall have no riding rows, so that its time is known."""
-        self._size = _size(n_tokens)
-        return self._fixed is None and (self._rides >= RIDES or self._size not in self._decode)
+        return self._fixed is None and (self._rides >= RIDES or _size(n_tokens) not in self._decode)
 
     def see_rows(self, rows: int, seconds: float) -> None:
         """Takes what the model took for rows of particle passes. Few rows say nothing of what one more costs."""
         if rows >= LEAST_ROWS and seconds > 0:
             self._per_row = _moved(self._per_row, seconds / rows)
 
-    def max_rows(self) -> int | None:
-        """Returns how many rows of a pass the next engine step may run while there is other work; None: all."""
+    def max_rows(self, n_tokens: int | None = None) -> int | None:
+        """Returns how many rows of a pass the next engine step may run while there is other work; None: all.
+
+        Args:
+            n_tokens: of the decode step that the rows ride in; None: they are beside steps like the last one.
+        """
         if self._fixed is not None:
             return None if self._fixed == ALL else int(self._fixed)
         if self._per_row is None:
             return FIRST_ROWS
-        decode = self._decode.get(self._size)
+        decode = self._decode.get(self._size if n_tokens is None else _size(n_tokens))
         rows = FIRST_ROWS if decode is None else max(LEAST_ROWS, int(DECODE_STEPS * decode / self._per_row))
         if decode is not None and not self._logged / LOGGED_CHANGE < rows < self._logged * LOGGED_CHANGE:
             self._logged = rows

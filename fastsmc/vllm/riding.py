@@ -25,12 +25,10 @@ from torch import Tensor
 from vllm.config.compilation import CUDAGraphMode
 from vllm.distributed import get_tp_group
 from vllm.forward_context import BatchDescriptor, get_forward_context, set_forward_context
+from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 
 from fastsmc.vllm.attention import AttendImpl, MixedMetadata
 from fastsmc.vllm.passes import Ride
-
-#: the slot of a token that is padding: its keys and values are not written
-PAD_SLOT = -1
 
 
 class Riding:
@@ -110,7 +108,7 @@ class Riding:
         }
         # one group of layers has one KV cache, and the same slots (compat.check_kv_cache)
         first = ordinary.slot_mapping[self._layers[0]][:n]
-        slots = torch.cat([first, batch.slots, batch.slots.new_full((size - end,), PAD_SLOT)])
+        slots = torch.cat([first, batch.slots, batch.slots.new_full((size - end,), PAD_SLOT_ID)])
         start = time.perf_counter()
         with set_forward_context(
             metadata, self._config, num_tokens=size, slot_mapping=dict.fromkeys(self._layers, slots), **context

@@ -236,7 +236,7 @@ class _SMCMixin(_Scheduler):
         self._particle_turn = not (self._rides and 0 < n_tokens == len(output.num_scheduled_tokens))
         if self._particle_turn or not ready or self._pace.wants_decode(n_tokens):
             return None
-        groups, max_rows = self._half or self._take_turns(ready, None, n_passes=1), self._pace.max_rows()
+        groups, max_rows = self._half or self._take_turns(ready, None, n_passes=1), self._pace.max_rows(n_tokens)
         room = self._limits.max_num_batched_tokens - n_tokens
         fits = room > 1 if max_rows is not None else sum(g.n for g in groups) <= room  # a row may stand twice
         if not fits or any(g.alone and not g.waiting for g in groups):

@@ -557,8 +557,8 @@ def test_pace(caplog):
     # more requests are another step, whose time is not known; as many as before are the old one
     assert pace.wants_decode(16)
     pace.see_ordinary(0.1, 16, False)
-    assert not pace.wants_decode(17) and pace.max_rows() > 1.5 * decode
-    assert not pace.wants_decode(1) and pace.max_rows() == decode
+    assert not pace.wants_decode(17) and pace.max_rows() == pace.max_rows(17) > 1.5 * decode
+    assert not pace.wants_decode(1) and pace.max_rows(1) == decode
     assert Pace(7, logger).max_rows() == 7 and Pace("all", logger).max_rows() is None
 
 

@@ -11,7 +11,7 @@ from tiny import PROMPT, TableTwist, TinyLlama, value_table
 
 from fastsmc import SMCError, SMCParams, evaluate
 from fastsmc.hf import HFEngine, Trunk
-from fastsmc.potentials import Final
+from fastsmc.potentials import Final, Lexicon
 from fastsmc.twists import Card, Head, Twist, add_lora
 
 from .conftest import VOCAB
@@ -96,6 +96,24 @@ def test_a_twist_in_a_plain_request(engine, tiny, twist_path):
     engine.drop_potential(name)
     population = engine.population(output)
     assert [0, 1, 2, 3] in population.token_ids and math.isfinite(population.log_z)
+
+
+def test_groups_with_one_twist_are_asked_together(engine, twist_path, monkeypatch):
+    """One product of the head for all of them, and the bits are those of each alone; a trunk has one group's cache."""
+    sizes, ask = [], Twist.logw_next
+    monkeypatch.setattr(Twist, "logw_next", lambda self, state: sizes.append(len(state.finished)) or ask(self, state))
+    lexicon, params, prompts = Lexicon(token_ids=[1, 2], weight=0.5), params_of(6), [PROMPT, [2, 1], [4, 4, 1, 0]]
+    alone = [
+        engine.smc(prompt, dataclasses.replace(params, group=i), lexicon, twist=twist_path)
+        for i, prompt in enumerate(prompts)
+    ]
+    assert set(sizes) == {6}
+    sizes.clear()
+    together = engine.smc(prompts, params, lexicon, twist=twist_path)
+    assert max(sizes) == (6 if Card.read(twist_path).kind == "lora" else 18)
+    for got, want in zip(together, alone, strict=True):
+        assert got.token_ids == want.token_ids and got.log_z == want.log_z
+        np.testing.assert_array_equal(got.log_weights, want.log_weights)
 
 
 def test_refusals(engine, tiny_path, twist_path, tmp_path):
