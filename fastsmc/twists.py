@@ -39,9 +39,6 @@ from fastsmc.trunk import Trunk
 from fastsmc.values import check_choice, check_int
 
 FORMAT, VERSION = "fastsmc.twist", 1
-#: rows that a head is given at least: with fewer PyTorch's CPU kernels give a row other bits, and how many there are
-#: depends on which groups are asked together
-LEAST_ROWS = 4
 KINDS = ("linear", "mlp", "lora", "model")
 LOSSES = ("ctl", "rl", "sixo", "fudge", "dpg")
 
@@ -336,8 +333,13 @@ class Twist(Potential):
 
     @property
     def per_particle(self) -> tuple[str, ...] | None:  # type: ignore[override]
-        """Names what it has per particle; a trunk has the KV cache of one group."""
-        return None if self.card.kind in ("lora", "model") else ("_features", "_log_psi", "_last")
+        """Names what it has per particle, on a GPU.
+
+        On a CPU a row of the head's product has other bits among other numbers of rows, so a group's population would
+        hang on who is asked with it. A trunk has the KV cache of one group.
+        """
+        apart = self.card.kind in ("lora", "model") or self._weight.device.type == "cpu"
+        return None if apart else ("_features", "_log_psi", "_last")
 
     def reindex(self, ancestors: Tensor) -> None:
         for name in ("_features", "_log_psi", "_last", "_rows"):
@@ -347,8 +349,6 @@ class Twist(Potential):
 
     def _advance(self, state: State, last_tokens: Tensor | None) -> tuple[Tensor, Tensor]:
         """Computes features (R, r) and log ψ (R,) float32 of the distinct histories that the model has just seen.
-
-        There may be more rows than histories, behind them.
 
         Args:
             last_tokens: (N,) int64, the last token of each particle's history; None before the first token.
@@ -374,8 +374,6 @@ class Twist(Potential):
             assert self._rows is not None  # as above
             hidden, self._cache = self.trunk.next(self._cache, self._rows[particle], last)
         assert hidden is not None  # the engine's, or the trunk's
-        if (short := LEAST_ROWS - n_rows) > 0:
-            hidden, log_psi = F.pad(hidden, (0, 0, 0, short)), F.pad(log_psi, (0, short))
         return self.head.features(hidden.float()), log_psi
 
     def _keep(self, features: Tensor, log_psi: Tensor, rows: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Potentials that are asked for several groups at once give each group the bits that it gets when it is asked alone."""
+"""Potentials that are asked for several groups at once give each group what it gets when it is asked alone."""
 
 import itertools
 
@@ -16,6 +16,12 @@ from fastsmc.twists import Card, Head, Twist
 STEPS = 7
 
 
+class TogetherOnACPU(Twist):
+    """A twist as on a GPU."""
+
+    per_particle = ("_features", "_log_psi", "_last")
+
+
 def twist(kind, loss="ctl"):
     """A twist that says something, of a head with random parameters."""
     torch.manual_seed(1)
@@ -28,10 +34,11 @@ def twist(kind, loss="ctl"):
         kind=kind, loss=loss, base_model="m", vocab_size=V, hidden_size=HIDDEN, input_size=HIDDEN, rank=rank or HIDDEN,
         tokenizer=None,
     )  # fmt: skip
-    return Twist(card, head)
+    return TogetherOnACPU(card, head)
 
 
 JOINT = {name: POTENTIALS[name] for name in ("lexicon", "regex", "infill", "infill every step", "product")}
+TWISTS = ("linear twist", "perceptron", "proposal-only twist")
 JOINT["linear twist"] = lambda: twist("linear").guide(POTENTIALS["infill"]())
 JOINT["perceptron"] = lambda: twist("mlp").guide(POTENTIALS["regex"]())
 JOINT["proposal-only twist"] = lambda: twist("linear", "dpg").guide(POTENTIALS["lexicon"]())
@@ -69,7 +76,8 @@ def run(groups, rng=None):
     ("name", "proposal"),
     [(name, p) for name in JOINT for p in ("twisted", "base") if (name, p) != ("proposal-only twist", "base")],
 )
-def test_the_bits_are_those_of_a_group_alone(tokenizer, name, proposal):  # noqa: F811
+def test_a_group_gets_what_it_gets_alone(tokenizer, name, proposal):  # noqa: F811
+    """The same bits, but for a twist's products, whose rows have others among other numbers of rows."""
     engine, potential = GroupEngine(tokenizer, "cpu", V, HIDDEN, model_name="m"), JOINT[name]()
     potential.setup(engine)
     assert is_joinable(potential)
@@ -87,6 +95,7 @@ def test_the_bits_are_those_of_a_group_alone(tokenizer, name, proposal):  # noqa
     apart, _ = run([make(i) for i in range(6)], np.random.default_rng(0))
     for want, *others in zip(alone, together, apart, strict=True):
         for got in others:
-            assert got.token_ids == want.token_ids and got.log_z == want.log_z
-            for field in ("ancestors", "log_weights", "step_log_weights", "ess"):
-                np.testing.assert_array_equal(getattr(got, field), getattr(want, field), field)
+            assert got.token_ids == want.token_ids and (got.ancestors == want.ancestors).all()
+            for field in ("log_z", "log_weights", "step_log_weights", "ess"):
+                difference = 1e-5 if name in TWISTS else 0
+                np.testing.assert_allclose(getattr(got, field), getattr(want, field), rtol=difference, atol=difference)
