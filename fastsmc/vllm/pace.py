@@ -12,7 +12,7 @@ from fastsmc.vllm.options import ALL
 
 #: what a part of a pass may take, in ordinary steps that only decode: other requests' tokens then come less than four
 #: times as far apart as without groups, and the groups have most of the time
-DECODE_STEPS = 3.5
+DECODE_STEPS = 3.8
 #: what it may take beside prefill, in the time of the prefill step just before, where that is more: 1 would double the
 #: time to a long prompt's first token; about a third leaves it below 1.3 times that without groups
 PREFILL_SHARE = 0.35

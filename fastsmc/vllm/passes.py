@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import math
 import time
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -101,6 +102,7 @@ class Ride:
         metadata: for attention, by layer.
         timed: whether `seconds` is wanted, for which a GPU has to be waited for.
         hidden: (R, H) last hidden states, once the pass has run.
+        logits: (R, V), where they came with those of the ordinary step.
         seconds: the rows' share of what it took.
     """
 
@@ -108,6 +110,7 @@ class Ride:
     metadata: dict[str, Any]
     timed: bool
     hidden: Tensor | None = None
+    logits: Tensor | None = None
     seconds: float = 0.0
 
 
@@ -251,10 +254,10 @@ class Pass:
 
     def run(self, max_rows: int | None = None) -> int:
         """Runs rows that have not run yet, at most so many, and returns how many they were."""
-        begin, end = self.n_run, self.n_rows if max_rows is None else min(self.n_rows, self.n_run + max_rows)
+        begin, end = self.n_run, self._cut(max_rows)
         start = time.perf_counter()
         while self.n_run < end:
-            self.put(*self._model.forward(self.next_batch(min(end - self.n_run, self._model.max_tokens))))
+            self.put(*self._model.forward(self._batch_to(min(end, self.n_run + self._model.max_tokens))))
         if max_rows is not None and self._model.device.type == "cuda":
             torch.cuda.synchronize(self._model.device)  # else only launches would be timed
         self.seconds += time.perf_counter() - start
@@ -262,11 +265,24 @@ class Pass:
 
     def next_batch(self, max_rows: int | None) -> Batch:
         """Returns rows that have not run yet, at most so many; who runs them hands `put` what comes of them."""
-        self._next = self.n_rows if max_rows is None else min(self.n_rows, self.n_run + max_rows)
-        if self._order is None and self._next < self.n_rows:
+        return self._batch_to(self._cut(max_rows))
+
+    def _cut(self, max_rows: int | None) -> int:
+        """Says where a part of at most so many rows ends, in as few parts as there must be, of equal size.
+
+        A part takes a time of its own besides that of its rows: a small last one would cost more than it spares.
+        """
+        left = self.n_rows - self.n_run
+        if max_rows is None or left <= max_rows:
+            return self.n_rows
+        return self.n_run + math.ceil(left / math.ceil(left / max_rows))
+
+    def _batch_to(self, end: int) -> Batch:
+        self._next = end
+        if self._order is None and end < self.n_rows:
             self._order = self._order_to_cut()
             self._batch = self._batch.reordered(self._order)
-        return self._batch.part(self.n_run, self._next)
+        return self._batch.part(self.n_run, end)
 
     def _order_to_cut(self) -> Tensor:
         """Lists the rows, (R,) int64, so that those of a group that read the same blocks are neighbours.

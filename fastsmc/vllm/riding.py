@@ -1,6 +1,7 @@
 """Rows of groups in the call of the model that vLLM's runner makes for an ordinary step: one forward pass for both.
 
-    V1 on a CPU   the runner makes its calls by a method of its own (`_model_forward`), and pads no batch.
+    V1 on a CPU   the runner makes its calls by a method of its own (`_model_forward`), and pads no batch. It computes
+                  logits in the same method, so the head's weights, too, are read once for both.
     V2            the runner asks its graph manager for a CUDA graph that holds the step (`dispatch`). For a step that
                   only decodes it is one of the whole model, in which nothing can ride. A step with riders is therefore
                   told what vLLM tells a step of a size that nobody has captured: there is none. It then calls
@@ -16,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -64,10 +65,11 @@ class Riding:
         call, runner = functools.partial(self._call, ride), self._runner
         if not self._is_v2:
             runner._model_forward = call
+            self._model.compute_logits = functools.partial(self._compute_logits, ride, self._model.compute_logits)
             try:
                 yield
             finally:
-                del runner._model_forward  # the class has its own
+                del runner._model_forward, self._model.compute_logits  # the classes have their own
             return
         manager = runner.cudagraph_manager
         manager.dispatch, runner.model = functools.partial(_dispatch_none, manager), call
@@ -120,6 +122,16 @@ class Riding:
         # the next replay of a graph overwrites what the last one gave
         ride.hidden = hidden[n:end] if captured is None else hidden[n:end].clone()
         return hidden[:n]
+
+    @staticmethod
+    def _compute_logits(ride: Ride, compute: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+        """Computes the logits of both in one product; returns those of the ordinary rows, and leaves the others."""
+        assert ride.hidden is not None  # the model has been called
+        start, n = time.perf_counter(), len(hidden)
+        logits = compute(torch.cat([hidden, ride.hidden]))
+        ride.logits = logits[n:]
+        ride.seconds += (time.perf_counter() - start) * len(ride.hidden) / len(logits)
+        return logits[:n]
 
     def _find_captured(self, n_tokens: int) -> int | None:
         """Finds the captured size of piecewise graphs that holds so many tokens; None if there is none."""

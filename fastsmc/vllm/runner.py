@@ -101,7 +101,8 @@ class ParticleRunner:
         first, start = next(iter(results.values())), time.perf_counter()
         try:
             assert ride.hidden is not None  # the ordinary step has called the model
-            first.rows = part.put(self._model.logits(ride.hidden, slice(None)), ride.hidden)
+            logits = self._model.logits(ride.hidden, slice(None)) if ride.logits is None else ride.logits
+            first.rows = part.put(logits, ride.hidden)
             first.seconds = ride.seconds + time.perf_counter() - start
             self._end_or_keep(part, ids, results)
         except Exception as error:

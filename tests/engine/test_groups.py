@@ -1,7 +1,10 @@
 """Groups that share forward passes: how many there are, and that nobody notices whose rows are beside its own."""
 
+import itertools
+import math
 import random
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -357,6 +360,17 @@ def test_two_hundred_random_ends(small_engine, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------- passes that are cut
+def test_parts_are_few_and_of_equal_size():
+    for n_rows, max_rows in itertools.product(range(1, 40), range(1, 45)):
+        part, ends = SimpleNamespace(n_rows=n_rows, n_run=0), [0]
+        while part.n_run < n_rows:
+            part.n_run = Pass._cut(part, max_rows)
+            ends.append(part.n_run)
+        sizes = [b - a for a, b in itertools.pairwise(ends)]
+        assert sum(sizes) == n_rows and max(sizes) <= max_rows and max(sizes) - min(sizes) <= 1, (n_rows, max_rows)
+        assert len(sizes) == math.ceil(n_rows / max_rows)
+
+
 @pytest.mark.parametrize("bound", [1, 3, 7, 64, "all"])
 def test_the_bits_do_not_hang_on_the_bound(engine, runner, scheduler, all_blocks_back, monkeypatch, passes, bound):
     """Beside a request that decodes all the while; with a bound, passes are cut in as many parts as it says, and keep

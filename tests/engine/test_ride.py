@@ -16,6 +16,7 @@ from fastsmc.vllm import riding
 from fastsmc.vllm.attention import Attend
 from fastsmc.vllm.model import take_plan
 from fastsmc.vllm.pace import RIDES, Pace
+from fastsmc.vllm.passes import Pass
 
 from .test_engine import Broken, prompt_of
 from .test_groups import VALUE, Request, Run, each_alone, identical, mixed, step_until
@@ -110,19 +111,22 @@ def test_the_bits_of_each_alone(
 
 def test_fewer_passes_than_in_turns(engine, runner, scheduler, calls, orders, all_blocks_back, monkeypatch):
     requests = [Request(prompt_of(50), TableTwist(3 * VALUE), n_particles=20, max_tokens=30, ess_threshold=1.0, seed=1)]
-    found = {}
+    found, heads = {}, []  # a product of the head's each
+    hook = runner.model._model.logits_processor.register_forward_pre_hook(lambda *_: heads.append(1))
     for rides in (False, True):
         monkeypatch.setattr(runner.model.riding, "why_not", None if rides else "this test")
         monkeypatch.setattr(scheduler, "_pace", Pace("all", scheduler._pace._logger))
         both = beside(engine, requests)
         calls.clear()
+        heads.clear()
         orders.clear()
         step_until(both, lambda both=both: both.ids[0] in both.outputs)
-        found[rides] = len(calls), sum(tokens for tokens, *_ in orders)
+        found[rides] = len(calls), len(heads), sum(tokens for tokens, *_ in orders)
         engine.llm_engine.abort_request(both.others)
         both.to_the_end()
     # a prefill, 30 particle steps and 29 of the other request's meanwhile: the first comes after the prefill
-    assert found == {False: (1 + 30 + 29, 2 + 29), True: (1 + 30, 2 + 29)}
+    assert found == {False: (1 + 30 + 29, 1 + 30 + 29, 2 + 29), True: (1 + 30, 1 + 30, 2 + 29)}
+    hook.remove()
 
 
 def test_a_plain_decode_step_now_and_then(engine, scheduler, orders, all_blocks_back, monkeypatch):
@@ -216,7 +220,7 @@ def test_a_failure_of_ours_leaves_the_ordinary_step_alone(
     else:
         step_until(both, lambda: len(runner.groups) == 2)
         with monkeypatch.context() as patch:
-            patch.setattr(runner.model, {"before": "ride", "after": "logits"}[where], fail)
+            patch.setattr(*{"before": (runner.model, "ride"), "after": (Pass, "put")}[where], fail)
             step_until(both, lambda: not runner.groups)
         error = "internal error in a forward pass that 2 groups shared: MemoryError: no room"
         assert both.to_the_end() == [error] * 2
