@@ -61,16 +61,21 @@ def engine_args(kwargs: dict[str, Any]) -> dict[str, Any]:
     _check_names_and_numbers(out)
     compat.check_arguments(out)
     compat.check_names(current_platform.device_type)
-    out["scheduler_cls"] = "fastsmc.vllm.scheduler.make_scheduler"
-    out.setdefault("max_num_seqs", min(DEFAULT_MAX_NUM_SEQS, out.get("max_num_batched_tokens") or DEFAULT_MAX_NUM_SEQS))
+    settings = group_settings(out.get("max_num_batched_tokens"))
+    return settings | {name: value for name, value in out.items() if name not in ("scheduler_cls", "worker_cls")}
+
+
+def group_settings(max_num_batched_tokens: int | None) -> dict[str, Any]:
+    """Returns the scheduler, the worker and fastsmc's defaults of other engine arguments, on this platform."""
+    out: dict[str, Any] = {
+        "scheduler_cls": "fastsmc.vllm.scheduler.make_scheduler",
+        "max_num_seqs": min(DEFAULT_MAX_NUM_SEQS, max_num_batched_tokens or DEFAULT_MAX_NUM_SEQS),
+    }
     if current_platform.is_cpu():
-        out["worker_cls"] = "fastsmc.vllm.worker_cpu.SMCCPUWorker"
-        out.setdefault("block_size", DEFAULT_CPU_BLOCK_SIZE)
-    elif current_platform.is_cuda():
-        out["worker_cls"] = "fastsmc.vllm.worker.SMCGPUWorker"
-    else:
-        raise compat.UnsupportedError(f"platform {current_platform.device_name}: fastsmc knows CPU and CUDA")
-    return out
+        return out | {"worker_cls": "fastsmc.vllm.worker_cpu.SMCCPUWorker", "block_size": DEFAULT_CPU_BLOCK_SIZE}
+    if current_platform.is_cuda():
+        return out | {"worker_cls": "fastsmc.vllm.worker.SMCGPUWorker"}
+    raise compat.UnsupportedError(f"platform {current_platform.device_name}: fastsmc knows CPU and CUDA")
 
 
 def _check_names_and_numbers(kwargs: Mapping[str, Any]) -> None:

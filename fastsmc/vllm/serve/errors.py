@@ -1,0 +1,85 @@
+"""What a client gets when there is no population: one kind of error, with an HTTP status, in vLLM's form.
+
+    400   the request is wrong, or asks for more than this engine can ever run
+    413   it asks for more than the operator allows
+    422   the target is impossible: log Ẑ = -inf; the population's summary stands beside the error
+    500   a potential or the engine failed
+    503   too many groups are waiting; with Retry-After
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import JSONResponse
+from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
+from vllm.entrypoints.serve.exception_handling.utils import sanitize_message
+from vllm.exceptions import GracefulHTTPError
+
+from fastsmc.params import PREFIX
+
+#: HTTP status by what the scheduler calls the error
+STATUS = {"refused": 400, "limit": 413, "impossible": 422, "potential": 500, "engine": 500, "busy": 503}
+#: seconds after which a client may ask again
+RETRY_AFTER = 1
+#: how our errors begin: argument=value, or argument: what
+_ARGUMENT = re.compile(r"(?:extra_args\[')?([A-Za-z_]\w*)[\w'.\[\]]*(?:=|: )")
+
+
+class GroupError(GracefulHTTPError):
+    """Says why a group request has no population; vLLM lets it through from its engine client to the client.
+
+    Attributes:
+        param: the argument that is to blame.
+        summary: of the population, where there is one.
+    """
+
+    def __init__(
+        self, status: int, message: str, param: str | None = None, summary: Mapping[str, Any] | None = None
+    ) -> None:
+        super().__init__(message, HTTPStatus(status))
+        self.param, self.summary = param, summary
+
+    @classmethod
+    def refusal(cls, error: ValueError) -> GroupError:
+        """Makes the error of what one of our checks refused, whose message begins with the argument's name."""
+        match = _ARGUMENT.match(str(error))
+        return cls(400, str(error), match and match[1])
+
+    @classmethod
+    def of_payload(cls, payload: Mapping[str, Any]) -> GroupError:
+        """Makes the error of a group that ended with one (`{"error": text, "error_kind": kind}`)."""
+        kind, message = payload.get("error_kind", "engine"), payload["error"]
+        match = _ARGUMENT.match(message) if kind in ("refused", "limit") else None
+        hidden = ("error", "error_kind", "population", "progress")
+        summary = {key: value for key, value in payload.items() if key not in hidden}
+        return cls(STATUS[kind], message, match and match[1], summary if kind == "impossible" else None)
+
+    def body(self) -> dict[str, Any]:
+        """Returns vLLM's form of an error, with the summary as `smc` where there is one."""
+        info = ErrorInfo(
+            message=sanitize_message(self.message),
+            type=self.http_status.phrase,
+            param=self.param,
+            code=self.http_status.value,
+        )
+        return ErrorResponse(error=info).model_dump() | ({} if self.summary is None else {"smc": dict(self.summary)})
+
+    def response(self) -> JSONResponse:
+        headers = {"Retry-After": str(RETRY_AFTER)} if self.http_status == HTTPStatus.SERVICE_UNAVAILABLE else None
+        return JSONResponse(self.body(), status_code=self.http_status.value, headers=headers)
+
+
+async def answer_error(_: Request, error: Exception) -> JSONResponse:
+    """Is the exception handler of a FastAPI app for `GroupError`."""
+    assert isinstance(error, GroupError)
+    return error.response()
+
+
+def own_name(param: str | None) -> str | None:
+    """Returns a field's name in the body of /v1/smc, from that of the key in which it travels."""
+    return param if param is None else param.removeprefix(PREFIX)
