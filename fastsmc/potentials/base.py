@@ -147,8 +147,9 @@ class Potential:
     def prepare(self, tokenizer: Any) -> None:
         """Does host work that may be slow, such as compiling tables; tokenizer: as `Engine.tokenizer`. Default: none.
 
-        Called before `setup` and before `lookahead` is read: in the front end for an object, which then travels to the
-        worker as it is; for a potential that a request names, in a thread of the worker, so that no step waits for it.
+        Called before `setup` and before `lookahead` is read: in the front end for an object, for a potential that a
+        request names in a helper process without a device, which is killed where it takes too long. The object then
+        travels to the worker, pickled, as it is.
         """
 
     def setup(self, engine: Engine) -> None:

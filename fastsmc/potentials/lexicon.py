@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastsmc.potentials.base import Engine, Potential, Rows, State
-from fastsmc.potentials.tokens import token_bytes, token_list, tokenizer_of
+from fastsmc.potentials.tokens import token_bytes, token_list
 
 
 class Lexicon(Potential):
@@ -22,8 +23,8 @@ class Lexicon(Potential):
         weight: log weight of one token; -inf (also as the string "-inf") forbids the set.
 
     Raises:
-        ValueError: nothing is given, or weight is NaN or +inf; in `setup`: a word has no single-token spelling, or a
-            token id is outside the vocabulary.
+        ValueError: nothing is given, or weight is NaN or +inf; in `prepare`: a word has no single-token spelling; in
+            `setup`: a token id is outside the vocabulary.
     """
 
     capturable = True
@@ -49,11 +50,15 @@ class Lexicon(Potential):
         if math.isnan(self.weight) or self.weight == math.inf:
             raise ValueError(f"weight={weight!r}: must be finite or -inf")
 
-    def setup(self, engine: Engine) -> None:
-        ids = set(self.token_ids)
+        self._word_ids: set[int] | None = None
+
+    def prepare(self, tokenizer: Any) -> None:
+        self._word_ids = set()
         if self.words:
+            if tokenizer is None:
+                raise ValueError("Lexicon(words): this engine has no tokenizer")
             spellings: dict[bytes, list[int]] = {}
-            for i, token in enumerate(token_bytes(tokenizer_of(engine, "Lexicon(words)"))):
+            for i, token in enumerate(token_bytes(tokenizer)):
                 if token is not None:
                     spellings.setdefault(token, []).append(i)
             for word in self.words:
@@ -61,7 +66,13 @@ class Lexicon(Potential):
                 found = [i for form in forms for i in spellings.get(form.encode(), ())]
                 if not found:
                     raise ValueError(f"Lexicon: {word!r} is not a single token of this model, spelt in any way")
-                ids.update(found)
+                self._word_ids.update(found)
+
+    def setup(self, engine: Engine) -> None:
+        if self._word_ids is None:  # nobody has prepared this object
+            self.prepare(engine.tokenizer)
+        assert self._word_ids is not None
+        ids = self._word_ids.union(self.token_ids)
         if max(ids) >= engine.vocab_size:
             raise ValueError(
                 f"Lexicon: token_ids hold {max(ids)}, which is outside the vocabulary; must be in [0, "

@@ -215,7 +215,9 @@ class Regex(Potential):
             raise ValueError(f"Regex: no sequence of this model's tokens matches pattern={self.pattern!r}")
 
     def setup(self, engine: Engine) -> None:
-        self.prepare(tokenizer_of(engine, "Regex"))  # made already, unless nobody prepared this object
+        tokenizer = tokenizer_of(engine, "Regex")
+        if self._automaton is None:  # nobody has prepared this object
+            self.prepare(tokenizer)
         self._device, self._vocab_size = engine.device, engine.vocab_size
         self._budgets: dict[frozenset[int], _Budget] = {}
         self.reset(0, [])

@@ -16,14 +16,22 @@ def registered() -> dict[str, importlib.metadata.EntryPoint]:
     return {entry.name: entry for entry in sorted(importlib.metadata.entry_points(group=GROUP))}
 
 
-def resolve(name: str, args: Mapping[str, Any] | None = None) -> Potential:
-    """Builds the registered potential `name` with keyword arguments `args`.
+def resolve(
+    name: str,
+    args: Mapping[str, Any] | None = None,
+    known: Mapping[str, importlib.metadata.EntryPoint] | None = None,
+) -> Potential:
+    """Builds the potential `name` with keyword arguments `args`.
+
+    Args:
+        known: the potentials that there are, by name; None: those registered.
 
     Raises:
         ValueError: an unknown name (the known ones are listed), one that cannot be imported, or arguments that it
             refuses.
     """
-    known = registered()
+    if known is None:
+        known = registered()
     if name not in known:
         names = ", ".join(map(repr, known)) or f"none (no installed package has entry points {GROUP!r})"
         raise ValueError(f"potential {name!r}: unknown; known are {names}")

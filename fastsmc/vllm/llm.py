@@ -153,6 +153,7 @@ class LLM(vllm.LLM):
             raise ValueError(f"model={str(model)!r}: there is no such directory")
         self._strays: list[Any] = []
         options = {
+            "offline": True,
             "shared_forward": shared_forward,
             "max_particle_rows_per_step": max_particle_rows_per_step,
             "captured_steps": captured_steps,
@@ -397,9 +398,12 @@ class LLM(vllm.LLM):
         return self.renderer.render_cmpl([{"prompt_token_ids": ids}])[0]
 
     def _check_group(self, sampling_params: SamplingParams, prompt_len: int = 1) -> None:
+        config = self.llm_engine.vllm_config
+        allowed = options.EngineOptions.of(config.additional_config)
         asked = GroupRequest.parse(sampling_params)
+        asked.check_allowed(allowed)
         asked.check_ids(self.model_config.get_vocab_size())
-        check_fits(asked.params, prompt_len, asked.lookahead(), Limits.of(self.llm_engine.vllm_config))
+        check_fits(asked.params, prompt_len, asked.lookahead(allowed), Limits.of(config))
 
     def _run_groups(
         self, inputs: list[Any], requests: list[SamplingParams], max_tokens: int, use_tqdm: bool

@@ -8,17 +8,27 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+import math
+import re
+from collections.abc import Mapping, Sequence
+from importlib.metadata import EntryPoint
 from typing import Any
+
+from fastsmc.potentials import GROUP, registry
 
 KEY = "fastsmc"
 #: of max_particle_rows_per_step: a pass is never cut
 ALL = "all"
+#: where the operator's code of a potential is, as entry points have it
+_CODE = re.compile(r"\w+(\.\w+)*:\w+(\.\w+)*")
 
 
 @dataclasses.dataclass(frozen=True)
 class EngineOptions:
-    """Says how an engine shares its model between groups and other requests.
+    """Says how an engine shares its model between groups and other requests, and what a server's clients may ask of it.
+
+    What a request is refused for is `fastsmc.vllm.request`'s; a server's own potentials and twists are set up before
+    it takes requests (`fastsmc.vllm.shelf`).
 
     Args:
         shared_forward: "auto": the rows of all groups that are ready go into one forward pass. "never": each group has
@@ -30,6 +40,15 @@ class EngineOptions:
             samples; the others as ever. Such a group's N rows go through the model at every step, together, whatever
             `max_particle_rows_per_step` says, and it keeps its blocks to its end. No group then shares a pass. Not
             with tensor parallelism.
+        potentials: the potentials that requests may name: registered names (a list, or a string with commas), or
+            {name: "module:attr"}, code of the operator's; None: all registered names.
+        twists: {name: directory} of the learned twists that requests may name; None: none.
+        max_particles: the largest N of a group; None: as many as the engine has rows.
+        max_particle_tokens: the largest N · max_tokens of a group; None: no limit.
+        max_groups: groups that may wait to be admitted; None: no limit.
+        setup_timeout_s: seconds after which the process that prepares a potential which a request names is killed.
+        offline: `fastsmc.LLM` sets it: requests come from the program itself, and not from clients. They may name the
+            directory of any twist, and objects that the program has registered.
 
     Raises:
         ValueError: naming the option, its value and what is allowed.
@@ -38,18 +57,66 @@ class EngineOptions:
     shared_forward: str = "auto"
     max_particle_rows_per_step: int | str | None = None
     captured_steps: bool = False
+    potentials: Sequence[str] | Mapping[str, str] | str | None = None
+    twists: Mapping[str, str] | None = None
+    max_particles: int | None = None
+    max_particle_tokens: int | None = None
+    max_groups: int | None = None
+    setup_timeout_s: float = 60.0
+    offline: bool = False
 
     def __post_init__(self) -> None:
         if self.shared_forward not in ("auto", "never"):
             raise ValueError(f"shared_forward={self.shared_forward!r}: must be 'auto' or 'never'")
-        if not isinstance(self.captured_steps, bool):
-            raise ValueError(f"captured_steps={self.captured_steps!r}: must be True or False")
+        for name in ("captured_steps", "offline"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r}: must be True or False")
         rows = self.max_particle_rows_per_step
         if rows is not None and rows != ALL and (isinstance(rows, bool) or not isinstance(rows, int) or rows < 1):
             raise ValueError(
                 f"max_particle_rows_per_step={rows!r}: must be a positive integer, {ALL!r} for no bound, or None for "
                 "three to four ordinary decode steps"
             )
+        for name in ("max_particles", "max_particle_tokens", "max_groups"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name}={value!r}: must be a positive integer, or None for no limit")
+        seconds = self.setup_timeout_s
+        number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
+        if not (number and 0 < seconds < math.inf):
+            raise ValueError(f"setup_timeout_s={seconds!r}: must be a positive number of seconds")
+        self._check_names()
+
+    def _check_names(self) -> None:
+        names, twists = self.potentials, self.twists
+        if isinstance(names, str):
+            names = [name.strip() for name in names.split(",")]
+            object.__setattr__(self, "potentials", names)
+        if isinstance(names, Mapping):
+            for name, code in names.items():
+                if not _is_name(name) or not isinstance(code, str) or not _CODE.fullmatch(code):
+                    raise ValueError(f"potentials[{name!r}]={code!r}: must be a name and the 'module:attr' of its code")
+        elif names is not None:
+            if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+                raise ValueError(
+                    f"potentials={names!r}: must be a list of registered names, or a mapping of names to 'module:attr'"
+                )
+            known = registry.registered()
+            for name in names:
+                if name not in known:
+                    raise ValueError(f"potentials: {name!r} is not registered; known are {', '.join(known)}")
+        if not isinstance(twists, Mapping | None):
+            raise ValueError(f"twists={twists!r}: must be a mapping of names to directories")
+        for name, path in (twists or {}).items():
+            if not _is_name(name) or not isinstance(path, str) or not path:
+                raise ValueError(f"twists[{name!r}]={path!r}: must be a name and the directory of a twist")
+
+    def known_potentials(self) -> dict[str, EntryPoint]:
+        """Returns the potentials that requests may name, by name."""
+        if isinstance(self.potentials, Mapping):
+            return {name: EntryPoint(name, code, GROUP) for name, code in self.potentials.items()}
+        known = registry.registered()
+        return known if self.potentials is None else {name: known[name] for name in self.potentials}
 
     @classmethod
     def of(cls, additional_config: Any) -> EngineOptions:
@@ -67,6 +134,11 @@ class EngineOptions:
                     + (f"; {near[0]}?" if near else f"; known are {', '.join(NAMES)}")
                 )
         return cls(**options)
+
+
+def _is_name(name: Any) -> bool:
+    """Says whether an operator's name of something can be told from a path, and from the name of an object."""
+    return isinstance(name, str) and re.fullmatch(r"[\w.-]+", name) is not None
 
 
 #: names of the options, as `fastsmc.LLM` takes them beside vLLM's arguments

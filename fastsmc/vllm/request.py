@@ -10,11 +10,14 @@ import dataclasses
 import json
 import re
 import secrets
+from collections.abc import Iterable
 from typing import Any
 
 from fastsmc import potentials
 from fastsmc.arguments import read_exact
 from fastsmc.params import GROUP_KEY, PREFIX, SMCParams
+from fastsmc.potentials.tokens import short
+from fastsmc.vllm.options import EngineOptions
 
 #: fields of SamplingParams that would change p0 or the output in ways a group does not know: name → accepted values
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -42,6 +45,18 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 #: prefix of the names under which potential objects of an offline engine are kept in its workers: object:ID:LOOKAHEAD
 OBJECT = "object:"
 _OBJECT_NAME = re.compile(OBJECT + r"[0-9a-f]{32}:(\d{1,6})")
+
+
+class OverLimit(ValueError):
+    """A group is over a limit that the operator has set.
+
+    Attributes:
+        limit: name of the option (`EngineOptions`).
+    """
+
+    def __init__(self, message: str, limit: str) -> None:
+        super().__init__(message)
+        self.limit = limit
 
 
 def is_group_request(sampling_params: Any) -> bool:
@@ -97,9 +112,7 @@ class GroupRequest:
             raise ValueError(f"smc_potential_args={str(args)[:200]!r}: must be a JSON object") from None
         twist = extra.get(PREFIX + "twist")
         if twist is not None and (not isinstance(twist, str) or potential is None):
-            raise ValueError(
-                f"smc_twist={twist!r}: must be the directory of a twist, and needs smc_potential beside it"
-            )
+            raise ValueError(f"smc_twist={twist!r}: must be the name of a twist, and needs smc_potential beside it")
         exact = extra.get(PREFIX + "exact")
         if exact is not None:
             exact = read_exact("smc_exact", exact, params)
@@ -116,11 +129,36 @@ class GroupRequest:
         for i, ids in enumerate(self.exact or ()):
             potentials.token_list(f"smc_exact[{i}]", ids, vocab_size)
 
-    def lookahead(self) -> int:
+    def check_allowed(self, options: EngineOptions) -> None:
+        """Refuses what the engine's operator does not allow.
+
+        Raises:
+            ValueError: a potential or twist that requests may not name; says which they may. Directories and objects
+                are for requests of the program that the engine is part of (`EngineOptions.offline`).
+            OverLimit: the group is over a limit.
+        """
+        is_object = self.potential is not None and self.potential.startswith(OBJECT)
+        known = options.known_potentials()
+        if self.potential is not None and self.potential not in known and not (is_object and options.offline):
+            raise ValueError(f"smc_potential={short(self.potential)}: unknown; known are {_listed(known)}")
+        twists = options.twists or {}
+        if self.twist is not None and self.twist not in twists and not options.offline:
+            raise ValueError(f"smc_twist={short(self.twist)}: unknown; known are {_listed(twists)}")
+        n, length = self.params.n_particles, self.params.max_tokens
+        if options.max_particles is not None and n > options.max_particles:
+            raise OverLimit(f"n_particles={n}: at most max_particles={options.max_particles}", "max_particles")
+        if options.max_particle_tokens is not None and n * length > options.max_particle_tokens:
+            raise OverLimit(
+                f"n_particles={n}, max_tokens={length}: their product {n * length} is over "
+                f"max_particle_tokens={options.max_particle_tokens}",
+                "max_particle_tokens",
+            )
+
+    def lookahead(self, options: EngineOptions) -> int:
         """Returns how many tokens beyond a particle's end its potential scores, from name and arguments alone.
 
         Raises:
-            ValueError: no potential is registered under that name, or it refuses the arguments.
+            ValueError: no potential of that name, or it refuses the arguments.
         """
         if self.potential is None:
             return 0
@@ -129,4 +167,9 @@ class GroupRequest:
             if name is None:
                 raise ValueError(f"smc_potential={self.potential!r}: not a name that LLM.register_potential gave")
             return int(name[1])
-        return int(potentials.resolve(self.potential, json.loads(self.potential_args)).lookahead)
+        args = json.loads(self.potential_args)
+        return int(potentials.resolve(self.potential, args, options.known_potentials()).lookahead)
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, names)) or "none"

@@ -40,8 +40,10 @@ class ParticleRunner:
         self._model = Model(model_runner)
         self.model: PagedCalls = self._model
         config = model_runner.vllm_config.model_config
+        options = EngineOptions.of(model_runner.vllm_config.additional_config)
         self.shelf = Shelf(
             config,
+            options,
             lambda tokenizer: self.engine_class(
                 tokenizer,
                 self.model.device,
@@ -54,7 +56,7 @@ class ParticleRunner:
         self.tables = BlockTables(self.model.device)
         self.groups: dict[str, Member] = {}
         self.captured: dict[str, CapturedMember] = {}
-        self._captures = EngineOptions.of(model_runner.vllm_config.additional_config).captured_steps
+        self._captures = options.captured_steps
         # groups whose potential is being prepared: what they are to start with, and the blocks that they have got
         self._waiting: dict[str, tuple[GroupStart, list[int]]] = {}
         self._half: tuple[Pass, set[str]] | None = None

@@ -44,7 +44,7 @@ from fastsmc.vllm.compat import get_logger
 from fastsmc.vllm.messages import GroupResult, GroupStart, GroupStep, StepOrder
 from fastsmc.vllm.options import EngineOptions
 from fastsmc.vllm.pace import Pace
-from fastsmc.vllm.request import GroupRequest, is_group_request
+from fastsmc.vllm.request import GroupRequest, OverLimit, is_group_request
 
 logger = get_logger(__name__)
 
@@ -97,7 +97,7 @@ class _SMCMixin(_Scheduler):
         compat.check_names(current_platform.device_type)
         compat.check_kv_cache(self.kv_cache_config)
         self._limits = Limits.of(self.vllm_config)
-        options = EngineOptions.of(self.vllm_config.additional_config)
+        options = self._options = EngineOptions.of(self.vllm_config.additional_config)
         self._never_shared = options.shared_forward == "never" or options.captured_steps
         self._pace = Pace(options.max_particle_rows_per_step, logger)
         self._pool = self.kv_cache_manager.block_pool
@@ -121,6 +121,7 @@ class _SMCMixin(_Scheduler):
             return
         try:
             asked = GroupRequest.parse(params)
+            asked.check_allowed(self._options)
             if not request.prompt_token_ids or getattr(request, "prompt_embeds", None) is not None:
                 raise ValueError("prompt: a group of particles needs at least one prompt token, and no embeddings")
             if request.resumable:
@@ -130,8 +131,9 @@ class _SMCMixin(_Scheduler):
             vocab_size = self.vllm_config.model_config.get_vocab_size()
             asked.check_ids(vocab_size)
             token_list("prompt", request.prompt_token_ids, vocab_size)
-            lookahead = asked.lookahead()
+            lookahead = asked.lookahead(self._options)
             check_fits(asked.params, request.num_prompt_tokens, lookahead, self._limits)
+            self._check_waiting()
             # The seed is the group's. For the token that stock sampling draws at prefill, and that is dropped, it would
             # make a generator, which vLLM's CPU runner cannot rewind in a chunked prefill.
             request.sampling_params = params.clone()
@@ -141,6 +143,12 @@ class _SMCMixin(_Scheduler):
         else:
             alone = self._never_shared or asked.alone
             self._groups[request.request_id] = _Group(request, asked, lookahead, alone)
+
+    def _check_waiting(self) -> None:
+        """Refuses a group while as many as the operator allows wait to be admitted."""
+        most, waiting = self._options.max_groups, sum(g.phase == "queued" for g in self._groups.values())
+        if most is not None and waiting >= most:
+            raise OverLimit(f"{waiting} groups wait to be admitted, at most max_groups={most}; ask later", "max_groups")
 
     def _admit(self) -> None:
         """Reserves rows and blocks for queued groups, oldest first, while they fit.

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -14,6 +17,8 @@ from fastsmc.potentials import Potential
 from fastsmc.smc import GroupEngine, SMCError, set_up
 from fastsmc.twists import Twist, card_stamp
 from fastsmc.vllm.messages import GroupStart
+from fastsmc.vllm.options import EngineOptions
+from fastsmc.vllm.prepare import Preparer
 from fastsmc.vllm.request import OBJECT
 
 #: potentials by name and arguments that a worker keeps set up; the oldest goes first
@@ -22,39 +27,68 @@ _MAX_NAMED = 32
 _MAX_PREPARING = 2
 
 
+def _key(name: str, args: str) -> str:
+    """Returns what a potential by name is kept under: the same for arguments that are equal as JSON."""
+    return f"{name} {json.dumps(json.loads(args), sort_keys=True)}"
+
+
 def _named(start: GroupStart) -> str:
-    """Returns what a potential by name is kept under."""
-    return f"{start.potential} {start.potential_args}"
+    assert start.potential is not None  # it is one by name
+    return _key(start.potential, start.potential_args)
+
+
+def _twist_key(name: str) -> str:
+    return f"twist {name}"
+
+
+@contextmanager
+def _naming(what: str) -> Iterator[None]:
+    """Has whatever is raised within say what of the operator's options it is about."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        said = str(error) if isinstance(error, SMCError | ValueError) else f"{type(error).__name__}: {error}"
+        raise SMCError(f"{what}: {said}") from error
+
+
+def _takes_arguments(build: Callable[..., Any]) -> bool:
+    """Says whether a potential cannot be made without arguments."""
+    try:
+        inspect.signature(build).bind()
+    except TypeError:
+        return True
+    return False
 
 
 class _Preparation:
-    """Makes and prepares a potential that a request named, in a thread of its own.
+    """Has a potential that a request named prepared, and waits for it in a thread.
 
     Attributes:
         done: set when there is a potential, or an error, or when it was given up.
         wanted: bool, whether a group waits for it; if not, it is not begun any more.
     """
 
-    def __init__(self, name: str, args: str, get_engine: Callable[[], GroupEngine], turns: threading.Semaphore) -> None:
+    def __init__(self, prepare: Callable[[], Potential], turns: threading.Semaphore) -> None:
         self.done = threading.Event()
         self.wanted, self.given_up = True, False
         self.error: str | None = None
         self.potential: Potential | None = None
         # a daemon: an engine that is shut down does not wait for what nobody will use
-        threading.Thread(target=self._run, args=(name, args, get_engine, turns), daemon=True).start()
+        threading.Thread(target=self._run, args=(prepare, turns), daemon=True).start()
 
-    def _run(self, name: str, args: str, get_engine: Callable[[], GroupEngine], turns: threading.Semaphore) -> None:
+    def _run(self, prepare: Callable[[], Potential], turns: threading.Semaphore) -> None:
         try:
             with turns:
                 if not self.wanted:
                     self.given_up = True
                     return
-                potential = potentials.resolve(name, json.loads(args))
-                potential.prepare(get_engine().tokenizer)
-            self.potential = potential
-        except BaseException as error:  # of whatever a user's code does, only this potential's groups hear
-            named = isinstance(error, ValueError) and str(error).startswith("potential ")
-            self.error = str(error) if named else f"potential {name!r}: prepare raised {type(error).__name__}: {error}"
+                self.potential = prepare()
+        except SMCError as error:
+            self.error = str(error)
+        except BaseException as error:  # of our own, or of whatever unpickles a user's potential
+            self.error = f"internal error: {type(error).__name__}: {error}"
         finally:
             self.done.set()
 
@@ -64,14 +98,26 @@ class Shelf:
 
     Args:
         model_config: vLLM's.
+        options: the engine's.
         make_engine: makes the engine that they are set up with, of a tokenizer.
     """
 
-    def __init__(self, model_config: Any, make_engine: Callable[[Any], GroupEngine]) -> None:
-        self._model_config, self._make_engine = model_config, make_engine
+    def __init__(self, model_config: Any, options: EngineOptions, make_engine: Callable[[Any], GroupEngine]) -> None:
+        self._options, self._make_engine = options, make_engine
+        self._tokenizer: tuple[str, dict[str, Any]] | None = None  # as AutoTokenizer.from_pretrained takes it
+        if not model_config.skip_tokenizer_init:
+            self._tokenizer = (
+                model_config.tokenizer,
+                {
+                    "revision": model_config.tokenizer_revision,
+                    "trust_remote_code": model_config.trust_remote_code,
+                },
+            )
+        self._preparer = Preparer(self._tokenizer, options.setup_timeout_s)
         self._engine: GroupEngine | None = None
         self._engine_lock = threading.Lock()
         self._potentials: dict[str, Potential] = {}
+        self._kept: set[str] = set()  # of those the operator's, which never go
         # twists with what they guide, as long as a group has one: groups of one object may be asked together
         self._guided: WeakValueDictionary[tuple[int, int], Potential] = WeakValueDictionary()
         self._preparing: dict[str, _Preparation] = {}  # by name and arguments
@@ -80,17 +126,45 @@ class Shelf:
     def engine(self) -> GroupEngine:
         with self._engine_lock:  # threads that prepare potentials ask, too
             if self._engine is None:
-                config, tokenizer = self._model_config, None
-                if not config.skip_tokenizer_init:
+                tokenizer = None
+                if self._tokenizer is not None:
                     from transformers import AutoTokenizer
 
-                    tokenizer = AutoTokenizer.from_pretrained(
-                        config.tokenizer,
-                        revision=config.tokenizer_revision,
-                        trust_remote_code=config.trust_remote_code,
-                    )
+                    tokenizer = AutoTokenizer.from_pretrained(self._tokenizer[0], **self._tokenizer[1])
                 self._engine = self._make_engine(tokenizer)
             return self._engine
+
+    def open(self) -> None:
+        """Sets up the operator's own twists and potentials, before there are requests, and gets ready for theirs.
+
+        Of a potential that takes arguments, which only requests give, the code is imported.
+
+        Raises:
+            SMCError: one of them cannot be set up; names it.
+        """
+        options = self._options
+        if not options.offline:
+            self._preparer.warm_up()
+            self.engine()
+        for name, path in (options.twists or {}).items():
+            with _naming(f"twists[{name!r}]={path!r}"):
+                self._keep(_twist_key(name), Twist.load(path))
+        if isinstance(options.potentials, Mapping):
+            for name, entry in options.known_potentials().items():
+                with _naming(f"potentials[{name!r}]={entry.value!r}"):
+                    if _takes_arguments(entry.load()):
+                        continue
+                    potential = potentials.resolve(name, {}, {name: entry})
+                    potential.prepare(self.engine().tokenizer)
+                    self._keep(_key(name, "{}"), potential)
+
+    def _keep(self, key: str, potential: Potential) -> None:
+        self.put(key, potential)
+        self._kept.add(key)
+
+    def close(self) -> None:
+        """Ends the processes that prepare potentials."""
+        self._preparer.close()
 
     def put(self, name: str, potential: Potential) -> None:
         """Sets a potential up and keeps it under `name`."""
@@ -110,9 +184,12 @@ class Shelf:
             guided = self._guided[id(twist), id(target)] = twist.guide(target)
         return guided
 
-    def _twist(self, path: str) -> Twist:
-        """Returns the twist saved at `path`, which is kept as long as its card does not change."""
-        key = f"twist {path} {card_stamp(path)}"
+    def _twist(self, name: str) -> Twist:
+        """Returns the operator's twist of that name, or that saved at a path, kept while its card does not change."""
+        path = name
+        key = _twist_key(name)
+        if key not in self._kept:
+            key = f"{_twist_key(path)} {card_stamp(path)}"
         if key not in self._potentials:
             self._make_room()
             self.put(key, Twist.load(path))
@@ -121,7 +198,7 @@ class Shelf:
         return twist
 
     def _make_room(self) -> None:
-        named = [known for known in self._potentials if not known.startswith(OBJECT)]
+        named = [known for known in self._potentials if not known.startswith(OBJECT) and known not in self._kept]
         if len(named) >= _MAX_NAMED:
             self.drop(named[0])
 
@@ -144,7 +221,8 @@ class Shelf:
         if start.potential is None or start.potential.startswith(OBJECT) or (key := _named(start)) in self._potentials:
             return True
         if key not in self._preparing or self._preparing[key].given_up:
-            self._preparing[key] = _Preparation(start.potential, start.potential_args, self.engine, self._turns)
+            prepare = functools.partial(self._prepare, start.potential, start.potential_args)
+            self._preparing[key] = _Preparation(prepare, self._turns)
         preparation = self._preparing[key]
         preparation.wanted = True
         if not preparation.done.is_set() or preparation.given_up:  # given up just now: the next call begins anew
@@ -156,6 +234,11 @@ class Shelf:
         self._make_room()
         self.put(key, preparation.potential)
         return True
+
+    def _prepare(self, name: str, args: str) -> Potential:
+        self._preparer.warm_up()
+        self.engine()  # loads a tokenizer, for which no step should wait; the helper loads its own meanwhile
+        return self._preparer.prepare(name, self._options.known_potentials()[name].value, args)
 
     def forget(self, waiting: Iterable[GroupStart]) -> None:
         """Begins no preparation that none of the groups in `waiting` waits for. What is being prepared is kept."""

@@ -50,7 +50,14 @@ class SMCWorkerMixin(_Worker):
 
     def compile_or_warm_up_model(self) -> Any:
         self.smc_runner = make_runner(self.model_runner)
+        if isinstance(self.smc_runner, ParticleRunner):
+            self.smc_runner.shelf.open()
         return super().compile_or_warm_up_model()
+
+    def shutdown(self) -> None:
+        if isinstance(getattr(self, "smc_runner", None), ParticleRunner):  # it has come so far
+            self.smc_runner.shelf.close()
+        super().shutdown()
 
     def execute_model(self, scheduler_output: Any) -> Any:
         order = getattr(scheduler_output, "smc", None)
