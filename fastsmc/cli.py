@@ -1,4 +1,4 @@
-"""The command line: `fastsmc run`, `train-twist`, `evaluate`, `bench`, `info`.
+"""The command line: `fastsmc run`, `serve`, `train-twist`, `evaluate`, `bench`, `info`.
 
 Everything that can be refused is refused before an engine starts, in one line on stderr and with exit status 2; a
 group that fails gives status 1. Nothing heavy is imported before it is needed.
@@ -37,7 +37,7 @@ def make_parser() -> argparse.ArgumentParser:
     default = SMCParams()
     parser = _Parser(prog="fastsmc", description="Sequential Monte Carlo with language models, inside vLLM.")
     parser.add_argument("--version", action="version", version=f"fastsmc {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{run,train-twist,evaluate,bench,info}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{run,serve,train-twist,evaluate,bench,info}")
 
     run = commands.add_parser("run", help="run one group of particles and show its best texts")
     _add_task(run, default)
@@ -51,6 +51,11 @@ def make_parser() -> argparse.ArgumentParser:
     run.add_argument("--plot", metavar="FILE", help="draw weights there and the genealogy beside it")
     _add_engine(run)
     run.set_defaults(call=command_run)
+
+    serve = commands.add_parser("serve", help="serve a model over HTTP, with vLLM's server and its flags")
+    serve.add_argument("model", metavar="MODEL", help="name or path, as for `vllm serve`")
+    serve.add_argument("flags", nargs=argparse.REMAINDER, metavar="FLAG", help="any flag of `vllm serve`")
+    serve.set_defaults(call=command_serve)
 
     train = commands.add_parser("train-twist", help="learn a twist for a potential; needs no vLLM")
     _add_task(train, default)
@@ -252,6 +257,16 @@ def _exact(path: str | None) -> list[list[int]] | None:
     if not isinstance(value, list) or not value:
         raise ValueError(f"--exact {path}: must be a list of lists of token ids")
     return [token_list(f"--exact {path}: entry {i}", ids) for i, ids in enumerate(value)]
+
+
+# -- serve -------------------------------------------------------------------------------------------------------------
+def command_serve(args: argparse.Namespace) -> int:
+    from fastsmc import models
+    from fastsmc.vllm.serve import launch
+
+    launch.name_plugin()
+    launch.serve(models.resolve(args.model), args.flags)
+    return 0
 
 
 # -- twists ------------------------------------------------------------------------------------------------------------

@@ -282,8 +282,8 @@ class LLM(vllm.LLM):
             raise error
         return [population for population in populations if population is not None]  # all: there is no error
 
+    @staticmethod
     def lead_params(
-        self,
         params: SMCParams,
         potential: str | None = None,
         *,
@@ -331,11 +331,7 @@ class LLM(vllm.LLM):
             raise SMCError(payload["error"])
         if "population" not in payload:
             raise ValueError("output: holds no population; ask for it with smc_return_population")
-        population = Population.from_bytes(base64.b64decode(payload["population"]))
-        if not self.model_config.skip_tokenizer_init:
-            prompt = population.prompt_token_ids
-            population.texts = texts_after(self.get_tokenizer(), prompt, population.token_ids)
-        return population
+        return read_population(payload, None if self.model_config.skip_tokenizer_init else self.get_tokenizer())
 
     def register_potential(self, potential: Potential) -> str:
         """Sends a potential to the workers and sets it up there; returns the name to give to `lead_params`.
@@ -449,6 +445,14 @@ class LLM(vllm.LLM):
             if unfinished:
                 self.llm_engine.abort_request(unfinished)
         return outputs
+
+
+def read_population(payload: Mapping[str, Any], tokenizer: Any) -> Population:
+    """Reads the population that came with a finished group request; with a tokenizer it has texts."""
+    population = Population.from_bytes(base64.b64decode(payload["population"]))
+    if tokenizer is not None:
+        population.texts = texts_after(tokenizer, population.prompt_token_ids, population.token_ids)
+    return population
 
 
 def _pickled(potential: Potential, by_value: bool) -> bytes:

@@ -101,10 +101,10 @@ class Endpoints:
     required_tasks = ("generate",)
 
     def attach_router(self, app: Any) -> None:
-        from fastsmc.vllm.serve import page, routes
+        from fastsmc.vllm.serve import routes
 
         routes.attach(app)
-        page.attach(app)
+        # page
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """Does nothing: the routes find all they need in vLLM's own state."""

@@ -1,0 +1,47 @@
+"""`fastsmc serve`: vLLM's server with the plug-in, also where the `vllm` script cannot start.
+
+The script of vLLM asks for the version of a distribution called `vllm`, and its CPU build has another name. So its
+`serve` command is called here, with vLLM's own parser.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from importlib.metadata import entry_points
+
+from fastsmc.vllm import compat
+from fastsmc.vllm.serve.plugin import NAME, Endpoints
+
+
+def serve(model: str, flags: Sequence[str]) -> None:
+    """Runs vLLM's `serve` until it is stopped.
+
+    Raises:
+        UnsupportedError: vLLM cannot see the plug-in.
+    """
+    compat.check_version()
+    found = {entry.value for entry in entry_points(group="vllm.endpoint_plugins", name=NAME)}
+    if f"{Endpoints.__module__}:{Endpoints.__name__}" not in found:
+        raise compat.UnsupportedError(
+            "fastsmc is not installed, so vLLM cannot find its plug-in: pip install -e . in its source tree"
+        )
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.logger import configure_logging_from_args
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    cli_env_setup()
+    parser = FlexibleArgumentParser(prog="fastsmc")
+    command = ServeSubcommand()
+    command.subparser_init(parser.add_subparsers(dest="subparser"))
+    args = parser.parse_args(["serve", model, *flags])
+    configure_logging_from_args(args)
+    command.validate(args)
+    command.cmd(args)
+
+
+def name_plugin() -> None:
+    """Adds fastsmc to VLLM_PLUGINS, beside those that the user names. Before vLLM is loaded."""
+    named = [name for name in os.environ.get("VLLM_PLUGINS", "").split(",") if name]
+    os.environ["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*named, NAME]))

@@ -1,0 +1,316 @@
+"""The HTTP routes: POST /v1/smc, and vLLM's own two in which `smc_*` keys of `vllm_xargs` ask for groups.
+
+vLLM's handlers do the work of theirs, prompts and answers, over an engine client that knows groups
+(`fastsmc.vllm.serve.outputs`). What is added: the defaults that a group cannot take are set aside, a refusal has its
+status in streams too, and each prompt's summary is in the answer, as `smc`, of a stream in its last chunk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import json
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from typing import Any
+
+from fastapi import Depends, FastAPI, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from vllm.entrypoints.openai.chat_completion import api_router as chat_router
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.completion import api_router as completion_router
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.entrypoints.serve.utils.api_utils import load_aware_call, validate_json_request, with_cancellation
+from vllm.entrypoints.serve.utils.sse_keep_alive import with_sse_keep_alive
+from vllm.sampling_params import RequestOutputKind
+
+from fastsmc.params import GROUP_KEY, PREFIX
+from fastsmc.vllm.llm import LLM, read_population
+from fastsmc.vllm.options import EngineOptions
+from fastsmc.vllm.serve.errors import GroupError, answer_error, own_name
+from fastsmc.vllm.serve.outputs import Record
+from fastsmc.vllm.serve.schemas import SMCPopulation, SMCRequest
+
+#: tokens of a completion or chat completion that says no max_tokens
+DEFAULT_MAX_TOKENS = 256
+#: the key by which a client declines the defaults of the model's generation_config.json
+IGNORE = PREFIX + "ignore_generation_config"
+#: vLLM's defaults that change p0 in ways a group does not know; a server's are not taken
+_UNSUPPORTED = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+
+
+def attach(app: FastAPI) -> None:
+    """Adds the routes to vLLM's app; they replace its own of the same path."""
+    app.exception_handler(GroupError)(answer_error)
+    json_only = [Depends(validate_json_request)]
+    errors: dict[int | str, dict[str, Any]] = {code: {"model": ErrorResponse} for code in (400, 413, 422, 500, 503)}
+    sse: dict[str, Any] = {"content": {"text/event-stream": {}}}
+    lines: dict[str, Any] = {"model": SMCPopulation, "content": {"application/x-ndjson": {}}}
+    app.post("/v1/smc", dependencies=json_only, responses={200: lines, **errors})(smc)
+    app.post("/v1/completions", dependencies=json_only, responses={200: sse, **errors})(completions)
+    app.post("/v1/chat/completions", dependencies=json_only, responses={200: sse, **errors})(chat_completions)
+
+
+# --------------------------------------------------------------------------------------------------------- /v1/smc
+@with_cancellation
+@load_aware_call
+async def smc(body: SMCRequest, raw_request: Request) -> Response:
+    """Runs one group of particles and answers with its weighted population."""
+    state = raw_request.app.state
+    handler, inputs, lora = await _render(body, state)
+    params = LLM.lead_params(body.params(), body.potential, exact=body.exact, alone=body.alone, return_population=True)
+    params.extra_args[PREFIX + "n_samples"] = body.n_samples
+    params.extra_args[PREFIX + "potential_args"] = json.dumps(body.potential_args)
+    if body.twist is not None:
+        params.extra_args[PREFIX + "twist"] = body.twist
+    params.output_kind = RequestOutputKind.CUMULATIVE if body.stream else RequestOutputKind.FINAL_ONLY
+    params.detokenize = False  # the population's texts are made at the end
+    request_id = f"smc-{handler._base_request_id(raw_request)}"
+    record = Record()
+    outputs = state.engine_client.generate(
+        inputs,
+        params,
+        request_id,
+        lora_request=lora,
+        trace_headers=await handler._get_trace_headers(raw_request.headers),
+        data_parallel_rank=handler._get_data_parallel_rank(raw_request),
+        smc_record=record,
+    )
+
+    def answer(output: Any) -> dict[str, Any]:
+        population = read_population(record.payload, state.engine_client.renderer.tokenizer)
+        head = {"id": request_id, "object": "smc.population", "created": int(time.time())}
+        head["model"] = handler.models.model_name(lora)
+        return head | population_body(population, record.payload, body.return_genealogy)
+
+    try:
+        if not body.stream:
+            async for output in outputs:
+                pass
+            return JSONResponse(answer(output))
+        first = await anext(outputs)  # a refusal, which comes before any output, has its status
+    except GroupError as error:
+        error.param = own_name(error.param)
+        raise
+    return StreamingResponse(_lines(first, outputs, answer), media_type="application/x-ndjson")
+
+
+async def _render(body: Any, state: Any) -> tuple[Any, Any, Any]:
+    """Returns the handler of vLLM's that read the prompt, what it made of it, and the LoRA adapter or None."""
+    common = {"model": body.model, "max_tokens": body.max_tokens}
+    if body.messages is not None:
+        handler, wish = state.openai_serving_chat, ChatCompletionRequest(messages=body.messages, **common)
+        result = await handler.render_chat_request(wish)
+        inputs = result if isinstance(result, ErrorResponse) else result[1]
+    else:
+        handler, wish = state.openai_serving_completion, CompletionRequest(prompt=body.prompt, **common)
+        inputs = await handler.render_completion_request(wish)
+    if isinstance(inputs, ErrorResponse):
+        raise GroupError(inputs.error.code, inputs.error.message, inputs.error.param)
+    return handler, inputs[0], handler._maybe_get_adapters(wish)
+
+
+async def _lines(first: Any, outputs: AsyncIterator[Any], answer: Callable[[Any], dict[str, Any]]) -> AsyncIterator:
+    """Yields the lines of a stream: steps, then the population or an error."""
+    output = first
+    try:
+        while True:
+            for step in (output.kv_transfer_params or {}).get("smc", {}).get("progress", ()):
+                yield json.dumps({"event": "step", **step}, allow_nan=False) + "\n"
+            if output.finished:
+                yield json.dumps({"event": "population", **answer(output)}, allow_nan=False) + "\n"
+                return
+            output = await anext(outputs)
+    except Exception as error:
+        yield json.dumps({"event": "error", **_known(error).body()}, allow_nan=False) + "\n"
+
+
+def _known(error: Exception) -> GroupError:
+    return error if isinstance(error, GroupError) else GroupError(500, f"{type(error).__name__}: {error}")
+
+
+def population_body(population: Any, payload: dict[str, Any], genealogy: bool) -> dict[str, Any]:
+    """Returns a population as /v1/smc answers with it, in plain JSON values."""
+    n_prompt, n_tokens = len(population.prompt_token_ids), sum(map(len, population.token_ids))
+    columns = zip(
+        population.texts or [None] * population.n_particles,
+        population.token_ids,
+        population.weights.tolist(),
+        population.log_weights.tolist(),
+        population.log_probs.tolist(),
+        population.finish_reasons,
+        strict=True,
+    )
+    body = {
+        "log_z": _finite(population.log_z),
+        "log_z_is_minus_inf": _finite(population.log_z) is None,
+        "ess": population.final_ess,
+        "steps": population.T,
+        "seed": population.params.seed,
+        "p0": payload["p0"],
+        "particles": [
+            {
+                "text": text,
+                "token_ids": token_ids,
+                "weight": weight,
+                "log_weight": _finite(log_weight),
+                "log_prob": _finite(log_prob),
+                "finish_reason": reason,
+            }
+            for text, token_ids, weight, log_weight, log_prob, reason in columns
+        ],
+        "samples": payload["samples"],
+        "usage": {
+            "prompt_tokens": n_prompt,
+            "completion_tokens": n_tokens,
+            "total_tokens": n_prompt + n_tokens,
+            "particle_tokens": n_tokens,
+        },
+    }
+    if genealogy:
+        body["genealogy"] = {"ancestors": population.ancestors.tolist(), "tokens": population.tokens.tolist()}
+    return body
+
+
+def _finite(value: float) -> float | None:
+    return value if value > float("-inf") else None
+
+
+# -------------------------------------------------------------------------------------------- vLLM's own two routes
+async def completions(request: CompletionRequest, raw_request: Request) -> Response:
+    """Is vLLM's /v1/completions; with `smc_*` keys each prompt is a group, and n are draws from its population."""
+    if not _asks_for_group(request):
+        return await completion_router.create_completion(request, raw_request)
+    return await _with_groups(request, raw_request, completion_router.completion(raw_request), "create_completion")
+
+
+async def chat_completions(request: ChatCompletionRequest, raw_request: Request) -> Response:
+    """Is vLLM's /v1/chat/completions; with `smc_*` keys the answer is a draw from a group's population."""
+    if not _asks_for_group(request):
+        return await chat_router.create_chat_completion(request, raw_request)
+    return await _with_groups(request, raw_request, chat_router.chat(raw_request), "create_chat_completion")
+
+
+def _asks_for_group(request: Any) -> bool:
+    return any(key.startswith(PREFIX) for key in request.vllm_xargs or ())
+
+
+def settle_defaults(request: Any, options: EngineOptions) -> None:
+    """Puts into a request what a group needs said, so that vLLM takes no default for it that a group cannot have.
+
+    The server's default temperature, top_k, top_p and min_p hold as for any client, unless the client declines them;
+    its penalties do not. max_tokens that is not said is at most `DEFAULT_MAX_TOKENS`, or what the operator's limit on
+    particle tokens leaves.
+
+    Raises:
+        GroupError: what groups do not do.
+    """
+    if request.use_beam_search:
+        raise GroupError(400, "use_beam_search=True: a group of particles is not beam search", "use_beam_search")
+    ignore = request.vllm_xargs.pop(IGNORE, False)
+    if ignore not in (True, False, "true", "false"):
+        raise GroupError(400, f"{IGNORE}={ignore!r}: must be true or false", IGNORE)
+    ignored = request._DEFAULT_SAMPLING_PARAMS if ignore in (True, "true") else _UNSUPPORTED
+    for name in ignored:
+        if getattr(request, name) is None:
+            setattr(request, name, request._DEFAULT_SAMPLING_PARAMS[name])
+    names = [name for name in ("max_tokens", "max_completion_tokens") if name in type(request).model_fields]
+    if all(getattr(request, name) is None for name in names):
+        n, most = request.vllm_xargs.get(GROUP_KEY), options.max_particle_tokens
+        share = most // n if most and isinstance(n, int) and n > 0 else DEFAULT_MAX_TOKENS
+        setattr(request, names[-1], max(1, min(DEFAULT_MAX_TOKENS, share)))
+
+
+class _Client:
+    """Is an engine client that keeps a `Record` of each group request, in order of the prompts."""
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+        self.records: list[Record] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._client, name)
+
+    def generate(self, *args: Any, **kwargs: Any) -> AsyncGenerator:
+        self.records.append(Record())
+        return self._client.generate(*args, smc_record=self.records[-1], **kwargs)
+
+
+@with_cancellation
+@load_aware_call
+async def _with_groups(request: Any, raw_request: Request, handler: Any, method: str) -> Response:
+    """Has vLLM's handler answer a request whose prompts are groups."""
+    if handler is None:
+        raise NotImplementedError("this server's model does not do that")
+    config = handler.engine_client.vllm_config
+    settle_defaults(request, EngineOptions.of(config.additional_config))
+    client, handler = _Client(handler.engine_client), copy.copy(handler)
+    handler.engine_client = client
+    result = await getattr(handler, method)(request, raw_request)
+    if isinstance(result, ErrorResponse):
+        return JSONResponse(result.model_dump(), status_code=result.error.code)
+    if not request.stream:
+        return JSONResponse(_with_summaries(result.model_dump(), client.records))
+    chunks = _with_last(result, client.records)
+    begin = asyncio.ensure_future(anext(chunks))
+    signs = [asyncio.ensure_future(record.begun.wait()) for record in client.records]
+    try:
+        await asyncio.wait([begin, *signs], return_when=asyncio.FIRST_COMPLETED)
+    except asyncio.CancelledError:
+        begin.cancel()
+        raise
+    finally:
+        for sign in signs:
+            sign.cancel()
+    if error := _first_error(client.records):
+        begin.cancel()
+        raise error
+    interval = float(getattr(raw_request.app.state.args, "sse_keep_alive_interval", 0))
+    return StreamingResponse(with_sse_keep_alive(_chain(begin, chunks), interval), media_type="text/event-stream")
+
+
+async def _chain(first: asyncio.Future, rest: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
+    try:
+        yield await first
+        async for chunk in rest:
+            yield chunk
+    finally:
+        first.cancel()
+        await rest.aclose()
+
+
+async def _with_last(chunks: AsyncGenerator[str, None], records: list[Record]) -> AsyncGenerator[str, None]:
+    """Puts the summaries into the last chunk of a stream of server-sent events, and our form into an error's."""
+    held = None  # the last chunk that holds anything, once the groups have ended
+    try:
+        async for chunk in chunks:
+            if (error := _first_error(records)) and chunk.startswith('data: {"error"'):
+                chunk = _event(error.body())
+            elif held is not None and chunk.startswith("data: [DONE]"):
+                held = _event(_with_summaries(json.loads(held.removeprefix("data: ")), records))
+            if held is not None:
+                yield held
+            held = chunk if all(record.payload for record in records) else None
+            if held is None:
+                yield chunk
+        if held is not None:
+            yield held
+    finally:
+        await chunks.aclose()
+
+
+def _first_error(records: list[Record]) -> GroupError | None:
+    return next((record.error for record in records if record.error is not None), None)
+
+
+def _event(value: dict[str, Any]) -> str:
+    return f"data: {json.dumps(value, allow_nan=False)}\n\n"
+
+
+def _with_summaries(body: dict[str, Any], records: list[Record]) -> dict[str, Any]:
+    """Adds each prompt's summary, and to the usage the tokens of all particles."""
+    body["smc"] = [record.summary for record in records]
+    if body.get("usage"):
+        body["usage"]["particle_tokens"] = sum(record.payload.get("particle_tokens", 0) for record in records)
+    return body
