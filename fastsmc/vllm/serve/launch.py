@@ -13,6 +13,9 @@ from importlib.metadata import entry_points
 from fastsmc.vllm import compat
 from fastsmc.vllm.serve.plugin import NAME, Endpoints
 
+#: vLLM's plug-ins that it loads without being told to
+_GROUPS = ("vllm.general_plugins", "vllm.platform_plugins", "vllm.io_processor_plugins", "vllm.stat_logger_plugins")
+
 
 def serve(model: str, flags: Sequence[str]) -> None:
     """Runs vLLM's `serve` until it is stopped.
@@ -42,6 +45,9 @@ def serve(model: str, flags: Sequence[str]) -> None:
 
 
 def name_plugin() -> None:
-    """Adds fastsmc to VLLM_PLUGINS, beside those that the user names. Before vLLM is loaded."""
+    """Adds fastsmc to VLLM_PLUGINS, beside those that are loaded anyway: that the user names, or all but HTTP routes."""
     named = [name for name in os.environ.get("VLLM_PLUGINS", "").split(",") if name]
+    if "VLLM_PLUGINS" not in os.environ:
+        routes = {entry.name for entry in entry_points(group="vllm.endpoint_plugins")}
+        named = [entry.name for group in _GROUPS for entry in entry_points(group=group) if entry.name not in routes]
     os.environ["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*named, NAME]))
