@@ -1,0 +1,67 @@
+"""What the plug-in does to a process, without a server."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from fastsmc import cli
+
+
+def test_inert_unless_named(environment):
+    """Where VLLM_PLUGINS does not name it, vLLM stays as it was; it looks so itself, as vLLM loads it all the same."""
+    script = (
+        "from vllm.plugins import load_general_plugins; load_general_plugins()\n"
+        "import sys; from vllm.engine.arg_utils import EngineArgs\n"
+        "print('fastsmc.vllm.serve.plugin' in sys.modules, hasattr(EngineArgs.create_engine_config, 'smc_stock'))"
+    )
+    plain = {name: value for name, value in environment.items() if name != "VLLM_PLUGINS"}
+    for more, expected in (({}, "True False"), ({"VLLM_PLUGINS": "fastsmc"}, "True True")):
+        done = subprocess.run(
+            [sys.executable, "-c", script], env={**plain, **more}, capture_output=True, text=True, timeout=120
+        )
+        assert done.stdout.split("\n")[-2] == expected, done.stderr
+
+
+def test_settings(monkeypatch):
+    from vllm.engine.arg_utils import EngineArgs
+
+    from fastsmc.vllm.llm import engine_args
+    from fastsmc.vllm.serve import plugin
+
+    monkeypatch.setenv("VLLM_PLUGINS", "fastsmc")
+    monkeypatch.setattr(plugin.os, "environ", {**plugin.os.environ})
+    ours = engine_args({})
+    arguments = EngineArgs()
+    plugin.put_settings(arguments)
+    assert {name: getattr(arguments, name) for name in ours} == ours
+    plugin.put_settings(arguments)  # of an engine that has been set up already
+    own = EngineArgs(max_num_seqs=7, block_size=64)
+    plugin.put_settings(own)
+    assert (own.max_num_seqs, own.block_size, own.scheduler_cls) == (7, 64, ours["scheduler_cls"])
+    for name in ("scheduler_cls", "worker_cls"):
+        with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} mine: fastsmc sets it itself"):
+            plugin.put_settings(EngineArgs(**{name: "mine"}))
+    with pytest.raises(ValueError, match="unknown option; max_groups"):
+        plugin.put_settings(EngineArgs(additional_config={"fastsmc": {"max_group": 1}}))
+    plugin.put_settings(EngineArgs(data_parallel_size=2))
+
+
+def test_serve_command(monkeypatch):
+    """The command names the plug-in, finds the model, and hands on vLLM's flags as they are."""
+    from fastsmc import models
+    from fastsmc.vllm.serve import launch
+
+    calls = []
+    monkeypatch.setattr(launch, "serve", lambda model, flags: calls.append((model, flags)))
+    monkeypatch.setattr(launch.os, "environ", {"VLLM_PLUGINS": "other"})
+    monkeypatch.setitem(models.MODELS, "smollm2", lambda say: "/models/small")
+    assert cli.main(["serve", "smollm2", "--port", "1", "-tp", "2", "--additional-config.fastsmc.max_groups=3"]) == 0
+    assert calls == [("/models/small", ["--port", "1", "-tp", "2", "--additional-config.fastsmc.max_groups=3"])]
+    assert launch.os.environ["VLLM_PLUGINS"] == "other,fastsmc"
+    launch.os.environ.clear()
+    launch.name_plugin()
+    assert launch.os.environ["VLLM_PLUGINS"].split(",")[-1] == "fastsmc"
+    assert "lora_filesystem_resolver" in launch.os.environ["VLLM_PLUGINS"]  # loaded where nothing is named

@@ -1,0 +1,339 @@
+"""A server process over real HTTP: populations, vLLM's own routes with groups, refusals, and clients that leave."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import threading
+import time
+
+import pytest
+
+from .conftest import KEY, MAX_GROUPS, MODEL_ARGS, httpx
+
+pytestmark = pytest.mark.engine
+PROMPT = "theprompt"
+LEXICON = {"potential": "lexicon", "potential_args": {"token_ids": [5, 6, 7], "weight": 1.5}}
+TASK = {"prompt": PROMPT, "n_particles": 24, "max_tokens": 12, "seed": 7, "ess_threshold": 0.9}
+
+
+def xargs(task=TASK, **more):
+    """The task as the body of vLLM's completions; more: fields of SMCParams and of the request."""
+    task = {**task, **more}
+    shared = {name: task.pop(name) for name in ("prompt", "messages", "max_tokens", "seed", "n", "stream") if name in task}
+    keys = {f"smc_{name}": json.dumps(value) if isinstance(value, dict) else value for name, value in task.items()}
+    return {"model": "tiny", "vllm_xargs": keys, **shared}
+
+
+def events(response):
+    """The data of server-sent events, without the end's mark."""
+    assert response.text.endswith("data: [DONE]\n\n")
+    chunks = [line.removeprefix("data: ") for line in response.text.splitlines() if line.startswith("data: ")]
+    return [json.loads(chunk) for chunk in chunks[:-1]]
+
+
+def test_schema_and_key(server):
+    schema = server.client.get("/openapi.json").json()
+    fields = schema["components"]["schemas"]["SMCRequest"]["properties"]
+    assert "number of particles" in fields["n_particles"]["description"] and fields["n_particles"]["default"] == 64
+    assert {"messages", "potential_args", "twist", "n_samples", "return_genealogy", "stream"} <= fields.keys()
+    posts = [path for path, methods in schema["paths"].items() if path.startswith("/v1") and "post" in methods]
+    assert "/v1/smc" in posts and "/v1/completions" in posts
+    for path in posts:
+        assert httpx.post(server.url + path.replace("{", "").replace("}", ""), json={}).status_code == 401, path
+
+
+def test_one_population_everywhere(server, letters_model):
+    """For one seed /v1/smc, /v1/completions and `LLM.smc` have the same log Ẑ, and the same texts."""
+    from fastsmc import LLM, SMCParams
+    from fastsmc.potentials import Lexicon
+
+    answer = server.smc(**TASK, **LEXICON, n_samples=5, return_genealogy=True)
+    completion = server.post(
+        "/v1/completions", **xargs(**LEXICON, n=5, ignore_generation_config=1), stop_token_ids=[]
+    ).json()
+    llm = LLM(str(letters_model), disable_log_stats=True, **MODEL_ARGS)
+    try:
+        fields = {name: value for name, value in TASK.items() if name != "prompt"}
+        population = llm.smc(PROMPT, SMCParams(**fields), Lexicon(**LEXICON["potential_args"]))
+        [output] = llm.generate([PROMPT], LLM.lead_params(SMCParams(**fields)))
+    finally:
+        llm.shutdown()
+    particles = answer["particles"]
+    assert [p["text"] for p in particles] == population.texts
+    assert [p["token_ids"] for p in particles] == population.token_ids
+    assert [p["finish_reason"] for p in particles] == population.finish_reasons
+    for name, values in (("log_weight", population.log_weights), ("weight", population.weights)):
+        assert [p[name] for p in particles] == pytest.approx(values.tolist(), abs=1e-5)
+    assert [p["log_prob"] for p in particles] == pytest.approx(population.log_probs.tolist(), abs=1e-3)
+    assert answer["log_z"] == pytest.approx(population.log_z, abs=1e-5) and answer["ess"] == pytest.approx(
+        population.final_ess, rel=1e-5
+    )
+    assert answer["genealogy"] == {"ancestors": population.ancestors.tolist(), "tokens": population.tokens.tolist()}
+    n_tokens = sum(map(len, population.token_ids))
+    assert answer["usage"]["particle_tokens"] == n_tokens and answer["usage"]["prompt_tokens"] == len(PROMPT)
+
+    assert len(answer["samples"]) == 5
+    [summary] = completion["smc"]
+    assert summary["log_z"] == pytest.approx(answer["log_z"], abs=1e-5) and summary["p0"] == answer["p0"]
+    drawn = [particles[i] for i in answer["samples"]]
+    assert [c["finish_reason"] for c in completion["choices"]] == [p["finish_reason"] for p in drawn]
+    assert [c["text"] for c in completion["choices"]] == [p["text"] for p in drawn]
+    assert completion["usage"]["completion_tokens"] == sum(len(p["token_ids"]) for p in drawn)
+    assert completion["usage"]["particle_tokens"] == n_tokens
+    plain = server.post("/v1/completions", **xargs(ignore_generation_config=1)).json()
+    assert plain["choices"][0]["text"] == output.outputs[0].text
+
+
+def test_stream_of_steps(server):
+    with server.client.stream("POST", "/v1/smc", json={**TASK, **LEXICON, "stream": True}) as response:
+        assert response.status_code == 200 and response.headers["content-type"] == "application/x-ndjson"
+        lines = [json.loads(line) for line in response.iter_lines()]
+    *steps, population = lines
+    assert [line["event"] for line in lines] == ["step"] * len(steps) + ["population"]
+    assert [step["step"] for step in steps] == list(range(1, population["steps"] + 1))
+    assert all({"ess", "log_z", "resampled", "finished", "distinct"} <= step.keys() for step in steps)
+    alone = server.smc(**TASK, **LEXICON)
+    for key in ("particles", "log_z", "samples"):
+        assert population[key] == alone[key]
+    assert server.smc(**{**TASK, "prompt": None}, messages=[{"role": "user", "content": PROMPT}], **LEXICON)[
+        "particles"
+    ] == alone["particles"]
+
+
+def test_streamed_completions_are_the_others(server):
+    """A stream's choices are those of the answer without one; its last chunk has the summaries, one per prompt."""
+    # a small seed of tokens: all lineages share much
+    task = {**TASK, "n_particles": 6, "max_tokens": 20, "ess_threshold": 1.0, **LEXICON}
+    body = {**xargs(task, n=2), "prompt": ["abc", "x"]}
+    whole = server.post("/v1/completions", **body).json()
+    assert [s["n_particles"] for s in whole["smc"]] == [6, 6] and whole["smc"][0]["log_z"] != whole["smc"][1]["log_z"]
+    usage = {"stream_options": {"include_usage": True}}
+    for path, more in (("/v1/completions", usage), ("/v1/completions", {})):
+        chunks = events(server.post(path, **body, stream=True, **more))
+        texts = [""] * 4
+        for choice in (choice for chunk in chunks for choice in chunk["choices"]):
+            texts[choice["index"]] += choice["text"]
+        assert texts == [choice["text"] for choice in whole["choices"]]
+        assert chunks[-1]["smc"] == whole["smc"] and not any("smc" in chunk for chunk in chunks[:-1])
+        if more:
+            assert chunks[-1]["usage"]["particle_tokens"] == whole["usage"]["particle_tokens"]
+            assert chunks[-1]["usage"]["completion_tokens"] == whole["usage"]["completion_tokens"]
+
+    chat = xargs({**task, "prompt": None}, messages=[{"role": "user", "content": "abc"}])
+    [choice] = server.post("/v1/chat/completions", **chat).json()["choices"]
+    assert choice["message"]["content"] == whole["choices"][0]["text"]
+    chunks = events(server.post("/v1/chat/completions", **chat, stream=True))
+    assert "".join(c["choices"][0]["delta"].get("content") or "" for c in chunks) == choice["message"]["content"]
+    assert chunks[-1]["smc"] == whole["smc"][:1]
+
+
+def test_openai_client(server):
+    openai = pytest.importorskip("openai", reason="the package openai is not installed")
+    task = xargs(**LEXICON, n=3)
+    extra = {"vllm_xargs": task.pop("vllm_xargs")}
+    client = openai.OpenAI(base_url=server.url + "/v1", api_key=KEY)
+    answer = client.completions.create(**task, extra_body=extra)
+    assert len({choice.text for choice in answer.choices}) > 1 and answer.smc[0]["n_particles"] == 24
+    with pytest.raises(openai.BadRequestError, match="n_particles=0"):
+        client.completions.create(**task, extra_body={"vllm_xargs": {"smc_n_particles": 0}})
+
+    async def draw():
+        async with openai.AsyncOpenAI(base_url=server.url + "/v1", api_key=KEY) as client:
+            stream = await client.completions.create(**task, stream=True, extra_body=extra)
+            return [chunk async for chunk in stream]
+
+    chunks = asyncio.run(draw())
+    texts = {i: "".join(c.text for chunk in chunks for c in chunk.choices if c.index == i) for i in range(3)}
+    assert list(texts.values()) == [choice.text for choice in answer.choices] and chunks[-1].smc == answer.smc
+
+
+def test_defaults_of_the_server(server):
+    """The model's generation config is p0's where groups can have it, unless declined; /v1/smc never takes it."""
+    assert server.smc(prompt="a", n_particles=2)["p0"].get("top_p", 1.0) == 1.0
+    [taken] = server.post("/v1/completions", **xargs()).json()["smc"]
+    [declined] = server.post("/v1/completions", **xargs(ignore_generation_config="true")).json()["smc"]
+    [said] = server.post("/v1/completions", **xargs(), top_p=0.5).json()["smc"]
+    assert (taken["p0"]["top_p"], declined["p0"].get("top_p", 1.0), said["p0"]["top_p"]) == (0.9, 1.0, 0.5)
+    chat = xargs({"n_particles": 4}, messages=[{"role": "user", "content": "a"}], ignore_eos=None)
+    chat["vllm_xargs"].pop("smc_ignore_eos")
+    long = server.post("/v1/chat/completions", **chat, ignore_eos=True).json()
+    assert long["usage"]["completion_tokens"] == MODEL_ARGS["max_model_len"] - 1  # below the cap of 256
+
+
+SMC_REFUSALS = [
+    ({"n_particles": 0}, 400, "n_particles"),
+    ({"n_particles": "8"}, 400, "n_particles"),
+    ({"n_particles": 129}, 413, "max_particles"),
+    ({"n_particles": 128, "max_tokens": 65}, 413, "max_particle_tokens"),
+    ({"max_tokens": 300}, 400, "max_tokens"),
+    ({"temperature": 0}, 400, "temperature"),
+    ({"seed": -5}, 400, "seed"),
+    ({"resampling": "no"}, 400, "resampling"),
+    ({"potential": "infill"}, 400, "potential"),  # not among this server's
+    ({"potential": "regex", "potential_args": {"pattern": "("}}, 400, None),
+    ({"potential": "lexicon", "potential_args": {"no": 1}}, 400, None),
+    ({"potential": "lexicon", "potential_args": "x"}, 400, "body.potential_args"),
+    ({"twist": "/etc", "potential": "lexicon", "potential_args": {"token_ids": [5]}}, 400, "twist"),
+    ({"n_samples": 100}, 400, "n_samples"),
+    ({"stop_token_ids": [99]}, 400, "stop_token_ids"),
+    ({"prompt": [99]}, 400, "prompt"),
+    ({"prompt": None}, 400, "prompt"),
+    ({"presence_penalty": 1.0}, 400, "presence_penalty"),
+    ({"model": "no"}, 404, "model"),
+    ({"potential": "fails"}, 500, None),
+    ({"potential": "never"}, 422, None),
+]
+
+
+@pytest.mark.parametrize(("wrong", "status", "param"), SMC_REFUSALS)
+def test_smc_refuses(server, wrong, status, param):
+    """Alike in a stream, where it is known before the stream begins; and the engine goes on."""
+    for stream in (False, True):
+        response = server.post("/v1/smc", **{**TASK, "n_particles": 8, "max_tokens": 4, **wrong, "stream": stream})
+        if stream and response.status_code == 200:  # it had begun
+            body = json.loads(response.text.splitlines()[-1])
+            assert body.pop("event") == "error" and status in (422, 500)
+        else:
+            assert response.status_code == status, response.text
+            body = response.json()
+        error = body["error"]
+        assert error["code"] == status and (param is None or error["param"] == param), error
+        if status == 422:
+            assert body["smc"]["log_z"] is None and body["smc"]["log_z_is_minus_inf"] is True
+        elif status == 500:
+            assert "broken at step 2" in error["message"]
+        elif param is not None and "." not in param:
+            assert param in error["message"]
+    assert server.wait_idle(2)
+
+
+COMPLETION_REFUSALS = [
+    ({"vllm_xargs": {"smc_particles": 8}}, 400, "smc_n_particles"),
+    ({"vllm_xargs": {"smc_n_particles": 8, "smc_no": 8}}, 400, "smc_no"),
+    ({"vllm_xargs": {"smc_n_particles": 300}}, 413, "max_particles"),
+    ({"vllm_xargs": {"smc_n_particles": 8, "smc_potential": "never"}}, 422, None),
+    ({"vllm_xargs": {"smc_n_particles": 8, "smc_potential": "fails"}}, 500, None),
+    ({"n": 9}, 400, "n_samples"),
+    ({"temperature": 0}, 400, "temperature"),
+    ({"presence_penalty": 1.0}, 400, "presence_penalty"),
+    ({"repetition_penalty": 1.2}, 400, "repetition_penalty"),
+    ({"logprobs": 1}, 400, "logprobs"),
+    ({"bad_words": ["a"]}, 400, "bad_words"),
+    ({"use_beam_search": True}, 400, "use_beam_search"),
+    ({"structured_outputs": {"regex": "a"}}, 400, "structured_outputs"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "status", "param"), COMPLETION_REFUSALS)
+def test_completions_refuse(server, wrong, status, param):
+    body = {**xargs({"n_particles": 8}), "prompt": PROMPT, "max_tokens": 4, **wrong}
+    for path in ("/v1/completions", "/v1/chat/completions"):
+        if path.startswith("/v1/chat"):
+            body["messages"] = [{"role": "user", "content": body.pop("prompt")}]
+            if "logprobs" in body:
+                body["logprobs"] = True
+        for stream in (False, True):
+            if stream and "use_beam_search" in body:
+                continue
+            response = server.post(path, **body, stream=stream)
+            if stream and response.status_code == 200:
+                [*_, answer] = events(response)
+                assert status in (422, 500)
+            else:
+                assert response.status_code == status, response.text
+                answer = response.json()
+            assert answer["error"]["code"] == status, answer
+            if param is not None:
+                assert param in answer["error"]["message"], answer
+    assert server.wait_idle(2)
+
+
+def test_other_routes(server):
+    """Every other route with vllm_xargs is served alike, or refuses with its reason."""
+    good, bad = {"smc_n_particles": 8}, {"smc_n_particles": 0}
+    body = {"model": "tiny", "input": "abc", "max_output_tokens": 4}
+    refused = server.post("/v1/responses", **body, vllm_xargs=good)
+    assert refused.status_code == 400 and "repetition_penalty" in refused.json()["error"]["message"]
+    assert server.post("/v1/responses", **body, repetition_penalty=1.0, vllm_xargs=bad).status_code == 400
+    served = server.post("/v1/responses", **body, repetition_penalty=1.0, vllm_xargs=good)
+    assert served.status_code == 200 and served.json()["usage"]["output_tokens"] <= 4
+
+
+def test_ordinary_requests_are_untouched(server):
+    body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 8, "temperature": 0, "logprobs": 2, "n": 1}
+    answer = server.post("/v1/completions", **body).json()
+    assert "smc" not in answer and answer["choices"][0]["logprobs"]["tokens"]
+    chunks = events(server.post("/v1/completions", **body, stream=True))
+    assert "".join(c["choices"][0]["text"] for c in chunks) == answer["choices"][0]["text"] and len(chunks) > 3
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_client_that_leaves(server, stream):
+    """Its group and its blocks are gone within 2 s."""
+    slow = {"n_particles": 16, "max_tokens": 200, "ignore_eos": True, "potential": "slow"}
+    routes = [("/v1/smc", {"prompt": PROMPT, **slow}), ("/v1/completions", {**xargs(slow), "prompt": PROMPT})]
+    routes[1][1]["vllm_xargs"].pop("smc_ignore_eos")
+    for path, body in routes:
+        with pytest.raises(httpx.ReadTimeout):
+            with server.client.stream("POST", path, json={**body, "stream": stream}, timeout=1) as response:
+                deadline = time.monotonic() + 1
+                for _ in response.iter_raw():
+                    if time.monotonic() > deadline:
+                        raise httpx.ReadTimeout("enough")
+        assert server.wait_idle(2), path
+
+
+def test_twelve_clients_at_once(server):
+    """Each gets what it gets alone: groups that share no pass, ordinary requests, and refusals between them."""
+    ordinary = {"model": "tiny", "prompt": PROMPT, "max_tokens": 16, "temperature": 0}
+    tasks = [("/v1/smc", {**TASK, **LEXICON, "seed": i, "alone": True}) for i in range(4)]
+    tasks += [("/v1/completions", xargs(**LEXICON, seed=i, alone=1, n=2)) for i in range(4)]
+    tasks += [("/v1/completions", ordinary), ("/v1/completions", {**ordinary, "prompt": "xyz"})]
+    tasks += [("/v1/smc", {**TASK, "n_particles": 0}), ("/v1/smc", {**TASK, "potential": "fails"})]
+
+    def core(path, body):
+        answer = server.post(path, **body).json()
+        for key in ("id", "created"):
+            answer.pop(key, None)
+        return answer
+
+    alone = [core(*task) for task in tasks]
+    together = [None] * len(tasks)
+
+    def run(i):
+        together[i] = core(*tasks[i])
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(tasks))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert together == alone and server.wait_idle(2)
+
+
+def test_too_many_wait(server):
+    """More than max_groups waiting: 503 with Retry-After, for those that came last; the others are served."""
+    body = {"prompt": PROMPT, "n_particles": 128, "max_tokens": 24, "ignore_eos": True, "potential": "slow"}
+    results = []
+
+    def run(i):
+        response = server.post("/v1/smc", **body, seed=i)
+        results.append((response.status_code, response.headers.get("retry-after")))
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(MAX_GROUPS + 8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    busy = [retry for status, retry in results if status == 503]
+    assert busy and all(int(retry) >= 1 for retry in busy)
+    assert {status for status, _ in results} == {200, 503} and len(busy) <= 8
+    assert server.wait_idle(5)
+
+
+def test_weights_are_numbers(server):
+    answer = server.smc(**TASK, **LEXICON)
+    assert math.isclose(sum(p["weight"] for p in answer["particles"]), 1.0)
+    assert answer["log_z_is_minus_inf"] is False and all(p["log_weight"] is not None for p in answer["particles"])
