@@ -1,0 +1,1 @@
+"""What makes a vLLM server one of groups: routes, metrics, the page."""
