@@ -36,7 +36,7 @@ def test_what_a_wheel_holds_is_declared():
     packages = {path.parent for path in (ROOT / "fastsmc").rglob("*.py") if path.parent.name != "kernels"}
     assert packages <= set(folders.values())
     for name, folder in folders.items():
-        files = {path for path in folder.glob("*") if path.suffix in (".json", ".pyi", ".typed")}
+        files = {path for path in folder.glob("*") if path.suffix in (".html", ".json", ".pyi", ".typed")}
         declared = {path for glob in table["package-data"].get(name, ()) for path in folder.glob(glob)}
         assert files == declared, name
     assert ROOT / "fastsmc" / "py.typed" in folders["fastsmc"].iterdir()

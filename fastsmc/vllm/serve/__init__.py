@@ -6,4 +6,5 @@
     routes     POST /v1/smc, and vLLM's completions and chat completions for requests with `smc_*` keys
     schemas    the bodies of /v1/smc
     errors     what a client gets when there is no population
+    metrics    what groups have done, on vLLM's /metrics
 """
