@@ -17,6 +17,8 @@ httpx = pytest.importorskip("httpx", reason="httpx is not installed")
 
 from tiny import make_llama
 
+from fastsmc.screen import find_cause
+
 ROOT = Path(__file__).resolve().parents[2]
 KEY = "secret"
 LETTERS = ["<s>", "</s>", *map(chr, range(ord("a"), ord("z") + 1)), *map(chr, range(ord("A"), ord("Z") + 1))]
@@ -28,6 +30,8 @@ MODEL_ARGS = dict(
     max_num_seqs=256,
     kv_cache_memory_bytes=1 << 24,
 )
+#: registered potentials beside the package's own
+SERVED = {"fails": "served:Fails", "slow": "served:Slow", "never": "served:Never"}
 #: limits of the server's operator
 MAX_PARTICLES, MAX_PARTICLE_TOKENS, MAX_GROUPS = 128, 8192, 20
 
@@ -54,6 +58,7 @@ def metadata(tmp_path_factory):
     folder = tmp_path_factory.mktemp("metadata") / "fastsmc-0.dist-info"
     folder.mkdir()
     (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: fastsmc\nVersion: 0\n")
+    project["entry-points"]["fastsmc.potentials"] |= SERVED
     groups = [
         "\n".join([f"[{group}]", *(f"{name} = {value}" for name, value in entries.items())])
         for group, entries in project["entry-points"].items()
@@ -75,6 +80,12 @@ class Server:
     def __init__(self, process, port, log):
         self.process, self.url, self.log = process, f"http://127.0.0.1:{port}", log
         self.client = httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer {KEY}"}, timeout=60)
+
+    def is_up(self):
+        try:
+            return self.client.get("/health").status_code == 200
+        except httpx.TransportError:
+            return False
 
     def post(self, path, **body):
         return self.client.post(path, json=body)
@@ -110,11 +121,7 @@ def server(letters_model, environment, tmp_path_factory):
         "max_particles": MAX_PARTICLES,
         "max_particle_tokens": MAX_PARTICLE_TOKENS,
         "max_groups": MAX_GROUPS,
-        "potentials.lexicon": "fastsmc.potentials:Lexicon",
-        "potentials.regex": "fastsmc.potentials:Regex",
-        "potentials.fails": "served:Fails",
-        "potentials.slow": "served:Slow",
-        "potentials.never": "served:Never",
+        "potentials": ",".join(["lexicon", "regex", *SERVED]),
     }
     flags = [f"--additional-config.fastsmc.{name}={value}" for name, value in options.items()]
     flags += [f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}") for name, value in MODEL_ARGS.items()]
@@ -125,18 +132,15 @@ def server(letters_model, environment, tmp_path_factory):
         process = subprocess.Popen(
             [*command, "--port", str(port), "--host", "127.0.0.1", "--api-key", KEY, *flags],
             env=environment,
+            cwd=log.parent,  # where no other metadata of the package lies
             stdout=file,
             stderr=subprocess.STDOUT,
         )
     server = Server(process, port, log)
     try:
-        for _ in range(1200):
-            assert process.poll() is None, log.read_text()[-4000:]
-            try:
-                if server.client.get("/health").status_code == 200:
-                    break
-            except httpx.TransportError:
-                time.sleep(0.1)
+        while not server.is_up():  # it takes as long as the machine is busy
+            assert process.poll() is None, find_cause(text := log.read_text()) or text[-1000:]
+            time.sleep(0.1)
         yield server
     finally:
         process.terminate()

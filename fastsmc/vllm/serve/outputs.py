@@ -26,8 +26,10 @@ from fastsmc.potentials import token_list
 from fastsmc.vllm.capacity import Limits, check_fits
 from fastsmc.vllm.options import EngineOptions
 from fastsmc.vllm.request import GroupRequest, OverLimit, is_group_request
-from fastsmc.vllm.serve import metrics
 from fastsmc.vllm.serve.errors import GroupError
+
+#: where an engine client keeps its `Metrics`, if the server counts
+METRICS = "smc_metrics"
 
 
 # -------------------------------------------------------------------------------------------------------- coming in
@@ -121,17 +123,17 @@ async def _generate(
     Raises:
         GroupError: there is no population, or it is not what was streamed.
     """
-    asked, choices = _engine_params(client, params), None
+    asked, choices, metrics = _engine_params(client, params), None, getattr(client, METRICS, None)
     start, n, outcome, n_tokens = time.monotonic(), asked.extra_args.get(GROUP_KEY), "aborted", 0
-    metrics.started(request_id, n)
+    if metrics is not None:
+        metrics.started(request_id, n if isinstance(n, int) else 0)
     try:
         async for output in stock(client, prompt, asked, request_id, **kwargs):
             payload = _payload(output)
             record.begun.set()
-            if progress := payload.get("progress"):
+            if metrics is not None and (progress := payload.get("progress")):
                 metrics.progress(request_id, progress)
             if "error" in payload:
-                outcome = payload.get("error_kind", "engine")
                 raise GroupError.of_payload(payload)
             if output.finished:
                 record.payload, n_tokens = payload, payload.get("particle_tokens", 0)
@@ -144,13 +146,12 @@ async def _generate(
             if output.finished or params.output_kind != RequestOutputKind.FINAL_ONLY:
                 yield output
     except GroupError as error:
-        if outcome == "aborted":
-            outcome = "refused"
-        record.error = error
+        record.error, outcome = error, error.outcome
         raise
     finally:
         record.begun.set()
-        metrics.ended(request_id, outcome, n_tokens, time.monotonic() - start)
+        if metrics is not None:
+            metrics.ended(request_id, outcome, n_tokens, None if outcome == "refused" else time.monotonic() - start)
 
 
 def _engine_params(client: Any, params: SamplingParams) -> SamplingParams:
@@ -211,7 +212,9 @@ class Choices:
         if ids is None:
             return  # an error of the engine's, which the handler reports
         if any(tokens[: len(self._sent)] != self._sent for tokens in ids):
-            raise GroupError(500, "the group was restarted, and its particles no longer begin with what was streamed")
+            raise GroupError(
+                500, "the group was restarted, and its particles no longer begin with what was streamed", outcome="engine"
+            )
         output.outputs = [
             self._choice(j, tokens[len(self._sent) :], reason)
             for j, (tokens, reason) in enumerate(zip(ids, reasons, strict=True))

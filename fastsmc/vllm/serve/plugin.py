@@ -107,4 +107,10 @@ class Endpoints:
         # page
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
-        """Does nothing: the routes find all they need in vLLM's own state."""
+        """Has the group requests of this front end counted; the routes find all they need in vLLM's own state."""
+        from fastsmc.vllm.serve.metrics import Metrics
+        from fastsmc.vllm.serve.outputs import METRICS
+
+        config = engine_client.vllm_config
+        several = config.parallel_config.data_parallel_size > 1
+        setattr(engine_client, METRICS, Metrics(config.model_config.served_model_name, "" if several else "0"))
