@@ -26,8 +26,8 @@ from fastsmc.potentials import token_list
 from fastsmc.vllm.capacity import Limits, check_fits
 from fastsmc.vllm.options import EngineOptions
 from fastsmc.vllm.request import GroupRequest, OverLimit, is_group_request
-from fastsmc.vllm.serve import metrics
 from fastsmc.vllm.serve.errors import GroupError
+from fastsmc.vllm.serve.metrics import front_end_metrics
 
 
 # -------------------------------------------------------------------------------------------------------- coming in
@@ -123,6 +123,7 @@ async def _generate(
     """
     asked, choices = _engine_params(client, params), None
     start, n, outcome, n_tokens = time.monotonic(), asked.extra_args.get(GROUP_KEY), "aborted", 0
+    metrics = front_end_metrics(client.vllm_config)
     metrics.started(request_id, n)
     try:
         async for output in stock(client, prompt, asked, request_id, **kwargs):

@@ -101,10 +101,14 @@ class Endpoints:
     required_tasks = ("generate",)
 
     def attach_router(self, app: Any) -> None:
-        from fastsmc.vllm.serve import routes
+        from fastsmc.vllm.serve import page, routes
 
         routes.attach(app)
-        # page
+        page.attach(app)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
-        """Does nothing: the routes find all they need in vLLM's own state."""
+        """Shows the metrics from the start; the routes find all they need in vLLM's own state."""
+        from fastsmc.vllm.serve.metrics import front_end_metrics
+
+        if engine_client is not None:
+            front_end_metrics(engine_client.vllm_config)
