@@ -225,6 +225,7 @@ MEMBERS = {
     "vllm.config.parallel:ParallelConfig": (
         *("pipeline_parallel_size", "data_parallel_size", "decode_context_parallel_size"),
         *("prefill_context_parallel_size", "enable_hc_sp", "enable_elastic_ep", "use_ubatching"),
+        *("data_parallel_size_local", "data_parallel_rank", "data_parallel_external_lb", "data_parallel_hybrid_lb"),
     ),
     "vllm.config.compilation:CompilationConfig": ("static_forward_context", "pass_config"),
     "vllm.config.compilation:PassConfig": ("fuse_attn_quant",),

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,10 +14,12 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
+from prometheus_client import REGISTRY
 from prometheus_client.parser import text_string_to_metric_families
 from vllm.entrypoints.serve.instrumentator import metrics as vllm_metrics
 
-from fastsmc.vllm.serve.metrics import OUTCOMES, Metrics
+from fastsmc.vllm.serve.errors import STATUS
+from fastsmc.vllm.serve.metrics import OUTCOMES, Metrics, front_end_metrics
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +96,33 @@ def test_it_begins_at_zero_with_vllms_labels_and_is_made_twice(scrape):
     metrics.started("a", 7)  # a request that comes again, as vLLM restarts one, is not two
     metrics.progress("a", [])
     assert scrape("new")["particles_running",] == 7
+
+
+@pytest.mark.parametrize(
+    "parallel, engine",
+    [
+        ({}, "0"),
+        ({"data_parallel_size": 4, "data_parallel_size_local": 4}, ""),
+        ({"data_parallel_size": 4, "data_parallel_external_lb": True, "data_parallel_rank": 2}, "2"),
+        ({"data_parallel_size": 4, "data_parallel_size_local": 2, "data_parallel_hybrid_lb": True}, ""),
+    ],
+)
+def test_the_engine_is_named_where_there_is_one(parallel, engine):
+    name = f"parallel {parallel}"
+    plain = {"data_parallel_size": 1, "data_parallel_size_local": 1, "data_parallel_rank": 0}
+    plain |= {"data_parallel_external_lb": False, "data_parallel_hybrid_lb": False}
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(served_model_name=name), parallel_config=SimpleNamespace(**plain | parallel)
+    )
+    metrics = front_end_metrics(config)
+    assert front_end_metrics(config) is metrics
+    metrics.ended("a", "finished", 5)
+    labels = {"model_name": name, "engine": engine}
+    assert REGISTRY.get_sample_value("fastsmc:particle_tokens_total", labels) == 5
+
+
+def test_each_kind_of_error_is_an_outcome():
+    assert set(STATUS) | {"finished", "aborted"} == set(OUTCOMES)
 
 
 def test_threads_and_tasks_lose_nothing(scrape):

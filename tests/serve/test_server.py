@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from .conftest import KEY, MAX_GROUPS, MODEL_ARGS, httpx
+from .conftest import KEY, LETTERS, MAX_GROUPS, MODEL_ARGS, httpx
 
 pytestmark = pytest.mark.engine
 PROMPT = "theprompt"
@@ -70,7 +70,10 @@ def test_one_population_everywhere(server, letters_model):
     assert answer["log_z"] == pytest.approx(population.log_z, abs=1e-5) and answer["ess"] == pytest.approx(
         population.final_ess, rel=1e-5
     )
-    assert answer["genealogy"] == {"ancestors": population.ancestors.tolist(), "tokens": population.tokens.tolist()}
+    genealogy = answer["genealogy"]
+    assert genealogy["ancestors"] == population.ancestors.tolist()
+    assert genealogy["tokens"] == population.tokens.tolist()
+    assert genealogy["token_texts"] == {str(t): LETTERS[t] for t in {*population.tokens.flat} - {-1}}
     n_tokens = sum(map(len, population.token_ids))
     assert answer["usage"]["particle_tokens"] == n_tokens and answer["usage"]["prompt_tokens"] == len(PROMPT)
 

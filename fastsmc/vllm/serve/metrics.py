@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 from prometheus_client import Counter, Gauge, Histogram
 
 LABELS = ("model_name", "engine")
-#: how a group request ends: it has a population; refused as the client's mistake, or over an operator's limit; no
-#: particle has weight (log Ẑ = −∞); its potential failed; the engine failed; the client went away; too many waited
-OUTCOMES = ("finished", "refused", "impossible", "potential", "engine", "aborted", "overloaded")
+#: how a group request ends: with a population, because its client went away, or with an error of one of the kinds that
+#: `fastsmc.vllm.serve.errors` gives a status each
+OUTCOMES = ("finished", "aborted", "refused", "limit", "impossible", "potential", "engine", "busy")
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 SECONDS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0, 500.0, 1000.0, 2500.0)
 
@@ -61,6 +61,21 @@ def _collectors() -> _Collectors:
             buckets=SECONDS,
         ),
     )  # fmt: skip
+
+
+@functools.cache
+def metrics_of(model_name: str, engine: str) -> Metrics:
+    """Finds the counts of a model and an engine, which all routes share."""
+    return Metrics(model_name, engine)
+
+
+def front_end_metrics(config: Any) -> Metrics:
+    """Finds the counts that a front end of this `VllmConfig` keeps, made with the first call."""
+    parallel = config.parallel_config
+    local = parallel.data_parallel_external_lb or parallel.data_parallel_hybrid_lb
+    engines = parallel.data_parallel_size_local if local else parallel.data_parallel_size
+    rank = parallel.data_parallel_rank if local else 0
+    return metrics_of(config.model_config.served_model_name, str(rank) if engines == 1 else "")
 
 
 class Metrics:

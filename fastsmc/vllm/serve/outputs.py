@@ -27,9 +27,7 @@ from fastsmc.vllm.capacity import Limits, check_fits
 from fastsmc.vllm.options import EngineOptions
 from fastsmc.vllm.request import GroupRequest, OverLimit, is_group_request
 from fastsmc.vllm.serve.errors import GroupError
-
-#: where an engine client keeps its `Metrics`, if the server counts
-METRICS = "smc_metrics"
+from fastsmc.vllm.serve.metrics import front_end_metrics
 
 
 # -------------------------------------------------------------------------------------------------------- coming in
@@ -123,15 +121,15 @@ async def _generate(
     Raises:
         GroupError: there is no population, or it is not what was streamed.
     """
-    asked, choices, metrics = _engine_params(client, params), None, getattr(client, METRICS, None)
+    asked, choices = _engine_params(client, params), None
     start, n, outcome, n_tokens = time.monotonic(), asked.extra_args.get(GROUP_KEY), "aborted", 0
-    if metrics is not None:
-        metrics.started(request_id, n if isinstance(n, int) else 0)
+    metrics = front_end_metrics(client.vllm_config)
+    metrics.started(request_id, n if isinstance(n, int) else 0)
     try:
         async for output in stock(client, prompt, asked, request_id, **kwargs):
             payload = _payload(output)
             record.begun.set()
-            if metrics is not None and (progress := payload.get("progress")):
+            if progress := payload.get("progress"):
                 metrics.progress(request_id, progress)
             if "error" in payload:
                 raise GroupError.of_payload(payload)
@@ -150,8 +148,7 @@ async def _generate(
         raise
     finally:
         record.begun.set()
-        if metrics is not None:
-            metrics.ended(request_id, outcome, n_tokens, None if outcome == "refused" else time.monotonic() - start)
+        metrics.ended(request_id, outcome, n_tokens, None if outcome == "refused" else time.monotonic() - start)
 
 
 def _engine_params(client: Any, params: SamplingParams) -> SamplingParams:

@@ -101,16 +101,14 @@ class Endpoints:
     required_tasks = ("generate",)
 
     def attach_router(self, app: Any) -> None:
-        from fastsmc.vllm.serve import routes
+        from fastsmc.vllm.serve import page, routes
 
         routes.attach(app)
-        # page
+        page.attach(app)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
-        """Has the group requests of this front end counted; the routes find all they need in vLLM's own state."""
-        from fastsmc.vllm.serve.metrics import Metrics
-        from fastsmc.vllm.serve.outputs import METRICS
+        """Shows the metrics from the start; the routes find all they need in vLLM's own state."""
+        from fastsmc.vllm.serve.metrics import front_end_metrics
 
-        config = engine_client.vllm_config
-        several = config.parallel_config.data_parallel_size > 1
-        setattr(engine_client, METRICS, Metrics(config.model_config.served_model_name, "" if several else "0"))
+        if engine_client is not None:
+            front_end_metrics(engine_client.vllm_config)

@@ -80,10 +80,11 @@ async def smc(body: SMCRequest, raw_request: Request) -> Response:
     )
 
     def answer(output: Any) -> dict[str, Any]:
-        population = read_population(record.payload, state.engine_client.renderer.tokenizer)
+        tokenizer = state.engine_client.renderer.tokenizer
+        population = read_population(record.payload, tokenizer)
         head = {"id": request_id, "object": "smc.population", "created": int(time.time())}
         head["model"] = handler.models.model_name(lora)
-        return head | population_body(population, record.payload, body.return_genealogy)
+        return head | population_body(population, record.payload, body.return_genealogy, tokenizer)
 
     try:
         if not body.stream:
@@ -131,7 +132,7 @@ def _known(error: Exception) -> GroupError:
     return error if isinstance(error, GroupError) else GroupError(500, f"{type(error).__name__}: {error}")
 
 
-def population_body(population: Any, payload: dict[str, Any], genealogy: bool) -> dict[str, Any]:
+def population_body(population: Any, payload: dict[str, Any], genealogy: bool, tokenizer: Any) -> dict[str, Any]:
     """Returns a population as /v1/smc answers with it, in plain JSON values."""
     n_prompt, n_tokens = len(population.prompt_token_ids), sum(map(len, population.token_ids))
     columns = zip(
@@ -170,8 +171,19 @@ def population_body(population: Any, payload: dict[str, Any], genealogy: bool) -
         },
     }
     if genealogy:
-        body["genealogy"] = {"ancestors": population.ancestors.tolist(), "tokens": population.tokens.tolist()}
+        body["genealogy"] = {
+            "ancestors": population.ancestors.tolist(),
+            "tokens": population.tokens.tolist(),
+            "token_texts": token_texts(tokenizer, population.tokens),
+        }
     return body
+
+
+def token_texts(tokenizer: Any, tokens: Any) -> dict[int, str]:
+    """Spells each different token of an array of ids, -1 apart; nothing without a tokenizer."""
+    if tokenizer is None:
+        return {}
+    return {token: tokenizer.decode([token]) for token in sorted({*tokens.ravel().tolist()} - {-1})}
 
 
 def _finite(value: float) -> float | None:

@@ -92,6 +92,7 @@ class Genealogy(BaseModel):
 
     ancestors: list[list[int]] = Field(description="(T, N): row of the step before that row i continues")
     tokens: list[list[int]] = Field(description="(T, N): token that row i drew, -1 where it had ended")
+    token_texts: dict[int, str] = Field(description="how each different token reads by itself; empty: no tokenizer")
 
 
 class Usage(BaseModel):
