@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib.metadata import EntryPoint
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -16,10 +17,13 @@ from fastsmc import potentials
 from fastsmc.potentials import Potential
 from fastsmc.smc import GroupEngine, SMCError, set_up
 from fastsmc.twists import Twist, card_stamp
+from fastsmc.vllm.compat import get_logger
 from fastsmc.vllm.messages import GroupStart
 from fastsmc.vllm.options import EngineOptions
 from fastsmc.vllm.prepare import Preparer
 from fastsmc.vllm.request import OBJECT
+
+logger = get_logger(__name__)
 
 #: potentials by name and arguments that a worker keeps set up; the oldest goes first
 _MAX_NAMED = 32
@@ -53,13 +57,19 @@ def _naming(what: str) -> Iterator[None]:
         raise SMCError(f"{what}: {said}") from error
 
 
-def _takes_arguments(build: Callable[..., Any]) -> bool:
-    """Says whether a potential cannot be made without arguments."""
+def _without_arguments(name: str, entry: EntryPoint) -> Potential | None:
+    """Makes the potential that requests without arguments get; None if it takes some, and refuses to be without.
+
+    Raises:
+        ValueError: its code cannot be imported, or makes none.
+    """
     try:
-        inspect.signature(build).bind()
-    except TypeError:
-        return True
-    return False
+        return potentials.resolve(name, {}, {name: entry})
+    except ValueError as error:
+        if isinstance(error.__cause__, TypeError | ValueError) and inspect.signature(entry.load()).parameters:
+            logger.info("%s; it is prepared when a request gives its arguments", error)
+            return None
+        raise
 
 
 class _Preparation:
@@ -137,7 +147,7 @@ class Shelf:
     def open(self) -> None:
         """Sets up the operator's own twists and potentials, before there are requests, and gets ready for theirs.
 
-        Of a potential that takes arguments, which only requests give, the code is imported.
+        Of a potential that wants arguments, which only requests give, the code is imported.
 
         Raises:
             SMCError: one of them cannot be set up; names it.
@@ -152,11 +162,10 @@ class Shelf:
         if isinstance(options.potentials, Mapping):
             for name, entry in options.known_potentials().items():
                 with _naming(f"potentials[{name!r}]={entry.value!r}"):
-                    if _takes_arguments(entry.load()):
-                        continue
-                    potential = potentials.resolve(name, {}, {name: entry})
-                    potential.prepare(self.engine().tokenizer)
-                    self._keep(_key(name, "{}"), potential)
+                    potential = _without_arguments(name, entry)
+                    if potential is not None:
+                        potential.prepare(self.engine().tokenizer)
+                        self._keep(_key(name, "{}"), potential)
 
     def _keep(self, key: str, potential: Potential) -> None:
         self.put(key, potential)
