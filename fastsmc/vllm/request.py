@@ -52,11 +52,12 @@ class OverLimit(ValueError):
 
     Attributes:
         limit: name of the option (`EngineOptions`).
+        kind: "busy" where it may be asked for later, else "limit".
     """
 
     def __init__(self, message: str, limit: str) -> None:
         super().__init__(message)
-        self.limit = limit
+        self.limit, self.kind = limit, "busy" if limit == "max_groups" else "limit"
 
 
 def is_group_request(sampling_params: Any) -> bool:
