@@ -20,7 +20,7 @@ from fastsmc.twists import Twist, card_stamp
 from fastsmc.vllm.compat import get_logger
 from fastsmc.vllm.messages import GroupStart
 from fastsmc.vllm.options import EngineOptions
-from fastsmc.vllm.prepare import Preparer
+from fastsmc.vllm.prepare import PrepareError, Preparer
 from fastsmc.vllm.request import OBJECT
 
 logger = get_logger(__name__)
@@ -83,7 +83,7 @@ class _Preparation:
     def __init__(self, prepare: Callable[[], Potential], turns: threading.Semaphore) -> None:
         self.done = threading.Event()
         self.wanted, self.given_up = True, False
-        self.error: str | None = None
+        self.error: PrepareError | None = None
         self.potential: Potential | None = None
         # a daemon: an engine that is shut down does not wait for what nobody will use
         threading.Thread(target=self._run, args=(prepare, turns), daemon=True).start()
@@ -95,10 +95,11 @@ class _Preparation:
                     self.given_up = True
                     return
                 self.potential = prepare()
-        except SMCError as error:
-            self.error = str(error)
-        except BaseException as error:  # of our own, or of whatever unpickles a user's potential
-            self.error = f"internal error: {type(error).__name__}: {error}"
+        except PrepareError as error:
+            self.error = error
+        except BaseException as error:
+            logger.exception("a potential could not be prepared")
+            self.error = PrepareError(f"internal error: {type(error).__name__}: {error}", "engine")
         finally:
             self.done.set()
 
@@ -225,7 +226,7 @@ class Shelf:
         """Says whether the potential that a group names is there; begins to prepare it if nobody has, and sets it up.
 
         Raises:
-            SMCError: it cannot be made, prepared or set up.
+            PrepareError: it cannot be made, prepared or set up.
         """
         if start.potential is None or start.potential.startswith(OBJECT) or (key := _named(start)) in self._potentials:
             return True
@@ -236,12 +237,16 @@ class Shelf:
         preparation.wanted = True
         if not preparation.done.is_set() or preparation.given_up:  # given up just now: the next call begins anew
             return False
-        if preparation.error is not None:
-            raise SMCError(preparation.error)  # kept for other groups that wait for it; the last takes it away
+        if (error := preparation.error) is not None:  # kept for other groups that wait; the last takes it away
+            raise PrepareError(str(error), error.kind)
         assert preparation.potential is not None  # done, and neither given up nor failed
         del self._preparing[key]
         self._make_room()
-        self.put(key, preparation.potential)
+        try:
+            self.put(key, preparation.potential)
+        except SMCError as error:
+            refused = isinstance(error.__cause__, ValueError)  # such as a token beyond the vocabulary
+            raise PrepareError(str(error), "refused" if refused else "potential") from error
         return True
 
     def _prepare(self, name: str, args: str) -> Potential:
