@@ -1,12 +1,14 @@
 """What an operator allows (`EngineOptions`): the options, and what a request is refused for, by the scheduler too."""
 
+import json
+
 import pytest
 from vllm import SamplingParams
 
 from fastsmc import SMCParams
 from fastsmc.potentials import registry
 from fastsmc.vllm.options import EngineOptions
-from fastsmc.vllm.request import GroupRequest, OverLimit
+from fastsmc.vllm.request import GroupRequest, OverLimit, with_token_ids
 
 from .test_scheduler import engine_of, make  # noqa: F401  fixtures
 
@@ -117,3 +119,41 @@ def test_groups_that_may_wait(engine_of):  # noqa: F811
     assert {*running, *waiting} <= {name for name, how in server.ended.items() if how == "length"}
     assert server.add(2) not in server.scheduler._refused
     server.drain()
+
+
+# --------------------------------------------------------------------------------------------- text in a request's args
+class Letters:
+    """A tokenizer: a is 0, b is 1, ..."""
+
+    def encode(self, text, add_special_tokens):
+        assert not add_special_tokens
+        return [ord(c) - ord("a") for c in text if c != " "]
+
+
+def test_text_becomes_token_ids_before_room_is_looked_for():
+    """Where it says how many tokens a particle is scored beyond its end, and only there."""
+    options = EngineOptions(potentials={"follow": "fastsmc.potentials:Infill", "plain": "prepared:Plain"})
+
+    def args_of(potential, args):
+        extra = {"smc_n_particles": 4, "smc_potential": potential, "smc_potential_args": args}
+        return with_token_ids(extra, options, Letters())["smc_potential_args"]
+
+    args = args_of("follow", '{"continuation": "a cab", "every_step": true}')
+    assert json.loads(args) == {"continuation": [0, 2, 0, 1], "every_step": True}
+    assert parse(potential="follow", potential_args=args).lookahead(options) == 4
+    for name, kept in (("follow", '{"continuation":  [1]}'), ("plain", '{"continuation": "a"}'), ("no", "{}")):
+        assert args_of(name, kept) == kept
+    for wrong in (
+        '{"continuation": ""}',
+        "[3]",
+        "{",
+        '"a"',
+        None,
+        '{"continuation": 3}',
+    ):  # `parse` and `resolve` say it
+        assert args_of("follow", wrong) == wrong
+    with pytest.raises(ValueError, match="Infill: continuation=' ' has no tokens"):
+        args_of("follow", '{"continuation": " "}')
+    asked = {"smc_potential": "follow", "smc_potential_args": '{"continuation": "a"}'}
+    with pytest.raises(ValueError, match="needs a tokenizer"):
+        with_token_ids(asked, options, None)
