@@ -160,9 +160,10 @@ class Preparer:
                 raise PrepareError(f"potential {name!r}: the process that prepared it {error}", error.kind) from None
             raise
         with self._lock:
-            if self._idle is None and n_bytes <= MAX_BYTES and not self._closed:
+            keep = self._idle is None and n_bytes <= MAX_BYTES and not self._closed
+            if keep:
                 self._idle = helper
-        if self._idle is not helper:
+        if not keep:
             self._end(helper)
         if isinstance(answer, tuple):
             kind, message = answer

@@ -161,10 +161,10 @@ class GroupRequest:
                 are for requests of the program that the engine is part of (`EngineOptions.offline`).
             OverLimit: the group is over a limit.
         """
-        is_object = self.potential is not None and self.potential.startswith(OBJECT)
-        known = options.known_potentials()
-        if self.potential is not None and self.potential not in known and not (is_object and options.offline):
-            raise ValueError(f"smc_potential={short(self.potential)}: unknown; known are {_listed(known)}")
+        if self.potential is not None and not (self.potential.startswith(OBJECT) and options.offline):
+            known = options.known_potentials()
+            if self.potential not in known:
+                raise ValueError(f"smc_potential={short(self.potential)}: unknown; known are {_listed(known)}")
         twists = options.twists or {}
         if self.twist is not None and self.twist not in twists and not options.offline:
             raise ValueError(f"smc_twist={short(self.twist)}: unknown; known are {_listed(twists)}")

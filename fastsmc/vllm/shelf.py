@@ -154,9 +154,9 @@ class Shelf:
             SMCError: one of them cannot be set up; names it.
         """
         options = self._options
-        if not options.offline:
+        if not options.offline and options.known_potentials():
             self._preparer.warm_up()
-            self.engine()
+            self.engine()  # loads its tokenizer now, and not when a request waits
         for name, path in (options.twists or {}).items():
             with _naming(f"twists[{name!r}]={path!r}"):
                 self._keep(_twist_key(name), Twist.load(path))
