@@ -144,6 +144,14 @@ class Potential:
     #: names of attributes that hold the potentials, one or a tuple, that this one is made of
     made_of: tuple[str, ...] = ()
 
+    @classmethod
+    def tokenize_args(cls, args: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
+        """Returns the JSON arguments that a request gives, with text that `lookahead` hangs on as token ids.
+
+        Called in the front end, which has a tokenizer: room for a request is found before anything is prepared.
+        """
+        return args
+
     def prepare(self, tokenizer: Any) -> None:
         """Does host work that may be slow, such as compiling tables; tokenizer: as `Engine.tokenizer`. Default: none.
 

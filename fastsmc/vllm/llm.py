@@ -34,7 +34,7 @@ from fastsmc.texts import texts_after
 from fastsmc.vllm import compat, machine, options
 from fastsmc.vllm.capacity import Limits, check_fits
 from fastsmc.vllm.compat import get_logger
-from fastsmc.vllm.request import OBJECT, GroupRequest, is_group_request
+from fastsmc.vllm.request import OBJECT, GroupRequest, is_group_request, with_token_ids
 
 if TYPE_CHECKING:
     from fastsmc.arguments import Prompt, Prompts
@@ -371,10 +371,20 @@ class LLM(vllm.LLM):
     # ---------------------------------------------------------------------------------------------- vLLM's own face
     def generate(self, prompts: Any, sampling_params: Any = None, **kwargs: Any) -> list[RequestOutput]:
         """Generates as `vllm.LLM` does. A group that can never run is refused before anything is sent."""
-        for wish in sampling_params if isinstance(sampling_params, Sequence) else [sampling_params]:
-            if is_group_request(wish):
-                self._check_group(wish)
-        return super().generate(prompts, sampling_params, **kwargs)
+        several = isinstance(sampling_params, Sequence)
+        wishes = [self._complete(wish) for wish in (sampling_params if several else [sampling_params])]
+        return super().generate(prompts, wishes if several else wishes[0], **kwargs)
+
+    def _complete(self, wish: Any) -> Any:
+        """Returns what one prompt is to be answered by; of a group, checked, with token ids for text."""
+        if not is_group_request(wish):
+            return wish
+        allowed = options.EngineOptions.of(self.llm_engine.vllm_config.additional_config)
+        tokenizer = None if self.model_config.skip_tokenizer_init else self.get_tokenizer()
+        wish = wish.clone()
+        wish.extra_args = with_token_ids(wish.extra_args, allowed, tokenizer)
+        self._check_group(wish)
+        return wish
 
     def _run_engine(self, *args: Any, **kwargs: Any) -> list[Any]:
         strays, self._strays = self._strays, []

@@ -10,12 +10,13 @@ import dataclasses
 import json
 import re
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fastsmc import potentials
 from fastsmc.arguments import read_exact
 from fastsmc.params import GROUP_KEY, PREFIX, SMCParams
+from fastsmc.potentials import registry
 from fastsmc.potentials.tokens import short
 from fastsmc.vllm.options import EngineOptions
 
@@ -42,6 +43,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "repetition_detection": (None,),
 }
 
+_ARGS = PREFIX + "potential_args"
 #: prefix of the names under which potential objects of an offline engine are kept in its workers: object:ID:LOOKAHEAD
 OBJECT = "object:"
 _OBJECT_NAME = re.compile(OBJECT + r"[0-9a-f]{32}:(\d{1,6})")
@@ -52,17 +54,39 @@ class OverLimit(ValueError):
 
     Attributes:
         limit: name of the option (`EngineOptions`).
+        kind: "busy" where it may be asked for later, else "limit".
     """
 
     def __init__(self, message: str, limit: str) -> None:
         super().__init__(message)
-        self.limit = limit
+        self.limit, self.kind = limit, "busy" if limit == "max_groups" else "limit"
 
 
 def is_group_request(sampling_params: Any) -> bool:
     """Says whether a request with these SamplingParams (or None) asks for a group."""
     extra = getattr(sampling_params, "extra_args", None) or {}
     return any(str(key).startswith(PREFIX) for key in extra)
+
+
+def with_token_ids(extra_args: Mapping[str, Any], options: EngineOptions, tokenizer: Any) -> dict[str, Any]:
+    """Returns a group request's `extra_args` with the text in its potential's arguments as token ids, where room for
+    the group hangs on them. To be called where there is a tokenizer (or None), before the request is parsed.
+
+    Raises:
+        ValueError: the potential refuses the text. Any other fault is left to `GroupRequest`.
+    """
+    out, name = dict(extra_args), extra_args.get(PREFIX + "potential")
+    known = options.known_potentials()
+    if not isinstance(name, str) or name not in known:
+        return out
+    try:
+        args = json.loads(out.get(_ARGS, "{}"))
+    except (TypeError, ValueError, RecursionError):
+        return out
+    tokenize = getattr(registry.load(name, known), "tokenize_args", None)  # a function that makes one has none
+    if tokenize is not None and isinstance(args, dict) and (changed := tokenize(args, tokenizer)) is not args:
+        out[_ARGS] = json.dumps(changed)
+    return out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +128,7 @@ class GroupRequest:
         potential = extra.get(PREFIX + "potential")
         if potential is not None and not isinstance(potential, str):
             raise ValueError(f"smc_potential={potential!r}: must be a name")
-        args = extra.get(PREFIX + "potential_args", "{}")
+        args = extra.get(_ARGS, "{}")
         try:
             if not isinstance(json.loads(args), dict):
                 raise ValueError
@@ -137,10 +161,10 @@ class GroupRequest:
                 are for requests of the program that the engine is part of (`EngineOptions.offline`).
             OverLimit: the group is over a limit.
         """
-        is_object = self.potential is not None and self.potential.startswith(OBJECT)
-        known = options.known_potentials()
-        if self.potential is not None and self.potential not in known and not (is_object and options.offline):
-            raise ValueError(f"smc_potential={short(self.potential)}: unknown; known are {_listed(known)}")
+        if self.potential is not None and not (self.potential.startswith(OBJECT) and options.offline):
+            known = options.known_potentials()
+            if self.potential not in known:
+                raise ValueError(f"smc_potential={short(self.potential)}: unknown; known are {_listed(known)}")
         twists = options.twists or {}
         if self.twist is not None and self.twist not in twists and not options.offline:
             raise ValueError(f"smc_twist={short(self.twist)}: unknown; known are {_listed(twists)}")

@@ -146,9 +146,16 @@ class _SMCMixin(_Scheduler):
 
     def _check_waiting(self) -> None:
         """Refuses a group while as many as the operator allows wait to be admitted."""
-        most, waiting = self._options.max_groups, sum(g.phase == "queued" for g in self._groups.values())
-        if most is not None and waiting >= most:
+        most = self._options.max_groups
+        if most is None or self._count_queued() < most:
+            return
+        if not self._hold_admission and self.pause_state != PauseState.PAUSED_ALL:
+            self._admit()  # those that came since the last step may fit
+        if (waiting := self._count_queued()) >= most:
             raise OverLimit(f"{waiting} groups wait to be admitted, at most max_groups={most}; ask later", "max_groups")
+
+    def _count_queued(self) -> int:
+        return sum(g.phase == "queued" for g in self._groups.values())
 
     def _admit(self) -> None:
         """Reserves rows and blocks for queued groups, oldest first, while they fit.
