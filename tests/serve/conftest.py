@@ -124,7 +124,9 @@ def server(letters_model, environment, tmp_path_factory):
         "potentials": ",".join(["lexicon", "regex", *SERVED]),
     }
     flags = [f"--additional-config.fastsmc.{name}={value}" for name, value in options.items()]
-    flags += [f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}") for name, value in MODEL_ARGS.items()]
+    flags += [
+        f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}") for name, value in MODEL_ARGS.items()
+    ]
     flags += ["--no-enable-prefix-caching", "--override-generation-config", '{"top_p": 0.9, "repetition_penalty": 1.3}']
     command = [sys.executable, "-m", "fastsmc.cli", "serve", str(letters_model), "--served-model-name", "tiny"]
     log = tmp_path_factory.mktemp("server") / "log"

@@ -21,7 +21,9 @@ TASK = {"prompt": PROMPT, "n_particles": 24, "max_tokens": 12, "seed": 7, "ess_t
 def xargs(task=TASK, **more):
     """The task as the body of vLLM's completions; more: fields of SMCParams and of the request."""
     task = {**task, **more}
-    shared = {name: task.pop(name) for name in ("prompt", "messages", "max_tokens", "seed", "n", "stream") if name in task}
+    shared = {
+        name: task.pop(name) for name in ("prompt", "messages", "max_tokens", "seed", "n", "stream") if name in task
+    }
     keys = {f"smc_{name}": json.dumps(value) if isinstance(value, dict) else value for name, value in task.items()}
     return {"model": "tiny", "vllm_xargs": keys, **shared}
 
@@ -100,9 +102,10 @@ def test_stream_of_steps(server):
     alone = server.smc(**TASK, **LEXICON)
     for key in ("particles", "log_z", "samples"):
         assert population[key] == alone[key]
-    assert server.smc(**{**TASK, "prompt": None}, messages=[{"role": "user", "content": PROMPT}], **LEXICON)[
-        "particles"
-    ] == alone["particles"]
+    assert (
+        server.smc(**{**TASK, "prompt": None}, messages=[{"role": "user", "content": PROMPT}], **LEXICON)["particles"]
+        == alone["particles"]
+    )
 
 
 def test_streamed_completions_are_the_others(server):

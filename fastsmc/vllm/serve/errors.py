@@ -1,10 +1,10 @@
 """What a client gets when there is no population: one kind of error, with an HTTP status, in vLLM's form.
 
-    400   the request is wrong, or asks for more than this engine can ever run
-    413   it asks for more than the operator allows
-    422   the target is impossible: log Ẑ = -inf; the population's summary stands beside the error
-    500   a potential or the engine failed
-    503   too many groups are waiting; with Retry-After
+400   the request is wrong, or asks for more than this engine can ever run
+413   it asks for more than the operator allows
+422   the target is impossible: log Ẑ = -inf; the population's summary stands beside the error
+500   a potential or the engine failed
+503   too many groups are waiting; with Retry-After
 """
 
 from __future__ import annotations
