@@ -30,7 +30,7 @@ from fastsmc.params import PREFIX, SMCParams
 from fastsmc.population import Population
 from fastsmc.potentials import Potential
 from fastsmc.smc import SMCError
-from fastsmc.texts import texts_after
+from fastsmc.texts import population_texts
 from fastsmc.vllm import compat, machine, options
 from fastsmc.vllm.capacity import Limits, check_fits
 from fastsmc.vllm.compat import get_logger
@@ -309,14 +309,7 @@ class LLM(vllm.LLM):
             extra[PREFIX + "alone"] = alone
         if return_population:
             extra[PREFIX + "return_population"] = True
-        return SamplingParams(
-            max_tokens=params.max_tokens,
-            temperature=params.temperature,
-            ignore_eos=params.ignore_eos,
-            stop_token_ids=list(params.stop_token_ids or ()),
-            seed=params.seed,
-            extra_args=extra,
-        )
+        return SamplingParams(**params.to_shared(), extra_args=extra)
 
     def population(self, output: RequestOutput) -> Population:
         """Returns the population of a finished group request that asked for it (`return_population`)."""
@@ -327,8 +320,7 @@ class LLM(vllm.LLM):
             raise ValueError("output: holds no population; ask for it with smc_return_population")
         population = Population.from_bytes(base64.b64decode(payload["population"]))
         if not self.model_config.skip_tokenizer_init:
-            prompt = population.prompt_token_ids
-            population.texts = texts_after(self.get_tokenizer(), prompt, population.token_ids)
+            population.texts = population_texts(self.get_tokenizer(), population)
         return population
 
     def register_potential(self, potential: Potential) -> str:
