@@ -20,8 +20,10 @@ from fastsmc.smc import faults
 from fastsmc.smc.asking import Asker
 from fastsmc.smc.cohort import Cohort
 from fastsmc.smc.engine import GroupEngine, SMCError
+from fastsmc.smc.p0 import P0
 from fastsmc.smc.record import Lineages, make_population
 from fastsmc.smc.step import CHOOSE, Kind
+from fastsmc.smc.stop_strings import StopStrings
 
 
 class Setup:
@@ -48,6 +50,9 @@ class Setup:
     Attributes:
         n: number of particles N.
         asker: asks the potential; None without one.
+        p0: what the group's p0 is besides the model.
+        stop_strings: end particles on their text; None without any.
+        ends_itself: whether particles end otherwise than by stop tokens and length.
         kind: of the group.
         weighs_by_next: base proposal: unfinished particles are weighed by `logw_next`, since there is no `prefix`.
         exact: (K, T) int64 tokens of the exact samples, −1 after the end, or None.
@@ -70,6 +75,14 @@ class Setup:
     ) -> None:
         self.params, self.prompt, self.n = params, list(prompt), params.n_particles
         self.stop_token_ids, self.device = frozenset(stop_token_ids), torch.device(device)
+        if params.force_stop and not self.stop_token_ids:
+            raise SMCError("force_stop=True: needs a stop token, and there is none; give stop_token_ids")
+        self.p0 = P0(params, self.stop_token_ids, self.device)
+        self.stop_strings: StopStrings | None = None
+        if params.stop is not None:
+            if engine is None or engine.tokenizer is None:
+                raise SMCError(f"stop={list(params.stop)}: this engine has no tokenizer; give stop_token_ids")
+            self.stop_strings = StopStrings(engine.tokenizer, params, self.prompt, self.device)
         self.asker: Asker | None = None
         methods: set[str] = set()
         if potential is not None:
@@ -88,7 +101,10 @@ class Setup:
         by_next = "logw_next" in methods and not guided
         twisted = by_next and params.proposal == "twisted"
         self.weighs_by_next = by_next and not twisted and "prefix" not in methods
+        self.ends_itself = self.stop_strings is not None or (self.asker is not None and self.asker.stops)
         self.exact: Tensor | None = None
+        if exact is not None and self.ends_itself:
+            raise SMCError("exact: a group with stop strings or a potential's `stop` takes no exact samples")
         if exact is not None:
             self.exact = self._read_exact(exact, (engine and engine.vocab_size) or None)
         scheme = params.resampling if self.exact is None else "multinomial"
@@ -103,6 +119,8 @@ class Setup:
         rows = []
         for i, ids in enumerate(samples):
             ends = [j for j, v in enumerate(ids) if v in self.stop_token_ids] or [steps - 1]
+            if self.params.force_stop and ids[-1] not in self.stop_token_ids:
+                raise SMCError(f"exact[{i}]={ids[:20]}: does not end with a stop token, as force_stop=True has it")
             if len(ids) != ends[0] + 1:
                 raise SMCError(
                     f"exact[{i}]={ids[:20]}: {len(ids)} tokens are no complete sequence; it ends with its first stop "
@@ -190,6 +208,7 @@ class Group(Setup):
             self.log_z,
             twisted=self.kind.twisted,
             ended_by_resampling=self.ended_by_resampling,
+            stopped=self.cohort.particles.stopped[self.cohort.layout.part(self.index)],
             prompt=self.prompt,
             params=self.params,
         )

@@ -119,6 +119,7 @@ def make_population(
     *,
     twisted: bool,
     ended_by_resampling: bool,
+    stopped: Tensor,
     prompt: Sequence[int],
     params: SMCParams,
 ) -> Population:
@@ -129,6 +130,7 @@ def make_population(
         twisted: whether a step's ancestors are those before its draw; else those after it, of the step that follows.
         ended_by_resampling: the last resampling left finished particles only. Then a step without draws holds where
             they came from.
+        stopped: (N,) bool, particles that ended otherwise than by their length.
     """
     n, steps = len(log_w), len(record["tokens"])
     log_mean = ops.ess_log_mean(log_w)[1]
@@ -154,6 +156,7 @@ def make_population(
         step_log_weights=whole("step_log_w", np.float64),
         log_weights=log_w.cpu().numpy() + log_z,
         log_z=log_z + log_mean,
+        stopped=stopped.cpu().numpy(),
         prompt=list(prompt),
         params=params,
     )

@@ -30,7 +30,7 @@ from fastsmc.params import PREFIX, SMCParams
 from fastsmc.population import Population
 from fastsmc.potentials import Potential
 from fastsmc.smc import SMCError
-from fastsmc.texts import texts_after
+from fastsmc.texts import population_texts
 from fastsmc.vllm import compat, machine, options
 from fastsmc.vllm.capacity import Limits, check_fits
 from fastsmc.vllm.compat import get_logger
@@ -315,14 +315,7 @@ class LLM(vllm.LLM):
             extra[PREFIX + "alone"] = alone
         if return_population:
             extra[PREFIX + "return_population"] = True
-        return SamplingParams(
-            max_tokens=params.max_tokens,
-            temperature=params.temperature,
-            ignore_eos=params.ignore_eos,
-            stop_token_ids=list(params.stop_token_ids or ()),
-            seed=params.seed,
-            extra_args=extra,
-        )
+        return SamplingParams(**params.to_shared(), extra_args=extra)
 
     def population(self, output: RequestOutput) -> Population:
         """Returns the population of a finished group request that asked for it (`return_population`)."""
@@ -461,7 +454,7 @@ def read_population(payload: Mapping[str, Any], tokenizer: Any) -> Population:
     """Reads the population that came with a finished group request; with a tokenizer it has texts."""
     population = Population.from_bytes(base64.b64decode(payload["population"]))
     if tokenizer is not None:
-        population.texts = texts_after(tokenizer, population.prompt_token_ids, population.token_ids)
+        population.texts = population_texts(tokenizer, population)
     return population
 
 

@@ -23,18 +23,11 @@ from fastsmc.vllm.options import EngineOptions
 #: fields of SamplingParams that would change p0 or the output in ways a group does not know: name → accepted values
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,),
-    "top_p": (1, 1.0),
-    "top_k": (0, -1),
-    "min_p": (0, 0.0),
     "presence_penalty": (0, 0.0),
     "frequency_penalty": (0, 0.0),
     "repetition_penalty": (1, 1.0),
-    "min_tokens": (0,),
-    "stop": (None, [], ()),
     "logprobs": (None,),
     "prompt_logprobs": (None,),
-    "logit_bias": (None, {}),
-    "allowed_token_ids": (None,),
     "bad_words": (None, []),
     "structured_outputs": (None,),
     "prompt_logprob_token_ids": (None,),
@@ -44,6 +37,16 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 _ARGS = PREFIX + "potential_args"
+#: the settings of p0 in SamplingParams: name → off. The group applies them itself, so vLLM's sampler need not.
+P0_OFF: dict[str, Any] = {
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": 0.0,
+    "logit_bias": None,
+    "allowed_token_ids": None,
+    "min_tokens": 0,
+}
+
 #: prefix of the names under which potential objects of an offline engine are kept in its workers: object:ID:LOOKAHEAD
 OBJECT = "object:"
 _OBJECT_NAME = re.compile(OBJECT + r"[0-9a-f]{32}:(\d{1,6})")
@@ -117,14 +120,11 @@ class GroupRequest:
                 raise ValueError(f"{name}={value!r}: a group of particles takes only {neutral[0]!r}")
         if sampling_params.max_tokens is None:
             raise ValueError("max_tokens=None: a group of particles needs a number")
-        params = SMCParams.from_request(
-            extra,
-            max_tokens=sampling_params.max_tokens,
-            temperature=sampling_params.temperature,
-            ignore_eos=bool(sampling_params.ignore_eos),
-            stop_token_ids=tuple(sampling_params.stop_token_ids or ()) or None,
-            seed=secrets.randbits(63) if sampling_params.seed is None else sampling_params.seed,
-        )
+        shared = {name: getattr(sampling_params, name) for name in SMCParams._SHARED}
+        shared["stop_token_ids"] = tuple(sampling_params.stop_token_ids or ()) or None
+        shared["seed"] = secrets.randbits(63) if sampling_params.seed is None else sampling_params.seed
+        shared["ignore_eos"] = bool(sampling_params.ignore_eos)
+        params = SMCParams.from_request(extra, **shared)
         potential = extra.get(PREFIX + "potential")
         if potential is not None and not isinstance(potential, str):
             raise ValueError(f"smc_potential={potential!r}: must be a name")
@@ -149,7 +149,8 @@ class GroupRequest:
 
     def check_ids(self, vocab_size: int) -> None:
         """Refuses token ids that no row of logits has. ValueError: naming the field, the id and the vocabulary."""
-        potentials.token_list("stop_token_ids", self.params.stop_token_ids or (), vocab_size)
+        for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
+            potentials.token_list(name, tuple(getattr(self.params, name) or ()), vocab_size)
         for i, ids in enumerate(self.exact or ()):
             potentials.token_list(f"smc_exact[{i}]", ids, vocab_size)
 

@@ -232,7 +232,7 @@ class ParticleRunner:
                 "known when the group was admitted; give its continuation as token ids"
             )
         device = self.model.device
-        engine = None if potential is None else self.shelf.engine()
+        engine = None if potential is None and start.params.stop is None else self.shelf.engine()
         if self._captures and captured.holds(potential, start):
             self.captured[request_id] = CapturedMember.begin(self._model, potential, engine, start, blocks)
             return
@@ -287,7 +287,7 @@ class ParticleRunner:
         population, chosen = group.population(), choose(group.log_w, group.params)
         if chosen is not None:
             result.token_ids = population.token_ids[chosen]
-            result.stopped = bool(result.token_ids) and result.token_ids[-1] in start.stop_token_ids
+            result.stopped = (population.finish_reasons or [])[chosen] == "stop"
         result.summary = {
             "log_z": population.log_z,
             "n_particles": group.n,
@@ -295,6 +295,7 @@ class ParticleRunner:
             "ess": population.final_ess,
             "chosen": chosen,
             "seed": group.params.seed,
+            "p0": group.params.p0(),
         }
         if start.return_population:
             result.population = base64.b64encode(population.to_bytes()).decode()

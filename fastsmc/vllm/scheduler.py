@@ -44,7 +44,7 @@ from fastsmc.vllm.compat import get_logger
 from fastsmc.vllm.messages import GroupResult, GroupStart, GroupStep, StepOrder
 from fastsmc.vllm.options import EngineOptions
 from fastsmc.vllm.pace import Pace
-from fastsmc.vllm.request import GroupRequest, OverLimit, is_group_request
+from fastsmc.vllm.request import P0_OFF, GroupRequest, OverLimit, is_group_request
 
 logger = get_logger(__name__)
 
@@ -135,9 +135,12 @@ class _SMCMixin(_Scheduler):
             check_fits(asked.params, request.num_prompt_tokens, lookahead, self._limits)
             self._check_waiting()
             # The seed is the group's. For the token that stock sampling draws at prefill, and that is dropped, it would
-            # make a generator, which vLLM's CPU runner cannot rewind in a chunked prefill.
+            # make a generator, which vLLM's CPU runner cannot rewind in a chunked prefill; the settings of p0 are the
+            # group's, too.
             request.sampling_params = params.clone()
             request.sampling_params.seed = None
+            for name, neutral in P0_OFF.items():
+                setattr(request.sampling_params, name, neutral)
         except Exception as error:  # whatever a request holds, the engine goes on
             self._refused[request.request_id] = request, str(error) or repr(error)
         else:
