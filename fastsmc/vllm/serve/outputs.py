@@ -145,11 +145,8 @@ async def _generate(
             if output.finished:
                 record.payload, n_tokens = payload, payload.get("particle_tokens", 0)
                 outcome = "finished"
-            if params.n > 1:
-                choices = choices or Choices(params.n, client.renderer.tokenizer, asked, output)
-                choices.extend(output)
-            elif output.finished and "sample_finish_reasons" in payload and output.outputs:
-                output.outputs[0].finish_reason = payload["sample_finish_reasons"][0]
+            choices = choices or Choices(params.n, client.renderer.tokenizer, asked, output)
+            choices.extend(output)
             if output.finished or params.output_kind != RequestOutputKind.FINAL_ONLY:
                 yield output
     except GroupError as error:

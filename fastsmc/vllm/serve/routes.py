@@ -79,7 +79,7 @@ async def smc(body: SMCRequest, raw_request: Request) -> Response:
         smc_record=record,
     )
 
-    def answer(output: Any) -> dict[str, Any]:
+    def answer() -> dict[str, Any]:
         tokenizer = state.engine_client.renderer.tokenizer
         population = read_population(record.payload, tokenizer)
         head = {"id": request_id, "object": "smc.population", "created": int(time.time())}
@@ -88,9 +88,9 @@ async def smc(body: SMCRequest, raw_request: Request) -> Response:
 
     try:
         if not body.stream:
-            async for output in outputs:
+            async for _ in outputs:
                 pass
-            return JSONResponse(answer(output))
+            return JSONResponse(answer())
         first = await anext(outputs)  # a refusal, which comes before any output, has its status
     except GroupError as error:
         error.param = own_name(error.param)
@@ -113,7 +113,7 @@ async def _render(body: Any, state: Any) -> tuple[Any, Any, Any]:
     return handler, inputs[0], handler._maybe_get_adapters(wish)
 
 
-async def _lines(first: Any, outputs: AsyncIterator[Any], answer: Callable[[Any], dict[str, Any]]) -> AsyncIterator:
+async def _lines(first: Any, outputs: AsyncIterator[Any], answer: Callable[[], dict[str, Any]]) -> AsyncIterator:
     """Yields the lines of a stream: steps, then the population or an error."""
     output = first
     try:
@@ -121,7 +121,7 @@ async def _lines(first: Any, outputs: AsyncIterator[Any], answer: Callable[[Any]
             for step in (output.kv_transfer_params or {}).get("smc", {}).get("progress", ()):
                 yield json.dumps({"event": "step", **step}, allow_nan=False) + "\n"
             if output.finished:
-                yield json.dumps({"event": "population", **answer(output)}, allow_nan=False) + "\n"
+                yield json.dumps({"event": "population", **answer()}, allow_nan=False) + "\n"
                 return
             output = await anext(outputs)
     except Exception as error:
