@@ -81,5 +81,7 @@ class CapturedMember(NamedTuple):
 
 
 def holds(potential: Potential | None, start: GroupStart) -> bool:
-    """Says whether the captured driver can run a group."""
-    return start.exact is None and (potential is None or (potential.capturable and potential.lookahead == 0))
+    """Says whether the captured driver can run a group, and knows all that it is asked for."""
+    if start.exact is not None or start.progress or start.stream_tokens:
+        return False
+    return potential is None or (potential.capturable and potential.lookahead == 0)

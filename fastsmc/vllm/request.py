@@ -15,6 +15,7 @@ from typing import Any
 from fastsmc import potentials
 from fastsmc.arguments import read_exact
 from fastsmc.params import GROUP_KEY, PREFIX, SMCParams
+from fastsmc.values import check_int
 
 #: fields of SamplingParams that would change p0 or the output in ways a group does not know: name → accepted values
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -61,6 +62,9 @@ class GroupRequest:
     exact: list[list[int]] | None
     return_population: bool
     alone: bool
+    progress: bool
+    stream_tokens: bool
+    n_samples: int
 
     @classmethod
     def parse(cls, sampling_params: Any) -> GroupRequest:
@@ -104,11 +108,13 @@ class GroupRequest:
         if exact is not None:
             exact = read_exact("smc_exact", exact, params)
         flags = {}
-        for name in ("return_population", "alone"):
+        for name in ("return_population", "alone", "progress", "stream_tokens"):
             flags[name] = extra.get(PREFIX + name, False)
             if flags[name] not in (True, False):
                 raise ValueError(f"{PREFIX}{name}={flags[name]!r}: must be true or false")
-        return cls(params, potential, args, twist, exact, **{name: bool(value) for name, value in flags.items()})
+        flags = {name: bool(value) for name, value in flags.items()}
+        n_samples = check_int("smc_n_samples", extra.get(PREFIX + "n_samples", 1), 1, params.n_particles)
+        return cls(params, potential, args, twist, exact, **flags, n_samples=n_samples)
 
     def check_ids(self, vocab_size: int) -> None:
         """Refuses token ids that no row of logits has. ValueError: naming the field, the id and the vocabulary."""
