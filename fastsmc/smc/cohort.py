@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import struct
 from collections.abc import Callable, Generator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -32,6 +33,7 @@ from fastsmc.smc.p0 import restrict
 from fastsmc.smc.particles import Layout, Particles
 from fastsmc.smc.record import Log
 from fastsmc.smc.step import Step
+from fastsmc.values import json_safe
 
 if TYPE_CHECKING:
     from fastsmc.smc.group import Group
@@ -312,8 +314,11 @@ class Cohort:
         self.log.close()
         plan = self._next = self._settle(step.active)
         unfinished = ~particles.finished
-        bad, rows, copies, left, going, moved = self._read(
-            self._bad(), plan.present, plan.copied, unfinished, step.going, step.resampled
+        numbers: tuple[Tensor, ...] = ()  # read as the bits that they are
+        if any(group.progress is not None for group in self.groups):
+            numbers = step.ess.view(torch.int64), step.log_z_so_far().view(torch.int64)
+        bad, rows, copies, left, going, moved, *bits = self._read(
+            self._bad(), plan.present, plan.copied, unfinished, step.going, step.resampled, *numbers
         )
         self._fail_bad(bad)
         for g, group in enumerate(self.groups):
@@ -323,6 +328,10 @@ class Cohort:
             group.n_rows, group.copies = rows[g], copies[g] > 0
             group.done = not going[g] or not left[g]
             group.ended_by_resampling = bool(going[g]) and not left[g]
+            if group.progress is not None:
+                ess, log_z = struct.unpack("=2d", struct.pack("=2q", bits[0][g], bits[1][g]))
+                of_step = {"step": group.t, "ess": ess, "log_z": json_safe(log_z), "resampled": moved[g] > 0}
+                group.progress.append(of_step | {"finished": group.n - left[g], "distinct": rows[g]})
         if not step.kind.twisted:
             self._reindex(moved)
 

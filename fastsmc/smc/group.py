@@ -96,7 +96,8 @@ class Setup:
         if guided and params.proposal != "twisted":
             raise SMCError(
                 f"potential {type(potential).__name__}: is proposal-only and no intermediate target, so "
-                f"proposal={params.proposal!r} cannot use it; use proposal='twisted'"
+                f"proposal={params.proposal!r} cannot use it; use proposal='twisted'",
+                kind="refused",
             )
         by_next = "logw_next" in methods and not guided
         twisted = by_next and params.proposal == "twisted"
@@ -115,7 +116,7 @@ class Setup:
         try:
             samples = read_exact("exact", exact, self.params, vocab)
         except ValueError as error:
-            raise SMCError(str(error)) from None
+            raise SMCError(str(error), kind="refused") from None
         rows = []
         for i, ids in enumerate(samples):
             ends = [j for j, v in enumerate(ids) if v in self.stop_token_ids] or [steps - 1]
@@ -124,7 +125,8 @@ class Setup:
             if len(ids) != ends[0] + 1:
                 raise SMCError(
                     f"exact[{i}]={ids[:20]}: {len(ids)} tokens are no complete sequence; it ends with its first stop "
-                    f"token, or has max_tokens={steps} tokens"
+                    f"token, or has max_tokens={steps} tokens",
+                    kind="refused",
                 )
             rows.append([*ids, *[-1] * (steps - len(ids))])
         return torch.tensor(rows, dtype=torch.int64, device=self.device)
@@ -132,18 +134,19 @@ class Setup:
     def fault_error(self, kind: int, particle: int, at: int, value: float, vocab: int) -> SMCError:
         """Makes the group's error of a fault: its kind, particle, step and value; `vocab` is V."""
         if kind == faults.MODEL:
-            return SMCError(f"model at step {at}: logits of row {int(value)} hold NaN or +inf")
+            return SMCError(f"model at step {at}: logits of row {int(value)} hold NaN or +inf", kind="engine")
         if kind == faults.POOL:
-            return SMCError(f"pool: its {int(value)} blocks were not enough at step {at}")
+            return SMCError(f"pool: its {int(value)} blocks were not enough at step {at}", kind="engine")
         if kind == faults.RULED_OUT:
-            if value >= vocab:
-                return SMCError(f"exact: token {int(value)} is outside the vocabulary of {vocab}")
-            return SMCError(f"exact: the model or the twist rules out one of its tokens at step {at}")
+            ruled_out = f"the model or the twist rules out one of its tokens at step {at}"
+            outside = f"token {int(value)} is outside the vocabulary of {vocab}"
+            return SMCError(f"exact: {outside if value >= vocab else ruled_out}", kind="refused")
         if kind == faults.NO_WEIGHT:
             assert self.exact is not None  # nobody else retains
             return SMCError(
                 f"exact[{particle if len(self.exact) > 1 else 0}]: has weight zero at step {at}: it is no sample of "
-                "this target, or the twist is zero on what the target allows"
+                "this target, or the twist is zero on what the target allows",
+                kind="refused",
             )
         assert self.asker is not None  # the others are a potential's
         what = faults.describe(kind, particle, value, self.asker.last_sizes)
@@ -161,6 +164,9 @@ class Group(Setup):
         n_rows: how many rows it wants of the model at its next step.
         copies: whether slots must be copied for that.
         lineages: its record.
+        progress: None, or how each step went, for whoever takes it away: the step, ESS and log Ẑ so far as it was
+            weighed (log of the mean weight in the record; None: no weight is left), whether it `resampled` thereupon,
+            particles that have `finished`, and `distinct` histories that go on.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -169,6 +175,7 @@ class Group(Setup):
         self.started = self.done = self.ended_by_resampling = False
         self.error: SMCError | None = None
         self.lineages = Lineages(self.n, self.device)
+        self.progress: list[dict[str, Any]] | None = None
         self.cohort = Cohort([self])
         self.index = 0
         self.cohort.begin()
@@ -214,10 +221,13 @@ class Group(Setup):
         )
 
 
-def choose(log_w: Tensor, params: SMCParams) -> int | None:
-    """Draws a particle by final log weights (N,), one sample of the target; None if there is no weight."""
+def choose(log_w: Tensor, params: SMCParams, n_samples: int = 1) -> list[int]:
+    """Draws particles independently by final log weights (N,), samples of the target; none if there is no weight.
+
+    The first ones are the same however many are drawn.
+    """
     weights = torch.softmax(log_w, 0).cpu().numpy()
     if not np.isfinite(weights).all():
-        return None
-    u = ops.uniforms(1, seed=params.seed, group=params.group, step=0, stream=CHOOSE, device="cpu")
-    return int(draw_indices(weights, u.numpy())[0])
+        return []
+    u = ops.uniforms(n_samples, seed=params.seed, group=params.group, step=0, stream=CHOOSE, device="cpu")
+    return draw_indices(weights, u.numpy()).tolist()

@@ -67,7 +67,8 @@ class Step:
         log_z: (G,) float64, log of the closed resampling intervals.
         going: (G,) bool, groups that are not over.
         faults: of this step, in the order of their coming.
-        ess, resampled, ancestors: of the last resampling, or of what would have been one: (G,), (G,), (M,).
+        ess, log_mean, resampled, ancestors: of the last resampling, or of what would have been one: (G,), the log of
+            the mean weight before it (G,), (G,), (M,).
     """
 
     def __init__(
@@ -100,6 +101,7 @@ class Step:
         self.going = torch.ones(groups, dtype=torch.bool, device=device)
         self.faults: list[Fault] = []
         self.ess = torch.zeros_like(self.log_z)
+        self.log_mean = torch.zeros_like(self.log_z)
         self.resampled = torch.zeros_like(self.going)
         self.ancestors = self.layout.all
         self.of = self.layout.of
@@ -294,7 +296,7 @@ class Step:
         ancestors, rank, count = done.ancestors, done.rank, done.counts[done.ancestors]
         if self.kind.retains:
             ancestors, rank, count = self._conditional(u, done.resampled), rank.zero_(), count.fill_(1)
-        self.ess, self.resampled, self.ancestors = done.ess, done.resampled, ancestors
+        self.ess, self.log_mean, self.resampled, self.ancestors = done.ess, done.log_mean, done.resampled, ancestors
         self.record.put("ancestors", ancestors)
         self.record.put("resampled", done.resampled)
         self.log_z += torch.where(done.resampled, done.log_mean, 0.0)
@@ -304,6 +306,11 @@ class Step:
         particles.follow(ancestors)
         self._active = None
         return ancestors
+
+    def log_z_so_far(self) -> Tensor:
+        """Computes the log of the mean weight, that of closed intervals included, as the last weights were: (G,)."""
+        so_far = self.log_z + torch.where(self.resampled, 0.0, self.log_mean)  # else log_z has it already
+        return torch.where(self.ess > 0, so_far, -math.inf)
 
     # ------------------------------------------------------------------------------------------------- exact samples
     def _conditional(self, u: Tensor, resampled: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from fastsmc.smc import Cohort, Group, Scores, Wants, arrange
 from fastsmc.smc.cohort import Flow
 from fastsmc.smc.p0 import P0, token_log_probs
 from fastsmc.smc.paging import BlockTables, Paging
+from fastsmc.smc.record import CommonTokens
 from fastsmc.vllm.messages import GroupStart
 
 if TYPE_CHECKING:
@@ -143,12 +144,14 @@ class Member(NamedTuple):
 
     Attributes:
         first_row: of its rows in the worker's block tables.
+        common: finds its tokens that are final, where these are asked for.
     """
 
     group: Group
     paging: Paging
     first_row: int
     start: GroupStart
+    common: CommonTokens | None = None
 
 
 class Pass:

@@ -18,6 +18,7 @@ from fastsmc.arguments import read_exact
 from fastsmc.params import GROUP_KEY, PREFIX, SMCParams
 from fastsmc.potentials import registry
 from fastsmc.potentials.tokens import short
+from fastsmc.values import check_int
 from fastsmc.vllm.options import EngineOptions
 
 #: fields of SamplingParams that would change p0 or the output in ways a group does not know: name → accepted values
@@ -103,6 +104,9 @@ class GroupRequest:
     exact: list[list[int]] | None
     return_population: bool
     alone: bool
+    progress: bool
+    stream_tokens: bool
+    n_samples: int
 
     @classmethod
     def parse(cls, sampling_params: Any) -> GroupRequest:
@@ -141,11 +145,13 @@ class GroupRequest:
         if exact is not None:
             exact = read_exact("smc_exact", exact, params)
         flags = {}
-        for name in ("return_population", "alone"):
+        for name in ("return_population", "alone", "progress", "stream_tokens"):
             flags[name] = extra.get(PREFIX + name, False)
             if flags[name] not in (True, False):
                 raise ValueError(f"{PREFIX}{name}={flags[name]!r}: must be true or false")
-        return cls(params, potential, args, twist, exact, **{name: bool(value) for name, value in flags.items()})
+        flags = {name: bool(value) for name, value in flags.items()}
+        n_samples = check_int("smc_n_samples", extra.get(PREFIX + "n_samples", 1), 1, params.n_particles)
+        return cls(params, potential, args, twist, exact, **flags, n_samples=n_samples)
 
     def check_ids(self, vocab_size: int) -> None:
         """Refuses token ids that no row of logits has. ValueError: naming the field, the id and the vocabulary."""

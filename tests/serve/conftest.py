@@ -15,9 +15,9 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM is not installed")
 httpx = pytest.importorskip("httpx", reason="httpx is not installed")
 
-from tiny import make_llama
+from tiny import make_llama  # noqa: E402
 
-from fastsmc.screen import find_cause
+from fastsmc.screen import find_cause  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 KEY = "secret"
@@ -33,7 +33,7 @@ MODEL_ARGS = dict(
 #: registered potentials beside the package's own
 SERVED = {"fails": "served:Fails", "slow": "served:Slow", "never": "served:Never"}
 #: limits of the server's operator
-MAX_PARTICLES, MAX_PARTICLE_TOKENS, MAX_GROUPS = 128, 8192, 20
+MAX_PARTICLES, MAX_PARTICLE_TOKENS, MAX_GROUPS = 128, 8192, 4
 
 
 @pytest.fixture(scope="session")
@@ -104,9 +104,9 @@ class Server:
         """Waits until no request is there and no KV block is in use; says whether that was in time."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            if not self.metric("vllm:num_requests_running") + self.metric("vllm:num_requests_waiting"):
-                if self.metric("vllm:kv_cache_usage_perc") == 0:
-                    return True
+            names = "num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"
+            if all(self.metric(f"vllm:{name}") == 0 for name in names):
+                return True
             time.sleep(0.05)
         return False
 

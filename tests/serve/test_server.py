@@ -282,12 +282,17 @@ def test_client_that_leaves(server, stream):
     routes = [("/v1/smc", {"prompt": PROMPT, **slow}), ("/v1/completions", {**xargs(slow), "prompt": PROMPT})]
     routes[1][1]["vllm_xargs"].pop("smc_ignore_eos")
     for path, body in routes:
-        with pytest.raises(httpx.ReadTimeout):
+        deadline = time.monotonic() + 1
+        try:
             with server.client.stream("POST", path, json={**body, "stream": stream}, timeout=1) as response:
-                deadline = time.monotonic() + 1
-                for _ in response.iter_raw():
+                for part in response.iter_raw():
+                    assert response.status_code == 200, part
                     if time.monotonic() > deadline:
-                        raise httpx.ReadTimeout("enough")
+                        break
+                else:
+                    pytest.fail(f"{path}: it was over before")
+        except httpx.ReadTimeout:
+            pass
         assert server.wait_idle(2), path
 
 
@@ -321,21 +326,21 @@ def test_twelve_clients_at_once(server):
 
 def test_too_many_wait(server):
     """More than max_groups waiting: 503 with Retry-After, for those that came last; the others are served."""
-    body = {"prompt": PROMPT, "n_particles": 128, "max_tokens": 24, "ignore_eos": True, "potential": "slow"}
+    body = {"prompt": PROMPT, "n_particles": 128, "max_tokens": 6, "ignore_eos": True, "potential": "slow"}
     results = []
 
     def run(i):
         response = server.post("/v1/smc", **body, seed=i)
         results.append((response.status_code, response.headers.get("retry-after")))
 
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(MAX_GROUPS + 8)]
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(MAX_GROUPS + 6)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     busy = [retry for status, retry in results if status == 503]
     assert busy and all(int(retry) >= 1 for retry in busy)
-    assert {status for status, _ in results} == {200, 503} and len(busy) <= 8
+    assert {status for status, _ in results} == {200, 503} and len(busy) <= 4
     assert server.wait_idle(5)
 
 
