@@ -146,6 +146,8 @@ class _SMCMixin(_Scheduler):
                 setattr(request.sampling_params, name, neutral)
         except Exception as error:  # whatever a request holds, the engine goes on
             kind = "refused" if isinstance(error, ValueError) else "engine"
+            if isinstance(error, OverLimit):
+                kind = "busy" if error.limit == "max_groups" else "limit"
             self._refused[request.request_id] = request, str(error) or repr(error), kind
         else:
             alone = self._never_shared or asked.alone

@@ -161,7 +161,9 @@ def _engine_params(client: Any, params: SamplingParams) -> SamplingParams:
     """Returns the SamplingParams that go to the engine, where n choices are draws from one population."""
     asked = params.clone()
     asked.n = 1
-    extra = dict(params.extra_args or {}) | {PREFIX + "progress": True}
+    extra = dict(params.extra_args or {})
+    if not EngineOptions.of(client.vllm_config.additional_config).captured_steps:  # whose groups report no steps
+        extra[PREFIX + "progress"] = True
     if params.n > 1:
         extra[PREFIX + "n_samples"] = params.n
     if params.output_kind == RequestOutputKind.DELTA:

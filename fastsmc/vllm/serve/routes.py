@@ -65,6 +65,7 @@ async def smc(body: SMCRequest, raw_request: Request) -> Response:
     params.extra_args[PREFIX + "potential_args"] = json.dumps(body.potential_args)
     if body.twist is not None:
         params.extra_args[PREFIX + "twist"] = body.twist
+    params.extra_args[PREFIX + "progress"] = body.stream
     params.output_kind = RequestOutputKind.CUMULATIVE if body.stream else RequestOutputKind.FINAL_ONLY
     params.detokenize = False  # the population's texts are made at the end
     request_id = f"smc-{handler._base_request_id(raw_request)}"
@@ -167,7 +168,7 @@ def population_body(population: Any, payload: dict[str, Any], genealogy: bool, t
             "prompt_tokens": n_prompt,
             "completion_tokens": n_tokens,
             "total_tokens": n_prompt + n_tokens,
-            "particle_tokens": n_tokens,
+            "particle_tokens": payload["particle_tokens"],
         },
     }
     if genealogy:
