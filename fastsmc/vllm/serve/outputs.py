@@ -224,7 +224,9 @@ class Choices:
             )
         output.outputs = [
             self._choice(j, tokens[len(self._sent) :], reason)
-            for j, (tokens, reason) in enumerate(zip(ids, reasons, strict=True))
+            for j, tokens, reason in zip(
+                range(len(self._texts)), ids, reasons, strict=False
+            )  # the first n of the samples
         ]
 
     def _choice(self, j: int, new: list[int], finish_reason: str | None) -> CompletionOutput:
