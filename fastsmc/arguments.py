@@ -138,7 +138,8 @@ def read_each(
     params = SMCParams() if params is None else params
     if not isinstance(params, SMCParams):
         raise ValueError(f"params={params!r}: must be SMCParams")
-    token_list("stop_token_ids", params.stop_token_ids or (), vocab_size)
+    for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
+        token_list(name, tuple(getattr(params, name) or ()), vocab_size)
     chosen = list(potential) if isinstance(potential, (list, tuple)) else [potential] * n_prompts
     if len(chosen) != n_prompts:
         raise ValueError(f"potential: {len(chosen)} potentials for {n_prompts} prompts")

@@ -37,7 +37,9 @@ def make_parser() -> argparse.ArgumentParser:
     default = SMCParams()
     parser = _Parser(prog="fastsmc", description="Sequential Monte Carlo with language models, inside vLLM.")
     parser.add_argument("--version", action="version", version=f"fastsmc {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{run,serve,train-twist,evaluate,bench,info}")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="{run,serve,train-twist,evaluate,bench,info}"
+    )
 
     run = commands.add_parser("run", help="run one group of particles and show its best texts")
     _add_task(run, default)

@@ -17,7 +17,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from fastsmc import ops, twists
+from fastsmc import twists
 from fastsmc.arguments import Prompt, Prompts, read_each, read_prompts
 from fastsmc.params import SMCParams
 from fastsmc.population import Population
@@ -25,7 +25,8 @@ from fastsmc.potentials import Potential
 from fastsmc.potentials.tokens import short, token_list
 from fastsmc.smc import Group, GroupEngine, SMCError, set_up
 from fastsmc.smc.driving import take_step
-from fastsmc.texts import texts_after
+from fastsmc.smc.p0 import P0, token_log_probs
+from fastsmc.texts import population_texts
 from fastsmc.trunk import Trunk, fork
 
 #: logits elements that scoring may hold at once
@@ -52,7 +53,7 @@ class TrunkRows:
         self._row_of = self._row_of[ancestors]
 
     def continuation_log_prob(
-        self, tokens: Tensor, slots: Tensor, continuation: list[int], temperature: float
+        self, tokens: Tensor, slots: Tensor, continuation: list[int], p0: P0, before: int
     ) -> Tensor:
         target = torch.tensor(continuation, device=slots.device)
         chunk = max(1, SCORE_ELEMENTS // (self._trunk.vocab_size * len(continuation)))
@@ -60,9 +61,9 @@ class TrunkRows:
         for part, rows in zip(tokens.split(chunk), self._row_of[slots].split(chunk), strict=True):
             ids = torch.cat([part[:, None], target[None, :-1].expand(len(part), -1)], dim=1)
             hidden, _ = self._trunk.next(fork(self._cache), rows, ids)
-            logits = self._trunk.logits(hidden).flatten(0, 1)
-            lse = ops.weigh(logits.detach(), temperature=temperature).lse
-            score = logits.gather(1, target.repeat(len(part))[:, None])[:, 0].double() / temperature - lse
+            logits = self._trunk.logits(hidden).flatten(0, 1).detach()
+            at = (before + torch.arange(len(continuation), device=slots.device)).repeat(len(part))
+            score = token_log_probs(logits, target.repeat(len(part)), [p0], [0, len(logits)], at)
             out.append(score.reshape(len(part), -1).sum(1))
         return torch.cat(out)
 
@@ -241,5 +242,5 @@ class HFEngine:
                 bar.update(1)
         population = group.population()
         if self.engine.tokenizer is not None:
-            population.texts = texts_after(self.engine.tokenizer, prompt, population.token_ids)
+            population.texts = population_texts(self.engine.tokenizer, population)
         return population

@@ -30,6 +30,11 @@ class SMCParams:
         n_particles: number of particles N, 1 to 2**20.
         max_tokens: longest continuation in tokens; a particle that reaches it ends there.
         temperature: at least 0.01 (below that vLLM would clamp it); divides the logits, so that it is part of p0.
+        top_k, top_p, min_p: what vLLM's sampler knows by these names, part of p0: each step's distribution is cut and
+            renormalised. 0 (or -1), 1.0 and 0.0 are off.
+        logit_bias: token id → what is added to its logit; part of p0.
+        allowed_token_ids: the tokens that p0 may draw; None: all.
+        min_tokens: p0 gives no stop token before so many other tokens, and stop strings end nothing.
         ess_threshold: in [0, 1]; resample when the effective sample size falls below `ess_threshold * N`.
             1.0 resamples at every step, 0.0 never.
         resampling: 'systematic', 'stratified', 'multinomial', 'residual' or 'ssp'.
@@ -37,6 +42,9 @@ class SMCParams:
             afterwards.
         ignore_eos: True keeps particles going past the model's end-of-sequence token.
         stop_token_ids: further tokens that end a particle; the stop token is part of its tokens.
+        stop: strings, or a string; a particle whose text comes to hold one ends with that token, which it keeps.
+        force_stop: True draws the last of `max_tokens` among the stop tokens, so that the target is p0·φ on sequences
+            that end with a stop token; it needs one.
         seed: 0 to 2**63 - 1; the same seed gives the same population.
         group: 0 to 2**32 - 1; a second key beside the seed, for independent groups under one seed. `LLM.smc` adds the
             prompt's index to it when it is given a list.
@@ -55,6 +63,14 @@ class SMCParams:
     stop_token_ids: tuple[int, ...] | None = None
     seed: int = 0
     group: int = 0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    logit_bias: Mapping[int, float] | None = dataclasses.field(default=None, hash=False)
+    allowed_token_ids: tuple[int, ...] | None = None
+    min_tokens: int = 0
+    stop: tuple[str, ...] | None = None
+    force_stop: bool = False
 
     def __post_init__(self) -> None:
         def put(name: str, value: Any) -> None:
@@ -66,26 +82,55 @@ class SMCParams:
         put("ess_threshold", check_float("ess_threshold", self.ess_threshold, 0.0, 1.0))
         check_choice("resampling", self.resampling, RESAMPLING_SCHEMES)
         check_choice("proposal", self.proposal, PROPOSALS)
-        if not isinstance(self.ignore_eos, bool):
-            raise ValueError(f"ignore_eos={self.ignore_eos!r}: must be True or False")
-        if self.stop_token_ids is not None:
-            ids = self.stop_token_ids
-            if hasattr(ids, "tolist"):  # an array
-                ids = ids.tolist()
-            if isinstance(ids, (str, bytes)) or not isinstance(ids, (Sequence, Set)):
-                raise ValueError(f"stop_token_ids={self.stop_token_ids!r}: must be a list of token ids or None")
-            put("stop_token_ids", tuple(check_int("stop_token_ids", v, 0, 2**31 - 1) for v in ids))
+        for name in ("ignore_eos", "force_stop"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r}: must be True or False")
+        put("stop_token_ids", _check_ids("stop_token_ids", self.stop_token_ids))
         put("seed", check_int("seed", self.seed, 0, 2**63 - 1))
         put("group", check_int("group", self.group, 0, 2**32 - 1))
+        put("top_k", max(check_int("top_k", self.top_k, -1, 2**31 - 1), 0))
+        put("top_p", check_float("top_p", self.top_p, 0.0, 1.0))
+        if self.top_p == 0.0:
+            raise ValueError("top_p=0.0: must be a number in (0, 1]")
+        put("min_p", check_float("min_p", self.min_p, 0.0, 1.0))
+        put("logit_bias", _check_bias(self.logit_bias))
+        put("allowed_token_ids", _check_ids("allowed_token_ids", self.allowed_token_ids))
+        if self.allowed_token_ids == ():
+            raise ValueError("allowed_token_ids=[]: must hold at least one token id, or be None")
+        put("min_tokens", check_int("min_tokens", self.min_tokens, 0, self.max_tokens))
+        put("stop", _check_stop(self.stop))
+        if self.force_stop and self.ignore_eos and not self.stop_token_ids:
+            raise ValueError("force_stop=True: needs a stop token; with ignore_eos=True give stop_token_ids")
+        if self.force_stop and self.min_tokens == self.max_tokens:
+            raise ValueError(
+                f"min_tokens={self.min_tokens}: with force_stop=True must be below max_tokens={self.max_tokens}"
+            )
 
     # -- as a vLLM request -----------------------------------------------------------------------------------------
     #: fields that SamplingParams has a word for, and those that travel as smc_* keys
-    _SHARED = ("max_tokens", "temperature", "ignore_eos", "stop_token_ids", "seed")
-    _OWN = ("n_particles", "ess_threshold", "resampling", "proposal", "group")
+    _SHARED = (
+        *("max_tokens", "temperature", "ignore_eos", "stop_token_ids", "seed", "top_k", "top_p", "min_p"),
+        *("logit_bias", "allowed_token_ids", "min_tokens", "stop"),
+    )
+    _OWN = ("n_particles", "ess_threshold", "resampling", "proposal", "group", "force_stop")
 
     def to_extra_args(self) -> dict[str, Any]:
         """Makes the flat `smc_*` keys for `SamplingParams.extra_args`."""
         return {PREFIX + name: getattr(self, name) for name in self._OWN}
+
+    def to_shared(self) -> dict[str, Any]:
+        """Makes the arguments of `SamplingParams` that say the rest; sequences are lists."""
+        shared = {name: getattr(self, name) for name in self._SHARED}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in shared.items()}
+
+    def p0(self) -> dict[str, Any]:
+        """Says what p0 is besides the model, in JSON values: the settings of vLLM's sampler in force."""
+        names = ("temperature", "top_k", "top_p", "min_p", "allowed_token_ids", "min_tokens")
+        values = {name: getattr(self, name) for name in names}
+        if self.allowed_token_ids is not None:
+            values["allowed_token_ids"] = list(self.allowed_token_ids)
+        bias = self.logit_bias
+        return {**values, "logit_bias": None if bias is None else {str(token): value for token, value in bias.items()}}
 
     @classmethod
     def from_request(cls, extra_args: Mapping[str, Any], **shared: Any) -> SMCParams:
@@ -107,7 +152,45 @@ class SMCParams:
 
 #: `smc_*` keys of a group request that are not SMCParams: the potential's name, its JSON arguments, the directory of a
 #: learned twist, exact samples of the target (lists of token ids), whether the whole population comes back (in
-#: `RequestOutput.kv_transfer_params`) or only a summary, and whether the group's rows are in no other group's pass.
+#: `RequestOutput.kv_transfer_params`) or only a summary, whether the group's rows are in no other group's pass, whether
+#: outputs say how each step went, whether tokens come as soon as they are final, and how many samples are drawn.
 REQUEST_KEYS = frozenset(
-    PREFIX + name for name in ("potential", "potential_args", "twist", "exact", "return_population", "alone")
-)
+    PREFIX + name
+    for name in (
+        "potential", "potential_args", "twist", "exact", "return_population", "alone", "progress", "stream_tokens",
+        "n_samples",
+    )
+)  # fmt: skip
+
+
+def _check_ids(name: str, ids: Any) -> tuple[int, ...] | None:
+    """Reads token ids, or None."""
+    if ids is None:
+        return None
+    listed = ids.tolist() if hasattr(ids, "tolist") else ids  # an array
+    if isinstance(listed, (str, bytes)) or not isinstance(listed, (Sequence, Set)):
+        raise ValueError(f"{name}={ids!r}: must be a list of token ids or None")
+    return tuple(check_int(name, token, 0, 2**31 - 1) for token in listed)
+
+
+def _check_bias(bias: Any) -> dict[int, float] | None:
+    """Reads token id → number, or None for none. Ids may be text, as JSON has them."""
+    if bias is None:
+        return None
+    if not isinstance(bias, Mapping):
+        raise ValueError(f"logit_bias={bias!r}: must be a mapping of token ids to numbers, or None")
+    out = {}
+    for token, value in bias.items():
+        id_ = int(token) if isinstance(token, str) and token.isdecimal() else token
+        out[check_int("logit_bias", id_, 0, 2**31 - 1)] = check_float(f"logit_bias[{token!r}]", value, -1e6, 1e6)
+    return out or None
+
+
+def _check_stop(stop: Any) -> tuple[str, ...] | None:
+    """Reads a string or several, none of them empty; None for none."""
+    strings = [stop] if isinstance(stop, str) else stop
+    if strings is None:
+        return None
+    if not isinstance(strings, (list, tuple)) or not all(isinstance(text, str) and text for text in strings):
+        raise ValueError(f"stop={stop!r}: must be a string or a list of strings, none of them empty")
+    return tuple(strings) or None

@@ -25,10 +25,11 @@ import numpy as np
 
 from fastsmc import plots
 from fastsmc.params import SMCParams
-from fastsmc.values import check_int, json_safe
+from fastsmc.values import check_choice, check_int, json_safe
 
 FORMAT = "fastsmc.population"
 VERSION = 1
+FINISH_REASONS = ("stop", "length", "dead")
 
 _ARRAYS = {  # field: (dtype, shape in words of N and T)
     "log_weights": (np.float64, "N"),
@@ -76,6 +77,8 @@ class Population:
             twisted proposal that is before the draw, so its rows are then those of step t - 1.
         prompt_token_ids: the prompt's tokens.
         params: what was asked for.
+        finish_reasons: N of "stop" (a stop token, a stop string or `Potential.stop`), "length" (max_tokens) and "dead" (it
+            came to neither: no token had any weight, or no particle of the group); None: not known, of an old file.
         texts: N str, what the tokens add to the prompt's text; None without a tokenizer.
 
     Raises:
@@ -94,6 +97,7 @@ class Population:
     step_log_weights: np.ndarray
     prompt_token_ids: list[int]
     params: SMCParams
+    finish_reasons: list[str] | None = None
     texts: list[str] | None = _Texts()  # type: ignore[assignment]  # a descriptor, typed as what it gives
 
     def __post_init__(self) -> None:
@@ -121,6 +125,12 @@ class Population:
             raise ValueError(f"log_z={self.log_z}: must be finite or -inf")
         if not isinstance(self.params, SMCParams):
             raise ValueError(f"params={self.params!r}: must be SMCParams")
+        if self.finish_reasons is not None:
+            self.finish_reasons = list(self.finish_reasons)
+            for reason in self.finish_reasons:
+                check_choice("finish_reasons", reason, FINISH_REASONS)
+            if len(self.finish_reasons) != sizes["N"]:
+                raise ValueError(f"finish_reasons: {len(self.finish_reasons)} of them for {sizes['N']} particles")
 
     @classmethod
     def from_record(
@@ -134,18 +144,26 @@ class Population:
         step_log_weights: np.ndarray,
         log_weights: np.ndarray,
         log_z: float,
+        stopped: np.ndarray,
         prompt: list[int],
         params: SMCParams,
     ) -> Population:
-        """Traces each final particle back through a record kept step by step; token_log_probs: (T, N), as `tokens`."""
+        """Traces each final particle back through a record kept step by step.
+
+        Args:
+            token_log_probs: (T, N), as `tokens`.
+            stopped: (N,) bool, final particles that ended otherwise than by their length.
+        """
         steps, n = tokens.shape
         rows = np.arange(n)
         traced, log_probs = np.empty((n, steps), np.int32), np.empty((n, steps))
         for t in reversed(range(steps)):
             traced[:, t], log_probs[:, t] = tokens[t, rows], token_log_probs[t, rows]
             rows = ancestors[t, rows]
+        token_ids = [row[row >= 0].tolist() for row in traced]
+        full = [len(ids) == params.max_tokens for ids in token_ids]
         return cls(
-            token_ids=[row[row >= 0].tolist() for row in traced],
+            token_ids=token_ids,
             log_weights=log_weights,
             log_z=log_z,
             log_probs=log_probs.sum(axis=1),
@@ -157,6 +175,7 @@ class Population:
             step_log_weights=step_log_weights,
             prompt_token_ids=list(prompt),
             params=params,
+            finish_reasons=["stop" if s else "length" if f else "dead" for s, f in zip(stopped, full, strict=True)],
         )
 
     # -- sizes and weights -----------------------------------------------------------------------------------------
@@ -268,6 +287,7 @@ class Population:
             "params": dataclasses.asdict(self.params),
             "prompt_token_ids": self.prompt_token_ids,
             "token_ids": [list(map(int, ids)) for ids in self.token_ids],
+            "finish_reasons": self.finish_reasons,
             "texts": self.texts,
             **{name: json_safe(getattr(self, name)) for name in names},
         }
@@ -291,6 +311,7 @@ class Population:
             "params": dataclasses.asdict(self.params),
             "prompt_token_ids": self.prompt_token_ids,
             "texts": self.texts,
+            "finish_reasons": self.finish_reasons,
             "digest": _digest(arrays),
         }
         out = io.BytesIO()
@@ -326,6 +347,7 @@ class Population:
                 prompt_token_ids=meta["prompt_token_ids"],
                 params=SMCParams(**meta["params"]),
                 texts=meta["texts"],
+                finish_reasons=meta.get("finish_reasons"),
                 **arrays,
             )
             if not good:

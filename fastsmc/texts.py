@@ -8,7 +8,10 @@ tokens are decoded with the continuation and without it, and the text is the dif
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastsmc.population import Population
 
 #: tokens of the prompt that are decoded with a continuation: enough for a character that began in the prompt
 CONTEXT = 8
@@ -17,21 +20,41 @@ CONTEXT = 8
 _PARTIAL = "\ufffd"
 
 
+def population_texts(tokenizer: Any, population: Population) -> list[str]:
+    """Decodes what each particle adds to the prompt's text, up to the stop string that it ended with."""
+    prompt, strings = population.prompt_token_ids, population.params.stop
+    texts = texts_after(tokenizer, prompt, population.token_ids)
+    if not strings or population.finish_reasons is None:
+        return texts
+    before = texts_after(tokenizer, prompt, [ids[:-1] for ids in population.token_ids])
+    out = []
+    for text, shorter, reason in zip(texts, before, population.finish_reasons, strict=True):
+        known = len(shorter.rstrip(_PARTIAL))
+        places = [(at + len(s), at) for s in strings if (at := text.find(s, max(0, known + 1 - len(s)))) >= 0]
+        out.append(text[: min(places)[1]] if places and reason == "stop" else text)
+    return out
+
+
 def texts_after(tokenizer: Any, prompt: Sequence[int], sequences: Sequence[Sequence[int]]) -> list[str]:
     """Decodes what each sequence of token ids adds to the prompt's text, without special tokens."""
     if not sequences:
         return []
     length = CONTEXT
     tail = list(prompt[-length:])
-    [before] = _decode(tokenizer, [tail])
+    [before] = decode(tokenizer, [tail])
     while not before.strip().strip(_PARTIAL) and length < len(prompt):  # special tokens and spaces: look further back
         length *= 4
         tail = list(prompt[-length:])
-        [before] = _decode(tokenizer, [tail])
+        [before] = decode(tokenizer, [tail])
     distinct = list(dict.fromkeys(map(tuple, sequences)))
-    whole = _decode(tokenizer, [[*tail, *sequence] for sequence in distinct])
+    whole = decode(tokenizer, [[*tail, *sequence] for sequence in distinct])
     known = {sequence: _beyond(before, text) for sequence, text in zip(distinct, whole, strict=True)}
     return [known[tuple(sequence)] for sequence in sequences]
+
+
+def is_whole(text: str) -> bool:
+    """Says whether a text does not end within a character."""
+    return not text.endswith(_PARTIAL)
 
 
 def _beyond(before: str, text: str) -> str:
@@ -47,7 +70,7 @@ def _beyond(before: str, text: str) -> str:
     return text[same:]
 
 
-def _decode(tokenizer: Any, sequences: list[list[int]]) -> list[str]:
+def decode(tokenizer: Any, sequences: list[list[int]]) -> list[str]:
     """Decodes as the tokenizer's model has it: transformers' beautification (" ." to ".") would change texts."""
     options = {"skip_special_tokens": True}
     if any(base.__name__ == "PreTrainedTokenizerBase" for base in type(tokenizer).__mro__):

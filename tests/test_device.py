@@ -39,8 +39,8 @@ class LastToken:
     def reindex(self, ancestors):
         assert ancestors.device == self.logits.device
 
-    def continuation_log_prob(self, tokens, slots, continuation, temperature):
-        scores = (self.logits.double() / temperature).log_softmax(1)
+    def continuation_log_prob(self, tokens, slots, continuation, p0, before):
+        scores = (self.logits.double() / p0.temperature).log_softmax(1)
         later = sum(float(scores[a, b]) for a, b in pairwise(continuation))
         return scores[tokens, continuation[0]] + later
 

@@ -57,7 +57,7 @@ def run(groups, rng=None):
         ):
             rows = wants.tokens[begin:end], wants.slots[begin:end]
             parts.append(
-                model.continuation_log_prob(*rows, ids, group.params.temperature) if end > begin else torch.zeros(0)
+                model.continuation_log_prob(*rows, ids, group.p0, group.t + 1) if end > begin else torch.zeros(0)
             )
         return torch.cat(parts).double()
 

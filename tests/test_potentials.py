@@ -129,6 +129,8 @@ def test_lexicon_spellings(engine):
     assert torch.isneginf(lexicon._change[0]).nonzero().flatten().tolist() == [1, 8, 9, 10]
     with pytest.raises(ValueError, match="'cab'"):
         Lexicon(words=["a", "cab"]).setup(engine)
+    with pytest.raises(ValueError, match=r"Lexicon\(words\): this engine has no tokenizer"):
+        Lexicon(words=["a"]).prepare(None)
     with pytest.raises(ValueError, match="outside the vocabulary"):
         Lexicon(token_ids=[V]).setup(engine)
 
@@ -299,6 +301,8 @@ def test_regex_follows_reindex(engine, seed):
 def test_regex_refuses(engine, pattern):
     with pytest.raises(ValueError, match=re.escape(repr(pattern))):
         Regex(pattern).setup(engine)
+    with pytest.raises(ValueError, match="pattern has 65537 characters; must have at most 65536"):
+        Regex((1 << 16) * "a" + "a")
 
 
 def test_regex_needs_a_tokenizer():

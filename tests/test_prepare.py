@@ -9,8 +9,7 @@ import pytest
 from prepared import alive, begun, wait_until
 from tiny import TableTwist
 
-from fastsmc.smc import SMCError
-from fastsmc.vllm.prepare import Preparer
+from fastsmc.vllm.prepare import PrepareError, Preparer
 
 SLOW, PLAIN = "prepared:Slow", "prepared:Plain"
 
@@ -38,17 +37,16 @@ def test_a_helper_serves_on_whatever_a_potential_raises(preparer, tmp_path):
     asked = preparer()
     potential = asked.prepare("slow", SLOW, args(tmp_path))
     assert isinstance(potential, TableTwist) and potential.how == "well"
-    for how, message in (
-        ("raise", "potential 'slow': prepare raised ValueError: no automaton"),
-        ("exit", "potential 'slow': prepare raised SystemExit: 3"),
-        ("flow", "potential 'slow': what prepare left of Slow cannot be pickled"),
+    for name, code, arguments, kind, message in (
+        ("slow", SLOW, args(tmp_path, "raise"), "refused", "potential 'slow': prepare raised ValueError: no automaton"),
+        ("slow", SLOW, args(tmp_path, "exit"), "potential", "potential 'slow': prepare raised SystemExit: 3"),
+        ("slow", SLOW, args(tmp_path, "flow"), "potential", "potential 'slow': what prepare left of Slow cannot be pi"),
+        ("no", "prepared:Nobody", "{}", "refused", "potential 'no': cannot load 'prepared:Nobody'"),
+        ("plain", PLAIN, '{"x": 1}', "refused", "potential 'plain' with arguments .*unexpected keyword"),
     ):
-        with pytest.raises(SMCError, match=message):
-            asked.prepare("slow", SLOW, args(tmp_path, how))
-    with pytest.raises(SMCError, match="potential 'no': cannot load 'prepared:Nobody'"):
-        asked.prepare("no", "prepared:Nobody", "{}")
-    with pytest.raises(SMCError, match="potential 'plain' with arguments .*unexpected keyword"):
-        asked.prepare("plain", PLAIN, '{"x": 1}')
+        with pytest.raises(PrepareError, match=message) as caught:
+            asked.prepare(name, code, arguments)
+        assert caught.value.kind == kind
     plain = asked.prepare("plain", PLAIN, "{}")
     assert {int(pid) for _, pid in begun(tmp_path)} == {plain.prepared_in}
 
@@ -56,8 +54,11 @@ def test_a_helper_serves_on_whatever_a_potential_raises(preparer, tmp_path):
 def test_a_helper_that_ends_is_replaced(preparer, tmp_path):
     (tmp_path / "gate").touch()
     asked = preparer()
-    with pytest.raises(SMCError, match="potential 'slow': the process that prepared it ended, with exit status 5"):
+    with pytest.raises(
+        PrepareError, match="potential 'slow': the process that prepared it ended, with exit status 5"
+    ) as caught:
         asked.prepare("slow", SLOW, args(tmp_path, "die"))
+    assert caught.value.kind == "potential"
     first = asked.prepare("plain", PLAIN, "{}").prepared_in
     subprocess.run(["kill", "-9", str(first)], check=True)  # while it is idle, as the kernel might
     wait_until(lambda: not alive(first))
@@ -67,10 +68,10 @@ def test_a_helper_that_ends_is_replaced(preparer, tmp_path):
 def test_what_holds_the_interpreter_is_killed_with_what_it_started(preparer, tmp_path):
     (tmp_path / "gate").touch()
     asked = preparer(seconds=1.5)
-    with pytest.raises(
-        SMCError, match="potential 'slow': the process that prepared it was not done within setup_timeout_s=1.5, and w"
-    ):
+    with pytest.raises(PrepareError) as caught:
         asked.prepare("slow", SLOW, args(tmp_path, "hold"))
+    how = "was not done within setup_timeout_s=1.5, and was killed"
+    assert str(caught.value) == f"potential 'slow': the process that prepared it {how}" and caught.value.kind == "limit"
     assert not alive(begun(tmp_path)[0][1])
     wait_until(lambda: not alive((tmp_path / "child").read_text()))
     assert asked.prepare("plain", PLAIN, "{}").prepared_in
@@ -83,7 +84,7 @@ def test_close_ends_what_runs(preparer, tmp_path):
     idle = asked.prepare("plain", PLAIN, "{}").prepared_in
 
     def ask():
-        with pytest.raises(SMCError) as caught:
+        with pytest.raises(PrepareError) as caught:
             asked.prepare("slow", SLOW, args(tmp_path))
         errors.append(str(caught.value))
 
@@ -95,7 +96,7 @@ def test_close_ends_what_runs(preparer, tmp_path):
     asked.close()
     thread.join(60)
     assert errors and not alive(idle) and not alive(warm)
-    with pytest.raises(SMCError, match="shut down"):
+    with pytest.raises(PrepareError, match="shut down"):
         asked.prepare("plain", PLAIN, "{}")
 
 

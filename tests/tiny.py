@@ -133,7 +133,7 @@ class TableRows:
     def reindex(self, ancestors):
         self.rows = [self.rows[a] for a in ancestors.tolist()]
 
-    def continuation_log_prob(self, tokens, slots, continuation, temperature):
+    def continuation_log_prob(self, tokens, slots, continuation, p0, before):
         raise NotImplementedError
 
 

@@ -144,6 +144,14 @@ class Potential:
     #: names of attributes that hold the potentials, one or a tuple, that this one is made of
     made_of: tuple[str, ...] = ()
 
+    @classmethod
+    def tokenize_args(cls, args: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
+        """Returns the JSON arguments that a request gives, with text that `lookahead` hangs on as token ids.
+
+        Called in the front end, which has a tokenizer: room for a request is found before anything is prepared.
+        """
+        return args
+
     def prepare(self, tokenizer: Any) -> None:
         """Does host work that may be slow, such as compiling tables; tokenizer: as `Engine.tokenizer`. Default: none.
 
@@ -170,6 +178,16 @@ class Potential:
         """Returns (N,) log φ(s); asked at each step at which particles end, about those."""
         return self.prefix(state)
 
+    def stop(self, state: State) -> Tensor | None:
+        """Returns (N,) bool, unfinished particles that end with the token that they have just drawn; None: nobody does.
+
+        They need no stop token, and no weight is corrected: such a sequence is complete, so `complete` is asked about it.
+        It must hang on the particle's tokens alone. Default: what any of the potentials that this is made of says.
+        """
+        answers = [part.stop(state) for part in _parts(self)]
+        told = [answer for answer in answers if answer is not None]
+        return torch.stack(told).any(0) if told else None
+
     def logw_next(self, state: State) -> Tensor | Rows | Masked | None:
         """Returns (N, V) log ψ_{t+1}(s, v) − log ψ_t(s) for every next token v; None: not used in the proposal.
 
@@ -181,6 +199,17 @@ class Potential:
     def __mul__(self, other: Potential) -> Product:
         """Makes the product, of ψ = ψ_self · ψ_other."""
         return self._product(self, other) if isinstance(other, Potential) else NotImplemented
+
+
+def _parts(potential: Potential) -> list[Potential]:
+    """Lists the potentials that this one is made of."""
+    held = [getattr(potential, name) for name in potential.made_of]
+    return [part for each in held for part in (each if isinstance(each, tuple) else (each,))]
+
+
+def stops(potential: Potential) -> bool:
+    """Says whether a potential, or one that it is made of, defines `stop`."""
+    return type(potential).stop is not Potential.stop or any(map(stops, _parts(potential)))
 
 
 def answered(potential: Potential) -> set[str]:

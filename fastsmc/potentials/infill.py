@@ -33,14 +33,15 @@ class Infill(Potential):
             raise ValueError("Infill: the continuation is empty")
         self.lookahead = len(self.continuation or ())
 
+    @classmethod
+    def tokenize_args(cls, args: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
+        text = args.get("continuation")
+        return {**args, "continuation": _encode(text, tokenizer)} if text and isinstance(text, str) else args
+
     def prepare(self, tokenizer: Any) -> None:
         if self._text is not None:
-            if tokenizer is None:
-                raise ValueError("Infill: a continuation given as text needs a tokenizer; give token ids")
-            self.continuation = list(tokenizer.encode(self._text, add_special_tokens=False))
+            self.continuation = _encode(self._text, tokenizer)
             self.lookahead = len(self.continuation)
-            if not self.continuation:
-                raise ValueError(f"Infill: continuation={self._text!r} has no tokens")
 
     def setup(self, engine: Engine) -> None:
         self._engine = engine
@@ -59,3 +60,12 @@ class Infill(Potential):
 
     def complete(self, state: State) -> Tensor:
         return self._engine.continuation_log_prob(self._ids)
+
+
+def _encode(text: str, tokenizer: Any) -> list[int]:
+    if tokenizer is None:
+        raise ValueError("Infill: a continuation given as text needs a tokenizer; give token ids")
+    ids = list(tokenizer.encode(text, add_special_tokens=False))
+    if not ids:
+        raise ValueError(f"Infill: continuation={text!r} has no tokens")
+    return ids

@@ -14,6 +14,8 @@ from fastsmc.potentials.automaton import Automaton, automaton_of
 from fastsmc.potentials.base import Engine, Masked, Potential, State
 from fastsmc.potentials.tokens import log_of, tokenizer_of
 
+#: characters of a pattern; engines parse it in their steps, at some microseconds each
+MAX_CHARACTERS = 1 << 16
 #: bytes of masks that one automaton keeps for one set of stop tokens
 MAX_MASK_BYTES = 32 << 20
 #: sets of stop tokens of one automaton, and numbers of tokens left, whose tables stay on the device
@@ -190,8 +192,8 @@ class Regex(Potential):
         pattern: the regular expression.
 
     Raises:
-        ValueError: the pattern is not one, or has what is not supported; in `prepare` and `setup`: its automaton is
-            beyond the limits, or no sequence of tokens matches it.
+        ValueError: the pattern is not one, is too long, or has what is not supported; in `prepare` and `setup`: its
+            automaton is beyond the limits, or no sequence of tokens matches it.
     """
 
     shared_by_groups = ("_automaton", "_budgets")
@@ -200,6 +202,8 @@ class Regex(Potential):
     def __init__(self, pattern: str) -> None:
         if not isinstance(pattern, str):
             raise ValueError(f"pattern={pattern!r}: must be a string")
+        if len(pattern) > MAX_CHARACTERS:
+            raise ValueError(f"Regex: pattern has {len(pattern)} characters; must have at most {MAX_CHARACTERS}")
         try:
             syntax.parse(pattern)
         except ValueError as error:

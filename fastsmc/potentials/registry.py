@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from fastsmc.potentials.base import Potential
@@ -16,6 +16,28 @@ def registered() -> dict[str, importlib.metadata.EntryPoint]:
     return {entry.name: entry for entry in sorted(importlib.metadata.entry_points(group=GROUP))}
 
 
+def load(name: str, known: Mapping[str, importlib.metadata.EntryPoint] | None = None) -> Callable[..., Any]:
+    """Returns what makes the potential `name`, usually its class.
+
+    Args:
+        known: the potentials that there are, by name; None: those registered.
+
+    Raises:
+        ValueError: an unknown name (the known ones are listed), or one that cannot be imported.
+    """
+    if known is None:
+        known = registered()
+    if name not in known:
+        names = ", ".join(map(repr, known)) or f"none (no installed package has entry points {GROUP!r})"
+        raise ValueError(f"potential {name!r}: unknown; known are {names}")
+    try:
+        return known[name].load()
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # somebody's module: whatever it does must not end the engine
+        raise ValueError(f"potential {name!r}: cannot load {known[name].value!r}: {error}") from error
+
+
 def resolve(
     name: str,
     args: Mapping[str, Any] | None = None,
@@ -24,25 +46,14 @@ def resolve(
     """Builds the potential `name` with keyword arguments `args`.
 
     Args:
-        known: the potentials that there are, by name; None: those registered.
+        known: as of `load`.
 
     Raises:
-        ValueError: an unknown name (the known ones are listed), one that cannot be imported, or arguments that it
-            refuses.
+        ValueError: as of `load`, or arguments that it refuses.
     """
-    if known is None:
-        known = registered()
-    if name not in known:
-        names = ", ".join(map(repr, known)) or f"none (no installed package has entry points {GROUP!r})"
-        raise ValueError(f"potential {name!r}: unknown; known are {names}")
+    build = load(name, known)
     if not isinstance(args or {}, Mapping):
         raise ValueError(f"potential {name!r}: arguments {args!r} must be a JSON object")
-    try:
-        build = known[name].load()
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # somebody's module: whatever it does must not end the engine
-        raise ValueError(f"potential {name!r}: cannot load {known[name].value!r}: {error}") from error
     try:
         potential = build(**(args or {}))
     except KeyboardInterrupt:
@@ -50,5 +61,5 @@ def resolve(
     except BaseException as error:
         raise ValueError(f"potential {name!r} with arguments {dict(args or {})!r}: {error}") from error
     if not isinstance(potential, Potential):
-        raise ValueError(f"potential {name!r}: {known[name].value!r} does not make a fastsmc.Potential")
+        raise ValueError(f"potential {name!r}: {build!r} does not make a fastsmc.Potential")
     return potential

@@ -12,6 +12,7 @@ from torch import Tensor
 from fastsmc.params import SMCParams
 from fastsmc.potentials import Potential, State
 from fastsmc.potentials.answers import NextRows, check_next, check_scores
+from fastsmc.potentials.base import stops
 from fastsmc.potentials.copying import for_others
 from fastsmc.potentials.joint import is_joinable
 from fastsmc.smc.engine import GroupEngine, SMCError
@@ -68,6 +69,7 @@ class Asker:
         last_step: step of the last `State` that it saw.
         last_sizes: rows of log ψ and of the mask in the last answer of `logw_next`.
         scorer: answers `continuation_log_prob` while it is asked for scores.
+        stops: whether the potential ends particles.
         known: a continuation, and its (N,) float64 log-probs in this step.
     """
 
@@ -87,6 +89,7 @@ class Asker:
         self.last_sizes = (0, 0)
         self.scorer: Callable[[list[int]], Tensor] | None = None
         self.known: tuple[list[int], Tensor] | None = None
+        self.stops = stops(potential)
 
     def error(self, method: str, what: str, step: int | None = None) -> SMCError:
         """Makes an error that names the step of the `State` that the potential saw."""
@@ -122,6 +125,20 @@ class Asker:
             return check_scores(self.potential, method, answer, state.finished)
         except TypeError as error:
             raise self._refused(method, error) from None
+
+    def stop(self, state: State) -> Tensor:
+        """Asks `stop`: (N,) bool.
+
+        Raises:
+            SMCError: it raised, or answered with something else.
+        """
+        answer, like = self.call("stop", state), state.finished
+        if answer is None:
+            return torch.zeros_like(like)
+        if not isinstance(answer, Tensor) or answer.dtype != torch.bool or answer.shape != like.shape:
+            got = f"{tuple(answer.shape)} {answer.dtype}" if isinstance(answer, Tensor) else type(answer).__name__
+            raise self.error("stop", f"returned {got}; must be a torch.bool tensor of shape {tuple(like.shape)} or None")
+        return answer.to(like.device)
 
     def next_rows(self, state: State, vocab: int) -> NextRows | None:
         """Asks `logw_next`; None: it does not shape the proposal. Indices are not looked at: the host would wait.

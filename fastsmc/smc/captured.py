@@ -27,10 +27,12 @@ from fastsmc.params import SMCParams
 from fastsmc.population import Population
 from fastsmc.potentials import Potential
 from fastsmc.potentials.answers import NextRows
+from fastsmc.potentials.base import stops
 from fastsmc.smc import faults
 from fastsmc.smc.asking import GroupState
 from fastsmc.smc.engine import GroupEngine, SMCError
 from fastsmc.smc.group import Setup
+from fastsmc.smc.p0 import P0
 from fastsmc.smc.particles import Particles
 from fastsmc.smc.record import make_population
 from fastsmc.smc.step import Step
@@ -54,6 +56,13 @@ class PagedModel(Protocol):
 
         Returns logits (N, V) and last hidden states (N, H), or None for the latter. Fixed shapes, no synchronisation.
         """
+
+
+def is_capturable(params: SMCParams, potential: Potential | None) -> bool:
+    """Says whether a group's steps have no host in them, which top_p, stop strings and `Potential.stop` need."""
+    if potential is not None and (not potential.capturable or stops(potential)):
+        return False
+    return params.stop is None and not P0(params, params.stop_token_ids or (0,), torch.device("cpu")).restricted
 
 
 class CapturedGroup(Setup):
@@ -102,6 +111,8 @@ class CapturedGroup(Setup):
         if potential is not None and not potential.capturable:
             raise ValueError(f"potential={type(potential).__name__}: is not capturable (Potential.capturable)")
         super().__init__(params, potential, prompt, stop_token_ids, device, engine, copy_on_write=False)
+        if not is_capturable(params, potential):
+            raise ValueError(f"params={params}: only p0 as the model has it, at a temperature, is captured, and no `stop`")
         self.model, self.t, self.done = model, 0, False
         self.error: SMCError | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -366,6 +377,7 @@ class CapturedGroup(Setup):
             float(self.step.log_z),
             twisted=self.kind.twisted,
             ended_by_resampling=False,
+            stopped=self.particles.stopped,
             prompt=self.prompt,
             params=self.params,
         )

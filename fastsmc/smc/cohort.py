@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import struct
 from collections.abc import Callable, Generator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -28,9 +29,11 @@ from fastsmc.potentials.tokens import token_list
 from fastsmc.smc import faults
 from fastsmc.smc.asking import Asker, GroupState
 from fastsmc.smc.engine import SMCError
+from fastsmc.smc.p0 import restrict
 from fastsmc.smc.particles import Layout, Particles
 from fastsmc.smc.record import Log
 from fastsmc.smc.step import Step
+from fastsmc.values import json_safe
 
 if TYPE_CHECKING:
     from fastsmc.smc.group import Group
@@ -248,7 +251,7 @@ class Cohort:
         """Takes one step by what the model gave for the rows of `wants`. What goes wrong in a group ends it alone.
 
         Args:
-            logits: (R, V).
+            logits: (R, V), which may be written to.
             hidden: (R, H) or None.
 
         Yields:
@@ -260,17 +263,24 @@ class Cohort:
         yield from self._let_go(logits, hidden)
         if not any(self._own(group) for group in self.groups):
             return
+        if any(group.p0.restricted for group in self.groups):
+            rows = torch.tensor([b - a for a, b in itertools.pairwise(self._bounds)], device=logits.device)
+            before = step.step.repeat_interleave(rows, output_size=self._bounds[-1])
+            logits = restrict(logits, [group.p0 for group in self.groups], self._bounds, before)
         shaped = step.kind.twisted or step.kind.guided
         sizes = [run.part.stop - run.part.start for run in self._asked]
         told = together(answers, sizes, self.particles.log_w.device) if any(answers) else None
         first = step.step == 0 if any(group.t == 0 for group in self.groups) else None
         ended, change = step.draw(logits, told if shaped else None, None if shaped else told, first, self._forced())
-        bad, n_ended, left, moved = self._read(
-            self._bad(), ended, step.active, step.resampled if step.kind.twisted else None
-        )
-        self._fail_bad(bad)
-        if step.kind.twisted:
+        moving = step.resampled if step.kind.twisted else None
+        if any(group.ends_itself for group in self.groups):
+            bad, moved = self._read(self._bad(), moving)
+            self._fail_bad(bad)
             self._reindex(moved)
+            ended, moving = self._ask_stops(ended), None
+        bad, n_ended, left, moved = self._read(self._bad(), ended, step.active, moving)
+        self._fail_bad(bad)
+        self._reindex(moved)
         new_psi = yield from self._ask_scores(ended, n_ended, left, change)
         step.close(new_psi)
         self._end_step()
@@ -304,8 +314,11 @@ class Cohort:
         self.log.close()
         plan = self._next = self._settle(step.active)
         unfinished = ~particles.finished
-        bad, rows, copies, left, going, moved = self._read(
-            self._bad(), plan.present, plan.copied, unfinished, step.going, step.resampled
+        numbers: tuple[Tensor, ...] = ()  # read as the bits that they are
+        if any(group.progress is not None for group in self.groups):
+            numbers = step.ess.view(torch.int64), step.log_z_so_far().view(torch.int64)
+        bad, rows, copies, left, going, moved, *bits = self._read(
+            self._bad(), plan.present, plan.copied, unfinished, step.going, step.resampled, *numbers
         )
         self._fail_bad(bad)
         for g, group in enumerate(self.groups):
@@ -315,6 +328,10 @@ class Cohort:
             group.n_rows, group.copies = rows[g], copies[g] > 0
             group.done = not going[g] or not left[g]
             group.ended_by_resampling = bool(going[g]) and not left[g]
+            if group.progress is not None:
+                ess, log_z = struct.unpack("=2d", struct.pack("=2q", bits[0][g], bits[1][g]))
+                of_step = {"step": group.t, "ess": ess, "log_z": json_safe(log_z), "resampled": moved[g] > 0}
+                group.progress.append(of_step | {"finished": group.n - left[g], "distinct": rows[g]})
         if not step.kind.twisted:
             self._reindex(moved)
 
@@ -367,6 +384,24 @@ class Cohort:
         self.step.clamp(answers, [run.part for run in self._asked])
         return answers
 
+    def _ask_stops(self, ended: Tensor) -> Tensor:
+        """Ends particles that have just drawn, by their potentials and stop strings; returns `ended` (M,) with them."""
+        stopped = torch.zeros_like(ended)
+        for run in self._asked:
+            for g in range(run.first, run.last):
+                if self._own(self.groups[g]) and (strings := self.groups[g].stop_strings) is not None:
+                    part = self.layout.part(g)
+                    drew = self.step.active[part] | (ended & ~self.particles.stopped)[part]
+                    stopped[part] |= strings.stop(self.particles.last_tokens[part], drew)
+            if run.asker is not None and run.asker.stops and self._own(self.groups[run.first]):
+                try:
+                    stopped[run.part] |= run.asker.stop(self._state(run, 1))
+                except SMCError as error:
+                    self._fail(run, error)
+        stopped &= self.step.active | ended
+        self.step.end(stopped)
+        return ended | stopped
+
     def _ask_scores(
         self, ended: Tensor, n_ended: list[int], left: list[int], change: Tensor
     ) -> Generator[Scores, Tensor, Tensor | None]:
@@ -411,6 +446,10 @@ class Cohort:
 
     def _reindex(self, moved: list[int]) -> None:
         """Lets the potentials' particles follow the last resampling."""
+        for g, group in enumerate(self.groups):
+            if group.stop_strings is not None and moved[g]:
+                part = self.layout.part(g)
+                group.stop_strings.reindex(self.step.ancestors[part] - part.start)
         for run in self._asked:
             if run.asker is not None and self._has(run, moved):
                 try:

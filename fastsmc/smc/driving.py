@@ -10,6 +10,7 @@ from torch import Tensor
 from fastsmc.population import Population
 from fastsmc.smc.cohort import Scores, arrange, finish
 from fastsmc.smc.group import Group
+from fastsmc.smc.p0 import P0
 
 
 class RowModel(Protocol):
@@ -28,9 +29,12 @@ class RowModel(Protocol):
         """Makes slot i a copy of slot ancestors[i], (N,) int64 with ancestors[ancestors[i]] == ancestors[i]."""
 
     def continuation_log_prob(
-        self, tokens: Tensor, slots: Tensor, continuation: list[int], temperature: float
+        self, tokens: Tensor, slots: Tensor, continuation: list[int], p0: P0, before: int
     ) -> Tensor:
-        """Computes (R,) float64 log p0(continuation | slot, token); tokens (R,) are drawn but not yet appended."""
+        """Computes (R,) float64 log p0(continuation | slot, token); tokens (R,) are drawn but not yet appended.
+
+        `before` tokens were generated, those included.
+        """
 
 
 @torch.inference_mode()
@@ -45,7 +49,7 @@ def take_step(group: Group, model: RowModel) -> None:
         wants, (continuation,) = scores
         if wants.moves is not None:
             model.reindex(wants.moves)
-        return model.continuation_log_prob(wants.tokens, wants.slots, continuation, group.params.temperature)
+        return model.continuation_log_prob(wants.tokens, wants.slots, continuation, group.p0, group.t + 1)
 
     (cohort,) = arrange([group])
     cohort.scorer = score

@@ -16,11 +16,18 @@ from fastsmc.potentials.copying import own_copy
 class SMCError(RuntimeError):
     """A group could not go on, or was refused. Other groups and requests are not touched by it.
 
+    Args:
+        kind: through whom: "refused" (what was asked cannot be), "potential" (a user's code) or "engine".
+
     Attributes:
         populations: of a call of `smc`: what each prompt gave, None for the groups that failed; else empty.
     """
 
     populations: Sequence[Population | None] = ()
+
+    def __init__(self, *args: object, kind: str = "potential") -> None:
+        super().__init__(*args)
+        self.kind = kind
 
 
 class GroupEngine(Engine):

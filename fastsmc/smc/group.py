@@ -20,8 +20,10 @@ from fastsmc.smc import faults
 from fastsmc.smc.asking import Asker
 from fastsmc.smc.cohort import Cohort
 from fastsmc.smc.engine import GroupEngine, SMCError
+from fastsmc.smc.p0 import P0
 from fastsmc.smc.record import Lineages, make_population
 from fastsmc.smc.step import CHOOSE, Kind
+from fastsmc.smc.stop_strings import StopStrings
 
 
 class Setup:
@@ -48,6 +50,9 @@ class Setup:
     Attributes:
         n: number of particles N.
         asker: asks the potential; None without one.
+        p0: what the group's p0 is besides the model.
+        stop_strings: end particles on their text; None without any.
+        ends_itself: whether particles end otherwise than by stop tokens and length.
         kind: of the group.
         weighs_by_next: base proposal: unfinished particles are weighed by `logw_next`, since there is no `prefix`.
         exact: (K, T) int64 tokens of the exact samples, −1 after the end, or None.
@@ -70,6 +75,14 @@ class Setup:
     ) -> None:
         self.params, self.prompt, self.n = params, list(prompt), params.n_particles
         self.stop_token_ids, self.device = frozenset(stop_token_ids), torch.device(device)
+        if params.force_stop and not self.stop_token_ids:
+            raise SMCError("force_stop=True: needs a stop token, and there is none; give stop_token_ids")
+        self.p0 = P0(params, self.stop_token_ids, self.device)
+        self.stop_strings: StopStrings | None = None
+        if params.stop is not None:
+            if engine is None or engine.tokenizer is None:
+                raise SMCError(f"stop={list(params.stop)}: this engine has no tokenizer; give stop_token_ids")
+            self.stop_strings = StopStrings(engine.tokenizer, params, self.prompt, self.device)
         self.asker: Asker | None = None
         methods: set[str] = set()
         if potential is not None:
@@ -83,12 +96,16 @@ class Setup:
         if guided and params.proposal != "twisted":
             raise SMCError(
                 f"potential {type(potential).__name__}: is proposal-only and no intermediate target, so "
-                f"proposal={params.proposal!r} cannot use it; use proposal='twisted'"
+                f"proposal={params.proposal!r} cannot use it; use proposal='twisted'",
+                kind="refused",
             )
         by_next = "logw_next" in methods and not guided
         twisted = by_next and params.proposal == "twisted"
         self.weighs_by_next = by_next and not twisted and "prefix" not in methods
+        self.ends_itself = self.stop_strings is not None or (self.asker is not None and self.asker.stops)
         self.exact: Tensor | None = None
+        if exact is not None and self.ends_itself:
+            raise SMCError("exact: a group with stop strings or a potential's `stop` takes no exact samples")
         if exact is not None:
             self.exact = self._read_exact(exact, (engine and engine.vocab_size) or None)
         scheme = params.resampling if self.exact is None else "multinomial"
@@ -99,14 +116,17 @@ class Setup:
         try:
             samples = read_exact("exact", exact, self.params, vocab)
         except ValueError as error:
-            raise SMCError(str(error)) from None
+            raise SMCError(str(error), kind="refused") from None
         rows = []
         for i, ids in enumerate(samples):
             ends = [j for j, v in enumerate(ids) if v in self.stop_token_ids] or [steps - 1]
+            if self.params.force_stop and ids[-1] not in self.stop_token_ids:
+                raise SMCError(f"exact[{i}]={ids[:20]}: does not end with a stop token, as force_stop=True has it")
             if len(ids) != ends[0] + 1:
                 raise SMCError(
                     f"exact[{i}]={ids[:20]}: {len(ids)} tokens are no complete sequence; it ends with its first stop "
-                    f"token, or has max_tokens={steps} tokens"
+                    f"token, or has max_tokens={steps} tokens",
+                    kind="refused",
                 )
             rows.append([*ids, *[-1] * (steps - len(ids))])
         return torch.tensor(rows, dtype=torch.int64, device=self.device)
@@ -114,18 +134,19 @@ class Setup:
     def fault_error(self, kind: int, particle: int, at: int, value: float, vocab: int) -> SMCError:
         """Makes the group's error of a fault: its kind, particle, step and value; `vocab` is V."""
         if kind == faults.MODEL:
-            return SMCError(f"model at step {at}: logits of row {int(value)} hold NaN or +inf")
+            return SMCError(f"model at step {at}: logits of row {int(value)} hold NaN or +inf", kind="engine")
         if kind == faults.POOL:
-            return SMCError(f"pool: its {int(value)} blocks were not enough at step {at}")
+            return SMCError(f"pool: its {int(value)} blocks were not enough at step {at}", kind="engine")
         if kind == faults.RULED_OUT:
-            if value >= vocab:
-                return SMCError(f"exact: token {int(value)} is outside the vocabulary of {vocab}")
-            return SMCError(f"exact: the model or the twist rules out one of its tokens at step {at}")
+            ruled_out = f"the model or the twist rules out one of its tokens at step {at}"
+            outside = f"token {int(value)} is outside the vocabulary of {vocab}"
+            return SMCError(f"exact: {outside if value >= vocab else ruled_out}", kind="refused")
         if kind == faults.NO_WEIGHT:
             assert self.exact is not None  # nobody else retains
             return SMCError(
                 f"exact[{particle if len(self.exact) > 1 else 0}]: has weight zero at step {at}: it is no sample of "
-                "this target, or the twist is zero on what the target allows"
+                "this target, or the twist is zero on what the target allows",
+                kind="refused",
             )
         assert self.asker is not None  # the others are a potential's
         what = faults.describe(kind, particle, value, self.asker.last_sizes)
@@ -143,6 +164,9 @@ class Group(Setup):
         n_rows: how many rows it wants of the model at its next step.
         copies: whether slots must be copied for that.
         lineages: its record.
+        progress: None, or how each step went, for whoever takes it away: the step, ESS and log Ẑ so far as it was
+            weighed (log of the mean weight in the record; None: no weight is left), whether it `resampled` thereupon,
+            particles that have `finished`, and `distinct` histories that go on.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -151,6 +175,7 @@ class Group(Setup):
         self.started = self.done = self.ended_by_resampling = False
         self.error: SMCError | None = None
         self.lineages = Lineages(self.n, self.device)
+        self.progress: list[dict[str, Any]] | None = None
         self.cohort = Cohort([self])
         self.index = 0
         self.cohort.begin()
@@ -190,15 +215,19 @@ class Group(Setup):
             self.log_z,
             twisted=self.kind.twisted,
             ended_by_resampling=self.ended_by_resampling,
+            stopped=self.cohort.particles.stopped[self.cohort.layout.part(self.index)],
             prompt=self.prompt,
             params=self.params,
         )
 
 
-def choose(log_w: Tensor, params: SMCParams) -> int | None:
-    """Draws a particle by final log weights (N,), one sample of the target; None if there is no weight."""
+def choose(log_w: Tensor, params: SMCParams, n_samples: int = 1) -> list[int]:
+    """Draws particles independently by final log weights (N,), samples of the target; none if there is no weight.
+
+    The first ones are the same however many are drawn.
+    """
     weights = torch.softmax(log_w, 0).cpu().numpy()
     if not np.isfinite(weights).all():
-        return None
-    u = ops.uniforms(1, seed=params.seed, group=params.group, step=0, stream=CHOOSE, device="cpu")
-    return int(draw_indices(weights, u.numpy())[0])
+        return []
+    u = ops.uniforms(n_samples, seed=params.seed, group=params.group, step=0, stream=CHOOSE, device="cpu")
+    return draw_indices(weights, u.numpy()).tolist()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 #: what each particle has, by what `follow` takes from its ancestor and what it does not: numbers of 64 bits, then flags
-_FOLLOWING = ("log_psi", "lengths", "last_tokens", "slots", "rows"), ("finished", "paused")
+_FOLLOWING = ("log_psi", "lengths", "last_tokens", "slots", "rows"), ("finished", "paused", "stopped")
 _OWN = ("log_w", "rank", "count"), ("retained",)
 _FLOATS = ("log_psi", "log_w")
 
@@ -21,6 +21,7 @@ class Particles:
         log_psi: the log ψ that is already in the weight.
         lengths: generated tokens.
         finished: ended particles.
+        stopped: those of them that ended by a stop token, a stop string or their potential, not by their length.
         paused: particles that are alive and draw nothing while others go on.
         last_tokens: token of the last step, −1 where there was none.
         slots: which slot of its group holds a particle's history, without its last token.
@@ -33,6 +34,7 @@ class Particles:
     lengths: Tensor
     finished: Tensor
     paused: Tensor
+    stopped: Tensor
     last_tokens: Tensor
     slots: Tensor
     rows: Tensor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -47,7 +48,7 @@ class Span:
     """Says where in a cohort's log a group is: from step `begin` to `end`, as group `g` with particles `part`.
 
     Attributes:
-        event: of the log, the first that `Lineages` has not seen.
+        event: of the log, its first.
         end, last_event: where the group left the cohort, which may go on without it; None: it is there.
     """
 
@@ -60,13 +61,21 @@ class Span:
     last_event: int | None = None
 
 
+@dataclasses.dataclass
+class Seen:
+    """Says how many events of a group somebody has seen: spans that are seen whole, and events of the one after."""
+
+    spans: int = 0
+    events: int = 0
+
+
 class Lineages:
     """Holds where a group has been, and the tokens of its particles as far as somebody has looked."""
 
     def __init__(self, n: int, device: torch.device) -> None:
         self.spans: list[Span] = []
         self._tokens = torch.zeros((n, 0), dtype=torch.int64, device=device)
-        self._seen = 0  # spans that are in `_tokens` whole
+        self._seen = Seen()  # what is in `_tokens`
         self._all = torch.arange(n, device=device)
 
     def enter(self, log: Log, g: int, part: slice) -> None:
@@ -75,19 +84,20 @@ class Lineages:
             left.end, left.last_event = len(left.log.steps), len(left.log.events)
         self.spans.append(Span(log, g, part, len(log.steps), len(log.events)))
 
-    def _news(self) -> list[tuple[str, Tensor]]:
-        """Takes the events that nobody has looked at yet."""
+    def news(self, seen: Seen) -> list[tuple[str, Tensor]]:
+        """Lists the events that are not `seen` yet, which they are then."""
         news = []
-        for span in self.spans[self._seen :]:
-            events = span.log.events[span.event : span.last_event]
+        for i, span in enumerate(self.spans[seen.spans :], seen.spans):
+            if i > seen.spans:
+                seen.spans, seen.events = i, 0
+            events = span.log.events[span.event + seen.events : span.last_event]
             news += [(k, v[span.part] if k == "tokens" else v[span.part] - span.part.start) for k, v in events]
-            span.event += len(events)
-        self._seen = max(len(self.spans) - 1, 0)
+            seen.events += len(events)
         return news
 
     def tokens(self) -> Tensor:
         """Traces each particle's history back: (N, t) int64 tokens, −1 after its end."""
-        rows, columns, news = self._all, [], self._news()
+        rows, columns, news = self._all, [], self.news(self._seen)
         for kind, values in reversed(news):
             if kind == "tokens":
                 columns.append(values[rows])
@@ -112,6 +122,72 @@ class Lineages:
         return values.cpu().numpy()
 
 
+class CommonTokens:
+    """Finds tokens that all lineages with weight share, as soon as they do: whoever is drawn in the end has them.
+
+    What is looked at again is the first column of tokens that is not known to be shared: which of its rows each
+    particle comes from is brought up to date by the events since the last look. Only where that column has become
+    common are those after it traced back.
+    """
+
+    def __init__(self, lineages: Lineages) -> None:
+        self._lineages, self._seen = lineages, Seen()
+        self._events: list[tuple[str, Tensor]] = []  # from the first column that is not shared on
+        self._rows: Tensor | None = None  # of that column, (N,): where each particle comes from
+        self._length = 0  # of what is shared
+
+    def more(self, log_w: Tensor, finished: Tensor, lengths: Tensor) -> list[int]:
+        """Returns the tokens that have become common since the last call. Waits for the device, at most twice.
+
+        Dead particles do not count, since nobody draws or follows them. The last token of a particle that has ended is
+        kept back: it comes with the sample, which says how it ended.
+
+        Args:
+            log_w, finished, lengths: (N,) of the particles, after whole steps.
+        """
+        self._put(self._lineages.news(self._seen))
+        if self._rows is None:
+            return []
+        alive = log_w > -math.inf
+        open_end = torch.where(alive & finished, lengths - 1 - self._length, len(self._events)).min()
+        if not bool(_agree(self._events[0][1][self._rows], alive) & (open_end > 0)):
+            return []
+        rows, columns = torch.arange(len(alive), device=alive.device), []
+        for kind, values in reversed(self._events):
+            if kind == "tokens":
+                columns.append(values[rows])
+            else:
+                rows = values[rows]
+        tokens = torch.stack(columns[::-1])
+        n_shared = torch.minimum(_agree(tokens, alive).long().cumprod(0).sum(), open_end)
+        n, *of_one = torch.cat([n_shared[None], tokens[:, alive.byte().argmax()]]).tolist()
+        self._forget(n)
+        return of_one[:n]
+
+    def _put(self, events: list[tuple[str, Tensor]]) -> None:
+        for kind, values in events:
+            if self._rows is None and kind == "tokens":
+                self._rows = torch.arange(len(values), device=values.device)
+            elif self._rows is None:
+                continue  # it moves what is shared
+            elif kind == "ancestors":
+                self._rows = self._rows[values]
+            self._events.append((kind, values))
+
+    def _forget(self, n: int) -> None:
+        """Drops the first `n` columns, at least one."""
+        columns = [i for i, (kind, _) in enumerate(self._events) if kind == "tokens"]
+        events = self._events[columns[n] :] if n < len(columns) else []
+        self._length, self._events, self._rows = self._length + n, [], None
+        self._put(events)
+
+
+def _agree(tokens: Tensor, alive: Tensor) -> Tensor:
+    """Says whether particles in `alive` (N,) bool all have the same token: of (..., N), (...) bool; ends are none."""
+    low = torch.where(alive, tokens, torch.iinfo(tokens.dtype).max).amin(-1)
+    return (low == torch.where(alive, tokens, -1).amax(-1)) & (low >= 0)
+
+
 def make_population(
     record: dict[str, np.ndarray],
     log_w: Tensor,
@@ -119,6 +195,7 @@ def make_population(
     *,
     twisted: bool,
     ended_by_resampling: bool,
+    stopped: Tensor,
     prompt: Sequence[int],
     params: SMCParams,
 ) -> Population:
@@ -129,6 +206,7 @@ def make_population(
         twisted: whether a step's ancestors are those before its draw; else those after it, of the step that follows.
         ended_by_resampling: the last resampling left finished particles only. Then a step without draws holds where
             they came from.
+        stopped: (N,) bool, particles that ended otherwise than by their length.
     """
     n, steps = len(log_w), len(record["tokens"])
     log_mean = ops.ess_log_mean(log_w)[1]
@@ -154,6 +232,7 @@ def make_population(
         step_log_weights=whole("step_log_w", np.float64),
         log_weights=log_w.cpu().numpy() + log_z,
         log_z=log_z + log_mean,
+        stopped=stopped.cpu().numpy(),
         prompt=list(prompt),
         params=params,
     )

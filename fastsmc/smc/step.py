@@ -67,7 +67,8 @@ class Step:
         log_z: (G,) float64, log of the closed resampling intervals.
         going: (G,) bool, groups that are not over.
         faults: of this step, in the order of their coming.
-        ess, resampled, ancestors: of the last resampling, or of what would have been one: (G,), (G,), (M,).
+        ess, log_mean, resampled, ancestors: of the last resampling, or of what would have been one: (G,), the log of
+            the mean weight before it (G,), (G,), (M,).
     """
 
     def __init__(
@@ -91,12 +92,16 @@ class Step:
         width = max(1, *(len(stop) for stop in stops)) if stops else 1
         padded = [[*stop, *[-2] * (width - len(stop))] for stop in stops]  # no token is −2
         self._stop = torch.tensor(padded, dtype=torch.int64, device=device)[of]
+        self._stops = [stop if p.force_stop else () for p, stop in zip(params, stops, strict=True)]
+        self._forces = torch.tensor([p.force_stop for p in params], device=device)[of]
+        self._stop_bits: Tensor | None = None  # as a mask of `ops.weigh`, a row per group, once V is known
         groups = len(params)
         self.step = torch.zeros(groups, dtype=torch.int64, device=device)
         self.log_z = torch.zeros(groups, dtype=torch.float64, device=device)
         self.going = torch.ones(groups, dtype=torch.bool, device=device)
         self.faults: list[Fault] = []
         self.ess = torch.zeros_like(self.log_z)
+        self.log_mean = torch.zeros_like(self.log_z)
         self.resampled = torch.zeros_like(self.going)
         self.ancestors = self.layout.all
         self.of = self.layout.of
@@ -136,15 +141,16 @@ class Step:
             (M,) bool, the particles that end with their token; (M,) float64, what log ψ changes by beside that.
         """
         particles, active = self.particles, self.active
-        inputs: dict[str, Any] = {} if twist is None else twist.rounded()._asdict()
+        shaped = twist if not any(self._stops) else self._must_stop(twist, logits.shape[1])
+        inputs: dict[str, Any] = {} if shaped is None else shaped.rounded()._asdict()
         rows = torch.where(active, particles.rows, -1)
         inputs |= {"logit_rows": rows, "temperature": self._temperature}
         weighed = ops.weigh(logits, **inputs)
         self.check(weighed.lse.isnan(), MODEL, rows)
         if twist is not None:
             self.check(weighed.lse_psi.isnan(), NEXT_ROW)
-        parents = self.layout.all
-        if twist is not None:
+        parents, gain = self.layout.all, torch.zeros_like(particles.log_w)
+        if shaped is not None:
             gain = torch.where(active, weighed.lse_psi - weighed.lse, 0.0).nan_to_num(nan=-math.inf, neginf=-math.inf)
         if self.kind.twisted:
             particles.log_w += gain
@@ -156,11 +162,13 @@ class Step:
         u = ops.stratify(self.uniforms(DRAW), particles.rank, particles.count)
         drawn = ops.draw(logits, weighed, parents, u, **inputs)
         if forced is not None:
-            drawn = self._force(drawn, forced, active, logits, weighed, parents, twist)
+            drawn = self._force(drawn, forced, active, logits, weighed, parents, shaped)
         if twist is not None:
             psi = drawn.log_psi.nan_to_num(nan=-math.inf, neginf=-math.inf)
         if self.kind.guided:  # p0 / q of what was drawn
-            particles.log_w += torch.where(active, torch.where(drawn.tokens < 0, -math.inf, gain - psi), 0.0)
+            gain = gain - psi
+        if not self.kind.twisted:
+            particles.log_w += torch.where(active, torch.where(drawn.tokens < 0, -math.inf, gain), 0.0)
         change = torch.zeros_like(particles.log_w)
         if self.kind.twisted:
             particles.log_psi += torch.where(active, psi, 0.0)
@@ -168,6 +176,25 @@ class Step:
             values = by_next.of_tokens(self.layout.all, drawn.tokens.clamp(min=0))
             change = self.checked(values, active & (drawn.tokens >= 0), NEXT)
         return self._append(drawn, active), change
+
+    def _must_stop(self, twist: NextRows | None, vocab: int) -> NextRows:
+        """Restricts the last draw of groups that are forced to stop to their stop tokens, whatever `twist` says."""
+        if self._stop_bits is None:
+            allowed = torch.zeros((len(self._stops), -(-vocab // 32) * 32), dtype=torch.bool)
+            for row, stop in zip(allowed, self._stops, strict=True):
+                row[list(stop)] = True
+            words = allowed.reshape(len(allowed), -1, 32).long() << torch.arange(32)
+            self._stop_bits = words.sum(2).to(torch.int32).to(self.device)  # the 32nd bit wraps to the sign
+        bits, everyone = self._stop_bits, self.layout.all
+        last = self._forces & (self.particles.lengths + 1 >= self._max_tokens)
+        rows = torch.where(last, self.layout.group_of, -1)
+        if twist is None or twist.mask is None:
+            twist = NextRows(None, None, None, None) if twist is None else twist
+            return twist._replace(mask=bits, mask_rows=rows)
+        theirs = everyone if twist.mask_rows is None else twist.mask_rows
+        both = torch.where((theirs >= 0)[:, None], twist.mask[theirs.clamp(min=0)], -1)
+        both &= torch.where(last[:, None], bits[self.layout.group_of], -1)
+        return twist._replace(mask=both, mask_rows=everyone)
 
     def _resample_before(self, weighed: ops.Weighed, first: Tensor | None) -> Tensor:
         """Resamples by the weights of this step, but at the first, and returns the parents (M,)."""
@@ -217,10 +244,18 @@ class Step:
         self.record.put("token_log_probs", torch.where(drew, drawn.log_prob, 0.0))
         particles.last_tokens.copy_(torch.where(particles.paused, particles.last_tokens, tokens))
         particles.lengths += drew
-        ended = drew & ((tokens[:, None] == self._stop).any(1) | (particles.lengths >= self._max_tokens))
+        by_token = drew & (tokens[:, None] == self._stop).any(1)
+        particles.stopped |= by_token
+        ended = by_token | (drew & (particles.lengths >= self._max_tokens))
         particles.finished |= ended | (active ^ drew)
         self._active = None
         return ended
+
+    def end(self, stopped: Tensor) -> None:
+        """Ends particles (M,) bool after the token that they have just drawn."""
+        self.particles.stopped |= stopped
+        self.particles.finished |= stopped
+        self._active = None
 
     # --------------------------------------------------------------------------------------------------- the weights
     def close(self, new_psi: Tensor | None) -> None:
@@ -261,7 +296,7 @@ class Step:
         ancestors, rank, count = done.ancestors, done.rank, done.counts[done.ancestors]
         if self.kind.retains:
             ancestors, rank, count = self._conditional(u, done.resampled), rank.zero_(), count.fill_(1)
-        self.ess, self.resampled, self.ancestors = done.ess, done.resampled, ancestors
+        self.ess, self.log_mean, self.resampled, self.ancestors = done.ess, done.log_mean, done.resampled, ancestors
         self.record.put("ancestors", ancestors)
         self.record.put("resampled", done.resampled)
         self.log_z += torch.where(done.resampled, done.log_mean, 0.0)
@@ -271,6 +306,11 @@ class Step:
         particles.follow(ancestors)
         self._active = None
         return ancestors
+
+    def log_z_so_far(self) -> Tensor:
+        """Computes the log of the mean weight, that of closed intervals included, as the last weights were: (G,)."""
+        so_far = self.log_z + torch.where(self.resampled, 0.0, self.log_mean)  # else log_z has it already
+        return torch.where(self.ess > 0, so_far, -math.inf)
 
     # ------------------------------------------------------------------------------------------------- exact samples
     def _conditional(self, u: Tensor, resampled: Tensor) -> Tensor:

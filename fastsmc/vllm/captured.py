@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastsmc.potentials import Potential
 from fastsmc.smc import GroupEngine
-from fastsmc.smc.captured import CapturedGroup
+from fastsmc.smc.captured import CapturedGroup, is_capturable
 from fastsmc.vllm.messages import GroupResult, GroupStart
 from fastsmc.vllm.model import Model
 from fastsmc.vllm.passes import Batch
@@ -81,5 +81,8 @@ class CapturedMember(NamedTuple):
 
 
 def holds(potential: Potential | None, start: GroupStart) -> bool:
-    """Says whether the captured driver can run a group."""
-    return start.exact is None and (potential is None or (potential.capturable and potential.lookahead == 0))
+    """Says whether the captured driver can run a group, and knows all that it is asked for."""
+    if start.exact is not None or start.progress or start.stream_tokens:
+        return False
+    scores = potential is not None and potential.lookahead > 0
+    return not scores and is_capturable(start.params, potential)

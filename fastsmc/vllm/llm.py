@@ -30,11 +30,11 @@ from fastsmc.params import PREFIX, SMCParams
 from fastsmc.population import Population
 from fastsmc.potentials import Potential
 from fastsmc.smc import SMCError
-from fastsmc.texts import texts_after
+from fastsmc.texts import population_texts
 from fastsmc.vllm import compat, machine, options
 from fastsmc.vllm.capacity import Limits, check_fits
 from fastsmc.vllm.compat import get_logger
-from fastsmc.vllm.request import OBJECT, GroupRequest, is_group_request
+from fastsmc.vllm.request import OBJECT, GroupRequest, is_group_request, with_token_ids
 
 if TYPE_CHECKING:
     from fastsmc.arguments import Prompt, Prompts
@@ -315,14 +315,7 @@ class LLM(vllm.LLM):
             extra[PREFIX + "alone"] = alone
         if return_population:
             extra[PREFIX + "return_population"] = True
-        return SamplingParams(
-            max_tokens=params.max_tokens,
-            temperature=params.temperature,
-            ignore_eos=params.ignore_eos,
-            stop_token_ids=list(params.stop_token_ids or ()),
-            seed=params.seed,
-            extra_args=extra,
-        )
+        return SamplingParams(**params.to_shared(), extra_args=extra)
 
     def population(self, output: RequestOutput) -> Population:
         """Returns the population of a finished group request that asked for it (`return_population`)."""
@@ -371,10 +364,20 @@ class LLM(vllm.LLM):
     # ---------------------------------------------------------------------------------------------- vLLM's own face
     def generate(self, prompts: Any, sampling_params: Any = None, **kwargs: Any) -> list[RequestOutput]:
         """Generates as `vllm.LLM` does. A group that can never run is refused before anything is sent."""
-        for wish in sampling_params if isinstance(sampling_params, Sequence) else [sampling_params]:
-            if is_group_request(wish):
-                self._check_group(wish)
-        return super().generate(prompts, sampling_params, **kwargs)
+        several = isinstance(sampling_params, Sequence)
+        wishes = [self._complete(wish) for wish in (sampling_params if several else [sampling_params])]
+        return super().generate(prompts, wishes if several else wishes[0], **kwargs)
+
+    def _complete(self, wish: Any) -> Any:
+        """Returns what one prompt is to be answered by; of a group, checked, with token ids for text."""
+        if not is_group_request(wish):
+            return wish
+        allowed = options.EngineOptions.of(self.llm_engine.vllm_config.additional_config)
+        tokenizer = None if self.model_config.skip_tokenizer_init else self.get_tokenizer()
+        wish = wish.clone()
+        wish.extra_args = with_token_ids(wish.extra_args, allowed, tokenizer)
+        self._check_group(wish)
+        return wish
 
     def _run_engine(self, *args: Any, **kwargs: Any) -> list[Any]:
         strays, self._strays = self._strays, []
@@ -451,7 +454,7 @@ def read_population(payload: Mapping[str, Any], tokenizer: Any) -> Population:
     """Reads the population that came with a finished group request; with a tokenizer it has texts."""
     population = Population.from_bytes(base64.b64decode(payload["population"]))
     if tokenizer is not None:
-        population.texts = texts_after(tokenizer, population.prompt_token_ids, population.token_ids)
+        population.texts = population_texts(tokenizer, population)
     return population
 
 

@@ -13,7 +13,13 @@ from fastsmc.params import SMCParams
 
 @dataclasses.dataclass
 class GroupStart:
-    """Holds all that a worker needs to begin a group."""
+    """Holds all that a worker needs to begin a group.
+
+    Attributes:
+        progress: its results say how each step went.
+        stream_tokens: they hold tokens as soon as these are final.
+        n_samples: how many particles are drawn by weight at its end.
+    """
 
     params: SMCParams
     prompt: list[int]
@@ -25,6 +31,9 @@ class GroupStart:
     exact: list[list[int]] | None
     lookahead: int
     return_population: bool
+    progress: bool = False
+    stream_tokens: bool = False
+    n_samples: int = 1
 
 
 @dataclasses.dataclass
@@ -83,11 +92,14 @@ class GroupResult:
         partial: its pass is half done; it has no need and no surplus then.
         rows, seconds: model rows that the order ran, and what the model took for them (forward pass and logits) by the
             clock; of all groups together, in the first result of an order.
-        error: the group has failed: why.
+        progress: of the steps since the last result, as `Group.progress` has them; empty unless asked for.
+        common: tokens that have become final since the last result: whichever particle is drawn in the end has them
+            after those before; empty unless asked for.
+        error, error_kind: the group has failed: why, and through whom (`SMCError.kind`).
         token_ids, stopped: of one particle drawn by weight, when the group is done; token_ids is None if no particle
             has any weight.
-        summary: plain values for every client, empty until the group is done; `population` is the whole (base64 of
-            `Population.to_bytes`, so that it passes through JSON), when asked for.
+        summary: values that JSON has, for every client, empty until the group is done; `population` is the whole
+            (base64 of `Population.to_bytes`, so that it passes through JSON), when asked for.
     """
 
     request_id: str
@@ -101,7 +113,10 @@ class GroupResult:
     partial: bool = False
     rows: int = 0
     seconds: float = 0.0
+    progress: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    common: list[int] = dataclasses.field(default_factory=list)
     error: str | None = None
+    error_kind: str = "engine"
     token_ids: list[int] | None = None
     stopped: bool = False
     summary: dict[str, Any] = dataclasses.field(default_factory=dict)

@@ -22,7 +22,9 @@ from torch.nn.utils.rnn import pad_sequence
 from fastsmc import ops
 from fastsmc.smc import Cohort, Group, Scores, Wants, arrange
 from fastsmc.smc.cohort import Flow
+from fastsmc.smc.p0 import P0, token_log_probs
 from fastsmc.smc.paging import BlockTables, Paging
+from fastsmc.smc.record import CommonTokens
 from fastsmc.vllm.messages import GroupStart
 
 if TYPE_CHECKING:
@@ -142,12 +144,14 @@ class Member(NamedTuple):
 
     Attributes:
         first_row: of its rows in the worker's block tables.
+        common: finds its tokens that are final, where these are asked for.
     """
 
     group: Group
     paging: Paging
     first_row: int
     start: GroupStart
+    common: CommonTokens | None = None
 
 
 class Pass:
@@ -350,7 +354,6 @@ class Pass:
         counts = [n - m for scores in wanted for m, n in itertools.pairwise(scores.wants.bounds)]
         queries = [len(ids[g]) for g, count in enumerate(counts) for _ in range(count)]
         targets = pad_sequence([torch.tensor(x, dtype=torch.int64) for x in ids], batch_first=True).to(device)
-        temperatures = torch.tensor([group.params.temperature for group in groups], dtype=torch.float64, device=device)
         # for each row, its group and its place in the tables; for each query, its row and how many are before it there
         group_of = torch.arange(len(groups), device=device).repeat_interleave(torch.tensor(counts, device=device))
         rows = torch.cat([self._rows_of(c)[w.wants.slots] for c, w in zip(cohorts, wanted, strict=True)])
@@ -365,12 +368,24 @@ class Pass:
         longest = max(member.paging.position for member in self._members.values()) + max(queries)
         batch = Batch(tokens, at, slots, table, lengths, longest, tuple(queries))
         query_group = group_of[row_of]
-        scored = self._score_queries(batch, targets[query_group, before], temperatures[query_group])
+        counted = [count * len(tokens) for count, tokens in zip(counts, ids, strict=True)]
+        prompts = torch.tensor([len(group.prompt) for group in groups], device=device)
+        scored = self._score_queries(
+            batch, targets[query_group, before], [group.p0 for group in groups], [0, *itertools.accumulate(counted)],
+            at + 1 - prompts[query_group],
+        )  # fmt: skip
         by_row = torch.zeros(len(queries), dtype=torch.float64, device=device).index_add_(0, row_of, scored)
         return list(by_row.split([scores.wants.bounds[-1] for scores in wanted]))
 
-    def _score_queries(self, batch: Batch, targets: Tensor, temperatures: Tensor) -> Tensor:
-        """Computes log p0 of the token that follows each query of a batch, (Q,) float64."""
+    def _score_queries(
+        self, batch: Batch, targets: Tensor, p0s: list[P0], of_group: list[int], before: Tensor
+    ) -> Tensor:
+        """Computes log p0 of the token that follows each query of a batch, (Q,) float64.
+
+        Args:
+            of_group: queries [of_group[g], of_group[g + 1]) have p0s[g].
+            before: (Q,) int64, tokens that were generated before the one that follows.
+        """
         model, queries, scores = self._model, batch.queries or (), []
         bounds, begin = [0, *itertools.accumulate(queries)], 0
         while begin < len(queries):
@@ -381,7 +396,7 @@ class Pass:
             for low in range(bounds[begin], bounds[end], model.max_logits_rows):
                 high = min(low + model.max_logits_rows, bounds[end])
                 logits = model.logits(hidden, slice(low - bounds[begin], high - bounds[begin]))
-                lse = ops.weigh(logits, temperature=temperatures[low:high]).lse
-                scores.append(logits.gather(1, targets[low:high, None])[:, 0].double() / temperatures[low:high] - lse)
+                within = [min(max(bound, low), high) - low for bound in of_group]
+                scores.append(token_log_probs(logits, targets[low:high], p0s, within, before[low:high]))
             begin = end
         return torch.cat(scores)

@@ -35,8 +35,24 @@ MAX_BYTES = 2 << 30
 _CORES = os.sched_getaffinity(0)
 
 
+class PrepareError(SMCError):
+    """There is no potential.
+
+    Attributes:
+        kind: "refused" where what was asked cannot be, "limit" where it took too long, "engine", or "potential".
+    """
+
+    def __init__(self, message: str, kind: str = "potential") -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
 class _Lost(Exception):
-    """A helper has ended, or was killed: why."""
+    """A helper has ended, or was killed: why, and the kind of the error that this is."""
+
+    def __init__(self, why: str, kind: str = "potential") -> None:
+        super().__init__(why)
+        self.kind = kind
 
 
 class _Helper:
@@ -60,28 +76,28 @@ class _Helper:
         theirs.close()
         self._send((sys.path, _CORES, tokenizer))
 
-    def ask(self, name: str, code: str, args: str, seconds: float) -> tuple[bytes | str, int]:
-        """Returns what a helper answers: a pickled potential, or why there is none, and the bytes that it has had.
+    def ask(self, name: str, code: str, args: str, seconds: float) -> tuple[bytes | tuple[str, str], int]:
+        """Returns what a helper answers, and the bytes of memory that it has had.
 
         Raises:
             _Lost: it did not answer in time, and was killed, or it has ended.
         """
         if not self._ready:
-            why_not = self._receive(MAX_START, f"was not ready within {MAX_START:g} s")
+            why_not = self._receive(MAX_START, f"was not ready within {MAX_START:g} s", "engine")
             if why_not:
-                raise _Lost(f"cannot start: {why_not}")
+                raise _Lost(f"cannot start: {why_not}", "engine")
             self._ready = True
         self._send((name, code, args))
-        return self._receive(seconds, f"was not done within setup_timeout_s={seconds:g}")
+        return self._receive(seconds, f"was not done within setup_timeout_s={seconds:g}", "limit")
 
     def _send(self, message: Any) -> None:
         with contextlib.suppress(OSError):  # to be met by `_receive`
             self._connection.send(message)
 
-    def _receive(self, seconds: float, limit: str) -> Any:
+    def _receive(self, seconds: float, limit: str, kind: str) -> Any:
         try:
             if not self._connection.poll(seconds):
-                raise _Lost(f"{limit}, and was killed")
+                raise _Lost(f"{limit}, and was killed", kind)
             return self._connection.recv()
         except (EOFError, OSError):
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -127,7 +143,7 @@ class Preparer:
         """Makes the potential `name`, whose code is at 'module:attr', with JSON arguments, and prepares it.
 
         Raises:
-            SMCError: naming it and what went wrong.
+            PrepareError: naming it and what went wrong.
         """
         with self._lock:
             helper, self._idle = self._idle, None
@@ -141,19 +157,21 @@ class Preparer:
         except BaseException as error:
             self._end(helper)
             if isinstance(error, _Lost):
-                raise SMCError(f"potential {name!r}: the process that prepared it {error}") from None
+                raise PrepareError(f"potential {name!r}: the process that prepared it {error}", error.kind) from None
             raise
         with self._lock:
-            if self._idle is None and n_bytes <= MAX_BYTES and not self._closed:
+            keep = self._idle is None and n_bytes <= MAX_BYTES and not self._closed
+            if keep:
                 self._idle = helper
-        if self._idle is not helper:
+        if not keep:
             self._end(helper)
-        if isinstance(answer, str):
-            raise SMCError(answer)
+        if isinstance(answer, tuple):
+            kind, message = answer
+            raise PrepareError(message, kind)
         try:
             return pickle.loads(answer)  # from our own helper
         except BaseException as error:
-            raise SMCError(f"potential {name!r}: what prepare left of it cannot be unpickled: {error}") from error
+            raise PrepareError(f"potential {name!r}: what prepare left of it cannot be unpickled: {error}") from error
 
     def close(self) -> None:
         """Ends all helpers, whatever they do; none is begun any more."""
@@ -165,7 +183,7 @@ class Preparer:
 
     def _begin(self) -> _Helper:
         if self._closed:
-            raise SMCError("the engine is shut down")
+            raise PrepareError("the engine is shut down", "engine")
         helper = _Helper(self._tokenizer)
         self._helpers.add(helper)
         return helper

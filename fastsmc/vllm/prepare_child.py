@@ -2,7 +2,8 @@
 
 Run by its path, so that it can ask for the signal with which it ends before it imports much. Its argument is the file
 descriptor of a connection, on which it is told what it needs, says "" (or why not) when it is ready, and then answers
-each (name, code, args) with a pickled potential (or why there is none), and the most memory that it has had, in bytes.
+each (name, code, args) with a pickled potential, or with the kind of an error and its text, and with the most memory
+that it has had, in bytes.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ def main(connection: Connection) -> None:
         connection.send((answer, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
 
 
-def _prepare(name: str, code: str, args: str, tokenizer: Any) -> bytes | str:
+def _prepare(name: str, code: str, args: str, tokenizer: Any) -> bytes | tuple[str, str]:
+    """Returns a pickled potential, or kind ("refused": what was asked cannot be; "potential") and text of an error."""
     import cloudpickle
 
     from fastsmc.potentials import GROUP, resolve
@@ -68,18 +70,17 @@ def _prepare(name: str, code: str, args: str, tokenizer: Any) -> bytes | str:
     try:
         potential = resolve(name, json.loads(args), {name: EntryPoint(name, code, GROUP)})
     except BaseException as error:
-        return str(error)
+        return "refused", str(error)
     try:
         potential.prepare(tokenizer)
     except BaseException as error:
-        return f"potential {name!r}: prepare raised {type(error).__name__}: {error}"
+        kind = "refused" if isinstance(error, ValueError) else "potential"
+        return kind, f"potential {name!r}: prepare raised {type(error).__name__}: {error}"
     try:
         return cloudpickle.dumps(potential)
     except BaseException as error:
-        return (
-            f"potential {name!r}: what prepare left of {type(potential).__name__} cannot be pickled, to be sent to the "
-            f"engine: {type(error).__name__}: {error}"
-        )
+        what = f"what prepare left of {type(potential).__name__} cannot be pickled, to be sent to the engine"
+        return "potential", f"potential {name!r}: {what}: {type(error).__name__}: {error}"
 
 
 if __name__ == "__main__":

@@ -10,36 +10,42 @@ import dataclasses
 import json
 import re
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fastsmc import potentials
 from fastsmc.arguments import read_exact
 from fastsmc.params import GROUP_KEY, PREFIX, SMCParams
+from fastsmc.potentials import registry
 from fastsmc.potentials.tokens import short
+from fastsmc.values import check_int
 from fastsmc.vllm.options import EngineOptions
 
 #: fields of SamplingParams that would change p0 or the output in ways a group does not know: name → accepted values
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,),
-    "top_p": (1, 1.0),
-    "top_k": (0, -1),
-    "min_p": (0, 0.0),
     "presence_penalty": (0, 0.0),
     "frequency_penalty": (0, 0.0),
     "repetition_penalty": (1, 1.0),
-    "min_tokens": (0,),
-    "stop": (None, [], ()),
     "logprobs": (None,),
     "prompt_logprobs": (None,),
-    "logit_bias": (None, {}),
-    "allowed_token_ids": (None,),
     "bad_words": (None, []),
     "structured_outputs": (None,),
     "prompt_logprob_token_ids": (None,),
     "logprob_token_ids": (None,),
     "thinking_token_budget": (None,),
     "repetition_detection": (None,),
+}
+
+_ARGS = PREFIX + "potential_args"
+#: the settings of p0 in SamplingParams: name → off. The group applies them itself, so vLLM's sampler need not.
+P0_OFF: dict[str, Any] = {
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": 0.0,
+    "logit_bias": None,
+    "allowed_token_ids": None,
+    "min_tokens": 0,
 }
 
 #: prefix of the names under which potential objects of an offline engine are kept in its workers: object:ID:LOOKAHEAD
@@ -52,17 +58,39 @@ class OverLimit(ValueError):
 
     Attributes:
         limit: name of the option (`EngineOptions`).
+        kind: "busy" where it may be asked for later, else "limit".
     """
 
     def __init__(self, message: str, limit: str) -> None:
         super().__init__(message)
-        self.limit = limit
+        self.limit, self.kind = limit, "busy" if limit == "max_groups" else "limit"
 
 
 def is_group_request(sampling_params: Any) -> bool:
     """Says whether a request with these SamplingParams (or None) asks for a group."""
     extra = getattr(sampling_params, "extra_args", None) or {}
     return any(str(key).startswith(PREFIX) for key in extra)
+
+
+def with_token_ids(extra_args: Mapping[str, Any], options: EngineOptions, tokenizer: Any) -> dict[str, Any]:
+    """Returns a group request's `extra_args` with the text in its potential's arguments as token ids, where room for
+    the group hangs on them. To be called where there is a tokenizer (or None), before the request is parsed.
+
+    Raises:
+        ValueError: the potential refuses the text. Any other fault is left to `GroupRequest`.
+    """
+    out, name = dict(extra_args), extra_args.get(PREFIX + "potential")
+    known = options.known_potentials()
+    if not isinstance(name, str) or name not in known:
+        return out
+    try:
+        args = json.loads(out.get(_ARGS, "{}"))
+    except (TypeError, ValueError, RecursionError):
+        return out
+    tokenize = getattr(registry.load(name, known), "tokenize_args", None)  # a function that makes one has none
+    if tokenize is not None and isinstance(args, dict) and (changed := tokenize(args, tokenizer)) is not args:
+        out[_ARGS] = json.dumps(changed)
+    return out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +104,9 @@ class GroupRequest:
     exact: list[list[int]] | None
     return_population: bool
     alone: bool
+    progress: bool
+    stream_tokens: bool
+    n_samples: int
 
     @classmethod
     def parse(cls, sampling_params: Any) -> GroupRequest:
@@ -93,18 +124,15 @@ class GroupRequest:
                 raise ValueError(f"{name}={value!r}: a group of particles takes only {neutral[0]!r}")
         if sampling_params.max_tokens is None:
             raise ValueError("max_tokens=None: a group of particles needs a number")
-        params = SMCParams.from_request(
-            extra,
-            max_tokens=sampling_params.max_tokens,
-            temperature=sampling_params.temperature,
-            ignore_eos=bool(sampling_params.ignore_eos),
-            stop_token_ids=tuple(sampling_params.stop_token_ids or ()) or None,
-            seed=secrets.randbits(63) if sampling_params.seed is None else sampling_params.seed,
-        )
+        shared = {name: getattr(sampling_params, name) for name in SMCParams._SHARED}
+        shared["stop_token_ids"] = tuple(sampling_params.stop_token_ids or ()) or None
+        shared["seed"] = secrets.randbits(63) if sampling_params.seed is None else sampling_params.seed
+        shared["ignore_eos"] = bool(sampling_params.ignore_eos)
+        params = SMCParams.from_request(extra, **shared)
         potential = extra.get(PREFIX + "potential")
         if potential is not None and not isinstance(potential, str):
             raise ValueError(f"smc_potential={potential!r}: must be a name")
-        args = extra.get(PREFIX + "potential_args", "{}")
+        args = extra.get(_ARGS, "{}")
         try:
             if not isinstance(json.loads(args), dict):
                 raise ValueError
@@ -117,15 +145,18 @@ class GroupRequest:
         if exact is not None:
             exact = read_exact("smc_exact", exact, params)
         flags = {}
-        for name in ("return_population", "alone"):
+        for name in ("return_population", "alone", "progress", "stream_tokens"):
             flags[name] = extra.get(PREFIX + name, False)
             if flags[name] not in (True, False):
                 raise ValueError(f"{PREFIX}{name}={flags[name]!r}: must be true or false")
-        return cls(params, potential, args, twist, exact, **{name: bool(value) for name, value in flags.items()})
+        flags = {name: bool(value) for name, value in flags.items()}
+        n_samples = check_int("smc_n_samples", extra.get(PREFIX + "n_samples", 1), 1, params.n_particles)
+        return cls(params, potential, args, twist, exact, **flags, n_samples=n_samples)
 
     def check_ids(self, vocab_size: int) -> None:
         """Refuses token ids that no row of logits has. ValueError: naming the field, the id and the vocabulary."""
-        potentials.token_list("stop_token_ids", self.params.stop_token_ids or (), vocab_size)
+        for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
+            potentials.token_list(name, tuple(getattr(self.params, name) or ()), vocab_size)
         for i, ids in enumerate(self.exact or ()):
             potentials.token_list(f"smc_exact[{i}]", ids, vocab_size)
 
@@ -137,10 +168,10 @@ class GroupRequest:
                 are for requests of the program that the engine is part of (`EngineOptions.offline`).
             OverLimit: the group is over a limit.
         """
-        is_object = self.potential is not None and self.potential.startswith(OBJECT)
-        known = options.known_potentials()
-        if self.potential is not None and self.potential not in known and not (is_object and options.offline):
-            raise ValueError(f"smc_potential={short(self.potential)}: unknown; known are {_listed(known)}")
+        if self.potential is not None and not (self.potential.startswith(OBJECT) and options.offline):
+            known = options.known_potentials()
+            if self.potential not in known:
+                raise ValueError(f"smc_potential={short(self.potential)}: unknown; known are {_listed(known)}")
         twists = options.twists or {}
         if self.twist is not None and self.twist not in twists and not options.offline:
             raise ValueError(f"smc_twist={short(self.twist)}: unknown; known are {_listed(twists)}")

@@ -18,6 +18,8 @@ import torch
 from fastsmc.smc import Group, GroupEngine, SMCError
 from fastsmc.smc.group import choose
 from fastsmc.smc.paging import BlockTables, Paging
+from fastsmc.smc.record import CommonTokens
+from fastsmc.values import json_safe
 from fastsmc.vllm import captured
 from fastsmc.vllm.capacity import last_position
 from fastsmc.vllm.captured import CapturedMember
@@ -191,6 +193,7 @@ class ParticleRunner:
         shared = f" in a forward pass that {len(ids)} groups shared" * (len(ids) > 1)
         for request_id in ids:
             results[request_id].error = f"internal error{shared}: {type(error).__name__}: {error}"
+            results[request_id].error_kind = "engine"
 
     # ------------------------------------------------------------------------------------------------------ one group
     def _admit(self, part: GroupStep, result: GroupResult) -> None:
@@ -217,32 +220,35 @@ class ParticleRunner:
         try:
             yield
         except said as error:
-            result.error = str(error)
+            result.error, result.error_kind = str(error), getattr(error, "kind", "refused")
         except KeyboardInterrupt:
             raise
         except BaseException as error:
             logger.exception("group %s %s", result.request_id, what)
-            result.error = f"internal error: {type(error).__name__}: {error}"
+            result.error, result.error_kind = f"internal error: {type(error).__name__}: {error}", "engine"
 
     def _start(self, request_id: str, start: GroupStart, blocks: list[int]) -> None:
         potential = self.shelf.of(start)
         if potential is not None and potential.lookahead > start.lookahead:
             raise SMCError(
                 f"potential={start.potential!r}: needs a lookahead of {potential.lookahead} tokens that could not be "
-                "known when the group was admitted; give its continuation as token ids"
+                "known when the group was admitted; give its continuation as token ids",
+                kind="refused",
             )
         device = self.model.device
-        engine = None if potential is None else self.shelf.engine()
+        engine = None if potential is None and start.params.stop is None else self.shelf.engine()
         if self._captures and captured.holds(potential, start):
             self.captured[request_id] = CapturedMember.begin(self._model, potential, engine, start, blocks)
             return
         group = Group(start.params, potential, start.prompt, start.stop_token_ids, device, engine, start.exact)
+        group.progress = [] if start.progress else None
+        common = CommonTokens(group.lineages) if start.stream_tokens else None
         last = last_position(start.params, len(start.prompt), start.lookahead)
         paging = Paging(
             group.n, len(start.prompt), start.prompt_blocks, self.model.block_size, last, start.lookahead, device
         )
         paging.grant(blocks)
-        self.groups[request_id] = Member(group, paging, self.tables.add(paging), start)
+        self.groups[request_id] = Member(group, paging, self.tables.add(paging), start, common)
 
     def _open_columns(self, ids: Sequence[str], results: dict[str, GroupResult]) -> list[str]:
         """Opens what the next position needs, and lists the groups that can take a step; the others need blocks."""
@@ -272,8 +278,11 @@ class ParticleRunner:
         if member is not None and result.error is None and not result.partial:
             group = member.group
             result.step, result.done = group.t, group.done
+            if isinstance(member, Member):
+                with self._ending(result, "failed"):
+                    self._tell(member, result)
             if group.error is not None:
-                result.error, result.done = str(group.error), False
+                result.error, result.error_kind, result.done = str(group.error), group.error.kind, False
             elif group.done:
                 result.need = 0
                 with self._ending(result, "failed"):
@@ -282,20 +291,38 @@ class ParticleRunner:
             self.drop([request_id])
 
     @staticmethod
+    def _tell(member: Member, result: GroupResult) -> None:
+        """Says what a group was asked to say of the steps since the last result."""
+        group = member.group
+        if group.progress is not None:
+            result.progress, group.progress = group.progress, []
+        if member.common is not None and not group.done:  # when it is, the rest comes with the sample
+            part, particles = group.cohort.layout.part(group.index), group.cohort.particles
+            result.common = member.common.more(group.log_w, particles.finished[part], particles.lengths[part])
+
+    @staticmethod
     def _finish(member: Member | CapturedMember, result: GroupResult) -> None:
         group, start = member.group, member.start
-        population, chosen = group.population(), choose(group.log_w, group.params)
-        if chosen is not None:
-            result.token_ids = population.token_ids[chosen]
-            result.stopped = bool(result.token_ids) and result.token_ids[-1] in start.stop_token_ids
+        population, samples = group.population(), choose(group.log_w, group.params, start.n_samples)
+        drawn = [population.token_ids[i] for i in samples]
+        stopped = [bool(ids) and ids[-1] in start.stop_token_ids for ids in drawn]
+        if samples:
+            result.token_ids, result.stopped = drawn[0], stopped[0]
         result.summary = {
-            "log_z": population.log_z,
+            "log_z": json_safe(population.log_z),
             "n_particles": group.n,
             "steps": group.t,
             "ess": population.final_ess,
-            "chosen": chosen,
+            "chosen": samples[0] if samples else None,
+            "samples": samples,
+            "sample_token_ids": drawn,
+            "sample_finish_reasons": [(population.finish_reasons or [])[i] for i in samples],
+            "particle_tokens": int((population.tokens >= 0).sum()),
             "seed": group.params.seed,
+            "p0": group.params.p0(),
         }
+        if not samples:
+            result.summary["log_z_is_minus_inf"] = True
         if start.return_population:
             result.population = base64.b64encode(population.to_bytes()).decode()
 

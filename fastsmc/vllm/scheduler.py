@@ -44,7 +44,7 @@ from fastsmc.vllm.compat import get_logger
 from fastsmc.vllm.messages import GroupResult, GroupStart, GroupStep, StepOrder
 from fastsmc.vllm.options import EngineOptions
 from fastsmc.vllm.pace import Pace
-from fastsmc.vllm.request import GroupRequest, OverLimit, is_group_request
+from fastsmc.vllm.request import P0_OFF, GroupRequest, OverLimit, is_group_request
 
 logger = get_logger(__name__)
 
@@ -75,6 +75,8 @@ class _Group:
     turn: int = 0  # number of the order that it was last part of, or that was the last when it became ready to run
     blocks: dict[int, Any] = dataclasses.field(default_factory=dict)  # block id → KVCacheBlock
     to_grant: list[int] = dataclasses.field(default_factory=list)
+    sent: list[int] = dataclasses.field(default_factory=list)  # tokens that the client has, from before restarts too
+    common: list[int] = dataclasses.field(default_factory=list)  # final ones of this run, to be sent or to equal `sent`
 
     @property
     def n(self) -> int:
@@ -102,7 +104,8 @@ class _SMCMixin(_Scheduler):
         self._pace = Pace(options.max_particle_rows_per_step, logger)
         self._pool = self.kv_cache_manager.block_pool
         self._groups: dict[str, _Group] = {}  # by request id, in order of arrival
-        self._refused: dict[str, tuple[Request, str]] = {}  # by request id: what becomes no group, and why
+        # by request id: what becomes no group, why, and through whom
+        self._refused: dict[str, tuple[Request, str, str]] = {}
         self._dropped: list[str] = []
         self._half: list[_Group] = []  # groups whose pass the workers have half done
         self._turn = 0  # number of orders with groups so far
@@ -135,20 +138,33 @@ class _SMCMixin(_Scheduler):
             check_fits(asked.params, request.num_prompt_tokens, lookahead, self._limits)
             self._check_waiting()
             # The seed is the group's. For the token that stock sampling draws at prefill, and that is dropped, it would
-            # make a generator, which vLLM's CPU runner cannot rewind in a chunked prefill.
+            # make a generator, which vLLM's CPU runner cannot rewind in a chunked prefill; the settings of p0 are the
+            # group's, too.
             request.sampling_params = params.clone()
             request.sampling_params.seed = None
+            for name, neutral in P0_OFF.items():
+                setattr(request.sampling_params, name, neutral)
         except Exception as error:  # whatever a request holds, the engine goes on
-            self._refused[request.request_id] = request, str(error) or repr(error)
+            kind = "refused" if isinstance(error, ValueError) else "engine"
+            if isinstance(error, OverLimit):
+                kind = "busy" if error.limit == "max_groups" else "limit"
+            self._refused[request.request_id] = request, str(error) or repr(error), kind
         else:
             alone = self._never_shared or asked.alone
             self._groups[request.request_id] = _Group(request, asked, lookahead, alone)
 
     def _check_waiting(self) -> None:
         """Refuses a group while as many as the operator allows wait to be admitted."""
-        most, waiting = self._options.max_groups, sum(g.phase == "queued" for g in self._groups.values())
-        if most is not None and waiting >= most:
+        most = self._options.max_groups
+        if most is None or self._count_queued() < most:
+            return
+        if not self._hold_admission and self.pause_state != PauseState.PAUSED_ALL:
+            self._admit()  # those that came since the last step may fit
+        if (waiting := self._count_queued()) >= most:
             raise OverLimit(f"{waiting} groups wait to be admitted, at most max_groups={most}; ask later", "max_groups")
+
+    def _count_queued(self) -> int:
+        return sum(g.phase == "queued" for g in self._groups.values())
 
     def _admit(self) -> None:
         """Reserves rows and blocks for queued groups, oldest first, while they fit.
@@ -355,6 +371,9 @@ class _SMCMixin(_Scheduler):
                 exact=group.asked.exact,
                 lookahead=group.lookahead,
                 return_population=group.asked.return_population,
+                progress=group.asked.progress,
+                stream_tokens=group.asked.stream_tokens,
+                n_samples=group.asked.n_samples,
             )
             group.started = True
         granted, group.to_grant = group.to_grant, []
@@ -401,10 +420,12 @@ class _SMCMixin(_Scheduler):
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         if results := getattr(model_runner_output, "smc_results", None):
             self._after_order(results, outputs)
-        for request, error in list(self._refused.values()):
-            self._finish(request, RequestStatus.FINISHED_ERROR, [], {"error": error}, outputs)
+        for request, error, kind in list(self._refused.values()):
+            payload = {"error": error, "error_kind": kind}
+            self._finish(request, RequestStatus.FINISHED_ERROR, [], payload, outputs)
         for group in [g for g in self._groups.values() if g.phase == "failed"]:
-            self._finish(group.request, RequestStatus.FINISHED_ERROR, [], {"error": group.error}, outputs)
+            payload = {"error": group.error, "error_kind": "engine"}
+            self._finish(group.request, RequestStatus.FINISHED_ERROR, [], payload, outputs)
         return outputs
 
     def _see_time(self, scheduler_output: SchedulerOutput) -> None:
@@ -448,23 +469,46 @@ class _SMCMixin(_Scheduler):
         group.in_flight, group.waiting = False, result.waiting
         group.need = result.need
         self._pool.free_blocks([group.blocks.pop(block) for block in result.surplus])
+        payload: dict[str, Any] = {"progress": result.progress} if group.asked.progress else {}
+        if result.error is None:
+            self._check_restart(group, result)
         if result.error is not None:
-            group.phase, group.error = "failed", result.error
+            payload |= {"error": result.error, "error_kind": result.error_kind}
+            self._finish(group.request, RequestStatus.FINISHED_ERROR, [], payload, outputs)
         elif result.done:
-            payload = dict(result.summary)
-            if result.population is not None:
-                payload["population"] = result.population
-            if result.token_ids is None and result.population is None:
-                payload["error"] = "all particles have weight zero, so there is no sample (log Z = -inf)"
-                status = RequestStatus.FINISHED_ERROR
-            else:
-                status = RequestStatus.FINISHED_STOPPED if result.stopped else RequestStatus.FINISHED_LENGTH_CAPPED
-            token_ids, stop = result.token_ids or [], group.asked.params.stop_token_ids or ()
-            if status == RequestStatus.FINISHED_STOPPED and token_ids and token_ids[-1] in stop:
-                group.request.stop_reason = token_ids[-1]
-            self._finish(group.request, status, token_ids, payload, outputs)
+            self._end(group, result, payload | result.summary, outputs)
         elif not result.waiting and not result.partial:
-            self._emit(group.request, [], None, {"step": result.step}, outputs)
+            tokens = group.common[len(group.sent) :]
+            group.sent += tokens
+            self._emit(group.request, tokens, None, {"step": result.step} | payload, outputs)
+
+    @staticmethod
+    def _check_restart(group: _Group, result: GroupResult) -> None:
+        """Makes it the result's error that a group which has begun anew has other tokens than were sent before."""
+        group.common += result.common
+        final, sent = group.common if result.token_ids is None else result.token_ids, group.sent
+        n = len(sent) if result.done else min(len(sent), len(final))
+        if final[:n] != sent[:n] and not (result.done and result.token_ids is None):
+            result.error_kind = "engine"
+            result.error = (
+                f"the group began anew (preemption), and its tokens are not those that had been sent: {final[:n]} "
+                f"instead of {sent[:n]}"
+            )
+
+    def _end(self, group: _Group, result: GroupResult, payload: dict[str, Any], outputs: dict[int, Any]) -> None:
+        """Ends a group that is done, with its sample."""
+        if result.population is not None:
+            payload["population"] = result.population
+        request, token_ids, stop = group.request, result.token_ids, group.asked.params.stop_token_ids or ()
+        if token_ids is None:
+            payload["error"] = "all particles have weight zero, so there is no sample (log Z = -inf)"
+            payload["error_kind"] = "impossible"
+            self._finish(request, RequestStatus.FINISHED_ERROR, [], payload, outputs)
+            return
+        status = RequestStatus.FINISHED_STOPPED if result.stopped else RequestStatus.FINISHED_LENGTH_CAPPED
+        if result.stopped and token_ids[-1] in stop:
+            request.stop_reason = token_ids[-1]
+        self._finish(request, status, token_ids[len(group.sent) :], payload, outputs)
 
     def _finish(
         self, request: Request, status: RequestStatus, token_ids: list[int], payload: dict[str, Any], outputs: dict
@@ -517,7 +561,7 @@ class _SMCMixin(_Scheduler):
         if group is not None:  # starts again from its prompt; the same seed gives the same population
             self._take_back(group)
             group.epoch += 1
-            group.phase = "queued"
+            group.phase, group.common = "queued", []
         super()._preempt_request(request, *args, **kwargs)
 
 

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib.metadata import EntryPoint
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -16,10 +17,13 @@ from fastsmc import potentials
 from fastsmc.potentials import Potential
 from fastsmc.smc import GroupEngine, SMCError, set_up
 from fastsmc.twists import Twist, card_stamp
+from fastsmc.vllm.compat import get_logger
 from fastsmc.vllm.messages import GroupStart
 from fastsmc.vllm.options import EngineOptions
-from fastsmc.vllm.prepare import Preparer
+from fastsmc.vllm.prepare import PrepareError, Preparer
 from fastsmc.vllm.request import OBJECT
+
+logger = get_logger(__name__)
 
 #: potentials by name and arguments that a worker keeps set up; the oldest goes first
 _MAX_NAMED = 32
@@ -53,13 +57,19 @@ def _naming(what: str) -> Iterator[None]:
         raise SMCError(f"{what}: {said}") from error
 
 
-def _takes_arguments(build: Callable[..., Any]) -> bool:
-    """Says whether a potential cannot be made without arguments."""
+def _without_arguments(name: str, entry: EntryPoint) -> Potential | None:
+    """Makes the potential that requests without arguments get; None if it takes some, and refuses to be without.
+
+    Raises:
+        ValueError: its code cannot be imported, or makes none.
+    """
     try:
-        inspect.signature(build).bind()
-    except TypeError:
-        return True
-    return False
+        return potentials.resolve(name, {}, {name: entry})
+    except ValueError as error:
+        if isinstance(error.__cause__, TypeError | ValueError) and inspect.signature(entry.load()).parameters:
+            logger.info("%s; it is prepared when a request gives its arguments", error)
+            return None
+        raise
 
 
 class _Preparation:
@@ -73,7 +83,7 @@ class _Preparation:
     def __init__(self, prepare: Callable[[], Potential], turns: threading.Semaphore) -> None:
         self.done = threading.Event()
         self.wanted, self.given_up = True, False
-        self.error: str | None = None
+        self.error: PrepareError | None = None
         self.potential: Potential | None = None
         # a daemon: an engine that is shut down does not wait for what nobody will use
         threading.Thread(target=self._run, args=(prepare, turns), daemon=True).start()
@@ -85,10 +95,11 @@ class _Preparation:
                     self.given_up = True
                     return
                 self.potential = prepare()
-        except SMCError as error:
-            self.error = str(error)
-        except BaseException as error:  # of our own, or of whatever unpickles a user's potential
-            self.error = f"internal error: {type(error).__name__}: {error}"
+        except PrepareError as error:
+            self.error = error
+        except BaseException as error:
+            logger.exception("a potential could not be prepared")
+            self.error = PrepareError(f"internal error: {type(error).__name__}: {error}", "engine")
         finally:
             self.done.set()
 
@@ -137,26 +148,25 @@ class Shelf:
     def open(self) -> None:
         """Sets up the operator's own twists and potentials, before there are requests, and gets ready for theirs.
 
-        Of a potential that takes arguments, which only requests give, the code is imported.
+        Of a potential that wants arguments, which only requests give, the code is imported.
 
         Raises:
             SMCError: one of them cannot be set up; names it.
         """
         options = self._options
-        if not options.offline:
+        if not options.offline and options.known_potentials():
             self._preparer.warm_up()
-            self.engine()
+            self.engine()  # loads its tokenizer now, and not when a request waits
         for name, path in (options.twists or {}).items():
             with _naming(f"twists[{name!r}]={path!r}"):
                 self._keep(_twist_key(name), Twist.load(path))
         if isinstance(options.potentials, Mapping):
             for name, entry in options.known_potentials().items():
                 with _naming(f"potentials[{name!r}]={entry.value!r}"):
-                    if _takes_arguments(entry.load()):
-                        continue
-                    potential = potentials.resolve(name, {}, {name: entry})
-                    potential.prepare(self.engine().tokenizer)
-                    self._keep(_key(name, "{}"), potential)
+                    potential = _without_arguments(name, entry)
+                    if potential is not None:
+                        potential.prepare(self.engine().tokenizer)
+                        self._keep(_key(name, "{}"), potential)
 
     def _keep(self, key: str, potential: Potential) -> None:
         self.put(key, potential)
@@ -216,7 +226,7 @@ class Shelf:
         """Says whether the potential that a group names is there; begins to prepare it if nobody has, and sets it up.
 
         Raises:
-            SMCError: it cannot be made, prepared or set up.
+            PrepareError: it cannot be made, prepared or set up.
         """
         if start.potential is None or start.potential.startswith(OBJECT) or (key := _named(start)) in self._potentials:
             return True
@@ -227,12 +237,16 @@ class Shelf:
         preparation.wanted = True
         if not preparation.done.is_set() or preparation.given_up:  # given up just now: the next call begins anew
             return False
-        if preparation.error is not None:
-            raise SMCError(preparation.error)  # kept for other groups that wait for it; the last takes it away
+        if (error := preparation.error) is not None:  # kept for other groups that wait; the last takes it away
+            raise PrepareError(str(error), error.kind)
         assert preparation.potential is not None  # done, and neither given up nor failed
         del self._preparing[key]
         self._make_room()
-        self.put(key, preparation.potential)
+        try:
+            self.put(key, preparation.potential)
+        except SMCError as error:
+            refused = isinstance(error.__cause__, ValueError)  # such as a token beyond the vocabulary
+            raise PrepareError(str(error), "refused" if refused else "potential") from error
         return True
 
     def _prepare(self, name: str, args: str) -> Potential:

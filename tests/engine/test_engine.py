@@ -1,12 +1,5 @@
 """The particle runner inside vLLM: exact log-probs, paging, neighbours, ends of every kind."""
 
-import json
-import sys
-import threading
-import time
-from collections import Counter
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
@@ -14,9 +7,8 @@ from tiny import PROMPT, TableTwist, hf_log_probs, value_table
 from vllm import SamplingParams
 
 from fastsmc import Potential, SMCError, SMCParams
-from fastsmc.potentials import Infill, registry
+from fastsmc.potentials import Infill
 from fastsmc.vllm.passes import Pass
-from fastsmc.vllm.scheduler import POLL
 
 from .conftest import VOCAB
 
@@ -520,130 +512,3 @@ def test_infilling_scores_equal_a_full_recompute(engine, tiny_path, all_blocks_b
     resampled = SMCParams(n_particles=8, max_tokens=30, ess_threshold=1.0, stop_token_ids=[5], seed=4, temperature=0.8)
     population = engine.smc(prompt, resampled, Infill(continuation, every_step=every_step))
     check_log_probs(tiny_path, prompt, population, 0.8)
-
-
-# ------------------------------------------------------------------------- potentials that are slow to be prepared
-class Slow(TableTwist):
-    """POTENTIAL by a name, not prepared before `gate` opens."""
-
-    gate, begun = threading.Event(), []
-
-    def __init__(self, how="well"):
-        super().__init__(POTENTIAL.value.numpy(), POTENTIAL.share)
-        self.how = how
-
-    def prepare(self, tokenizer):
-        Slow.begun.append(self.how)
-        assert Slow.gate.wait(60)
-        if self.how == "raise":
-            raise ValueError("no automaton")
-        if self.how == "exit":
-            sys.exit(3)
-
-
-@pytest.fixture
-def slow(engine, monkeypatch):
-    """(add, step_until): adds a request, by what it is; steps until the requests named have ended. Their outputs."""
-    entry = SimpleNamespace(name="slow", value="here:Slow", load=lambda: Slow)
-    monkeypatch.setattr(registry, "registered", lambda: {"slow": entry})
-    Slow.gate.clear(), Slow.begun.clear()
-    outputs, steps = {}, Counter()
-
-    def add(kind, how="well"):
-        request_id = str(next(engine.request_counter))
-        params = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True)
-        if kind == "group":
-            params = engine.lead_params(EVERY_STEP, "slow", return_population=True)
-            params.extra_args["smc_potential_args"] = json.dumps({"how": how})
-        elif kind == "plain group":
-            params = engine.lead_params(EVERY_STEP, return_population=True)
-        engine.llm_engine.add_request(request_id, engine._prompt(PROMPT), params)
-        return request_id
-
-    def step_until(*request_ids):
-        until = time.monotonic() + 120
-        while not set(request_ids) <= set(outputs):
-            assert time.monotonic() < until
-            for output in engine.llm_engine.step():
-                steps[output.request_id] += 1
-                if output.finished:
-                    outputs[output.request_id] = output
-        return [outputs[r] for r in request_ids]
-
-    yield add, step_until
-    Slow.gate.set()
-
-
-def error_of(output):
-    return output.kv_transfer_params["smc"].get("error")
-
-
-def test_no_step_waits_for_a_potential_to_be_prepared(engine, runner, scheduler, all_blocks_back, slow):
-    """Ordinary requests and other groups run to their ends meanwhile; one preparation serves all that ask for it."""
-    add, step_until = slow
-    want = engine.smc(PROMPT, EVERY_STEP, POTENTIAL)
-    waiting = [add("group"), add("group")]
-    others = [add("request"), add("plain group"), add("request")]
-    step_until(*others)
-    assert Slow.begun == ["well"] and [group.waiting for group in scheduler._groups.values()] == [True, True]
-    start = time.monotonic()
-    for _ in range(20):  # alone: a step waits a little, so that the engine does not spin
-        assert not engine.llm_engine.step()
-    assert time.monotonic() - start > 20 * POLL / 2
-    scheduler.reset_prefix_cache(reset_running_requests=True)  # they start again from their prompts
-    late = add("request")
-    step_until(late)
-    assert Slow.begun == ["well"]
-    Slow.gate.set()
-    for output in step_until(*waiting):
-        same(engine.population(output), want)
-    assert not runner.shelf._preparing and not runner._waiting
-    step_until(add("group"))  # it is kept
-    assert Slow.begun == ["well"]
-
-
-@pytest.mark.parametrize(("how", "message"), [("raise", "ValueError: no automaton"), ("exit", "SystemExit: 3")])
-def test_what_cannot_be_prepared_ends_its_groups_alone(engine, runner, all_blocks_back, slow, how, message):
-    add, step_until = slow
-    bad, good = [add("group", how), add("group", how)], [add("request"), add("plain group")]
-    step_until(good[0])
-    Slow.gate.set()
-    for output in step_until(*bad):
-        assert error_of(output) == f"potential 'slow': prepare raised {message}"
-    assert not error_of(step_until(good[1])[0])
-    assert Slow.begun == [how] and not runner.shelf._preparing and not runner._waiting
-
-
-def test_a_preparation_that_is_given_up_while_it_is_asked_for_begins_anew():
-    """Its thread looks at `wanted` just before a new group sets it."""
-    from fastsmc.vllm.shelf import Shelf
-
-    class GivenUp:
-        wanted, error, potential = False, None, None
-        asked = 0
-
-        def __init__(self):
-            self.done = threading.Event()
-            self.done.set()
-
-        @property
-        def given_up(self):
-            self.asked += 1
-            return self.asked > 1
-
-    shelf, start = Shelf(None, None), SimpleNamespace(potential="slow", potential_args="{}")
-    shelf._preparing = {"slow {}": GivenUp()}
-    assert not shelf.is_ready(start) and shelf._preparing["slow {}"].given_up
-
-
-def test_abort_of_a_group_that_waits(engine, runner, scheduler, all_blocks_back, slow):
-    add, step_until = slow
-    gone = add("group", "aborted")
-    step_until(add("request"))
-    assert [group.waiting for group in scheduler._groups.values()] == [True]
-    engine.llm_engine.abort_request([gone])
-    step_until(add("request"))
-    assert not runner._waiting
-    Slow.gate.set()
-    step_until(add("plain group"), add("group", "aborted"))  # what was begun for the other serves this one
-    assert Slow.begun == ["aborted"]

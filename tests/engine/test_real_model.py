@@ -98,6 +98,12 @@ def test_potentials_of_text_and_of_what_follows(real):
     for i, scores in enumerate(hf_log_probs(smollm2(), prompt, whole)):
         want = scores[-len(after) :].sum() + 0.1 * len(population.texts[i])
         assert abs(want - population.log_weights[i]) <= 5e-4 * len(after)
+    named = []
+    for continuation in (follow, after):  # by a name, as clients send it
+        lead = real.lead_params(params, "infill", return_population=True)
+        lead.extra_args["smc_potential_args"] = json.dumps({"continuation": continuation})
+        named.append(real.population(real.generate(PROMPT, lead, use_tqdm=False)[0]))
+    assert named[0].token_ids == named[1].token_ids and named[0].log_z == named[1].log_z < 0
 
 
 def test_a_thousand_particles():

@@ -15,7 +15,9 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM is not installed")
 httpx = pytest.importorskip("httpx", reason="httpx is not installed")
 
-from tiny import make_llama
+from tiny import make_llama  # noqa: E402
+
+from fastsmc.screen import find_cause  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 KEY = "secret"
@@ -28,8 +30,10 @@ MODEL_ARGS = dict(
     max_num_seqs=256,
     kv_cache_memory_bytes=1 << 24,
 )
+#: registered potentials beside the package's own
+SERVED = {"fails": "served:Fails", "slow": "served:Slow", "never": "served:Never"}
 #: limits of the server's operator
-MAX_PARTICLES, MAX_PARTICLE_TOKENS, MAX_GROUPS = 128, 8192, 20
+MAX_PARTICLES, MAX_PARTICLE_TOKENS, MAX_GROUPS = 128, 8192, 4
 
 
 @pytest.fixture(scope="session")
@@ -54,6 +58,7 @@ def metadata(tmp_path_factory):
     folder = tmp_path_factory.mktemp("metadata") / "fastsmc-0.dist-info"
     folder.mkdir()
     (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: fastsmc\nVersion: 0\n")
+    project["entry-points"]["fastsmc.potentials"] |= SERVED
     groups = [
         "\n".join([f"[{group}]", *(f"{name} = {value}" for name, value in entries.items())])
         for group, entries in project["entry-points"].items()
@@ -76,6 +81,12 @@ class Server:
         self.process, self.url, self.log = process, f"http://127.0.0.1:{port}", log
         self.client = httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer {KEY}"}, timeout=60)
 
+    def is_up(self):
+        try:
+            return self.client.get("/health").status_code == 200
+        except httpx.TransportError:
+            return False
+
     def post(self, path, **body):
         return self.client.post(path, json=body)
 
@@ -93,9 +104,9 @@ class Server:
         """Waits until no request is there and no KV block is in use; says whether that was in time."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            if not self.metric("vllm:num_requests_running") + self.metric("vllm:num_requests_waiting"):
-                if self.metric("vllm:kv_cache_usage_perc") == 0:
-                    return True
+            names = "num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"
+            if all(self.metric(f"vllm:{name}") == 0 for name in names):
+                return True
             time.sleep(0.05)
         return False
 
@@ -110,14 +121,12 @@ def server(letters_model, environment, tmp_path_factory):
         "max_particles": MAX_PARTICLES,
         "max_particle_tokens": MAX_PARTICLE_TOKENS,
         "max_groups": MAX_GROUPS,
-        "potentials.lexicon": "fastsmc.potentials:Lexicon",
-        "potentials.regex": "fastsmc.potentials:Regex",
-        "potentials.fails": "served:Fails",
-        "potentials.slow": "served:Slow",
-        "potentials.never": "served:Never",
+        "potentials": ",".join(["lexicon", "regex", *SERVED]),
     }
     flags = [f"--additional-config.fastsmc.{name}={value}" for name, value in options.items()]
-    flags += [f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}") for name, value in MODEL_ARGS.items()]
+    flags += [
+        f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}") for name, value in MODEL_ARGS.items()
+    ]
     flags += ["--no-enable-prefix-caching", "--override-generation-config", '{"top_p": 0.9, "repetition_penalty": 1.3}']
     command = [sys.executable, "-m", "fastsmc.cli", "serve", str(letters_model), "--served-model-name", "tiny"]
     log = tmp_path_factory.mktemp("server") / "log"
@@ -125,18 +134,15 @@ def server(letters_model, environment, tmp_path_factory):
         process = subprocess.Popen(
             [*command, "--port", str(port), "--host", "127.0.0.1", "--api-key", KEY, *flags],
             env=environment,
+            cwd=log.parent,  # where no other metadata of the package lies
             stdout=file,
             stderr=subprocess.STDOUT,
         )
     server = Server(process, port, log)
     try:
-        for _ in range(1200):
-            assert process.poll() is None, log.read_text()[-4000:]
-            try:
-                if server.client.get("/health").status_code == 200:
-                    break
-            except httpx.TransportError:
-                time.sleep(0.1)
+        while not server.is_up():  # it takes as long as the machine is busy
+            assert process.poll() is None, find_cause(text := log.read_text()) or text[-1000:]
+            time.sleep(0.1)
         yield server
     finally:
         process.terminate()

@@ -21,7 +21,9 @@ TASK = {"prompt": PROMPT, "n_particles": 24, "max_tokens": 12, "seed": 7, "ess_t
 def xargs(task=TASK, **more):
     """The task as the body of vLLM's completions; more: fields of SMCParams and of the request."""
     task = {**task, **more}
-    shared = {name: task.pop(name) for name in ("prompt", "messages", "max_tokens", "seed", "n", "stream") if name in task}
+    shared = {
+        name: task.pop(name) for name in ("prompt", "messages", "max_tokens", "seed", "n", "stream") if name in task
+    }
     keys = {f"smc_{name}": json.dumps(value) if isinstance(value, dict) else value for name, value in task.items()}
     return {"model": "tiny", "vllm_xargs": keys, **shared}
 
@@ -75,7 +77,13 @@ def test_one_population_everywhere(server, letters_model):
     assert genealogy["tokens"] == population.tokens.tolist()
     assert genealogy["token_texts"] == {str(t): LETTERS[t] for t in {*population.tokens.flat} - {-1}}
     n_tokens = sum(map(len, population.token_ids))
-    assert answer["usage"]["particle_tokens"] == n_tokens and answer["usage"]["prompt_tokens"] == len(PROMPT)
+    n_drawn = int((population.tokens >= 0).sum())  # with those that resampling left behind
+    assert answer["usage"] == {
+        "prompt_tokens": len(PROMPT),
+        "completion_tokens": n_tokens,
+        "total_tokens": len(PROMPT) + n_tokens,
+        "particle_tokens": n_drawn,
+    }
 
     assert len(answer["samples"]) == 5
     [summary] = completion["smc"]
@@ -84,7 +92,7 @@ def test_one_population_everywhere(server, letters_model):
     assert [c["finish_reason"] for c in completion["choices"]] == [p["finish_reason"] for p in drawn]
     assert [c["text"] for c in completion["choices"]] == [p["text"] for p in drawn]
     assert completion["usage"]["completion_tokens"] == sum(len(p["token_ids"]) for p in drawn)
-    assert completion["usage"]["particle_tokens"] == n_tokens
+    assert completion["usage"]["particle_tokens"] == n_drawn
     plain = server.post("/v1/completions", **xargs(ignore_generation_config=1)).json()
     assert plain["choices"][0]["text"] == output.outputs[0].text
 
@@ -100,9 +108,10 @@ def test_stream_of_steps(server):
     alone = server.smc(**TASK, **LEXICON)
     for key in ("particles", "log_z", "samples"):
         assert population[key] == alone[key]
-    assert server.smc(**{**TASK, "prompt": None}, messages=[{"role": "user", "content": PROMPT}], **LEXICON)[
-        "particles"
-    ] == alone["particles"]
+    assert (
+        server.smc(**{**TASK, "prompt": None}, messages=[{"role": "user", "content": PROMPT}], **LEXICON)["particles"]
+        == alone["particles"]
+    )
 
 
 def test_streamed_completions_are_the_others(server):
@@ -181,7 +190,7 @@ SMC_REFUSALS = [
     ({"twist": "/etc", "potential": "lexicon", "potential_args": {"token_ids": [5]}}, 400, "twist"),
     ({"n_samples": 100}, 400, "n_samples"),
     ({"stop_token_ids": [99]}, 400, "stop_token_ids"),
-    ({"prompt": [99]}, 400, "prompt"),
+    ({"prompt": [99]}, 400, None),  # vLLM's own words
     ({"prompt": None}, 400, "prompt"),
     ({"presence_penalty": 1.0}, 400, "presence_penalty"),
     ({"model": "no"}, 404, "model"),
@@ -279,12 +288,17 @@ def test_client_that_leaves(server, stream):
     routes = [("/v1/smc", {"prompt": PROMPT, **slow}), ("/v1/completions", {**xargs(slow), "prompt": PROMPT})]
     routes[1][1]["vllm_xargs"].pop("smc_ignore_eos")
     for path, body in routes:
-        with pytest.raises(httpx.ReadTimeout):
+        deadline = time.monotonic() + 1
+        try:
             with server.client.stream("POST", path, json={**body, "stream": stream}, timeout=1) as response:
-                deadline = time.monotonic() + 1
-                for _ in response.iter_raw():
+                for part in response.iter_raw():
+                    assert response.status_code == 200, part
                     if time.monotonic() > deadline:
-                        raise httpx.ReadTimeout("enough")
+                        break
+                else:
+                    pytest.fail(f"{path}: it was over before")
+        except httpx.ReadTimeout:
+            pass
         assert server.wait_idle(2), path
 
 
@@ -318,21 +332,21 @@ def test_twelve_clients_at_once(server):
 
 def test_too_many_wait(server):
     """More than max_groups waiting: 503 with Retry-After, for those that came last; the others are served."""
-    body = {"prompt": PROMPT, "n_particles": 128, "max_tokens": 24, "ignore_eos": True, "potential": "slow"}
+    body = {"prompt": PROMPT, "n_particles": 128, "max_tokens": 6, "ignore_eos": True, "potential": "slow"}
     results = []
 
     def run(i):
         response = server.post("/v1/smc", **body, seed=i)
         results.append((response.status_code, response.headers.get("retry-after")))
 
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(MAX_GROUPS + 8)]
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(MAX_GROUPS + 6)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     busy = [retry for status, retry in results if status == 503]
     assert busy and all(int(retry) >= 1 for retry in busy)
-    assert {status for status, _ in results} == {200, 503} and len(busy) <= 8
+    assert {status for status, _ in results} == {200, 503} and len(busy) <= 4
     assert server.wait_idle(5)
 
 

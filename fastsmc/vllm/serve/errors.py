@@ -1,10 +1,10 @@
 """What a client gets when there is no population: one kind of error, with an HTTP status, in vLLM's form.
 
-    400   the request is wrong, or asks for more than this engine can ever run
-    413   it asks for more than the operator allows
-    422   the target is impossible: log Ẑ = -inf; the population's summary stands beside the error
-    500   a potential or the engine failed
-    503   too many groups are waiting; with Retry-After
+400   the request is wrong, or asks for more than this engine can ever run
+413   it asks for more than the operator allows
+422   the target is impossible: log Ẑ = -inf; the population's summary stands beside the error
+500   a potential or the engine failed
+503   too many groups are waiting; with Retry-After
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from vllm.exceptions import GracefulHTTPError
 
 from fastsmc.params import PREFIX
 
-#: HTTP status by what the scheduler calls the error
+#: HTTP status, and outcome in the metrics, by what the scheduler calls the error
 STATUS = {"refused": 400, "limit": 413, "impossible": 422, "potential": 500, "engine": 500, "busy": 503}
+OUTCOMES = {"limit": "refused", "busy": "overloaded"}
 #: seconds after which a client may ask again
 RETRY_AFTER = 1
 #: how our errors begin: argument=value, or argument: what
@@ -36,13 +37,19 @@ class GroupError(GracefulHTTPError):
     Attributes:
         param: the argument that is to blame.
         summary: of the population, where there is one.
+        outcome: as the metrics count it (`fastsmc.vllm.serve.metrics.OUTCOMES`).
     """
 
     def __init__(
-        self, status: int, message: str, param: str | None = None, summary: Mapping[str, Any] | None = None
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        summary: Mapping[str, Any] | None = None,
+        outcome: str = "refused",
     ) -> None:
         super().__init__(message, HTTPStatus(status))
-        self.param, self.summary = param, summary
+        self.param, self.summary, self.outcome = param, summary, outcome
 
     @classmethod
     def refusal(cls, error: ValueError) -> GroupError:
@@ -57,7 +64,8 @@ class GroupError(GracefulHTTPError):
         match = _ARGUMENT.match(message) if kind in ("refused", "limit") else None
         hidden = ("error", "error_kind", "population", "progress")
         summary = {key: value for key, value in payload.items() if key not in hidden}
-        return cls(STATUS[kind], message, match and match[1], summary if kind == "impossible" else None)
+        outcome = OUTCOMES.get(kind, kind)
+        return cls(STATUS[kind], message, match and match[1], summary if kind == "impossible" else None, outcome)
 
     def body(self) -> dict[str, Any]:
         """Returns vLLM's form of an error, with the summary as `smc` where there is one."""

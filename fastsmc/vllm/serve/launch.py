@@ -45,7 +45,7 @@ def serve(model: str, flags: Sequence[str]) -> None:
 
 
 def name_plugin() -> None:
-    """Adds fastsmc to VLLM_PLUGINS, beside those that are loaded anyway: that the user names, or all but HTTP routes."""
+    """Adds fastsmc to VLLM_PLUGINS, to those that are loaded anyway: what the user names, or all but HTTP routes."""
     named = [name for name in os.environ.get("VLLM_PLUGINS", "").split(",") if name]
     if "VLLM_PLUGINS" not in os.environ:
         routes = {entry.name for entry in entry_points(group="vllm.endpoint_plugins")}

@@ -25,7 +25,7 @@ from fastsmc.params import GROUP_KEY, PREFIX
 from fastsmc.potentials import token_list
 from fastsmc.vllm.capacity import Limits, check_fits
 from fastsmc.vllm.options import EngineOptions
-from fastsmc.vllm.request import GroupRequest, OverLimit, is_group_request
+from fastsmc.vllm.request import GroupRequest, OverLimit, is_group_request, with_token_ids
 from fastsmc.vllm.serve.errors import GroupError
 from fastsmc.vllm.serve.metrics import front_end_metrics
 
@@ -35,14 +35,16 @@ def with_checks(stock: Callable) -> Callable:
     def process_inputs(self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
         request = stock(self, request_id, prompt, params, *args, **kwargs)
         if is_group_request(request.sampling_params):
-            check(request, self.vllm_config)
+            check(request, self.vllm_config, self.tokenizer)
         return request
 
     return process_inputs
 
 
-def check(request: Any, config: Any) -> None:
+def check(request: Any, config: Any, tokenizer: Any) -> None:
     """Refuses a group request, as vLLM sends it to its engine, that the engine with this VllmConfig would refuse.
+
+    Texts among its potential's arguments that only a tokenizer can read become token ids.
 
     The number of KV blocks is that of all replicas together; where one has too few, its scheduler refuses.
 
@@ -52,6 +54,7 @@ def check(request: Any, config: Any) -> None:
     options = EngineOptions.of(config.additional_config)
     vocab_size = config.model_config.get_vocab_size()
     try:
+        request.sampling_params.extra_args = with_token_ids(request.sampling_params.extra_args, options, tokenizer)
         asked = GroupRequest.parse(request.sampling_params)
         asked.check_allowed(options)
         if not request.prompt_token_ids:
@@ -104,7 +107,13 @@ class Record:
 
 def with_groups(stock: Callable) -> Callable:
     def generate(
-        self: Any, prompt: Any, sampling_params: Any, request_id: str, *, smc_record: Record | None = None, **kwargs: Any
+        self: Any,
+        prompt: Any,
+        sampling_params: Any,
+        request_id: str,
+        *,
+        smc_record: Record | None = None,
+        **kwargs: Any,
     ) -> AsyncGenerator[RequestOutput, None]:
         if not is_group_request(sampling_params):
             return stock(self, prompt, sampling_params, request_id, **kwargs)
@@ -124,7 +133,7 @@ async def _generate(
     asked, choices = _engine_params(client, params), None
     start, n, outcome, n_tokens = time.monotonic(), asked.extra_args.get(GROUP_KEY), "aborted", 0
     metrics = front_end_metrics(client.vllm_config)
-    metrics.started(request_id, n)
+    metrics.started(request_id, n if isinstance(n, int) else 0)
     try:
         async for output in stock(client, prompt, asked, request_id, **kwargs):
             payload = _payload(output)
@@ -132,33 +141,29 @@ async def _generate(
             if progress := payload.get("progress"):
                 metrics.progress(request_id, progress)
             if "error" in payload:
-                outcome = payload.get("error_kind", "engine")
                 raise GroupError.of_payload(payload)
             if output.finished:
                 record.payload, n_tokens = payload, payload.get("particle_tokens", 0)
                 outcome = "finished"
-            if params.n > 1:
-                choices = choices or Choices(params.n, client.renderer.tokenizer, asked, output)
-                choices.extend(output)
-            elif output.finished and "sample_finish_reasons" in payload and output.outputs:
-                output.outputs[0].finish_reason = payload["sample_finish_reasons"][0]
+            choices = choices or Choices(params.n, client.renderer.tokenizer, asked, output)
+            choices.extend(output)
             if output.finished or params.output_kind != RequestOutputKind.FINAL_ONLY:
                 yield output
     except GroupError as error:
-        if outcome == "aborted":
-            outcome = "refused"
-        record.error = error
+        record.error, outcome = error, error.outcome
         raise
     finally:
         record.begun.set()
-        metrics.ended(request_id, outcome, n_tokens, time.monotonic() - start)
+        metrics.ended(request_id, outcome, n_tokens, None if outcome == "refused" else time.monotonic() - start)
 
 
 def _engine_params(client: Any, params: SamplingParams) -> SamplingParams:
     """Returns the SamplingParams that go to the engine, where n choices are draws from one population."""
     asked = params.clone()
     asked.n = 1
-    extra = dict(params.extra_args or {}) | {PREFIX + "progress": True}
+    extra = dict(params.extra_args or {})
+    if not EngineOptions.of(client.vllm_config.additional_config).captured_steps:  # whose groups report no steps
+        extra[PREFIX + "progress"] = True
     if params.n > 1:
         extra[PREFIX + "n_samples"] = params.n
     if params.output_kind == RequestOutputKind.DELTA:
@@ -212,7 +217,11 @@ class Choices:
         if ids is None:
             return  # an error of the engine's, which the handler reports
         if any(tokens[: len(self._sent)] != self._sent for tokens in ids):
-            raise GroupError(500, "the group was restarted, and its particles no longer begin with what was streamed")
+            raise GroupError(
+                500,
+                "the group was restarted, and its particles no longer begin with what was streamed",
+                outcome="engine",
+            )
         output.outputs = [
             self._choice(j, tokens[len(self._sent) :], reason)
             for j, (tokens, reason) in enumerate(zip(ids, reasons, strict=True))

@@ -79,8 +79,8 @@ def put_settings(arguments: EngineArgs) -> None:
     for name, stock in (("scheduler_cls", None), ("worker_cls", "auto")):
         if (value := getattr(arguments, name)) not in (stock, settings[name]):
             raise ValueError(
-                f"--{name.replace('_', '-')} {value}: fastsmc sets it itself, as VLLM_PLUGINS={','.join(envs.VLLM_PLUGINS)} "
-                "asks for; leave out one of the two"
+                f"--{name.replace('_', '-')} {value}: fastsmc sets it itself, as VLLM_PLUGINS asks for; leave out one "
+                "of the two"
             )
         setattr(arguments, name, settings.pop(name))
     for name, value in settings.items():

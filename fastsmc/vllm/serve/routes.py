@@ -8,6 +8,7 @@ status in streams too, and each prompt's summary is in the answer, as `smc`, of 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import json
 import time
@@ -64,6 +65,7 @@ async def smc(body: SMCRequest, raw_request: Request) -> Response:
     params.extra_args[PREFIX + "potential_args"] = json.dumps(body.potential_args)
     if body.twist is not None:
         params.extra_args[PREFIX + "twist"] = body.twist
+    params.extra_args[PREFIX + "progress"] = body.stream
     params.output_kind = RequestOutputKind.CUMULATIVE if body.stream else RequestOutputKind.FINAL_ONLY
     params.detokenize = False  # the population's texts are made at the end
     request_id = f"smc-{handler._base_request_id(raw_request)}"
@@ -78,7 +80,7 @@ async def smc(body: SMCRequest, raw_request: Request) -> Response:
         smc_record=record,
     )
 
-    def answer(output: Any) -> dict[str, Any]:
+    def answer() -> dict[str, Any]:
         tokenizer = state.engine_client.renderer.tokenizer
         population = read_population(record.payload, tokenizer)
         head = {"id": request_id, "object": "smc.population", "created": int(time.time())}
@@ -87,9 +89,9 @@ async def smc(body: SMCRequest, raw_request: Request) -> Response:
 
     try:
         if not body.stream:
-            async for output in outputs:
+            async for _ in outputs:
                 pass
-            return JSONResponse(answer(output))
+            return JSONResponse(answer())
         first = await anext(outputs)  # a refusal, which comes before any output, has its status
     except GroupError as error:
         error.param = own_name(error.param)
@@ -112,7 +114,7 @@ async def _render(body: Any, state: Any) -> tuple[Any, Any, Any]:
     return handler, inputs[0], handler._maybe_get_adapters(wish)
 
 
-async def _lines(first: Any, outputs: AsyncIterator[Any], answer: Callable[[Any], dict[str, Any]]) -> AsyncIterator:
+async def _lines(first: Any, outputs: AsyncIterator[Any], answer: Callable[[], dict[str, Any]]) -> AsyncIterator:
     """Yields the lines of a stream: steps, then the population or an error."""
     output = first
     try:
@@ -120,7 +122,7 @@ async def _lines(first: Any, outputs: AsyncIterator[Any], answer: Callable[[Any]
             for step in (output.kv_transfer_params or {}).get("smc", {}).get("progress", ()):
                 yield json.dumps({"event": "step", **step}, allow_nan=False) + "\n"
             if output.finished:
-                yield json.dumps({"event": "population", **answer(output)}, allow_nan=False) + "\n"
+                yield json.dumps({"event": "population", **answer()}, allow_nan=False) + "\n"
                 return
             output = await anext(outputs)
     except Exception as error:
@@ -166,7 +168,7 @@ def population_body(population: Any, payload: dict[str, Any], genealogy: bool, t
             "prompt_tokens": n_prompt,
             "completion_tokens": n_tokens,
             "total_tokens": n_prompt + n_tokens,
-            "particle_tokens": n_tokens,
+            "particle_tokens": payload["particle_tokens"],
         },
     }
     if genealogy:
@@ -235,10 +237,13 @@ def settle_defaults(request: Any, options: EngineOptions) -> None:
 
 
 class _Client:
-    """Is an engine client that keeps a `Record` of each group request, in order of the prompts."""
+    """Is an engine client that keeps a `Record` of each group request, in order of the prompts.
 
-    def __init__(self, client: Any) -> None:
-        self._client = client
+    For a stream the outputs of a group that has failed just end: vLLM's handlers would log each with a traceback.
+    """
+
+    def __init__(self, client: Any, stream: bool) -> None:
+        self._client, self._stream = client, stream
         self.records: list[Record] = []
 
     def __getattr__(self, name: str) -> Any:
@@ -246,7 +251,14 @@ class _Client:
 
     def generate(self, *args: Any, **kwargs: Any) -> AsyncGenerator:
         self.records.append(Record())
-        return self._client.generate(*args, smc_record=self.records[-1], **kwargs)
+        outputs = self._client.generate(*args, smc_record=self.records[-1], **kwargs)
+        return _quiet(outputs) if self._stream else outputs
+
+
+async def _quiet(outputs: AsyncGenerator) -> AsyncGenerator:
+    with contextlib.suppress(GroupError):
+        async for output in outputs:
+            yield output
 
 
 @with_cancellation
@@ -257,7 +269,7 @@ async def _with_groups(request: Any, raw_request: Request, handler: Any, method:
         raise NotImplementedError("this server's model does not do that")
     config = handler.engine_client.vllm_config
     settle_defaults(request, EngineOptions.of(config.additional_config))
-    client, handler = _Client(handler.engine_client), copy.copy(handler)
+    client, handler = _Client(handler.engine_client, request.stream), copy.copy(handler)
     handler.engine_client = client
     result = await getattr(handler, method)(request, raw_request)
     if isinstance(result, ErrorResponse):
@@ -293,14 +305,15 @@ async def _chain(first: asyncio.Future, rest: AsyncGenerator[str, None]) -> Asyn
 
 
 async def _with_last(chunks: AsyncGenerator[str, None], records: list[Record]) -> AsyncGenerator[str, None]:
-    """Puts the summaries into the last chunk of a stream of server-sent events, and our form into an error's."""
+    """Puts the summaries into the last chunk of a stream of server-sent events, or an error after it."""
     held = None  # the last chunk that holds anything, once the groups have ended
     try:
         async for chunk in chunks:
-            if (error := _first_error(records)) and chunk.startswith('data: {"error"'):
-                chunk = _event(error.body())
-            elif held is not None and chunk.startswith("data: [DONE]"):
-                held = _event(_with_summaries(json.loads(held.removeprefix("data: ")), records))
+            if chunk.startswith("data: [DONE]"):
+                if error := _first_error(records):
+                    yield _event(error.body())
+                elif held is not None:
+                    held = _event(_with_summaries(json.loads(held.removeprefix("data: ")), records))
             if held is not None:
                 yield held
             held = chunk if all(record.payload for record in records) else None
@@ -323,6 +336,8 @@ def _event(value: dict[str, Any]) -> str:
 def _with_summaries(body: dict[str, Any], records: list[Record]) -> dict[str, Any]:
     """Adds each prompt's summary, and to the usage the tokens of all particles."""
     body["smc"] = [record.summary for record in records]
+    if body.get("kv_transfer_params"):  # where vLLM has the first prompt's
+        body["kv_transfer_params"]["smc"] = body["smc"][0]
     if body.get("usage"):
         body["usage"]["particle_tokens"] = sum(record.payload.get("particle_tokens", 0) for record in records)
     return body

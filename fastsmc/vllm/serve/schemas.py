@@ -42,10 +42,10 @@ class _Request(BaseModel):
         if (body.get("prompt") is None) == (body.get("messages") is None):
             raise GroupError(400, "prompt: give it or messages, one of the two", "prompt")
         try:
-            SMCParams(**{name: body[name] for name in NAMES if name in body})
+            params = SMCParams(**{name: body[name] for name in NAMES if name in body})
         except ValueError as error:
             raise GroupError.refusal(error) from None
-        return body
+        return body | {name: getattr(params, name) for name in NAMES if name in body}
 
     def params(self) -> SMCParams:
         return SMCParams(**{name: getattr(self, name) for name in NAMES if name in self.model_fields_set})
