@@ -58,7 +58,7 @@ class Page:
         assert "exceptionDetails" not in result, result["exceptionDetails"]
         return result["result"].get("value")
 
-    def wait(self, condition, seconds=30):
+    def wait(self, condition, seconds=120):
         """Waits until an expression is true, and returns its value."""
         end = time.monotonic() + seconds
         while not (value := self.run(condition)):
