@@ -12,7 +12,7 @@ from fastapi.responses import HTMLResponse
 
 
 def attach(app: FastAPI) -> None:
-    """Adds the route. Like all beside /v1 it asks for no key; the page holds no secret, and its user's key in memory."""
+    """Adds the route. Like all beside /v1 it asks for no key: the page holds no secret."""
     html = importlib.resources.files(__package__).joinpath("page.html").read_text("utf-8")
     headers = {
         "Content-Security-Policy": security_policy(html),
