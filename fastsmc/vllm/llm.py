@@ -385,7 +385,7 @@ class LLM(vllm.LLM):
 
     def _check_group(self, sampling_params: SamplingParams, prompt_len: int = 1) -> None:
         asked = GroupRequest.parse(sampling_params)
-        asked.check_ids(self.model_config.get_vocab_size())
+        asked.check_ids(self.model_config.get_vocab_size(), not self.model_config.skip_tokenizer_init)
         check_fits(asked.params, prompt_len, asked.lookahead(), Limits.of(self.llm_engine.vllm_config))
 
     def _run_groups(
