@@ -45,6 +45,32 @@ def uniforms(n: int, *, seed, group, step, stream: int, offsets=None) -> Array:
     return np.array([((w[0] << 21) | (w[1] >> 11)) * 2.0**-53 for w in words])
 
 
+# -- p0 ----------------------------------------------------------------------------------------------------------------
+def restrict(
+    logits, before=0, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, logit_bias=None, allowed_token_ids=None,
+    min_tokens=0, stop_token_ids=(),
+) -> Array:  # fmt: skip
+    """Rules tokens out of one row (V,) by sorting all of it: what fastsmc.smc.p0 does to rows; settings of SMCParams.
+
+    `before` tokens were generated before the one that the row is about.
+    """
+    z = np.array(logits, np.float64)
+    if allowed_token_ids is not None:
+        z[np.setdiff1d(np.arange(len(z)), list(allowed_token_ids))] = -np.inf
+    if before < min_tokens:
+        z[list(stop_token_ids)] = -np.inf
+    for token, value in (logit_bias or {}).items():
+        z[token] += value
+    z[z < z.max() + (temperature * math.log(min_p) if min_p > 0.0 else -np.inf)] = -np.inf
+    if 0 < top_k < len(z):
+        z[z < np.sort(z)[-top_k]] = -np.inf
+    if top_p < 1.0 and z.max() > -np.inf:
+        order = np.argsort(-z, kind="stable")
+        mass = np.exp((z[order] - z.max()) / temperature)
+        z[order[1:][np.cumsum(mass / mass.sum())[:-1] >= top_p]] = -np.inf
+    return z
+
+
 # -- weigh, draw -------------------------------------------------------------------------------------------------------
 class Weighed(NamedTuple):
     lse: Array

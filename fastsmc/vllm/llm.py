@@ -401,7 +401,7 @@ class LLM(vllm.LLM):
         allowed = options.EngineOptions.of(config.additional_config)
         asked = GroupRequest.parse(sampling_params)
         asked.check_allowed(allowed)
-        asked.check_ids(self.model_config.get_vocab_size())
+        asked.check_ids(self.model_config.get_vocab_size(), not self.model_config.skip_tokenizer_init)
         check_fits(asked.params, prompt_len, asked.lookahead(allowed), Limits.of(config))
 
     def _run_groups(

@@ -153,8 +153,14 @@ class GroupRequest:
         n_samples = check_int("smc_n_samples", extra.get(PREFIX + "n_samples", 1), 1, params.n_particles)
         return cls(params, potential, args, twist, exact, **flags, n_samples=n_samples)
 
-    def check_ids(self, vocab_size: int) -> None:
-        """Refuses token ids that no row of logits has. ValueError: naming the field, the id and the vocabulary."""
+    def check_ids(self, vocab_size: int, has_tokenizer: bool = True) -> None:
+        """Refuses token ids that no row of logits has, and stop strings without a tokenizer.
+
+        Raises:
+            ValueError: naming the field, its value and what is allowed.
+        """
+        if self.params.stop is not None and not has_tokenizer:
+            raise ValueError(f"stop={list(self.params.stop)}: this engine has no tokenizer; give stop_token_ids")
         for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
             potentials.token_list(name, tuple(getattr(self.params, name) or ()), vocab_size)
         for i, ids in enumerate(self.exact or ()):

@@ -305,9 +305,11 @@ class ParticleRunner:
         group, start = member.group, member.start
         population, samples = group.population(), choose(group.log_w, group.params, start.n_samples)
         drawn = [population.token_ids[i] for i in samples]
-        stopped = [bool(ids) and ids[-1] in start.stop_token_ids for ids in drawn]
         if samples:
-            result.token_ids, result.stopped = drawn[0], stopped[0]
+            # with FINISHED_STOPPED vLLM's front end takes the last token for a stop token, which has no text; stop strings
+            # it finds itself
+            result.token_ids = drawn[0]
+            result.stopped = bool(drawn[0]) and drawn[0][-1] in start.stop_token_ids
         result.summary = {
             "log_z": json_safe(population.log_z),
             "n_particles": group.n,

@@ -131,8 +131,9 @@ class _SMCMixin(_Scheduler):
                 raise ValueError("a group of particles cannot be a streaming session")
             if request.lora_request is not None:
                 raise ValueError("lora_request: groups of particles do not support LoRA")
-            vocab_size = self.vllm_config.model_config.get_vocab_size()
-            asked.check_ids(vocab_size)
+            model_config = self.vllm_config.model_config
+            vocab_size = model_config.get_vocab_size()
+            asked.check_ids(vocab_size, not model_config.skip_tokenizer_init)
             token_list("prompt", request.prompt_token_ids, vocab_size)
             lookahead = asked.lookahead(self._options)
             check_fits(asked.params, request.num_prompt_tokens, lookahead, self._limits)

@@ -2,10 +2,12 @@
 
 import numpy as np
 import pytest
+import torch
 from tiny import PROMPT, TableTwist, TinyLlama, run_table, value_table
 
-from fastsmc import SMCParams
+from fastsmc import SMCParams, reference
 from fastsmc.params import RESAMPLING_SCHEMES
+from fastsmc.potentials import Infill
 
 from .conftest import VOCAB
 
@@ -169,3 +171,63 @@ def test_lead_is_a_posterior_sample(engine, tiny):
     for v in range(VOCAB):
         p = sum(q for s, q in posterior.items() if s[0] == v)
         assert abs(first[v] / runs - p) <= 4 * np.sqrt(p * (1 - p) / runs) + 0.01  # 0.01: bias of order 1/N
+
+
+def p0_of(model, params, ids):
+    """log p0 (V,) under `params` after PROMPT and token ids, from Hugging Face's logits."""
+    with torch.inference_mode():
+        row = model(torch.tensor([PROMPT + ids])).logits[0, -1]
+    names = ("temperature", "top_k", "top_p", "min_p", "logit_bias", "allowed_token_ids", "min_tokens")
+    settings = {name: getattr(params, name) for name in names}
+    z = reference.restrict(row.numpy(), len(ids), stop_token_ids=[STOP], **settings) / params.temperature
+    return z - np.logaddexp.reduce(z)
+
+
+def test_p0_of_all_settings(engine, tiny_path, all_blocks_back):
+    """Log-probs are those of a recompute, for what was drawn and for a continuation, and E[Ẑ] = Z for a forced stop."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_path, dtype=torch.float32).eval()
+    params = SMCParams(
+        n_particles=32, max_tokens=3, temperature=0.8, top_k=6, top_p=0.93, min_p=0.01, logit_bias={1: 1.0, 5: 0.5},
+        allowed_token_ids=[0, 1, 2, 3, 5, 6], min_tokens=1, stop_token_ids=[STOP], seed=3, ess_threshold=0.0,
+    )  # fmt: skip
+    table: dict[tuple, np.ndarray] = {}
+
+    def log_p0(ids):
+        if tuple(ids) not in table:
+            table[tuple(ids)] = p0_of(model, params, ids)
+        return table[tuple(ids)]
+
+    population = engine.smc(PROMPT, params, Infill([3, 6]))
+    assert population.finish_reasons == ["stop" if ids[-1] == STOP else "length" for ids in population.token_ids]
+    ruled_out = 0
+    for ids, scores, log_w in zip(
+        population.token_ids, population.token_log_probs, population.log_weights, strict=True
+    ):
+        want = [log_p0(ids[:t])[token] for t, token in enumerate(ids)]
+        assert np.abs(scores[: len(ids)] - want).max() <= 5e-4
+        follows = log_p0(ids)[3] + log_p0([*ids, 3])[6]
+        ruled_out += follows == -np.inf
+        assert log_w == follows or abs(log_w - follows) <= 5e-4
+    assert 0 < ruled_out < 32
+
+    forced = SMCParams(**{**vars(params), "force_stop": True, "n_particles": 4, "ess_threshold": 0.7, "group": 0})
+    potential = TableTwist(value_table(3, VOCAB))
+
+    def z_of(ids, log_p):
+        if ids and ids[-1] == STOP:
+            return np.exp(log_p + potential.log_phi(tuple(ids)))
+        if len(ids) == 3:
+            return 0.0
+        row = log_p0(ids)
+        return sum(z_of([*ids, v], log_p + row[v]) for v in range(VOCAB) if row[v] > -np.inf)
+
+    populations = engine.smc([PROMPT] * 120, forced, potential)
+    got = np.exp([p.log_z for p in populations])
+    assert abs(got.mean() - z_of([], 0.0)) <= 4 * got.std(ddof=1) / np.sqrt(len(got))
+    assert {r for p in populations for r, w in zip(p.finish_reasons, p.weights, strict=True) if w} == {"stop"}
+
+    lead = engine.generate([{"prompt_token_ids": PROMPT}], engine.lead_params(params), use_tqdm=False)[0]
+    summary = lead.kv_transfer_params["smc"]
+    assert summary["p0"] == params.p0() and lead.outputs[0].token_ids[-1] < VOCAB

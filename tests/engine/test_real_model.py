@@ -53,6 +53,30 @@ def test_log_probs_equal_a_full_recompute(real, tmp_path):
     assert again.texts == population.texts and np.array_equal(again.log_weights, population.log_weights)
 
 
+def test_stop_strings(real):
+    """Particles end with the token that completes a stop string, as ordinary requests do; their texts leave it out."""
+    stop, seen = [",", " the"], set()
+    params = SMCParams(n_particles=24, max_tokens=12, stop=stop, min_tokens=2, top_p=0.9, temperature=0.9, seed=4)
+    population = real.smc(PROMPT, params, Lexicon(words=["old", "man"], weight=0.5))
+    tokenizer = real.get_tokenizer()
+    for ids, text, reason in zip(population.token_ids, population.texts, population.finish_reasons, strict=True):
+        ends = [t for t in range(3, len(ids) + 1) if any(s in tokenizer.decode(ids[2:t]) for s in stop)]
+        if reason == "stop" and ids[-1] != tokenizer.eos_token_id:
+            assert ends == [len(ids)] or any(s in tokenizer.decode(ids[1:]) for s in stop)
+            whole = tokenizer.decode(ids)
+            assert whole.startswith(text) and any(whole[len(text) :].startswith(s) for s in stop)
+        else:
+            assert not ends
+        seen.add(reason)
+    assert seen == {"stop", "length"}
+    output = real.generate(PROMPT, real.lead_params(params), use_tqdm=False)[0]
+    i = output.kv_transfer_params["smc"]["chosen"]
+    again = real.smc(PROMPT, params)
+    assert output.outputs[0].text == again.texts[i] and list(output.outputs[0].token_ids) == again.token_ids[i]
+    assert output.outputs[0].finish_reason == again.finish_reasons[i]
+    assert output.outputs[0].stop_reason in (stop if again.finish_reasons[i] == "stop" else [None])
+
+
 @pytest.mark.parametrize("proposal", ["twisted", "base"])
 def test_a_regular_expression_is_obeyed(real, proposal):
     """By masks every particle matches; drawn from p0 and weighed, every particle with weight does."""

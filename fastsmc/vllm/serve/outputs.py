@@ -59,7 +59,7 @@ def check(request: Any, config: Any, tokenizer: Any) -> None:
         asked.check_allowed(options)
         if not request.prompt_token_ids:
             raise ValueError("prompt: a group of particles needs at least one prompt token, and no embeddings")
-        asked.check_ids(vocab_size)
+        asked.check_ids(vocab_size, not config.model_config.skip_tokenizer_init)
         token_list("prompt", request.prompt_token_ids, vocab_size)
         check_fits(asked.params, len(request.prompt_token_ids), asked.lookahead(options), Limits.of(config))
     except OverLimit as error:
