@@ -126,6 +126,7 @@ def test_a_step_waits_for_the_device_twice(tokenizer, name, proposal, n_groups):
                 temperature=1.0 + seed,
             )  # fmt: skip
             groups.append(Group(params, potential, [1], {EOS}, DEVICE, engine))
+            groups[-1].progress = [] if seed % 2 == 0 else None  # which is read with the rest
         while going := [group for group in groups if not group.done]:
             cohorts, before = arrange(going), len(watch.waits)
             for cohort in cohorts:
@@ -134,6 +135,7 @@ def test_a_step_waits_for_the_device_twice(tokenizer, name, proposal, n_groups):
             waits.append(Counter(watch.waits[before:]))
     assert len(waits) >= STEPS
     assert max(sum(step.values()) for step in waits) == 2, waits
+    assert all(len(group.progress) == group.t for group in groups[::2])
 
 
 class PagedTokens(LastToken):
