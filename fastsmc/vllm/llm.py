@@ -131,7 +131,7 @@ class LLM(vllm.LLM):
     Raises:
         ValueError: an argument that vLLM does not know, or a model's path where nothing is.
         UnsupportedError: the vLLM version, or a feature that is switched on, is not supported; says which. What only
-            the loaded model shows (sliding windows, several KV cache groups) is refused by the engine as it starts.
+            the loaded model shows (several KV cache groups, say) is refused by the engine as it starts.
     """
 
     def __init__(

@@ -51,8 +51,10 @@ class Model:
         # each step would wait for it
         starts = torch.arange(self._config.scheduler_config.max_num_seqs + 2, dtype=torch.int32)
         self._starts = starts, starts.to(self.device)
+        # the layers that may use `attend`; it knows no window, and says so where all of them have one
+        self.attending = [name for name in self.layers if not compat.has_window(context[name])] or self.layers
         self.attend = Attend(
-            [context[name] for name in self.layers],
+            [context[name] for name in self.attending],
             bool(self._config.compilation_config.pass_config.fuse_attn_quant),
         )
         # where a slot lies in a block is the kernels' affair, known of GPU backends; else blocks are copied whole
@@ -60,7 +62,7 @@ class Model:
         if self.attend.why_not is not None:
             logger.info("groups use vLLM's attention, which reads a shared block once per row: %s", self.attend.why_not)
         elif self.attend.costs is None:
-            self._measure_attend({name: context[name] for name in self.layers})
+            self._measure_attend({name: context[name] for name in self.attending})
         self.riding = Riding(model_runner, self.layers, self.device)
         if self.riding.why_not is None:
             logger.info("rows of groups ride in ordinary steps that only decode")
@@ -73,7 +75,7 @@ class Model:
         if self.device.type == "cuda":
             uses = "vLLM's CUDA graphs" if why_not is None else f"no CUDA graphs: {why_not}"
             logger.info("forward passes of groups use %s", uses)
-            self._warm_up(context[self.layers[0]])
+            self._warm_up(context[self.attending[0]])
 
     def _compare_batches(self) -> None:
         """Says in the log if a population hangs on more than its seed."""
@@ -147,11 +149,19 @@ class Model:
 
     def _metadata(self, batch: Batch) -> dict[str, Any]:
         """Makes the attention metadata by layer: in parts, where some rows share reads and others do not."""
+        shares = batch.plan is not None or bool(batch.shared)
+        metadata = {}
+        if not shares or len(self.attending) < len(self.layers):
+            metadata = self._stock_metadata(batch.table, batch.lengths, batch.max_length, batch.slots, batch.queries)
+        if shares:
+            metadata |= self._attend_metadata(batch)
+        return metadata
+
+    def _attend_metadata(self, batch: Batch) -> dict[str, Any]:
+        """Makes the metadata of the layers that use `attend` for some rows of a batch."""
         n_rows = len(batch.lengths)
         if batch.plan is not None:
-            return dict.fromkeys(self.layers, self.attend.metadata(batch.plan, batch.lengths))
-        if not batch.shared:
-            return self._stock_metadata(batch.table, batch.lengths, batch.max_length, batch.slots, batch.queries)
+            return dict.fromkeys(self.attending, self.attend.metadata(batch.plan, batch.lengths))
         parts: list[tuple[int, int, dict[str, Any]]] = []
         at = 0
         for stretch in _adjoining(batch.shared):
@@ -163,7 +173,7 @@ class Model:
                 batch.table[begin:end], [known for _, _, known in stretch], batch.lengths[begin:end], offsets
             )
             ours = self.attend.metadata(plan, batch.lengths[begin:end])
-            parts.append((begin, end, dict.fromkeys(self.layers, ours)))
+            parts.append((begin, end, dict.fromkeys(self.attending, ours)))
             at = end
         if at < n_rows:
             parts.append((at, n_rows, self._stock_part(batch, at, n_rows)))
@@ -171,7 +181,7 @@ class Model:
             return parts[0][2]
         return {
             name: MixedMetadata(tuple((begin, end, by_layer[name]) for begin, end, by_layer in parts))
-            for name in self.layers
+            for name in self.attending
         }
 
     def _stock_part(self, batch: Batch, begin: int, end: int) -> dict[str, Any]:

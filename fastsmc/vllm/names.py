@@ -96,12 +96,14 @@ CALLS = {
     "vllm.v1.worker.cpu_worker:CPUWorker.sample_tokens": ("grammar_output",),
     "vllm.v1.outputs:ModelRunnerOutput": ("req_ids", "req_id_to_index"),
     "vllm.v1.worker.cpu_worker:CPUWorker._should_warm_up_model": (),
+    "vllm.v1.worker.gpu_worker:Worker.get_kv_cache_spec": (),
     "vllm.v1.worker.cpu_worker:CPUWorker.get_kv_cache_spec": (),
     "vllm.v1.worker.cpu_model_runner:CPUModelRunner.warming_up_model": (),
     "vllm.utils.cpu_resource_utils:get_allowed_cpu_list": (),
     "vllm.utils.cpu_resource_utils:get_memory_node_info": ("node_id",),
     "vllm.utils.cpu_resource_utils:get_visible_memory_node": (),
     "vllm.v1.kv_cache_interface:KVCacheSpec.max_memory_usage_bytes": ("self", "vllm_config"),
+    "vllm.v1.kv_cache_interface:replace_as": ("spec", "target_cls", "drop"),
     "vllm.distributed.parallel_state:get_world_group": (),
     "vllm.distributed.parallel_state:GroupCoordinator.barrier": (),
     "vllm.distributed:get_tp_group": (),
@@ -127,7 +129,6 @@ CALLS = {
     "vllm.v1.worker.utils:AttentionGroup.get_metadata_builder": (),
     "vllm.config.model:ModelConfig.get_vocab_size": (),
     "vllm.config.model:ModelConfig.get_hidden_size": (),
-    "vllm.config.model:ModelConfig.get_sliding_window": (),
 }
 
 _IMPL = (
@@ -158,7 +159,7 @@ MEMBERS = {
     "vllm.v1.attention.backends.flash_attn:FlashAttentionImpl": (*_IMPL, "dcp_world_size"),
     "vllm.v1.attention.backends.triton_attn:TritonAttentionImpl": (*_IMPL, "dcp_world_size"),
     "vllm.model_executor.layers.attention.attention:Attention": (
-        *("impl", "kv_cache", "dtype", "attn_backend", "head_size", "head_size_v"),
+        *("impl", "kv_cache", "dtype", "attn_backend", "head_size", "head_size_v", "sliding_window"),
     ),
     "vllm.model_executor.layers.linear:LinearBase": ("input_size", "output_size"),
     "vllm.v1.core.sched.scheduler:Scheduler": (
@@ -204,6 +205,7 @@ MEMBERS = {
     "vllm.v1.kv_cache_interface:FullAttentionSpec": (
         *("block_size", "sliding_window", "attention_chunk_size", "non_causal"),
     ),
+    "vllm.v1.kv_cache_interface:SlidingWindowSpec": ("sliding_window", "extra_retained_tokens", "page_size_padded"),
     "vllm.config.vllm:VllmConfig": (
         *("model_config", "cache_config", "parallel_config", "scheduler_config", "compilation_config", "lora_config"),
         *("speculative_config", "kv_transfer_config", "ec_transfer_config", "watermark_config", "diffusion_config"),
@@ -221,7 +223,9 @@ MEMBERS = {
     "vllm.config:CacheConfig": ("gpu_memory_utilization",),
     "vllm.engine.arg_utils:EngineArgs": (),
     "vllm.v1.attention.backend:AttentionImpl": (),
-    "vllm.config.scheduler:SchedulerConfig": ("max_num_seqs", "max_num_batched_tokens", "async_scheduling"),
+    "vllm.config.scheduler:SchedulerConfig": (
+        *("max_num_seqs", "max_num_batched_tokens", "async_scheduling", "disable_hybrid_kv_cache_manager"),
+    ),
     "vllm.config.parallel:ParallelConfig": (
         *("pipeline_parallel_size", "data_parallel_size", "decode_context_parallel_size"),
         *("prefill_context_parallel_size", "enable_hc_sp", "enable_elastic_ep", "use_ubatching"),
@@ -292,6 +296,10 @@ BEHAVIOUR = {
     "vllm.v1.attention.backends.flash_attn:FlashAttentionImpl.forward": "does not write the KV cache",
     "vllm.v1.attention.backends.triton_attn:TritonAttentionImpl.forward": "does not write the KV cache",
     "vllm.v1.attention.backends.registry:register_backend": "our subclasses under vLLM's names",
+    "vllm.model_executor.layers.attention.attention:Attention.get_kv_cache_spec": "a window is named in the spec",
+    "vllm.v1.kv_cache_interface:FullAttentionSpec.merge": "specs that agree but for their window are one group",
+    "vllm.v1.kv_cache_interface:get_kv_cache_spec_sliding_window": "says none of a FullAttentionSpec, so no block goes",
+    "vllm.v1.attention.backends.cpu_attn:CPUAttentionMetadataBuilder._group_sliding_window": "asks all of its layers",
     "vllm.model_executor.layers.attention.attention:Attention.forward": "reaches forward of the implementation",
     "vllm.model_executor.layers.attention.attention:unified_attention_with_output": "what it passes",
     "vllm.model_executor.layers.attention.attention:set_default_quant_scales": "sets _q_scale, _k_scale, _v_scale",
@@ -310,6 +318,7 @@ FIELDS = (
     "vllm.config.scheduler:SchedulerConfig",
     "vllm.config.compilation:PassConfig",
     "vllm.v1.kv_cache_interface:FullAttentionSpec",
+    "vllm.v1.kv_cache_interface:SlidingWindowSpec",
     "vllm.v1.attention.backend:CommonAttentionMetadata",
     "vllm.v1.core.sched.output:SchedulerOutput",
     "vllm.v1.outputs:ModelRunnerOutput",
