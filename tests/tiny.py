@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,32 @@ def make_windowed(path: Path, vocab: int, kind: str) -> Path:
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(path)
     return path
+
+
+def make_adapter(path: Path, base: Path, seed: int, rank: int = 3) -> tuple[Path, Path]:
+    """Saves a random LoRA adapter of all linear layers of a model, the lm head among them, as PEFT does.
+
+    Returns:
+        the adapter's folder, and that of the model with the adapter merged into its weights.
+    """
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM
+
+    model, generator = AutoModelForCausalLM.from_pretrained(base), torch.Generator().manual_seed(seed)
+    tensors, alpha = {}, 2 * rank
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            n_out, n_in = module.weight.shape
+            a, b = (0.3 * torch.randn(shape, generator=generator) for shape in ((rank, n_in), (n_out, rank)))
+            module.weight.data += alpha / rank * b @ a
+            tensors |= {f"base_model.model.{name}.lora_A.weight": a, f"base_model.model.{name}.lora_B.weight": b}
+    model.save_pretrained(path / "merged")
+    (path / "adapter").mkdir()
+    save_file(tensors, path / "adapter" / "adapter_model.safetensors")
+    names = sorted({key.split(".")[-3] for key in tensors})
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": names, "bias": "none"}
+    (path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    return path / "adapter", path / "merged"
 
 
 def hf_log_probs(

@@ -82,4 +82,8 @@ class CapturedMember(NamedTuple):
 
 def holds(potential: Potential | None, start: GroupStart) -> bool:
     """Says whether the captured driver can run a group."""
-    return start.exact is None and (potential is None or (potential.capturable and potential.lookahead == 0))
+    return (
+        start.exact is None
+        and start.adapter is None
+        and (potential is None or (potential.capturable and potential.lookahead == 0))
+    )

@@ -39,7 +39,6 @@ _FEATURES = (
     "speculative_config",
     "spec_method",
     "spec_model",
-    "enable_lora",
     "kv_transfer_config",
     "kv_offloading_size",
     "ec_transfer_config",
@@ -158,7 +157,7 @@ def check_config(config: Any) -> None:
         "speculative decoding": config.speculative_config is not None,
         "KV transfer (kv_transfer_config, kv_offloading_size)": config.kv_transfer_config is not None,
         "encoder transfer (ec_transfer_config)": config.ec_transfer_config is not None,
-        "LoRA (enable_lora)": config.lora_config is not None,
+        **({} if config.lora_config is None else _lora_refused(config)),
         f"runner={model.runner_type!r} (only 'generate')": model.runner_type != "generate",
         "encoder-decoder models": model.is_encoder_decoder,
         "diffusion language models": model.is_diffusion or config.diffusion_config is not None,
@@ -175,6 +174,15 @@ def check_config(config: Any) -> None:
     bad = [name for name, on in refused.items() if on]
     if bad:
         raise UnsupportedError(f"fastsmc does not support: {', '.join(bad)} (model {model.model})")
+
+
+def _lora_refused(config: Any) -> dict[str, bool]:
+    """Names what groups with adapters cannot run on; `config` is a VllmConfig with LoRA."""
+    return {
+        # their rows would have to be told to vLLM's V2 runner, and its CUDA graphs to hold them: not done
+        "LoRA (enable_lora) on a GPU": config.device_config.device_type != "cpu",
+        "LoRA (enable_lora) with tensor_parallel_size > 1": config.parallel_config.tensor_parallel_size > 1,
+    }
 
 
 @functools.cache  # asked by the user face, the scheduler and the worker, which may be one process

@@ -25,6 +25,7 @@ class GroupStart:
     exact: list[list[int]] | None
     lookahead: int
     return_population: bool
+    adapter: Any = None  #: vLLM's LoRARequest; None: the model as it is
 
 
 @dataclasses.dataclass

@@ -18,6 +18,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from fastsmc import ops
 from fastsmc.vllm import capacity, compat, graphs, warm_up
+from fastsmc.vllm.adapters import Adapters
 from fastsmc.vllm.attention import Attend, MixedMetadata, rows_read_whole
 from fastsmc.vllm.batch_bits import differing_sizes
 from fastsmc.vllm.compat import get_logger
@@ -35,6 +36,7 @@ class Model:
         compat.check_runner(model_runner)
         self._config = model_runner.vllm_config
         self._runner, self._model = model_runner, model_runner.model
+        self._adapters = None if self._config.lora_config is None else Adapters(model_runner)
         self.attention = [group for part in model_runner.attn_groups for group in part]
         self.layers = [name for group in self.attention for name in group.layer_names]
         spec = model_runner.kv_cache_config.kv_cache_groups[0].kv_cache_spec
@@ -128,6 +130,8 @@ class Model:
 
     def hidden(self, batch: Batch) -> Tensor:
         """Returns (Q, H) last hidden states of the queries of a batch."""
+        if self._adapters is not None:
+            self._adapters.set_batch(batch)
         if self._graphs is not None and (hidden := self._graphs.hidden(batch)) is not None:
             return hidden
         with set_forward_context(
@@ -145,6 +149,8 @@ class Model:
 
     def ride(self, batch: Batch, timed: bool) -> Ride:
         """Prepares all that can fail of rows which `riding` takes along."""
+        if self._adapters is not None:
+            self._adapters.see(batch)
         return Ride(batch, self._metadata(batch), timed)
 
     def _metadata(self, batch: Batch) -> dict[str, Any]:
@@ -224,6 +230,8 @@ class Model:
 
     def logits(self, hidden: Tensor, rows: slice) -> Tensor:
         """Returns (R, V) logits of R rows of what `hidden` gave last; every tensor-parallel rank takes part."""
+        if self._adapters is not None:
+            self._adapters.set_logits(len(hidden), rows)
         return self._model.compute_logits(hidden[rows])
 
     def reindex(self, table: Tensor, ancestors: Tensor, position: Tensor) -> None:

@@ -108,6 +108,9 @@ CALLS = {
     "vllm.distributed.parallel_state:GroupCoordinator.barrier": (),
     "vllm.distributed:get_tp_group": (),
     "vllm.distributed.parallel_state:GroupCoordinator.broadcast_object": ("self", "obj", "src"),
+    "vllm.v1.worker.lora_model_runner_mixin:LoRAModelRunnerMixin._set_active_loras": (
+        *("self", "prompt_lora_mapping", "token_lora_mapping", "lora_requests"),
+    ),
     "vllm.forward_context:set_forward_context": (
         *("attn_metadata", "vllm_config", "num_tokens", "slot_mapping", "cudagraph_runtime_mode", "batch_descriptor"),
         "is_padding",
@@ -205,11 +208,14 @@ MEMBERS = {
     "vllm.v1.kv_cache_interface:FullAttentionSpec": (
         *("block_size", "sliding_window", "attention_chunk_size", "non_causal"),
     ),
+    "vllm.config.lora:LoRAConfig": ("max_loras", "max_cpu_loras"),
+    "vllm.lora.request:LoRARequest": ("lora_int_id",),
+    "vllm.config.device:DeviceConfig": ("device_type",),
     "vllm.v1.kv_cache_interface:SlidingWindowSpec": ("sliding_window", "extra_retained_tokens", "page_size_padded"),
     "vllm.config.vllm:VllmConfig": (
         *("model_config", "cache_config", "parallel_config", "scheduler_config", "compilation_config", "lora_config"),
         *("speculative_config", "kv_transfer_config", "ec_transfer_config", "watermark_config", "diffusion_config"),
-        *("aux_output_config", "additional_config", "use_v2_model_runner"),
+        *("aux_output_config", "additional_config", "use_v2_model_runner", "device_config"),
     ),
     "vllm.config.model:ModelConfig": (
         *("model", "max_model_len", "skip_tokenizer_init", "tokenizer", "tokenizer_revision", "trust_remote_code"),
@@ -287,6 +293,11 @@ BEHAVIOUR = {
     "vllm.v1.worker.utils:AttentionGroup": "kernel block size and metadata builders",
     "vllm.v1.worker.utils:allocate_kv_cache": "the KV cache's shapes and strides, and what lies beside it in a block",
     "vllm.v1.worker.utils:bind_kv_cache_to_layers": "puts the KV cache where we read it",
+    "vllm.v1.worker.lora_model_runner_mixin:LoRAModelRunnerMixin.set_active_loras": "where riders' adapters are added",
+    "vllm.lora.model_manager:LoRAModelManager.activate_adapter": "the first free place, so that the last stays empty",
+    "vllm.lora.model_manager:LRUCacheLoRAModelManager.activate_adapter": "no more places than max_loras",
+    "vllm.lora.ops.torch_ops.lora_ops:bgmv_shrink": "reads the last place for a row without an adapter",
+    "vllm.lora.punica_wrapper.utils:convert_mapping": "what a mapping is",
     "vllm.forward_context:set_forward_context": "what a forward pass outside the runner needs",
     "vllm.v1.attention.backend:CommonAttentionMetadata": "what the builders read of our rows",
     "vllm.v1.attention.backends.cpu_attn:CPUAttentionMetadataBuilder.build": "metadata of our rows",

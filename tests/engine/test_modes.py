@@ -126,8 +126,8 @@ def test_a_progress_bar_counts_particle_steps(engine, capfd, all_blocks_back):
     "arguments, said",
     [
         (
-            {"pipeline_parallel_size": 2, "enable_lora": True, "max_model_len": 5},
-            "pipeline_parallel_size > 1, enable_lora",
+            {"pipeline_parallel_size": 2, "spec_method": "ngram", "max_model_len": 5},
+            "pipeline_parallel_size > 1, spec_method",
         ),
         ({"enable_prompt_embeds": True}, "enable_prompt_embeds"),
         ({"watermark_config": {"key": 1}, "return_sampling_mask": True}, "watermark_config, return_sampling_mask"),
