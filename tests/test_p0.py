@@ -354,5 +354,7 @@ def test_refused_ends():
         def first(self):
             return torch.zeros(1, VOCAB), None
 
-    with pytest.raises(SMCError, match=r"Answers\.stop at step 1: returned \(3,\) torch\.float32; must be a torch\.bool"):
+    with pytest.raises(
+        SMCError, match=r"Answers\.stop at step 1: returned \(3,\) torch\.float32; must be a torch\.bool"
+    ):
         run_group(group, Uniform())

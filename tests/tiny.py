@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,11 +56,79 @@ def make_llama(
     return path
 
 
-def hf_log_probs(path: Path | str, prompt: list[int], sequences: list[list[int]], temperature: float = 1.0) -> list:
-    """log p0 of each token of each sequence after the prompt, by a full float32 recompute with transformers."""
+#: tokens that a layer with a sliding window of `make_windowed` sees: more than a block of 32
+WINDOW = 40
+
+
+def make_windowed(path: Path, vocab: int, kind: str) -> Path:
+    """Saves a random model with sliding windows: "gemma3" in three layers of four, "gpt_oss" in one of two (and with
+    attention sinks and experts), "mistral" in both."""
+    from transformers import AutoModelForCausalLM, Gemma3TextConfig, GptOssConfig, MistralConfig
+
+    shape = dict(
+        vocab_size=vocab,
+        hidden_size=64,
+        intermediate_size=128,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=512,
+        sliding_window=WINDOW,
+        tie_word_embeddings=False,
+        initializer_range=0.15,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+        dtype="float32",
+    )
+    config: Any
+    if kind == "mistral":
+        config = MistralConfig(num_hidden_layers=2, **shape)
+    elif kind == "gpt_oss":
+        experts = dict(num_local_experts=4, num_experts_per_tok=2, rope_scaling=None)
+        config = GptOssConfig(num_hidden_layers=2, **(shape | experts))
+    else:
+        layers = ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention"]
+        config = Gemma3TextConfig(num_hidden_layers=4, layer_types=layers, query_pre_attn_scalar=32, **shape)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    return path
+
+
+def make_adapter(path: Path, base: Path, seed: int, rank: int = 3) -> tuple[Path, Path]:
+    """Saves a random LoRA adapter of all linear layers of a model, the lm head among them, as PEFT does.
+
+    Returns:
+        the adapter's folder, and that of the model with the adapter merged into its weights.
+    """
+    from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    model, generator = AutoModelForCausalLM.from_pretrained(base), torch.Generator().manual_seed(seed)
+    tensors, alpha = {}, 2 * rank
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            n_out, n_in = module.weight.shape
+            a, b = (0.3 * torch.randn(shape, generator=generator) for shape in ((rank, n_in), (n_out, rank)))
+            module.weight.data += alpha / rank * b @ a
+            tensors |= {f"base_model.model.{name}.lora_A.weight": a, f"base_model.model.{name}.lora_B.weight": b}
+    model.save_pretrained(path / "merged")
+    (path / "adapter").mkdir()
+    save_file(tensors, path / "adapter" / "adapter_model.safetensors")
+    names = sorted({key.split(".")[-3] for key in tensors})
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": names, "bias": "none"}
+    (path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    return path / "adapter", path / "merged"
+
+
+def hf_log_probs(
+    path: Path | str, prompt: list[int], sequences: list[list[int]], temperature: float = 1.0, **config: Any
+) -> list:
+    """log p0 of each token of each sequence after the prompt, by a full float32 recompute with transformers, `config`
+    changed as it says."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **config).eval()
     out = []
     with torch.inference_mode():
         for tokens in sequences:

@@ -39,7 +39,6 @@ _FEATURES = (
     "speculative_config",
     "spec_method",
     "spec_model",
-    "enable_lora",
     "kv_transfer_config",
     "kv_offloading_size",
     "ec_transfer_config",
@@ -158,14 +157,14 @@ def check_config(config: Any) -> None:
         "speculative decoding": config.speculative_config is not None,
         "KV transfer (kv_transfer_config, kv_offloading_size)": config.kv_transfer_config is not None,
         "encoder transfer (ec_transfer_config)": config.ec_transfer_config is not None,
-        "LoRA (enable_lora)": config.lora_config is not None,
+        **({} if config.lora_config is None else _lora_refused(config)),
         f"runner={model.runner_type!r} (only 'generate')": model.runner_type != "generate",
         "encoder-decoder models": model.is_encoder_decoder,
         "diffusion language models": model.is_diffusion or config.diffusion_config is not None,
         "models with M-RoPE positions": model.uses_mrope,
         "multimodal inputs (language_model_only=True runs the language model alone)": model.supports_multimodal_inputs,
         "prompt embeddings (enable_prompt_embeds)": model.enable_prompt_embeds,
-        "sliding-window attention": model.get_sliding_window() is not None or model.rswa_window is not None,
+        "sliding windows that spare the prompt (rswa_window)": model.rswa_window is not None,
         "kv_sharing_fast_prefill": config.cache_config.kv_sharing_fast_prefill,
         "logits_processors": model.logits_processors,
         "watermarks (watermark_config)": config.watermark_config is not None,
@@ -175,6 +174,15 @@ def check_config(config: Any) -> None:
     bad = [name for name, on in refused.items() if on]
     if bad:
         raise UnsupportedError(f"fastsmc does not support: {', '.join(bad)} (model {model.model})")
+
+
+def _lora_refused(config: Any) -> dict[str, bool]:
+    """Names what groups with adapters cannot run on; `config` is a VllmConfig with LoRA."""
+    return {
+        # their rows would have to be told to vLLM's V2 runner, and its CUDA graphs to hold them: not done
+        "LoRA (enable_lora) on a GPU": config.device_config.device_type != "cpu",
+        "LoRA (enable_lora) with tensor_parallel_size > 1": config.parallel_config.tensor_parallel_size > 1,
+    }
 
 
 @functools.cache  # asked by the user face, the scheduler and the worker, which may be one process
@@ -239,18 +247,17 @@ def _has(kind: type, name: str) -> bool:
 
 
 def check_kv_cache(kv_cache_config: Any) -> None:
-    """Refuses a KV cache that is not one group of plain, causal full attention."""
+    """Refuses a KV cache that is not one group of plain, causal attention, all of whose blocks are kept."""
     from vllm.v1.kv_cache_interface import FullAttentionSpec
 
     specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
-    # its subclasses are latent attention, sinks and windows, whose blocks hold something else
+    # its subclasses are latent attention and sinks, whose blocks hold something else; of windows see worker.py
     if len(specs) != 1 or type(specs[0]) is not FullAttentionSpec:
         raise UnsupportedError(
             f"fastsmc needs one KV cache group of full attention; this model has "
-            f"{[type(spec).__name__ for spec in specs]} (hybrid, sliding-window, latent or state-space layers)"
+            f"{[type(spec).__name__ for spec in specs]} (hybrid, latent or state-space layers)"
         )
     for name, what in {
-        "sliding_window": "sliding-window attention",
         "attention_chunk_size": "chunked local attention",
         "non_causal": "attention that is not causal",
     }.items():
@@ -273,3 +280,23 @@ def check_runner(runner: Any) -> None:
     groups = [group for part in runner.attn_groups for group in part]
     if any(group.kernel_block_size is not None for group in groups):
         raise UnsupportedError("an attention backend whose kernel blocks are smaller than the KV cache's blocks")
+    check_windows(runner)
+
+
+def has_window(layer: Any) -> bool:
+    """Says whether an attention layer reads only so many of the last tokens."""
+    return getattr(layer, "sliding_window", None) is not None
+
+
+def check_windows(runner: Any) -> None:
+    """Refuses sliding windows with attention backends that are not known to apply them layer by layer.
+
+    FlashInfer and FlexAttention plan a batch for one window, of all layers that share a KV cache group.
+    """
+    from fastsmc.vllm.attention.backends import AttendImpl
+
+    context = runner.vllm_config.compilation_config.static_forward_context
+    layers = [context[name] for part in runner.attn_groups for group in part for name in group.layer_names]
+    foreign = {type(x.impl).__name__ for x in layers if has_window(x) and not isinstance(x.impl, AttendImpl)}
+    if foreign:
+        raise UnsupportedError(f"sliding-window attention with {', '.join(sorted(foreign))}")

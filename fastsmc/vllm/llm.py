@@ -20,6 +20,7 @@ import cloudpickle
 import torch
 import vllm
 from vllm import EngineArgs, RequestOutput, SamplingParams
+from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 from vllm.utils.cpu_resource_utils import get_allowed_cpu_list, get_visible_memory_node
@@ -136,7 +137,7 @@ class LLM(vllm.LLM):
     Raises:
         ValueError: an argument that vLLM does not know, or a model's path where nothing is.
         UnsupportedError: the vLLM version, or a feature that is switched on, is not supported; says which. What only
-            the loaded model shows (sliding windows, several KV cache groups) is refused by the engine as it starts.
+            the loaded model shows (several KV cache groups, say) is refused by the engine as it starts.
     """
 
     def __init__(
@@ -177,6 +178,7 @@ class LLM(vllm.LLM):
         twist: str | os.PathLike | None = None,
         exact: Sequence | None = None,
         alone: bool = False,
+        lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
         use_tqdm: bool = False,
     ) -> Population: ...
 
@@ -190,6 +192,7 @@ class LLM(vllm.LLM):
         twist: str | os.PathLike | None = None,
         exact: Sequence | None = None,
         alone: bool = False,
+        lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
         use_tqdm: bool = False,
     ) -> list[Population]: ...
 
@@ -203,6 +206,7 @@ class LLM(vllm.LLM):
         twist: str | os.PathLike | None = None,
         exact: Sequence | None = None,
         alone: bool = False,
+        lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
         use_tqdm: bool = False,
     ) -> Population | list[Population]: ...
 
@@ -215,6 +219,7 @@ class LLM(vllm.LLM):
         twist: str | os.PathLike | None = None,
         exact: Sequence | None = None,
         alone: bool = False,
+        lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
         use_tqdm: bool = False,
     ) -> Population | list[Population]:
         """Samples p0(s | prompt)·φ(s)/Z with N weighted particles.
@@ -231,6 +236,8 @@ class LLM(vllm.LLM):
                 n_particles has them weighed (see `fastsmc.smc.group`). With several prompts, one such list for each.
             alone: True keeps each group's rows out of the forward passes of all others: the same seed then gives the
                 same population whatever else runs, bit for bit, as `shared_forward="never"` does for a whole engine.
+            lora_request: vLLM's LoRARequest, whose adapter is part of p0 (`enable_lora`); with several prompts one for
+                all, or one or None for each.
             use_tqdm: a progress bar over particle steps.
 
         Raises:
@@ -246,6 +253,7 @@ class LLM(vllm.LLM):
         each, chosen, retained = read_each(len(ids), single, params, potential, exact, config.get_vocab_size())
         if not ids:
             return []
+        adapters = self._read_adapters(lora_request, len(ids))
         inputs = [self._prompt(prompt) for prompt in ids]
         names: dict[int, str] = {}  # by id; None has none
         try:
@@ -258,7 +266,7 @@ class LLM(vllm.LLM):
                 )
                 for one, phi, samples in zip(each, chosen, retained, strict=True)
             ]
-            outputs = self._run_groups(inputs, requests, each[0].max_tokens, use_tqdm)
+            outputs = self._run_groups(inputs, requests, adapters, each[0].max_tokens, use_tqdm)
         finally:
             for name in names.values():
                 self.drop_potential(name)
@@ -396,6 +404,16 @@ class LLM(vllm.LLM):
     def _prompt(self, ids: list[int]) -> Any:  # vLLM's renderer has no type either
         return self.renderer.render_cmpl([{"prompt_token_ids": ids}])[0]
 
+    def _read_adapters(self, adapters: Any, n: int) -> list[LoRARequest | None]:
+        each = list(adapters) if isinstance(adapters, list | tuple) else [adapters] * n
+        if len(each) != n or not all(adapter is None or isinstance(adapter, LoRARequest) for adapter in each):
+            raise ValueError(
+                f"lora_request={adapters!r}: must be a LoRARequest, or a list of one or None for each prompt"
+            )
+        if self.llm_engine.vllm_config.lora_config is None and any(adapter is not None for adapter in each):
+            raise ValueError(f"lora_request={adapters!r}: this engine was started without enable_lora=True")
+        return each
+
     def _check_group(self, sampling_params: SamplingParams, prompt_len: int = 1) -> None:
         config = self.llm_engine.vllm_config
         allowed = options.EngineOptions.of(config.additional_config)
@@ -405,7 +423,12 @@ class LLM(vllm.LLM):
         check_fits(asked.params, prompt_len, asked.lookahead(allowed), Limits.of(config))
 
     def _run_groups(
-        self, inputs: list[Any], requests: list[SamplingParams], max_tokens: int, use_tqdm: bool
+        self,
+        inputs: list[Any],
+        requests: list[SamplingParams],
+        adapters: list[LoRARequest | None],
+        max_tokens: int,
+        use_tqdm: bool,
     ) -> list[RequestOutput | None]:
         for prompt, request in zip(inputs, requests, strict=True):
             self._check_group(request, len(prompt["prompt_token_ids"]))
@@ -424,7 +447,7 @@ class LLM(vllm.LLM):
                 request.output_kind = RequestOutputKind.CUMULATIVE if use_tqdm else RequestOutputKind.FINAL_ONLY
                 request_id = str(next(self.request_counter))
                 index[request_id] = number
-                self.llm_engine.add_request(request_id, prompt, request)
+                self.llm_engine.add_request(request_id, prompt, request, lora_request=adapters[number])
             while left and self.llm_engine.has_unfinished_requests():
                 for output in self.llm_engine.step():
                     i = index.get(output.request_id)

@@ -34,6 +34,7 @@ class GroupStart:
     progress: bool = False
     stream_tokens: bool = False
     n_samples: int = 1
+    adapter: Any = None  #: vLLM's LoRARequest; None: the model as it is
 
 
 @dataclasses.dataclass

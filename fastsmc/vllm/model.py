@@ -18,6 +18,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from fastsmc import ops
 from fastsmc.vllm import capacity, compat, graphs, warm_up
+from fastsmc.vllm.adapters import Adapters
 from fastsmc.vllm.attention import Attend, MixedMetadata, rows_read_whole
 from fastsmc.vllm.batch_bits import differing_sizes
 from fastsmc.vllm.compat import get_logger
@@ -35,6 +36,7 @@ class Model:
         compat.check_runner(model_runner)
         self._config = model_runner.vllm_config
         self._runner, self._model = model_runner, model_runner.model
+        self._adapters = None if self._config.lora_config is None else Adapters(model_runner)
         self.attention = [group for part in model_runner.attn_groups for group in part]
         self.layers = [name for group in self.attention for name in group.layer_names]
         spec = model_runner.kv_cache_config.kv_cache_groups[0].kv_cache_spec
@@ -51,8 +53,10 @@ class Model:
         # each step would wait for it
         starts = torch.arange(self._config.scheduler_config.max_num_seqs + 2, dtype=torch.int32)
         self._starts = starts, starts.to(self.device)
+        # the layers that may use `attend`; it knows no window, and says so where all of them have one
+        self.attending = [name for name in self.layers if not compat.has_window(context[name])] or self.layers
         self.attend = Attend(
-            [context[name] for name in self.layers],
+            [context[name] for name in self.attending],
             bool(self._config.compilation_config.pass_config.fuse_attn_quant),
         )
         # where a slot lies in a block is the kernels' affair, known of GPU backends; else blocks are copied whole
@@ -60,7 +64,7 @@ class Model:
         if self.attend.why_not is not None:
             logger.info("groups use vLLM's attention, which reads a shared block once per row: %s", self.attend.why_not)
         elif self.attend.costs is None:
-            self._measure_attend({name: context[name] for name in self.layers})
+            self._measure_attend({name: context[name] for name in self.attending})
         self.riding = Riding(model_runner, self.layers, self.device)
         if self.riding.why_not is None:
             logger.info("rows of groups ride in ordinary steps that only decode")
@@ -73,7 +77,7 @@ class Model:
         if self.device.type == "cuda":
             uses = "vLLM's CUDA graphs" if why_not is None else f"no CUDA graphs: {why_not}"
             logger.info("forward passes of groups use %s", uses)
-            self._warm_up(context[self.layers[0]])
+            self._warm_up(context[self.attending[0]])
 
     def _compare_batches(self) -> None:
         """Says in the log if a population hangs on more than its seed."""
@@ -126,6 +130,8 @@ class Model:
 
     def hidden(self, batch: Batch) -> Tensor:
         """Returns (Q, H) last hidden states of the queries of a batch."""
+        if self._adapters is not None:
+            self._adapters.set_batch(batch)
         if self._graphs is not None and (hidden := self._graphs.hidden(batch)) is not None:
             return hidden
         with set_forward_context(
@@ -143,15 +149,25 @@ class Model:
 
     def ride(self, batch: Batch, timed: bool) -> Ride:
         """Prepares all that can fail of rows which `riding` takes along."""
+        if self._adapters is not None:
+            self._adapters.see(batch)
         return Ride(batch, self._metadata(batch), timed)
 
     def _metadata(self, batch: Batch) -> dict[str, Any]:
         """Makes the attention metadata by layer: in parts, where some rows share reads and others do not."""
+        shares = batch.plan is not None or bool(batch.shared)
+        metadata = {}
+        if not shares or len(self.attending) < len(self.layers):
+            metadata = self._stock_metadata(batch.table, batch.lengths, batch.max_length, batch.slots, batch.queries)
+        if shares:
+            metadata |= self._attend_metadata(batch)
+        return metadata
+
+    def _attend_metadata(self, batch: Batch) -> dict[str, Any]:
+        """Makes the metadata of the layers that use `attend` for some rows of a batch."""
         n_rows = len(batch.lengths)
         if batch.plan is not None:
-            return dict.fromkeys(self.layers, self.attend.metadata(batch.plan, batch.lengths))
-        if not batch.shared:
-            return self._stock_metadata(batch.table, batch.lengths, batch.max_length, batch.slots, batch.queries)
+            return dict.fromkeys(self.attending, self.attend.metadata(batch.plan, batch.lengths))
         parts: list[tuple[int, int, dict[str, Any]]] = []
         at = 0
         for stretch in _adjoining(batch.shared):
@@ -163,7 +179,7 @@ class Model:
                 batch.table[begin:end], [known for _, _, known in stretch], batch.lengths[begin:end], offsets
             )
             ours = self.attend.metadata(plan, batch.lengths[begin:end])
-            parts.append((begin, end, dict.fromkeys(self.layers, ours)))
+            parts.append((begin, end, dict.fromkeys(self.attending, ours)))
             at = end
         if at < n_rows:
             parts.append((at, n_rows, self._stock_part(batch, at, n_rows)))
@@ -171,7 +187,7 @@ class Model:
             return parts[0][2]
         return {
             name: MixedMetadata(tuple((begin, end, by_layer[name]) for begin, end, by_layer in parts))
-            for name in self.layers
+            for name in self.attending
         }
 
     def _stock_part(self, batch: Batch, begin: int, end: int) -> dict[str, Any]:
@@ -214,6 +230,8 @@ class Model:
 
     def logits(self, hidden: Tensor, rows: slice) -> Tensor:
         """Returns (R, V) logits of R rows of what `hidden` gave last; every tensor-parallel rank takes part."""
+        if self._adapters is not None:
+            self._adapters.set_logits(len(hidden), rows)
         return self._model.compute_logits(hidden[rows])
 
     def reindex(self, table: Tensor, ancestors: Tensor, position: Tensor) -> None:

@@ -98,16 +98,21 @@ CALLS = {
     "vllm.v1.worker.cpu_worker:CPUWorker.shutdown": (),
     "vllm.v1.outputs:ModelRunnerOutput": ("req_ids", "req_id_to_index"),
     "vllm.v1.worker.cpu_worker:CPUWorker._should_warm_up_model": (),
+    "vllm.v1.worker.gpu_worker:Worker.get_kv_cache_spec": (),
     "vllm.v1.worker.cpu_worker:CPUWorker.get_kv_cache_spec": (),
     "vllm.v1.worker.cpu_model_runner:CPUModelRunner.warming_up_model": (),
     "vllm.utils.cpu_resource_utils:get_allowed_cpu_list": (),
     "vllm.utils.cpu_resource_utils:get_memory_node_info": ("node_id",),
     "vllm.utils.cpu_resource_utils:get_visible_memory_node": (),
     "vllm.v1.kv_cache_interface:KVCacheSpec.max_memory_usage_bytes": ("self", "vllm_config"),
+    "vllm.v1.kv_cache_interface:replace_as": ("spec", "target_cls", "drop"),
     "vllm.distributed.parallel_state:get_world_group": (),
     "vllm.distributed.parallel_state:GroupCoordinator.barrier": (),
     "vllm.distributed:get_tp_group": (),
     "vllm.distributed.parallel_state:GroupCoordinator.broadcast_object": ("self", "obj", "src"),
+    "vllm.v1.worker.lora_model_runner_mixin:LoRAModelRunnerMixin._set_active_loras": (
+        *("self", "prompt_lora_mapping", "token_lora_mapping", "lora_requests"),
+    ),
     "vllm.forward_context:set_forward_context": (
         *("attn_metadata", "vllm_config", "num_tokens", "slot_mapping", "cudagraph_runtime_mode", "batch_descriptor"),
         "is_padding",
@@ -129,7 +134,6 @@ CALLS = {
     "vllm.v1.worker.utils:AttentionGroup.get_metadata_builder": (),
     "vllm.config.model:ModelConfig.get_vocab_size": (),
     "vllm.config.model:ModelConfig.get_hidden_size": (),
-    "vllm.config.model:ModelConfig.get_sliding_window": (),
 }
 
 _IMPL = (
@@ -160,7 +164,7 @@ MEMBERS = {
     "vllm.v1.attention.backends.flash_attn:FlashAttentionImpl": (*_IMPL, "dcp_world_size"),
     "vllm.v1.attention.backends.triton_attn:TritonAttentionImpl": (*_IMPL, "dcp_world_size"),
     "vllm.model_executor.layers.attention.attention:Attention": (
-        *("impl", "kv_cache", "dtype", "attn_backend", "head_size", "head_size_v"),
+        *("impl", "kv_cache", "dtype", "attn_backend", "head_size", "head_size_v", "sliding_window"),
     ),
     "vllm.model_executor.layers.linear:LinearBase": ("input_size", "output_size"),
     "vllm.v1.core.sched.scheduler:Scheduler": (
@@ -206,10 +210,14 @@ MEMBERS = {
     "vllm.v1.kv_cache_interface:FullAttentionSpec": (
         *("block_size", "sliding_window", "attention_chunk_size", "non_causal"),
     ),
+    "vllm.config.lora:LoRAConfig": ("max_loras", "max_cpu_loras"),
+    "vllm.lora.request:LoRARequest": ("lora_int_id",),
+    "vllm.config.device:DeviceConfig": ("device_type",),
+    "vllm.v1.kv_cache_interface:SlidingWindowSpec": ("sliding_window", "extra_retained_tokens", "page_size_padded"),
     "vllm.config.vllm:VllmConfig": (
         *("model_config", "cache_config", "parallel_config", "scheduler_config", "compilation_config", "lora_config"),
         *("speculative_config", "kv_transfer_config", "ec_transfer_config", "watermark_config", "diffusion_config"),
-        *("aux_output_config", "additional_config", "use_v2_model_runner"),
+        *("aux_output_config", "additional_config", "use_v2_model_runner", "device_config"),
     ),
     "vllm.config.model:ModelConfig": (
         *("model", "max_model_len", "skip_tokenizer_init", "tokenizer", "tokenizer_revision", "trust_remote_code"),
@@ -223,7 +231,9 @@ MEMBERS = {
     "vllm.config:CacheConfig": ("gpu_memory_utilization",),
     "vllm.engine.arg_utils:EngineArgs": (),
     "vllm.v1.attention.backend:AttentionImpl": (),
-    "vllm.config.scheduler:SchedulerConfig": ("max_num_seqs", "max_num_batched_tokens", "async_scheduling"),
+    "vllm.config.scheduler:SchedulerConfig": (
+        *("max_num_seqs", "max_num_batched_tokens", "async_scheduling", "disable_hybrid_kv_cache_manager"),
+    ),
     "vllm.config.parallel:ParallelConfig": (
         *("pipeline_parallel_size", "data_parallel_size", "decode_context_parallel_size"),
         *("prefill_context_parallel_size", "enable_hc_sp", "enable_elastic_ep", "use_ubatching"),
@@ -286,6 +296,11 @@ BEHAVIOUR = {
     "vllm.v1.worker.utils:AttentionGroup": "kernel block size and metadata builders",
     "vllm.v1.worker.utils:allocate_kv_cache": "the KV cache's shapes and strides, and what lies beside it in a block",
     "vllm.v1.worker.utils:bind_kv_cache_to_layers": "puts the KV cache where we read it",
+    "vllm.v1.worker.lora_model_runner_mixin:LoRAModelRunnerMixin.set_active_loras": "where riders' adapters are added",
+    "vllm.lora.model_manager:LoRAModelManager.activate_adapter": "the first free place, so that the last stays empty",
+    "vllm.lora.model_manager:LRUCacheLoRAModelManager.activate_adapter": "no more places than max_loras",
+    "vllm.lora.ops.torch_ops.lora_ops:bgmv_shrink": "reads the last place for a row without an adapter",
+    "vllm.lora.punica_wrapper.utils:convert_mapping": "what a mapping is",
     "vllm.forward_context:set_forward_context": "what a forward pass outside the runner needs",
     "vllm.v1.attention.backend:CommonAttentionMetadata": "what the builders read of our rows",
     "vllm.v1.attention.backends.cpu_attn:CPUAttentionMetadataBuilder.build": "metadata of our rows",
@@ -295,6 +310,10 @@ BEHAVIOUR = {
     "vllm.v1.attention.backends.flash_attn:FlashAttentionImpl.forward": "does not write the KV cache",
     "vllm.v1.attention.backends.triton_attn:TritonAttentionImpl.forward": "does not write the KV cache",
     "vllm.v1.attention.backends.registry:register_backend": "our subclasses under vLLM's names",
+    "vllm.model_executor.layers.attention.attention:Attention.get_kv_cache_spec": "a window is named in the spec",
+    "vllm.v1.kv_cache_interface:FullAttentionSpec.merge": "specs that agree but for their window are one group",
+    "vllm.v1.kv_cache_interface:get_kv_cache_spec_sliding_window": "says none of a FullAttentionSpec, so no block goes",
+    "vllm.v1.attention.backends.cpu_attn:CPUAttentionMetadataBuilder._group_sliding_window": "asks all of its layers",
     "vllm.model_executor.layers.attention.attention:Attention.forward": "reaches forward of the implementation",
     "vllm.model_executor.layers.attention.attention:unified_attention_with_output": "what it passes",
     "vllm.model_executor.layers.attention.attention:set_default_quant_scales": "sets _q_scale, _k_scale, _v_scale",
@@ -313,6 +332,7 @@ FIELDS = (
     "vllm.config.scheduler:SchedulerConfig",
     "vllm.config.compilation:PassConfig",
     "vllm.v1.kv_cache_interface:FullAttentionSpec",
+    "vllm.v1.kv_cache_interface:SlidingWindowSpec",
     "vllm.v1.attention.backend:CommonAttentionMetadata",
     "vllm.v1.core.sched.output:SchedulerOutput",
     "vllm.v1.outputs:ModelRunnerOutput",

@@ -45,6 +45,7 @@ class Batch(NamedTuple):
         shared: rows that attend by `ops.attend`, as (begin, end, columns on which they are known to agree) of each
             group; the others attend as vLLM does.
         plan: of `ops.attend` for all rows, if it is made already.
+        adapters: of each row, vLLM's LoRARequest or None; None: no row has any.
     """
 
     tokens: Tensor
@@ -56,6 +57,7 @@ class Batch(NamedTuple):
     queries: tuple[int, ...] | None = None
     shared: tuple[tuple[int, int, int], ...] = ()
     plan: ops.AttendPlan | None = None
+    adapters: tuple[Any, ...] | None = None
 
     def part(self, begin: int, end: int) -> Batch:
         """Takes rows [begin, end). A single row stands twice: kernels compute one row otherwise than several.
@@ -93,6 +95,7 @@ class Batch(NamedTuple):
             self.max_length,
             queries,
             shared,
+            adapters=None if self.adapters is None else tuple(self.adapters[r] for r in row.tolist()),
         )
 
 
@@ -215,8 +218,16 @@ class Pass:
         tokens = torch.cat([want.tokens for want in self._wants])
         slots = table.gather(1, positions[:, None] // size)[:, 0].long() * size + positions % size
         longest = max(member.paging.position for member in members) + 1
-        batch = Batch(tokens, positions, slots, table, (positions + 1).int(), longest)
+        adapters = self._adapters_of([(member.group, n) for member, n in zip(members, counts, strict=True)])
+        batch = Batch(tokens, positions, slots, table, (positions + 1).int(), longest, adapters=adapters)
         return self._choose_attention(batch, members, bounds)
+
+    def _adapters_of(self, counts: Sequence[tuple[Group, int]]) -> tuple[Any, ...] | None:
+        """Lists the adapters of rows, so many of each group; None: they have none."""
+        rows = [(self._members[group].start.adapter, n) for group, n in counts]
+        if all(adapter is None for adapter, _ in rows):
+            return None
+        return tuple(adapter for adapter, n in rows for _ in range(n))
 
     def _open_first(self, member: Member) -> Tensor:
         """Makes the block, a 0-dim tensor, in which a group's prompt has its last token once more.
@@ -366,7 +377,8 @@ class Pass:
         lengths, at, table = (positions + n_queries).int(), positions[row_of] + before, self._tables.table[rows]
         slots = table[row_of, at // size].long() * size + at % size
         longest = max(member.paging.position for member in self._members.values()) + max(queries)
-        batch = Batch(tokens, at, slots, table, lengths, longest, tuple(queries))
+        adapters = self._adapters_of(list(zip(groups, counts, strict=True)))
+        batch = Batch(tokens, at, slots, table, lengths, longest, tuple(queries), adapters=adapters)
         query_group = group_of[row_of]
         counted = [count * len(tokens) for count, tokens in zip(counts, ids, strict=True)]
         prompts = torch.tensor([len(group.prompt) for group in groups], device=device)

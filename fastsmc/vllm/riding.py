@@ -28,6 +28,7 @@ from vllm.distributed import get_tp_group
 from vllm.forward_context import BatchDescriptor, get_forward_context, set_forward_context
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 
+from fastsmc.vllm.adapters import ids
 from fastsmc.vllm.attention import AttendImpl, MixedMetadata
 from fastsmc.vllm.passes import Ride
 
@@ -65,11 +66,13 @@ class Riding:
         call, runner = functools.partial(self._call, ride), self._runner
         if not self._is_v2:
             runner._model_forward = call
+            runner._set_active_loras = functools.partial(self._set_adapters, ride, runner._set_active_loras)
             self._model.compute_logits = functools.partial(self._compute_logits, ride, self._model.compute_logits)
             try:
                 yield
             finally:
-                del runner._model_forward, self._model.compute_logits  # the classes have their own
+                # the classes have their own
+                del runner._model_forward, runner._set_active_loras, self._model.compute_logits
             return
         manager = runner.cudagraph_manager
         manager.dispatch, runner.model = functools.partial(_dispatch_none, manager), call
@@ -122,6 +125,15 @@ class Riding:
         # the next replay of a graph overwrites what the last one gave
         ride.hidden = hidden[n:end] if captured is None else hidden[n:end].clone()
         return hidden[:n]
+
+    @staticmethod
+    def _set_adapters(
+        ride: Ride, set_active: Callable[..., None], logits: tuple, tokens: tuple, adapters: set, *rest: Any
+    ) -> None:
+        """Sets the LoRA adapters of ordinary tokens and riding rows, as vLLM's runner sets those of the former."""
+        rows = ride.batch.adapters or (None,) * len(ride.batch.tokens)
+        theirs = {adapter for adapter in rows if adapter is not None}
+        set_active(logits + ids(rows), tokens + ids(rows), adapters | theirs, *rest)
 
     @staticmethod
     def _compute_logits(ride: Ride, compute: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from fastsmc.smc.group import choose
 from fastsmc.smc.paging import BlockTables, Paging
 from fastsmc.smc.record import CommonTokens
 from fastsmc.values import json_safe
-from fastsmc.vllm import captured
+from fastsmc.vllm import adapters, captured
 from fastsmc.vllm.capacity import last_position
 from fastsmc.vllm.captured import CapturedMember
 from fastsmc.vllm.compat import get_logger
@@ -58,6 +58,8 @@ class ParticleRunner:
         self.tables = BlockTables(self.model.device)
         self.groups: dict[str, Member] = {}
         self.captured: dict[str, CapturedMember] = {}
+        lora = model_runner.vllm_config.lora_config
+        self._max_adapters = 0 if lora is None else lora.max_loras
         self._captures = options.captured_steps
         # groups whose potential is being prepared: what they are to start with, and the blocks that they have got
         self._waiting: dict[str, tuple[GroupStart, list[int]]] = {}
@@ -85,7 +87,7 @@ class ParticleRunner:
         with torch.inference_mode():
             results, half = self._take_up(order)
             if half is None:
-                half = self._begin_pass([part for part in order.groups if not part.alone], results)
+                half = self._begin_pass(self._sharing(order.groups)[0], results)
             ride = None if half is None else self._board(*half, results, order.max_rows)
         with nullcontext() if ride is None else self._model.riding.along(ride):
             yield answers
@@ -134,7 +136,7 @@ class ParticleRunner:
 
     def _run_steps(self, order: StepOrder, results: dict[str, GroupResult]) -> None:
         """Runs particle steps until all have as many as they may, or the order's rows are used up."""
-        sets = [[part for part in order.groups if not part.alone], *([part] for part in order.groups if part.alone)]
+        sets = [*self._sharing(order.groups), *([part] for part in order.groups if part.alone)]
         left = order.max_rows
         for step in range(max((part.steps for part in order.groups), default=0)):
             if any(result.need for result in results.values()):
@@ -147,6 +149,23 @@ class ParticleRunner:
                     left = self._run_pass(*begun, results, left)
                 if self._half is not None:
                     return
+
+    def _sharing(self, parts: Sequence[GroupStep]) -> list[list[GroupStep]]:
+        """Says which groups share a pass: those that are not alone, as far as the engine holds their adapters at once.
+
+        The scheduler names no more than one pass of them, but for groups whose potentials were yet to be prepared.
+        """
+        sharing: list[list[GroupStep]] = [[]]
+        held: set[int] = set()
+        for part in (part for part in parts if not part.alone):
+            member = self.groups.get(part.request_id)
+            adapter = adapters.ids([None if member is None else member.start.adapter])[0]
+            if adapter not in {0, *held} and len(held) == self._max_adapters:
+                sharing.append([])
+                held = set()
+            held |= {adapter} - {0}
+            sharing[-1].append(part)
+        return sharing
 
     def _run_captured(self, order: StepOrder, results: dict[str, GroupResult]) -> None:
         for part in order.groups:

@@ -38,7 +38,7 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.request import Request, RequestStatus
 
 from fastsmc.potentials import token_list
-from fastsmc.vllm import compat
+from fastsmc.vllm import adapters, compat
 from fastsmc.vllm.capacity import Limits, check_fits, first_columns
 from fastsmc.vllm.compat import get_logger
 from fastsmc.vllm.messages import GroupResult, GroupStart, GroupStep, StepOrder
@@ -101,6 +101,8 @@ class _SMCMixin(_Scheduler):
         self._limits = Limits.of(self.vllm_config)
         options = self._options = EngineOptions.of(self.vllm_config.additional_config)
         self._never_shared = options.shared_forward == "never" or options.captured_steps
+        lora = self.vllm_config.lora_config
+        self._max_adapters = 0 if lora is None else lora.max_loras
         self._pace = Pace(options.max_particle_rows_per_step, logger)
         self._pool = self.kv_cache_manager.block_pool
         self._groups: dict[str, _Group] = {}  # by request id, in order of arrival
@@ -129,8 +131,6 @@ class _SMCMixin(_Scheduler):
                 raise ValueError("prompt: a group of particles needs at least one prompt token, and no embeddings")
             if request.resumable:
                 raise ValueError("a group of particles cannot be a streaming session")
-            if request.lora_request is not None:
-                raise ValueError("lora_request: groups of particles do not support LoRA")
             model_config = self.vllm_config.model_config
             vocab_size = model_config.get_vocab_size()
             asked.check_ids(vocab_size, not model_config.skip_tokenizer_init)
@@ -138,6 +138,12 @@ class _SMCMixin(_Scheduler):
             lookahead = asked.lookahead(self._options)
             check_fits(asked.params, request.num_prompt_tokens, lookahead, self._limits)
             self._check_waiting()
+            tokens = self._limits.max_num_batched_tokens
+            if request.lora_request is not None and 2 * (lookahead + 1) > tokens:  # a row may stand twice
+                raise ValueError(
+                    f"lookahead={lookahead}: with lora_request at most {tokens // 2 - 1}, as "
+                    f"max_num_batched_tokens={tokens}"
+                )
             # The seed is the group's. For the token that stock sampling draws at prefill, and that is dropped, it would
             # make a generator, which vLLM's CPU runner cannot rewind in a chunked prefill; the settings of p0 are the
             # group's, too.
@@ -264,6 +270,7 @@ class _SMCMixin(_Scheduler):
         groups, max_rows = self._half or self._take_turns(ready, None, n_passes=1), self._pace.max_rows(n_tokens)
         room = self._limits.max_num_batched_tokens - n_tokens
         fits = room > 1 if max_rows is not None else sum(g.n for g in groups) <= room  # a row may stand twice
+        fits = fits and self._holds_adapters(groups, [self.requests[i] for i in output.num_scheduled_tokens])
         if not fits or any(g.alone and not g.waiting for g in groups):
             self._particle_turn = True
             return None
@@ -328,14 +335,30 @@ class _SMCMixin(_Scheduler):
         by_turn = sorted((g for g in ready if not g.waiting), key=lambda g: g.turn)
         shared, passes = [g for g in by_turn if not g.alone], [[g] for g in by_turn if g.alone]
         if shared:
-            sums = accumulate(g.n for g in shared)
-            passes.append([g for g, n in zip(shared, sums, strict=True) if n <= self._limits.max_num_batched_tokens])
+            passes.append(self._fill_pass(shared))
             passes.sort(key=lambda groups: groups[0].turn)
         if n_passes is None:
             sums = accumulate(sum(g.n for g in groups) for groups in passes)
             n_passes = max(1, sum(max_rows is None or n <= max_rows for n in sums))
         longest = min((groups[0].turn for groups in passes[n_passes:]), default=math.inf)
         return waiting + [g for groups in passes[:n_passes] for g in groups if g.turn <= longest]
+
+    def _fill_pass(self, groups: Sequence[_Group]) -> list[_Group]:
+        """Lists the groups that share a pass, in their order, as far as it holds their rows and their adapters."""
+        taken: list[_Group] = []
+        rows = 0
+        for group in groups:
+            if rows + group.n > self._limits.max_num_batched_tokens:
+                break
+            if self._holds_adapters([*taken, group]):
+                taken.append(group)
+                rows += group.n
+        return taken
+
+    def _holds_adapters(self, groups: Sequence[_Group], ordinary: Sequence[Request] = ()) -> bool:
+        """Says whether one pass holds the LoRA adapters of groups and of ordinary requests."""
+        requests = [*ordinary, *(group.request for group in groups)]
+        return adapters.count([request.lora_request for request in requests]) <= self._max_adapters
 
     def _is_hidden(self, group: _Group) -> bool:
         request = group.request
@@ -375,6 +398,7 @@ class _SMCMixin(_Scheduler):
                 progress=group.asked.progress,
                 stream_tokens=group.asked.stream_tokens,
                 n_samples=group.asked.n_samples,
+                adapter=request.lora_request,
             )
             group.started = True
         granted, group.to_grant = group.to_grant, []

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import cloudpickle
 import torch
 from vllm.platforms import current_platform
+from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec, replace_as
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.worker.gpu_worker import Worker
 
@@ -46,7 +47,13 @@ class SMCWorkerMixin(_Worker):
         compat.check_config(self.vllm_config)  # before the weights are read
         compat.check_names(current_platform.device_type)
         attention.register()
+        # as `get_kv_cache_spec` below, in the small cache with which vLLM's GPU runners try their CUDA graphs
+        self.vllm_config.scheduler_config.disable_hybrid_kv_cache_manager = True
         return super().load_model(*args, **kwargs)
+
+    def get_kv_cache_spec(self) -> Any:
+        specs = super().get_kv_cache_spec()
+        return keep_behind_windows(specs, self.cache_config.block_size)
 
     def compile_or_warm_up_model(self) -> Any:
         self.smc_runner = make_runner(self.model_runner)
@@ -99,6 +106,28 @@ class SMCWorkerMixin(_Worker):
     def smc_drop_potential(self, name: str) -> None:
         if not isinstance(self.smc_runner, Follower):
             self.smc_runner.shelf.drop(name)
+
+
+def keep_behind_windows(specs: dict[str, Any], block_size: int) -> dict[str, Any]:
+    """Has vLLM keep the blocks of layers with a sliding window as it keeps those of the other layers.
+
+    vLLM would take a block back once the window has passed it. A group's rows share one block table for all layers, and
+    a row of a parent further back may be read again, so blocks stay until nobody's history holds them. The layers go on
+    to attend within their windows: that is said to their implementations, not to the KV cache.
+    """
+    promoted = dict(specs)
+    windows = {spec.sliding_window for spec in specs.values() if type(spec) is SlidingWindowSpec}
+    for name, spec in specs.items():
+        if type(spec) is SlidingWindowSpec and spec.page_size_padded is None:
+            window = spec.sliding_window if len(windows) == 1 else None  # one group of layers can name only one
+            promoted[name] = replace_as(
+                spec,
+                FullAttentionSpec,
+                drop=("extra_retained_tokens",),
+                block_size=block_size,
+                sliding_window=window,
+            )
+    return promoted
 
 
 def _with_results(output: ModelRunnerOutput, results: Sequence[GroupResult]) -> ModelRunnerOutput:

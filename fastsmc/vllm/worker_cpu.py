@@ -45,6 +45,21 @@ class SMCCPUWorker(SMCWorkerMixin, CPUWorker):
         # vLLM's worker has just bound its memory to this node; threads may be bound to cores of another one later
         self._bound_node = _memory_node()
 
+    def load_model(self, *args: Any, **kwargs: Any) -> Any:
+        """Loads the model, with LoRA in one place more than the adapters that vLLM may have in use.
+
+        In vLLM 0.32 operations for CPUs read the last place for a row without an adapter (index -1; vLLM PR 48421). It
+        stays empty, since vLLM takes the first that is free, and no more than max_loras at once.
+        """
+        lora = self.vllm_config.lora_config
+        if lora is None:
+            return super().load_model(*args, **kwargs)
+        lora.max_loras, lora.max_cpu_loras = lora.max_loras + 1, lora.max_cpu_loras + 1
+        try:
+            return super().load_model(*args, **kwargs)
+        finally:
+            lora.max_loras, lora.max_cpu_loras = lora.max_loras - 1, lora.max_cpu_loras - 1
+
     def determine_available_memory(self) -> int:
         if not self._sizes_cache:
             return super().determine_available_memory()

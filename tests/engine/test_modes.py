@@ -126,8 +126,8 @@ def test_a_progress_bar_counts_particle_steps(engine, capfd, all_blocks_back):
     "arguments, said",
     [
         (
-            {"pipeline_parallel_size": 2, "enable_lora": True, "max_model_len": 5},
-            "pipeline_parallel_size > 1, enable_lora",
+            {"pipeline_parallel_size": 2, "spec_method": "ngram", "max_model_len": 5},
+            "pipeline_parallel_size > 1, spec_method",
         ),
         ({"enable_prompt_embeds": True}, "enable_prompt_embeds"),
         ({"watermark_config": {"key": 1}, "return_sampling_mask": True}, "watermark_config, return_sampling_mask"),
@@ -266,7 +266,7 @@ def test_models_and_caches_that_groups_cannot_use_are_refused(runner, scheduler)
     from types import SimpleNamespace
 
     import torch
-    from vllm.v1.kv_cache_interface import MLAAttentionSpec
+    from vllm.v1.kv_cache_interface import MambaSpec, MLAAttentionSpec
 
     from fastsmc.vllm import compat
 
@@ -281,11 +281,13 @@ def test_models_and_caches_that_groups_cannot_use_are_refused(runner, scheduler)
         return SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=one) for one in specs])
 
     compat.check_kv_cache(config(spec))
+    compat.check_kv_cache(config(replace(spec, sliding_window=64)))
+    state = MambaSpec(block_size=32, shapes=((4, 4),), dtypes=(torch.float32,))
     latent = MLAAttentionSpec(block_size=32, num_kv_heads=1, head_size=64, dtype=torch.float32)
     for bad, said in (
         ([spec, spec], "one KV cache group"),
         ([latent], "MLAAttentionSpec"),
-        ([replace(spec, sliding_window=64)], "sliding-window attention"),
+        ([spec, state], "FullAttentionSpec', 'MambaSpec.*state-space"),
         ([replace(spec, attention_chunk_size=64)], "chunked local attention"),
         ([replace(spec, non_causal=True)], "not causal"),
     ):

@@ -1,0 +1,173 @@
+"""Models with sliding windows, in all attention layers or in some of them: log-probs by recompute in float32."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from tiny import WINDOW, TableTwist, hf_log_probs, make_windowed, value_table
+from vllm import SamplingParams
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata
+from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
+
+from fastsmc import SMCParams
+from fastsmc.potentials import Infill
+from fastsmc.vllm import compat
+from fastsmc.vllm.attention import Attend, AttendMetadata, MixedMetadata
+from fastsmc.vllm.model import Model
+from fastsmc.vllm.worker import keep_behind_windows
+
+from .conftest import VOCAB, make_engine
+from .test_attend import prompt_of, runner_of
+
+POTENTIAL = TableTwist(3 * value_table(100, VOCAB))
+#: of a group whose rows share a parent at every step, and are many windows long in the end
+PARAMS = SMCParams(n_particles=12, max_tokens=60, ess_threshold=1.0, resampling="multinomial", seed=3)
+
+
+@pytest.fixture(scope="module", params=["gemma3", "mistral"])
+def windowed(request, tmp_path_factory):
+    """(kind, path, engine)"""
+    path = make_windowed(tmp_path_factory.mktemp(request.param), VOCAB, request.param)
+    return request.param, path, make_engine(path)
+
+
+def check_log_probs(path, prompt, population):
+    for i, want in enumerate(hf_log_probs(path, prompt, population.token_ids)):
+        assert np.abs(population.token_log_probs[i] - want).max() <= 5e-4
+
+
+def force(monkeypatch, pays):
+    monkeypatch.setattr(Attend, "may_pay", lambda *args: True)
+    monkeypatch.setattr(Attend, "pays", pays)
+
+
+def check_windows(engine, path, length):
+    """60 tokens: the window is passed in the prompt, at its end, or by the particles; then nearly all rows differ."""
+    prompt = prompt_of(length)
+    population = engine.smc(prompt, PARAMS, POTENTIAL)
+    assert population.resampled[1:].all() and len({tuple(tokens) for tokens in population.token_ids}) > 1
+    check_log_probs(path, prompt, population)
+    (within,) = hf_log_probs(path, prompt, population.token_ids[:1])
+    (whole,) = hf_log_probs(path, prompt, population.token_ids[:1], sliding_window=512)
+    same = max(WINDOW - length, 0) + 1  # tokens that follow no more than a window
+    if length <= WINDOW:
+        assert np.abs(within - whole)[:same].max() <= 1e-4
+    assert np.abs(within - whole)[same:].max() > 1e-2
+
+
+@pytest.mark.parametrize("length", [5, WINDOW - 1, WINDOW, WINDOW + 1, 100])
+def test_log_probs_equal_a_full_recompute_within_the_window(windowed, length):
+    _, path, engine = windowed
+    check_windows(engine, path, length)
+
+
+def test_windows_sinks_and_experts(tmp_path):
+    """gpt-oss, in a process of its own: vLLM makes its groups of experts when the first engine of a process starts."""
+    path = make_windowed(tmp_path, VOCAB, "gpt_oss")
+    engine = make_engine(path, in_process=False)
+    for length in (5, WINDOW, 100):
+        check_windows(engine, path, length)
+
+
+def test_continuations_are_scored_within_the_window(windowed):
+    _, path, engine = windowed
+    prompt, continuation = prompt_of(WINDOW - 12), [1, 4, 6] * 5
+    params = SMCParams(n_particles=6, max_tokens=5, ess_threshold=0.0, seed=1)
+    population = engine.smc(prompt, params, Infill(continuation))
+    whole = [tokens + continuation for tokens in population.token_ids]
+    for i, scores in enumerate(hf_log_probs(path, prompt, whole)):
+        assert abs(scores[-len(continuation) :].sum() - population.log_weights[i]) <= 5e-4 * len(continuation)
+
+
+def test_each_layer_attends_as_it_can(windowed, monkeypatch):
+    """Every step on `attend`: layers with a window have vLLM's metadata all the same, of the same rows."""
+    kind, path, engine = windowed
+    model = runner_of(engine).model
+    if kind == "mistral":
+        assert model.attend.why_not == "attend does not know a sliding window"
+        return
+    assert model.attend.why_not is None and model.attending == [model.layers[1]]
+    seen, metadata = [], Model._metadata
+
+    def record(self, batch):
+        made = metadata(self, batch)
+        assert set(made) == set(self.layers)
+        seen.append([type(made[name]) for name in self.layers])
+        return made
+
+    monkeypatch.setattr(Model, "_metadata", record)
+    force(monkeypatch, lambda *args, **kwargs: True)
+    population = engine.smc(prompt_of(70), PARAMS, POTENTIAL)
+    check_log_probs(path, prompt_of(70), population)
+    stock = CPUAttentionMetadata
+    assert seen == [[stock] * 4] + [[stock, AttendMetadata, stock, stock]] * 59  # the first step has one row
+    seen.clear()
+    force(monkeypatch, lambda self, plan, length, group: group == 0)  # of two groups only the first
+    populations = engine.smc([prompt_of(70), prompt_of(20)], PARAMS, POTENTIAL)
+    for prompt, population in zip((prompt_of(70), prompt_of(20)), populations, strict=True):
+        check_log_probs(path, prompt, population)
+    assert seen[1:] == [[stock, MixedMetadata, stock, stock]] * 59
+
+
+def test_beside_ordinary_requests(windowed, monkeypatch):
+    """Groups that ride in the passes of ordinary requests, whose text stays what it is alone, across the window."""
+    kind, path, engine = windowed
+    rides = []
+    monkeypatch.setattr(
+        Model, "ride", lambda self, *args, ride=Model.ride, **kw: rides.append(1) or ride(self, *args, **kw)
+    )
+    if kind == "gemma3":
+        force(monkeypatch, lambda *args, **kwargs: True)
+    ordinary = [SamplingParams(max_tokens=70, temperature=1.0, seed=5), SamplingParams(max_tokens=60, temperature=0.0)]
+    prompts = [prompt_of(20), prompt_of(100, 1)]
+    inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+    alone = engine.generate(inputs, ordinary, use_tqdm=False)
+    name = engine.register_potential(POTENTIAL)
+    leads = [engine.lead_params(PARAMS, name, group=i, return_population=True) for i in range(2)]
+    outputs = engine.generate([inputs[0], *inputs, inputs[1]], [leads[0], *ordinary, leads[1]], use_tqdm=False)
+    engine.drop_potential(name)
+    assert len(rides) > 20
+    for got, want in zip(outputs[1:3], alone, strict=True):
+        assert got.outputs[0].token_ids == want.outputs[0].token_ids
+    for output, prompt in zip((outputs[0], outputs[3]), prompts, strict=True):
+        check_log_probs(path, prompt, engine.population(output))
+    pool = engine.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
+    assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1  # vLLM's null block
+
+
+def test_a_window_needs_a_backend_that_applies_it_layer_by_layer(windowed, monkeypatch):
+    _, _, engine = windowed
+    worker = engine.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+    compat.check_windows(worker.model_runner)
+    context = engine.llm_engine.vllm_config.compilation_config.static_forward_context
+    layers = runner_of(engine).model.layers
+    for name in layers:
+        monkeypatch.setitem(context, name, SimpleNamespace(impl=name.split("."), sliding_window=None))
+    compat.check_windows(worker.model_runner)
+    context[layers[1]].sliding_window = WINDOW
+    with pytest.raises(compat.UnsupportedError, match="sliding-window attention with list"):
+        compat.check_windows(worker.model_runner)
+
+
+def test_windows_that_differ_are_of_one_kv_cache_group():
+    """vLLM's group can name one window; each layer keeps its own. What vLLM pads beside its window stays vLLM's."""
+    shape = dict(num_kv_heads=1, head_size=32, dtype=torch.float32)
+    full = FullAttentionSpec(block_size=32, **shape)
+    near, far = (SlidingWindowSpec(block_size=16, sliding_window=window, **shape) for window in (40, 80))
+    assert keep_behind_windows({"a": full, "b": near}, 32) == {"a": full, "b": replace(full, sliding_window=40)}
+    assert keep_behind_windows({"b": near, "c": far}, 32) == {"b": full, "c": full}
+    padded = replace(near, page_size_padded=1 << 20)
+    assert keep_behind_windows({"a": full, "b": padded}, 32) == {"a": full, "b": padded}
+
+
+def test_prompts_from_the_prefix_cache(windowed):
+    """Blocks behind the window are there for a prompt that comes again."""
+    _, path, engine = windowed
+    prompt = prompt_of(130, 3)
+    first, again = (engine.smc(prompt, PARAMS, POTENTIAL) for _ in range(2))
+    assert first.token_ids == again.token_ids
+    check_log_probs(path, prompt, again)
+    params = SamplingParams(max_tokens=1, temperature=0.0)
+    assert engine.generate({"prompt_token_ids": prompt}, params, use_tqdm=False)[0].num_cached_tokens == 128
