@@ -28,7 +28,7 @@ from fastsmc.smc import SMCError
 from fastsmc.vllm import prepare_child
 
 #: seconds that a helper may take to be ready, with imports and tokenizer
-MAX_START = 120.0
+MAX_START = 300.0
 #: a helper that has had more bytes of memory is not used again
 MAX_BYTES = 2 << 30
 #: the process's cores before vLLM pins its threads to some of them, the one that starts helpers among them

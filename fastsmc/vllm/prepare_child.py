@@ -43,8 +43,8 @@ def main(connection: Connection) -> None:
         if tokenizer_of is not None:
             from transformers import AutoTokenizer
 
-            name, options = tokenizer_of
-            tokenizer = AutoTokenizer.from_pretrained(name, **options)
+            path_or_name, options = tokenizer_of
+            tokenizer = AutoTokenizer.from_pretrained(path_or_name, **options)
         import fastsmc.potentials  # noqa: F401  what `_prepare` imports, before anybody waits for it
     except EOFError:
         return
@@ -54,10 +54,10 @@ def main(connection: Connection) -> None:
     connection.send("")
     while True:
         try:
-            asked = connection.recv()
+            name, code, args = connection.recv()
         except EOFError:
             return
-        answer = _prepare(*asked, tokenizer)
+        answer = _prepare(name, code, args, tokenizer)
         connection.send((answer, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
 
 

@@ -237,8 +237,8 @@ class Shelf:
         preparation.wanted = True
         if not preparation.done.is_set() or preparation.given_up:  # given up just now: the next call begins anew
             return False
-        if (error := preparation.error) is not None:  # kept for other groups that wait; the last takes it away
-            raise PrepareError(str(error), error.kind)
+        if (failed := preparation.error) is not None:  # kept for other groups that wait; the last takes it away
+            raise PrepareError(str(failed), failed.kind)
         assert preparation.potential is not None  # done, and neither given up nor failed
         del self._preparing[key]
         self._make_room()

@@ -62,8 +62,9 @@ class SMCWorkerMixin(_Worker):
         return super().compile_or_warm_up_model()
 
     def shutdown(self) -> None:
-        if isinstance(getattr(self, "smc_runner", None), ParticleRunner):  # it has come so far
-            self.smc_runner.shelf.close()
+        runner = getattr(self, "smc_runner", None)  # None: it has not come so far
+        if isinstance(runner, ParticleRunner):
+            runner.shelf.close()
         super().shutdown()
 
     def execute_model(self, scheduler_output: Any) -> Any:

@@ -33,13 +33,14 @@ def group_request(engine, potential=None, **args):
 
 
 @pytest.fixture
-def slow(engine, monkeypatch, tmp_path):
+def slow(engine, tmp_path):
     """(add, step_until): adds a request, by what it is; steps until the requests named have ended. Their outputs.
 
     `tmp_path` is the folder of the potentials.
     """
     known = {name: EntryPoint(name, code, GROUP) for name, code in (("slow", SLOW), ("plain", PLAIN))}
-    monkeypatch.setattr(registry, "registered", lambda: known)
+    patched = pytest.MonkeyPatch()
+    patched.setattr(registry, "registered", lambda: known)
     outputs, steps = {}, Counter()
 
     def add(kind, how="well"):
@@ -53,7 +54,7 @@ def slow(engine, monkeypatch, tmp_path):
         return request_id
 
     def step_until(*request_ids):
-        until = time.monotonic() + 120
+        until = time.monotonic() + 300
         while not set(request_ids) <= set(outputs):
             assert time.monotonic() < until
             for output in engine.llm_engine.step():
@@ -63,6 +64,7 @@ def slow(engine, monkeypatch, tmp_path):
         return [outputs[r] for r in request_ids]
 
     yield add, step_until
+    patched.undo()
     (tmp_path / "gate").touch()
 
 
@@ -111,10 +113,10 @@ def test_what_cannot_be_prepared_ends_its_groups_alone(
     engine, runner, all_blocks_back, slow, tmp_path, monkeypatch, how, message
 ):
     """Also where it ends its process, or holds it until that is killed: what runs beside it then comes to its end."""
-    monkeypatch.setattr(runner.shelf._preparer, "_seconds", 2)
     add, step_until = slow
     bad, good = [add("group", how), add("group", how)], [add("request"), add("plain group")]
     if how == "hold":
+        monkeypatch.setattr(runner.shelf._preparer, "_seconds", 2)
         (tmp_path / "gate").touch()
         wait_until(lambda: (tmp_path / "child").exists() or engine.llm_engine.step() is None)
     step_until(good[0])
@@ -125,6 +127,7 @@ def test_what_cannot_be_prepared_ends_its_groups_alone(
     assert [how for how, _ in begun(tmp_path)] == [how] and not runner.shelf._preparing and not runner._waiting
     if how == "hold":
         wait_until(lambda: not alive(begun(tmp_path)[0][1]))
+        monkeypatch.undo()
     assert not error_of(step_until(add("group"))[0])
 
 
