@@ -325,8 +325,8 @@ class ParticleRunner:
         population, samples = group.population(), choose(group.log_w, group.params, start.n_samples)
         drawn = [population.token_ids[i] for i in samples]
         if samples:
-            # with FINISHED_STOPPED vLLM's front end takes the last token for a stop token, which has no text; stop strings
-            # it finds itself
+            # with FINISHED_STOPPED vLLM's front end takes the last token for a stop token, which has no text; it finds
+            # stop strings itself
             result.token_ids = drawn[0]
             result.stopped = bool(drawn[0]) and drawn[0][-1] in start.stop_token_ids
         result.summary = {
