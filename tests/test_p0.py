@@ -12,6 +12,7 @@ from fastsmc import Population, Potential, SMCParams, reference
 from fastsmc.params import GROUP_KEY
 from fastsmc.smc import Group, GroupEngine, SMCError, arrange, finish
 from fastsmc.smc import p0 as p0_module
+from fastsmc.smc.captured import is_capturable
 from fastsmc.smc.driving import run_group
 from fastsmc.smc.p0 import P0, restrict, token_log_probs
 
@@ -354,5 +355,19 @@ def test_refused_ends():
         def first(self):
             return torch.zeros(1, VOCAB), None
 
-    with pytest.raises(SMCError, match=r"Answers\.stop at step 1: returned \(3,\) torch\.float32; must be a torch\.bool"):
+    with pytest.raises(
+        SMCError, match=r"Answers\.stop at step 1: returned \(3,\) torch\.float32; must be a torch\.bool"
+    ):
         run_group(group, Uniform())
+
+
+@pytest.mark.parametrize("settings", [dict(top_p=0.5), dict(min_tokens=1), dict(stop="x"), dict()])
+def test_what_is_captured(settings):
+    """Steps that are captured have no host in them; a forced stop needs none."""
+    params = SMCParams(force_stop=True, **settings)
+    assert is_capturable(params, None) == (not settings)
+    captured = TableTwist(value_table(2, VOCAB))
+    captured.capturable = True
+    stopping = Alternates(value_table(2, VOCAB))
+    stopping.capturable = True
+    assert is_capturable(SMCParams(), captured) and not is_capturable(SMCParams(), stopping)

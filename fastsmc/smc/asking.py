@@ -137,7 +137,9 @@ class Asker:
             return torch.zeros_like(like)
         if not isinstance(answer, Tensor) or answer.dtype != torch.bool or answer.shape != like.shape:
             got = f"{tuple(answer.shape)} {answer.dtype}" if isinstance(answer, Tensor) else type(answer).__name__
-            raise self.error("stop", f"returned {got}; must be a torch.bool tensor of shape {tuple(like.shape)} or None")
+            raise self.error(
+                "stop", f"returned {got}; must be a torch.bool tensor of shape {tuple(like.shape)} or None"
+            )
         return answer.to(like.device)
 
     def next_rows(self, state: State, vocab: int) -> NextRows | None:

@@ -112,7 +112,9 @@ class CapturedGroup(Setup):
             raise ValueError(f"potential={type(potential).__name__}: is not capturable (Potential.capturable)")
         super().__init__(params, potential, prompt, stop_token_ids, device, engine, copy_on_write=False)
         if not is_capturable(params, potential):
-            raise ValueError(f"params={params}: only p0 as the model has it, at a temperature, is captured, and no `stop`")
+            raise ValueError(
+                f"params={params}: only p0 as the model has it, at a temperature, is captured, and no `stop`"
+            )
         self.model, self.t, self.done = model, 0, False
         self.error: SMCError | None = None
         self._graph: torch.cuda.CUDAGraph | None = None

@@ -174,9 +174,7 @@ def _round_up(values: Tensor) -> Tensor:
     return torch.where(near.double() < values, up, near)
 
 
-def token_log_probs(
-    logits: Tensor, tokens: Tensor, p0s: Sequence[P0], bounds: Sequence[int], before: Tensor
-) -> Tensor:
+def token_log_probs(logits: Tensor, tokens: Tensor, p0s: Sequence[P0], bounds: Sequence[int], before: Tensor) -> Tensor:
     """Computes (R,) float64 log p0 of tokens (R,) int64, −inf where they are ruled out; logits as in `restrict`."""
     logits = restrict(logits, p0s, bounds, before)
     counts = [end - begin for begin, end in itertools.pairwise(bounds)]

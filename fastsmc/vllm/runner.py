@@ -285,8 +285,8 @@ class ParticleRunner:
         population, chosen = group.population(), choose(group.log_w, group.params)
         if chosen is not None:
             result.token_ids = population.token_ids[chosen]
-            # with FINISHED_STOPPED vLLM's front end takes the last token for a stop token, which has no text; stop strings
-            # it finds itself
+            # with FINISHED_STOPPED vLLM's front end takes the last token for a stop token, which has no text; stop
+            # strings it finds itself
             result.stopped = bool(result.token_ids) and result.token_ids[-1] in start.stop_token_ids
         result.summary = {
             "log_z": population.log_z,
