@@ -273,7 +273,7 @@ class Letters:
 @pytest.mark.parametrize(("stop", "min_tokens"), [("b", 0), (["ab", "b."], 0), ("a", 2), (["é", "aa"], 1)])
 def test_stop_strings(tiny_path, proposal, stop, min_tokens):
     """A particle ends with the first token whose text completes a stop string, found here by decoding each prefix."""
-    steps = 4
+    steps = 5
     tiny = TinyLlama(tiny_path, VOCAB, steps, frozenset([STOP]))
     params = SMCParams(
         n_particles=60, max_tokens=steps, stop=stop, min_tokens=min_tokens, proposal=proposal, ess_threshold=1.0
