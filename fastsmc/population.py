@@ -77,8 +77,8 @@ class Population:
             twisted proposal that is before the draw, so its rows are then those of step t - 1.
         prompt_token_ids: the prompt's tokens.
         params: what was asked for.
-        finish_reasons: N of "stop" (stop token, stop string or `Potential.stop`), "length" (max_tokens) and "dead" (it
-            came to neither: no token had any weight, or no particle of the group); None: not known, of an old file.
+        finish_reasons: N of "stop" (a stop token, a stop string or `Potential.stop`), "length" (max_tokens) and "dead"
+            (neither: no next token had any weight, or no particle of the group had); None: not known, of an old file.
         texts: N str, what the tokens add to the prompt's text; None without a tokenizer.
 
     Raises:

@@ -247,6 +247,9 @@ class Trainer:
         if config.positives == "data" and config.needs_positives and not exact:
             raise ValueError("exact: positives='data' needs exact samples of the target")
         self.engine, self.config, self.potential = engine, config, potential
+        plain = {name: off for name, off in SMCParams().p0().items() if name != "temperature"}
+        if params.p0() != {**plain, "temperature": params.temperature} or params.stop or params.force_stop:
+            raise ValueError(f"params={params}: twists are trained without settings of p0, `stop` and `force_stop`")
         self.params = dataclasses.replace(params, ess_threshold=0.0)
         self.prompt = engine.encode(prompt)
         self.exact = [list(ids) for ids in exact or []]

@@ -12,6 +12,7 @@ from fastsmc import Population, Potential, SMCParams, reference
 from fastsmc.params import GROUP_KEY
 from fastsmc.smc import Group, GroupEngine, SMCError, arrange, finish
 from fastsmc.smc import p0 as p0_module
+from fastsmc.smc.captured import is_capturable
 from fastsmc.smc.driving import run_group
 from fastsmc.smc.p0 import P0, restrict, token_log_probs
 
@@ -272,7 +273,7 @@ class Letters:
 @pytest.mark.parametrize(("stop", "min_tokens"), [("b", 0), (["ab", "b."], 0), ("a", 2), (["é", "aa"], 1)])
 def test_stop_strings(tiny_path, proposal, stop, min_tokens):
     """A particle ends with the first token whose text completes a stop string, found here by decoding each prefix."""
-    steps = 4
+    steps = 5
     tiny = TinyLlama(tiny_path, VOCAB, steps, frozenset([STOP]))
     params = SMCParams(
         n_particles=60, max_tokens=steps, stop=stop, min_tokens=min_tokens, proposal=proposal, ess_threshold=1.0
@@ -358,3 +359,15 @@ def test_refused_ends():
         SMCError, match=r"Answers\.stop at step 1: returned \(3,\) torch\.float32; must be a torch\.bool"
     ):
         run_group(group, Uniform())
+
+
+@pytest.mark.parametrize("settings", [dict(top_p=0.5), dict(min_tokens=1), dict(stop="x"), dict()])
+def test_what_is_captured(settings):
+    """Steps that are captured have no host in them; a forced stop needs none."""
+    params = SMCParams(force_stop=True, **settings)
+    assert is_capturable(params, None) == (not settings)
+    captured = TableTwist(value_table(2, VOCAB))
+    captured.capturable = True
+    stopping = Alternates(value_table(2, VOCAB))
+    stopping.capturable = True
+    assert is_capturable(SMCParams(), captured) and not is_capturable(SMCParams(), stopping)

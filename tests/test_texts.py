@@ -94,7 +94,7 @@ def test_prompt_and_text_are_the_whole(make):
 def test_each_history_is_decoded_once_with_a_short_tail(monkeypatch):
     tokenizer, _ = byte_level()
     seen = []
-    decode = texts._decode
-    monkeypatch.setattr(texts, "_decode", lambda t, sequences: seen.extend(sequences) or decode(t, sequences))
+    decode = texts.decode
+    monkeypatch.setattr(texts, "decode", lambda t, sequences: seen.extend(sequences) or decode(t, sequences))
     assert texts_after(tokenizer, [2] * 5000, [[2, 3], [3], [2, 3]] * 1000) == ["a a", " a", "a a"] * 1000
     assert len(seen) == 3 and max(map(len, seen)) <= CONTEXT + 2

@@ -181,8 +181,8 @@ class Potential:
     def stop(self, state: State) -> Tensor | None:
         """Returns (N,) bool, unfinished particles that end with the token that they have just drawn; None: nobody does.
 
-        They need no stop token, and no weight is corrected: such a sequence is complete, and `complete` is asked of it.
-        It must hang on the particle's tokens alone. Default: what any of the potentials that this is made of says.
+        They need no stop token, and no weight is corrected: such a sequence is complete, so `complete` is asked about
+        it. It must hang on the tokens alone. Default: what any of the potentials that this one is made of says.
         """
         answers = [part.stop(state) for part in _parts(self)]
         told = [answer for answer in answers if answer is not None]

@@ -55,8 +55,8 @@ def test_log_probs_equal_a_full_recompute(real, tmp_path):
 
 def test_stop_strings(real):
     """Particles end with the token that completes a stop string, as ordinary requests do; their texts leave it out."""
-    stop, seen = [",", " the"], set()
-    params = SMCParams(n_particles=24, max_tokens=12, stop=stop, min_tokens=2, top_p=0.9, temperature=0.9, seed=4)
+    stop, seen = [".", "med Gr"], set()
+    params = SMCParams(n_particles=24, max_tokens=8, stop=stop, min_tokens=2, top_p=0.9, temperature=0.9, seed=4)
     population = real.smc(PROMPT, params, Lexicon(words=["old", "man"], weight=0.5))
     tokenizer = real.get_tokenizer()
     for ids, text, reason in zip(population.token_ids, population.texts, population.finish_reasons, strict=True):
