@@ -328,7 +328,7 @@ class LLM(vllm.LLM):
     def population(self, output: RequestOutput) -> Population:
         """Returns the population of a finished group request that asked for it (`return_population`)."""
         payload = (output.kv_transfer_params or {}).get("smc", {})
-        if "error" in payload:
+        if "error" in payload and "population" not in payload:  # one of no weight is beside an error
             raise SMCError(payload["error"])
         if "population" not in payload:
             raise ValueError("output: holds no population; ask for it with smc_return_population")

@@ -238,3 +238,21 @@ def test_random_ends(captured, core, captured_runner):
         assert pool.get_num_free_blocks() == free
     assert {"finished", "aborted", "potential Broken.prefix at step 3"} <= ended
     assert not any("internal" in end for end in ended), ended
+
+
+def test_what_is_said_of_each_step_is_the_eager_drivers(engine, captured, captured_runner):
+    """A group that is asked for more than the captured driver knows is run by the eager one, to the same bits."""
+    params = Request(PROMPT, n_particles=6, max_tokens=20, seed=1).params
+    populations = []
+    for progress in (False, True):
+        lead = captured.lead_params(params, return_population=True)
+        lead.extra_args["smc_progress"] = progress
+        captured.llm_engine.add_request(str(progress), captured._prompt(PROMPT), lead)
+        seen, outputs = set(), []
+        while captured.llm_engine.has_unfinished_requests():
+            outputs += captured.llm_engine.step()
+            seen |= {len(captured_runner.captured) * "captured" + len(captured_runner.groups) * "eager"}
+        assert ("eager" if progress else "captured") in seen and len(seen - {""}) == 1
+        populations.append(captured.population(outputs[-1]))
+    assert len(outputs[-1].kv_transfer_params["smc"]["progress"]) > 0
+    identical(populations[:1], populations[1:])

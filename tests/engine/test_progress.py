@@ -1,5 +1,7 @@
 """What a group request's outputs say beside its sample: steps, tokens as they become final, several samples, errors."""
 
+import dataclasses
+import functools
 import json
 
 import numpy as np
@@ -16,6 +18,8 @@ from .conftest import VOCAB
 from .test_engine import EVERY_STEP, Broken, Impossible
 
 POTENTIAL = TableTwist(3 * value_table(100, VOCAB))
+#: few particles soon have a common ancestor
+FEW = dataclasses.replace(EVERY_STEP, n_particles=4)
 
 
 def outputs_of(engine, params, potential=None, between=lambda count: None, **extra):
@@ -71,27 +75,23 @@ def test_progress_and_samples(engine, all_blocks_back):
 def test_tokens_as_they_become_final(engine, scheduler, all_blocks_back):
     """They come before the end, and with the rest they are the sample, also where the group begins anew after some;
     where it then has others, it ends with an error instead of a text that is torn."""
-    want, _ = outputs_of(engine, EVERY_STEP, POTENTIAL)
-    outputs, _ = outputs_of(engine, EVERY_STEP, POTENTIAL, stream_tokens=True)
+    want, _ = outputs_of(engine, FEW, POTENTIAL)
+    outputs, _ = outputs_of(engine, FEW, POTENTIAL, stream_tokens=True)
     assert tokens_of(outputs) == tokens_of(want)
     early = [len(o.outputs[0].token_ids) for o in outputs[:-1]]
     assert sum(n > 0 for n in early) > 3 and outputs[-1].outputs[0].token_ids
 
-    def begin_anew(count):
-        if count == 6:
-            assert sum(len(g.sent) for g in scheduler._groups.values()) > 5
+    def begin_anew(count, change=0):
+        group = next(iter(scheduler._groups.values()), None)
+        if count == 6 and group.epoch == 0:
+            assert len(group.sent) > 5
+            group.sent[2] = (group.sent[2] + change) % VOCAB
             assert scheduler.reset_prefix_cache(reset_running_requests=True)
 
-    outputs, payloads = outputs_of(engine, EVERY_STEP, POTENTIAL, begin_anew, stream_tokens=True)
+    outputs, payloads = outputs_of(engine, FEW, POTENTIAL, begin_anew, stream_tokens=True)
     assert tokens_of(outputs) == tokens_of(want) and len(payloads) > len(early) + 1
-
-    def otherwise(count):
-        begin_anew(count)
-        if count == 6:
-            (group,) = scheduler._groups.values()
-            group.sent[2] = (group.sent[2] + 1) % VOCAB
-
-    outputs, payloads = outputs_of(engine, EVERY_STEP, POTENTIAL, otherwise, stream_tokens=True)
+    otherwise = functools.partial(begin_anew, change=1)
+    outputs, payloads = outputs_of(engine, FEW, POTENTIAL, otherwise, stream_tokens=True)
     assert payloads[-1]["error_kind"] == "engine" and "began anew" in payloads[-1]["error"]
     assert outputs[-1].outputs[0].finish_reason == "error"
 
