@@ -57,7 +57,7 @@ def test_a_group_from_arrival_to_end(scrape):
         [
             {"step": 0, "ess": 16.0, "log_z": 0.0, "resampled": False, "finished": 0, "distinct": 12},
             {"step": 1, "ess": 4.0, "log_z": -1.0, "resampled": True, "finished": 0, "distinct": 4},
-            {"step": 2, "ess": None, "log_z": None, "resampled": False, "finished": 0, "distinct": None},
+            {"step": 2, "ess": 0.0, "log_z": None, "resampled": False, "finished": 16, "distinct": 0},
         ],
     )
     running = scrape("life")

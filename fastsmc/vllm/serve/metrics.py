@@ -54,7 +54,7 @@ def _collectors() -> _Collectors:
             "fastsmc:ess_fraction", "Effective sample size of a step over N.", LABELS, buckets=SHARES
         ),
         distinct_share=Histogram(
-            "fastsmc:distinct_share", "Distinct histories of a step over N.", LABELS, buckets=SHARES
+            "fastsmc:distinct_share", "Distinct histories that go on after a step over N.", LABELS, buckets=SHARES
         ),
         group_seconds=Histogram(
             "fastsmc:group_seconds", "Seconds from a group's arrival to its end, if it was started.", LABELS,
@@ -124,7 +124,7 @@ class Metrics:
             if step.get("resampled"):
                 self._resamplings.inc()
             for name, histogram in (("ess", self._ess_fraction), ("distinct", self._distinct_share)):
-                if step.get(name) is not None:
+                if step.get(name):  # 0: no particle has weight, or none goes on
                     histogram.observe(step[name] / n)
 
     def ended(self, request_id: str, outcome: str, n_tokens: int = 0, seconds: float | None = None) -> None:
