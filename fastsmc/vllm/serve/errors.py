@@ -22,9 +22,8 @@ from vllm.exceptions import GracefulHTTPError
 
 from fastsmc.params import PREFIX
 
-#: HTTP status, and outcome in the metrics, by what the scheduler calls the error
+#: HTTP status by what the scheduler calls the error, which is the outcome in the metrics, too
 STATUS = {"refused": 400, "limit": 413, "impossible": 422, "potential": 500, "engine": 500, "busy": 503}
-OUTCOMES = {"limit": "refused", "busy": "overloaded"}
 #: seconds after which a client may ask again
 RETRY_AFTER = 1
 #: how our errors begin: argument=value, or argument: what
@@ -64,8 +63,7 @@ class GroupError(GracefulHTTPError):
         match = _ARGUMENT.match(message) if kind in ("refused", "limit") else None
         hidden = ("error", "error_kind", "population", "progress")
         summary = {key: value for key, value in payload.items() if key not in hidden}
-        outcome = OUTCOMES.get(kind, kind)
-        return cls(STATUS[kind], message, match and match[1], summary if kind == "impossible" else None, outcome)
+        return cls(STATUS[kind], message, match and match[1], summary if kind == "impossible" else None, kind)
 
     def body(self) -> dict[str, Any]:
         """Returns vLLM's form of an error, with the summary as `smc` where there is one."""

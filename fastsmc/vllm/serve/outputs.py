@@ -63,7 +63,7 @@ def check(request: Any, config: Any, tokenizer: Any) -> None:
         token_list("prompt", request.prompt_token_ids, vocab_size)
         check_fits(asked.params, len(request.prompt_token_ids), asked.lookahead(options), Limits.of(config))
     except OverLimit as error:
-        raise GroupError(413, str(error), error.limit) from None
+        raise GroupError(413, str(error), error.limit, outcome="limit") from None
     except ValueError as error:
         raise GroupError.refusal(error) from None
 
@@ -154,7 +154,9 @@ async def _generate(
         raise
     finally:
         record.begun.set()
-        metrics.ended(request_id, outcome, n_tokens, None if outcome == "refused" else time.monotonic() - start)
+        metrics.ended(
+            request_id, outcome, n_tokens, None if outcome in ("refused", "limit") else time.monotonic() - start
+        )
 
 
 def _engine_params(client: Any, params: SamplingParams) -> SamplingParams:
