@@ -246,23 +246,32 @@ def _has(kind: type, name: str) -> bool:
     )
 
 
-def check_kv_cache(kv_cache_config: Any) -> None:
-    """Refuses a KV cache that is not one group of plain, causal attention, all of whose blocks are kept."""
+def check_kv_cache_specs(specs: Mapping[str, Any]) -> None:
+    """Refuses a model with a layer whose KV cache is not that of full attention; `specs` are by layer."""
     from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-    specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
     # its subclasses are latent attention and sinks, whose blocks hold something else; of windows see worker.py
-    if len(specs) != 1 or type(specs[0]) is not FullAttentionSpec:
+    kinds = {type(spec) for spec in specs.values()}
+    if kinds != {FullAttentionSpec}:
         raise UnsupportedError(
-            f"fastsmc needs one KV cache group of full attention; this model has "
-            f"{[type(spec).__name__ for spec in specs]} (hybrid, latent or state-space layers)"
+            "fastsmc needs a KV cache of full attention in every layer; this model has "
+            f"{sorted(kind.__name__ for kind in kinds)} (hybrid, latent or state-space layers)"
         )
+
+
+def check_kv_cache(kv_cache_config: Any) -> None:
+    """Refuses a KV cache that is not one group of plain, causal attention, all of whose blocks are kept."""
+    specs = {str(i): group.kv_cache_spec for i, group in enumerate(kv_cache_config.kv_cache_groups)}
+    check_kv_cache_specs(specs)
+    if len(specs) != 1:
+        raise UnsupportedError(f"fastsmc needs one KV cache group; this model has {len(specs)}")
+    (spec,) = specs.values()
     for name, what in {
         "attention_chunk_size": "chunked local attention",
         "non_causal": "attention that is not causal",
     }.items():
-        if getattr(specs[0], name):
-            raise UnsupportedError(f"fastsmc does not support {what} ({name}={getattr(specs[0], name)})")
+        if getattr(spec, name):
+            raise UnsupportedError(f"fastsmc does not support {what} ({name}={getattr(spec, name)})")
 
 
 def check_runner(runner: Any) -> None:

@@ -344,15 +344,17 @@ class _SMCMixin(_Scheduler):
         return waiting + [g for groups in passes[:n_passes] for g in groups if g.turn <= longest]
 
     def _fill_pass(self, groups: Sequence[_Group]) -> list[_Group]:
-        """Lists the groups that share a pass, in their order, as far as it holds their rows and their adapters."""
+        """Lists the groups that share a pass, by turn, as far as it holds their rows and their adapters."""
         taken: list[_Group] = []
-        rows = 0
+        rows, longest = 0, math.inf
         for group in groups:
-            if rows + group.n > self._limits.max_num_batched_tokens:
+            if rows + group.n > self._limits.max_num_batched_tokens or group.turn > longest:
                 break
             if self._holds_adapters([*taken, group]):
                 taken.append(group)
                 rows += group.n
+            else:
+                longest = min(longest, group.turn)
         return taken
 
     def _holds_adapters(self, groups: Sequence[_Group], ordinary: Sequence[Request] = ()) -> bool:

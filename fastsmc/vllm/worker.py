@@ -52,8 +52,9 @@ class SMCWorkerMixin(_Worker):
         return super().load_model(*args, **kwargs)
 
     def get_kv_cache_spec(self) -> Any:
-        specs = super().get_kv_cache_spec()
-        return keep_behind_windows(specs, self.cache_config.block_size)
+        specs = keep_behind_windows(super().get_kv_cache_spec(), self.cache_config.block_size)
+        compat.check_kv_cache_specs(specs)  # before vLLM tries to make one group of them
+        return specs
 
     def compile_or_warm_up_model(self) -> Any:
         self.smc_runner = make_runner(self.model_runner)

@@ -54,6 +54,7 @@ class SMCCPUWorker(SMCWorkerMixin, CPUWorker):
         lora = self.vllm_config.lora_config
         if lora is None:
             return super().load_model(*args, **kwargs)
+        assert lora.max_cpu_loras is not None  # vLLM has set it
         lora.max_loras, lora.max_cpu_loras = lora.max_loras + 1, lora.max_cpu_loras + 1
         try:
             return super().load_model(*args, **kwargs)

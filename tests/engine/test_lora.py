@@ -146,6 +146,26 @@ def test_passes_of_groups_that_wait_for_their_potentials(lora, monkeypatch):
     assert runner._sharing(parts[-1:]) == [[]]
 
 
+def test_nobody_overtakes_whose_adapter_does_not_fit(lora, monkeypatch):
+    """Groups with the same turn are passed by, and those that had theirs later wait for them."""
+    engine, requests, _ = lora
+    scheduler = engine.llm_engine.engine_core.engine_core.scheduler
+
+    def fill(*groups):
+        named = [
+            SimpleNamespace(i=i, n=400, turn=turn, request=SimpleNamespace(lora_request=requests[adapter]))
+            for i, (turn, adapter) in enumerate(groups)
+        ]
+        return [group.i for group in scheduler._fill_pass(named)]
+
+    assert fill((1, 1), (1, 2), (1, 3)) == [0, 1]
+    assert fill((1, 1), (2, 1), (3, 2)) == [0, 1]  # 1024 rows
+    limits = dataclasses.replace(scheduler._limits, max_num_batched_tokens=4000)
+    monkeypatch.setattr(scheduler, "_limits", limits)
+    assert fill((1, 1), (1, 2), (2, 3), (2, 1), (3, 1)) == [0, 1, 3]
+    assert fill((1, 1), (1, 0), (1, 2), (1, 3), (1, 0), (2, 0)) == [0, 1, 2, 4]
+
+
 def test_what_cannot_be_is_refused_by_name(lora, engine, monkeypatch):
     with_lora, requests, _ = lora
     with pytest.raises(ValueError, match="lora_request=.*without enable_lora=True"):

@@ -285,7 +285,7 @@ def test_models_and_caches_that_groups_cannot_use_are_refused(runner, scheduler)
     state = MambaSpec(block_size=32, shapes=((4, 4),), dtypes=(torch.float32,))
     latent = MLAAttentionSpec(block_size=32, num_kv_heads=1, head_size=64, dtype=torch.float32)
     for bad, said in (
-        ([spec, spec], "one KV cache group"),
+        ([spec, spec], "one KV cache group; this model has 2"),
         ([latent], "MLAAttentionSpec"),
         ([spec, state], "FullAttentionSpec', 'MambaSpec.*state-space"),
         ([replace(spec, attention_chunk_size=64)], "chunked local attention"),

@@ -9,7 +9,7 @@ import torch
 from tiny import WINDOW, TableTwist, hf_log_probs, make_windowed, value_table
 from vllm import SamplingParams
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata
-from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec, SlidingWindowSpec
 
 from fastsmc import SMCParams
 from fastsmc.potentials import Infill
@@ -160,6 +160,17 @@ def test_windows_that_differ_are_of_one_kv_cache_group():
     assert keep_behind_windows({"b": near, "c": far}, 32) == {"b": full, "c": full}
     padded = replace(near, page_size_padded=1 << 20)
     assert keep_behind_windows({"a": full, "b": padded}, 32) == {"a": full, "b": padded}
+
+
+def test_layers_with_a_state_are_refused_by_name(windowed, monkeypatch):
+    _, _, engine = windowed
+    worker = engine.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+    assert {type(spec) for spec in worker.get_kv_cache_spec().values()} == {FullAttentionSpec}
+    state = MambaSpec(block_size=32, shapes=((4, 4),), dtypes=(torch.float32,))
+    specs = worker.model_runner.get_kv_cache_spec() | {"state": state}
+    monkeypatch.setattr(worker.model_runner, "get_kv_cache_spec", lambda: specs)
+    with pytest.raises(compat.UnsupportedError, match="'FullAttentionSpec', 'MambaSpec'.*state-space"):
+        worker.get_kv_cache_spec()
 
 
 def test_prompts_from_the_prefix_cache(windowed):
