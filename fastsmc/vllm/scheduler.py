@@ -451,7 +451,7 @@ class _SMCMixin(_Scheduler):
             payload = {"error": error, "error_kind": kind}
             self._finish(request, RequestStatus.FINISHED_ERROR, [], payload, outputs)
         for group in [g for g in self._groups.values() if g.phase == "failed"]:
-            payload = {"error": group.error, "error_kind": "engine"}
+            payload = {"error": group.error or "", "error_kind": "engine"}
             self._finish(group.request, RequestStatus.FINISHED_ERROR, [], payload, outputs)
         return outputs
 

@@ -131,7 +131,7 @@ async def _generate(
         GroupError: there is no population, or it is not what was streamed.
     """
     asked, choices = _engine_params(client, params), None
-    start, n, outcome, n_tokens = time.monotonic(), asked.extra_args.get(GROUP_KEY), "aborted", 0
+    start, n, outcome, n_tokens = time.monotonic(), (asked.extra_args or {}).get(GROUP_KEY), "aborted", 0
     metrics = front_end_metrics(client.vllm_config)
     metrics.started(request_id, n if isinstance(n, int) else 0)
     try:
@@ -216,7 +216,7 @@ class Choices:
             return
         payload = _payload(output)
         ids, reasons = payload.get("sample_token_ids"), payload.get("sample_finish_reasons")
-        if ids is None:
+        if ids is None or reasons is None:
             return  # an error of the engine's, which the handler reports
         if any(tokens[: len(self._sent)] != self._sent for tokens in ids):
             raise GroupError(

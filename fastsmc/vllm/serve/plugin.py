@@ -49,7 +49,7 @@ def activate() -> None:
 
 def _wrap(kind: type, name: str, make: Any) -> None:
     stock = getattr(kind, name)
-    wrapper = functools.wraps(stock)(make(stock))
+    wrapper: Any = functools.wraps(stock)(make(stock))
     wrapper.smc_stock = stock
     setattr(kind, name, wrapper)
 

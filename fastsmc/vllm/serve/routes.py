@@ -61,11 +61,10 @@ async def smc(body: SMCRequest, raw_request: Request) -> Response:
     state = raw_request.app.state
     handler, inputs, lora = await _render(body, state)
     params = LLM.lead_params(body.params(), body.potential, exact=body.exact, alone=body.alone, return_population=True)
-    params.extra_args[PREFIX + "n_samples"] = body.n_samples
-    params.extra_args[PREFIX + "potential_args"] = json.dumps(body.potential_args)
+    more = {"n_samples": body.n_samples, "potential_args": json.dumps(body.potential_args), "progress": body.stream}
     if body.twist is not None:
-        params.extra_args[PREFIX + "twist"] = body.twist
-    params.extra_args[PREFIX + "progress"] = body.stream
+        more["twist"] = body.twist
+    params.extra_args = {**(params.extra_args or {}), **{PREFIX + name: value for name, value in more.items()}}
     params.output_kind = RequestOutputKind.CUMULATIVE if body.stream else RequestOutputKind.FINAL_ONLY
     params.detokenize = False  # the population's texts are made at the end
     request_id = f"smc-{handler._base_request_id(raw_request)}"
@@ -102,6 +101,8 @@ async def smc(body: SMCRequest, raw_request: Request) -> Response:
 async def _render(body: Any, state: Any) -> tuple[Any, Any, Any]:
     """Returns the handler of vLLM's that read the prompt, what it made of it, and the LoRA adapter or None."""
     common = {"model": body.model, "max_tokens": body.max_tokens}
+    handler: Any
+    wish: Any
     if body.messages is not None:
         handler, wish = state.openai_serving_chat, ChatCompletionRequest(messages=body.messages, **common)
         result = await handler.render_chat_request(wish)
