@@ -194,3 +194,16 @@ sys.stdin.readline()
         assert samples["groups_total", "finished"] == samples["resamplings_total", ""] == 2
         assert samples["particle_tokens_total", ""] == 20
         assert samples["ess_fraction_bucket", "0.2"] == 1 and samples["ess_fraction_bucket", "0.4"] == 2
+
+
+@pytest.mark.engine
+def test_a_server_counts_its_groups(server):
+    names = ("groups_total", "particle_tokens_total", "group_seconds_count", "ess_fraction_count", "resamplings_total")
+    before = {name: server.metric(f"fastsmc:{name}") for name in names}
+    answer = server.smc(prompt="theprompt", n_particles=8, max_tokens=6, ignore_eos=True, ess_threshold=1.0)
+    refused = server.post("/v1/smc", prompt="theprompt", n_particles=8, potential="nothing")
+    assert refused.status_code == 400
+    gained = {name: server.metric(f"fastsmc:{name}") - before[name] for name in names}
+    assert gained["particle_tokens_total"] == answer["usage"]["particle_tokens"] == 48
+    assert gained["group_seconds_count"] == 1 and gained["ess_fraction_count"] == answer["steps"]
+    assert gained["groups_total"] >= 1 and server.metric("fastsmc:groups_running") == 0
