@@ -227,7 +227,7 @@ class Engine:
             params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
         else:
             smc = SMCParams(n_particles=n, max_tokens=max_tokens, ess_threshold=threshold, ignore_eos=True)
-            params = LLM.lead_params(None, smc)
+            params = LLM.lead_params(smc)
             params.extra_args |= {f"smc_{key}": value for key, value in extra.items()}
         self.scheduler.add_request(
             Request(name, [1] * prompt, params, None, arrival_time=float(self.count), block_hasher=HASHER)
