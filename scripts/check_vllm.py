@@ -70,7 +70,8 @@ class Tree:
         if name not in self._modules:
             base = name.replace(".", "/")
             text = self.read(f"{base}.py") or self.read(f"{base}/__init__.py")
-            self._modules[name] = None if text is None else ast.parse(text)
+            ours = name.partition(".")[0] == "vllm"  # a wheel holds nothing else, site-packages does
+            self._modules[name] = ast.parse(text) if ours and text is not None else None
         return self._modules[name]
 
     def find(self, module: str, name: str) -> tuple[str, ast.AST] | None:

@@ -205,3 +205,11 @@ def test_every_import_from_vllm_is_in_names():
                     assert there or public, f"{file.name}: {node.module}:{alias.name} is not in fastsmc/vllm/names.py"
                     checked += 1
     assert checked > 20
+
+
+def test_only_a_server_loads_its_front_end():
+    """Names of vLLM's HTTP modules are not probed in workers, or where there is no server."""
+    modules = {path.partition(":")[0] for table in (names.CALLS, names.MEMBERS) for path in table}
+    assert set(names.ONLY.values()) == {"cpu", "cuda", "server"} and set(names.ONLY) <= modules
+    front = {name for name in modules if name.startswith(("vllm.entrypoints.", "vllm.plugins."))}
+    assert {name for name in front if names.ONLY.get(name) != "server"} == {"vllm.entrypoints.llm"}

@@ -186,15 +186,16 @@ def _lora_refused(config: Any) -> dict[str, bool]:
 
 
 @functools.cache  # asked by the user face, the scheduler and the worker, which may be one process
-def check_names(device: str) -> None:
+def check_names(device: str, *, server: bool = False) -> None:
     """Refuses a vLLM in which something of names.py is not there, or takes other parameters.
 
     Args:
         device: "cpu" or "cuda", `current_platform.device_type`.
+        server: also what an HTTP server's front end uses, whose modules are loaded then.
     """
-    missing = []
+    missing, here = [], {device, "server"} if server else {device}
     for path, wanted in names.CALLS.items():
-        if names.ONLY.get(path.partition(":")[0], device) != device:
+        if names.ONLY.get(path.partition(":")[0], device) not in here:
             continue
         if (found := _find(path)) is None:
             missing.append(path)
@@ -206,7 +207,7 @@ def check_names(device: str) -> None:
         else:
             missing += [f"{path}({name})" for name in wanted if name not in known]
     for path, wanted in names.MEMBERS.items():
-        if names.ONLY.get(path.partition(":")[0], device) != device:
+        if names.ONLY.get(path.partition(":")[0], device) not in here:
             continue
         kind = _find(path)
         missing += [path] if kind is None else [f"{path}.{name}" for name in wanted if not _has(kind, name)]
@@ -229,7 +230,8 @@ def _find(path: str) -> Any:
 
 def _has(kind: type, name: str) -> bool:
     """Says whether a class has an attribute, as a field, or because one of its methods sets it."""
-    fields = (*getattr(kind, "__dataclass_fields__", ()), *getattr(kind, "__struct_fields__", ()))
+    tables = ("__dataclass_fields__", "__struct_fields__", "__pydantic_fields__")
+    fields = {field for table in tables for field in getattr(kind, table, ())}
     if hasattr(kind, name) or name in fields:
         return True
     codes = (

@@ -2,7 +2,7 @@
 
     CALLS      what is called, overridden or constructed, with the parameters that are passed or passed on
     MEMBERS    attributes that are read or set, of what vLLM hands over
-    ONLY       modules that only one platform may import
+    ONLY       modules that only one platform may import, or nothing but a server
     BEHAVIOUR  what must not only be there, but do the same: the script keeps a hash of its source per version
     FIELDS     classes in which a new field may be a new feature, which groups do not know until somebody has looked
 
@@ -134,12 +134,71 @@ CALLS = {
     "vllm.v1.worker.utils:AttentionGroup.get_metadata_builder": (),
     "vllm.config.model:ModelConfig.get_vocab_size": (),
     "vllm.config.model:ModelConfig.get_hidden_size": (),
+    # the server: the plug-in and the command
+    "vllm.engine.arg_utils:EngineArgs.create_engine_config": (),
+    "vllm.engine.arg_utils:AsyncEngineArgs": (),
+    "vllm.plugins.endpoint_plugins.interface:EndpointPlugin.attach_router": ("self", "app"),
+    "vllm.plugins.endpoint_plugins.interface:EndpointPlugin.init_state": ("self", "engine_client", "state", "args"),
+    "vllm.entrypoints.cli.serve:ServeSubcommand.subparser_init": ("self", "subparsers"),
+    "vllm.entrypoints.cli.serve:ServeSubcommand.validate": ("self", "args"),
+    "vllm.entrypoints.cli.serve:ServeSubcommand.cmd": ("args",),
+    "vllm.utils.argparse_utils:FlexibleArgumentParser": (),
+    "vllm.logger:configure_logging_from_args": ("args",),
+    # its front end
+    "vllm.v1.engine.input_processor:InputProcessor.process_inputs": ("self", "request_id", "prompt", "params"),
+    "vllm.v1.engine.async_llm:AsyncLLM.generate": ("self", "prompt", "sampling_params", "request_id"),
+    "vllm.engine.protocol:EngineClient.generate": ("lora_request", "trace_headers", "data_parallel_rank"),
+    "vllm.outputs:RequestOutput.add": ("self", "next_output", "aggregate"),
+    "vllm.outputs:CompletionOutput": (
+        *("index", "text", "token_ids", "cumulative_logprob", "logprobs", "finish_reason", "stop_reason"),
+    ),
+    "vllm.sampling_params:SamplingParams.update_from_generation_config": (
+        *("self", "generation_config", "eos_token_id"),
+    ),
+    "vllm.renderers.base:BaseRenderer.get_eos_token_id": (),
+    "vllm.v1.engine.detokenizer:IncrementalDetokenizer.from_new_request": ("tokenizer", "request"),
+    "vllm.v1.engine.detokenizer:IncrementalDetokenizer.update": ("self", "new_token_ids", "stop_terminated"),
+    "vllm.v1.engine.detokenizer:IncrementalDetokenizer.get_next_output_text": ("self", "finished", "delta"),
+    # its routes
+    "vllm.exceptions:GracefulHTTPError": ("message", "http_status"),
+    "vllm.entrypoints.serve.exception_handling.utils:sanitize_message": ("message",),
+    "vllm.entrypoints.serve.engine.protocol:ErrorInfo": ("message", "type", "param", "code"),
+    "vllm.entrypoints.serve.engine.protocol:ErrorResponse": ("error",),
+    "vllm.entrypoints.serve.utils.api_utils:with_cancellation": ("handler_func",),
+    "vllm.entrypoints.serve.utils.api_utils:load_aware_call": ("func",),
+    "vllm.entrypoints.serve.utils.api_utils:validate_json_request": ("raw_request",),
+    "vllm.entrypoints.serve.utils.sse_keep_alive:with_sse_keep_alive": ("generator", "interval"),
+    "vllm.entrypoints.openai.completion.api_router:completion": ("request",),
+    "vllm.entrypoints.openai.completion.api_router:create_completion": ("request", "raw_request"),
+    "vllm.entrypoints.openai.completion.protocol:CompletionRequest": ("prompt", "model", "max_tokens"),
+    "vllm.entrypoints.openai.completion.serving:OpenAIServingCompletion.create_completion": (
+        *("self", "request", "raw_request"),
+    ),
+    "vllm.entrypoints.openai.completion.serving:OpenAIServingCompletion.render_completion_request": ("self", "request"),
+    "vllm.entrypoints.openai.chat_completion.api_router:chat": ("request",),
+    "vllm.entrypoints.openai.chat_completion.api_router:create_chat_completion": ("request", "raw_request"),
+    "vllm.entrypoints.openai.chat_completion.protocol:ChatCompletionRequest": ("messages", "model", "max_tokens"),
+    "vllm.entrypoints.openai.chat_completion.serving:OpenAIServingChat.create_chat_completion": (
+        *("self", "request", "raw_request"),
+    ),
+    "vllm.entrypoints.openai.chat_completion.serving:OpenAIServingChat.render_chat_request": ("self", "request"),
+    "vllm.entrypoints.serve.engine.serving:BaseServing._base_request_id": ("raw_request",),
+    "vllm.entrypoints.serve.engine.serving:BaseServing._get_trace_headers": ("self", "headers"),
+    "vllm.entrypoints.serve.engine.serving:BaseServing._maybe_get_adapters": ("self", "request"),
+    "vllm.entrypoints.generate.base.serving:GenerateBaseServing._get_data_parallel_rank": ("raw_request",),
+    "vllm.entrypoints.openai.models.serving:OpenAIServingModels.model_name": ("self", "lora_request"),
 }
 
 _IMPL = (
     *("scale", "num_heads", "num_kv_heads", "head_size", "kv_cache_dtype", "attn_type", "alibi_slopes"),
     *("logits_soft_cap", "sinks", "sliding_window"),
 )
+
+_REQUEST = (
+    *("vllm_xargs", "stream", "use_beam_search", "_DEFAULT_SAMPLING_PARAMS"),
+    *("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
+)
+_RESPONSE = ("usage", "kv_transfer_params")
 
 #: module:class → attributes: of the class, or set by one of its methods
 MEMBERS = {
@@ -148,7 +207,7 @@ MEMBERS = {
     "vllm.v1.engine.core_client:InprocClient": ("engine_core",),
     "vllm.v1.engine.core:EngineCore": ("model_executor", "scheduler"),
     "vllm.v1.executor.uniproc_executor:UniProcExecutor": ("driver_worker",),
-    "vllm.outputs:RequestOutput": ("request_id", "finished", "outputs", "kv_transfer_params"),
+    "vllm.outputs:RequestOutput": ("request_id", "finished", "outputs", "kv_transfer_params", "prompt_token_ids"),
     "vllm.sampling_params:RequestOutputKind": ("CUMULATIVE", "FINAL_ONLY"),
     "vllm.sampling_params:SamplingParams": (
         *("output_kind", "all_stop_token_ids"),
@@ -156,6 +215,7 @@ MEMBERS = {
         *("n", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "min_tokens"),
         *("stop", "logprobs", "prompt_logprobs", "logit_bias", "allowed_token_ids", "bad_words", "structured_outputs"),
         *("prompt_logprob_token_ids", "logprob_token_ids", "thinking_token_budget", "repetition_detection"),
+        "detokenize",
     ),
     "vllm.forward_context:ForwardContext": ("attn_metadata", "slot_mapping"),
     "vllm.v1.attention.backend:AttentionType": ("DECODER",),
@@ -222,14 +282,17 @@ MEMBERS = {
     "vllm.config.model:ModelConfig": (
         *("model", "max_model_len", "skip_tokenizer_init", "tokenizer", "tokenizer_revision", "trust_remote_code"),
         *("runner_type", "is_encoder_decoder", "is_diffusion", "uses_mrope", "rswa_window", "logits_processors"),
-        *("supports_multimodal_inputs", "enable_prompt_embeds", "return_sampling_mask"),
+        *("supports_multimodal_inputs", "enable_prompt_embeds", "return_sampling_mask", "served_model_name"),
     ),
     "vllm.config.cache:CacheConfig": (
         *("num_gpu_blocks", "block_size", "kv_sharing_fast_prefill", "gpu_memory_utilization"),
         *("kv_cache_memory_bytes", "num_gpu_blocks_override"),
     ),
     "vllm.config:CacheConfig": ("gpu_memory_utilization",),
-    "vllm.engine.arg_utils:EngineArgs": (),
+    "vllm.engine.arg_utils:EngineArgs": (
+        *("scheduler_cls", "worker_cls", "max_num_seqs", "block_size", "max_num_batched_tokens", "additional_config"),
+        *("tensor_parallel_size", "data_parallel_size", "data_parallel_size_local"),
+    ),
     "vllm.v1.attention.backend:AttentionImpl": (),
     "vllm.config.scheduler:SchedulerConfig": (
         *("max_num_seqs", "max_num_batched_tokens", "async_scheduling", "disable_hybrid_kv_cache_manager"),
@@ -243,9 +306,26 @@ MEMBERS = {
     "vllm.config.compilation:PassConfig": ("fuse_attn_quant",),
     "vllm.config.compilation:CUDAGraphMode": ("NONE", "PIECEWISE"),
     "vllm.config.aux_output:AuxOutputConfig": ("enabled",),
+    # the server
+    "vllm.v1.engine.input_processor:InputProcessor": ("vllm_config", "tokenizer", "generation_config_fields"),
+    "vllm.v1.engine.async_llm:AsyncLLM": ("vllm_config", "renderer", "input_processor"),
+    "vllm.v1.engine:EngineCoreRequest": ("request_id", "sampling_params", "prompt_token_ids", "prompt_embeds"),
+    "vllm.renderers.base:BaseRenderer": ("tokenizer",),
+    "vllm.exceptions:GracefulHTTPError": ("message", "http_status"),
+    "vllm.entrypoints.serve.engine.protocol:ErrorInfo": ("message", "param", "code"),
+    "vllm.entrypoints.serve.engine.protocol:ErrorResponse": ("error",),
+    "vllm.entrypoints.openai.completion.protocol:CompletionRequest": (*_REQUEST, "max_tokens"),
+    "vllm.entrypoints.openai.completion.protocol:CompletionResponse": _RESPONSE,
+    "vllm.entrypoints.openai.chat_completion.protocol:ChatCompletionRequest": (
+        *(*_REQUEST, "max_tokens", "max_completion_tokens"),
+    ),
+    "vllm.entrypoints.openai.chat_completion.protocol:ChatCompletionResponse": _RESPONSE,
+    "vllm.entrypoints.openai.completion.serving:OpenAIServingCompletion": ("engine_client", "models"),
+    "vllm.entrypoints.openai.chat_completion.serving:OpenAIServingChat": ("engine_client", "models"),
 }
 
-#: module → the platform on which alone it is probed. `cpu_worker` puts stubs in the place of torch.cuda's functions.
+#: module → the platform on which alone it is probed, or "server" where that is in a server's front end alone.
+#: `cpu_worker` puts stubs in the place of torch.cuda's functions; nothing but a server should load its front end.
 ONLY = {
     "vllm.v1.worker.cpu_worker": "cpu",
     "vllm.v1.worker.cpu_model_runner": "cpu",
@@ -257,6 +337,23 @@ ONLY = {
     "vllm.v1.worker.gpu.async_utils": "cuda",
     "vllm.v1.attention.backends.flash_attn": "cuda",
     "vllm.v1.attention.backends.triton_attn": "cuda",
+    "vllm.plugins.endpoint_plugins.interface": "server",
+    "vllm.engine.protocol": "server",
+    "vllm.v1.engine.async_llm": "server",
+    "vllm.entrypoints.cli.serve": "server",
+    "vllm.entrypoints.generate.base.serving": "server",
+    "vllm.entrypoints.openai.chat_completion.api_router": "server",
+    "vllm.entrypoints.openai.chat_completion.protocol": "server",
+    "vllm.entrypoints.openai.chat_completion.serving": "server",
+    "vllm.entrypoints.openai.completion.api_router": "server",
+    "vllm.entrypoints.openai.completion.protocol": "server",
+    "vllm.entrypoints.openai.completion.serving": "server",
+    "vllm.entrypoints.openai.models.serving": "server",
+    "vllm.entrypoints.serve.engine.protocol": "server",
+    "vllm.entrypoints.serve.engine.serving": "server",
+    "vllm.entrypoints.serve.exception_handling.utils": "server",
+    "vllm.entrypoints.serve.utils.api_utils": "server",
+    "vllm.entrypoints.serve.utils.sse_keep_alive": "server",
 }
 
 #: functions and classes whose source is hashed, and why they are
@@ -321,6 +418,31 @@ BEHAVIOUR = {
     "vllm.entrypoints.common.offline:OfflineInferenceMixin._run_engine": "outputs of requests, in order",
     "vllm.v1.engine.output_processor:RequestState.make_request_output": "brings kv_transfer_params to the user",
     "vllm.config.model:ModelConfig._supports_multimodal_inputs": "whether the model takes inputs_embeds",
+    "vllm.plugins:load_general_plugins": "calls `activate` in each process, once",
+    "vllm.plugins:load_endpoint_plugins": "only those that VLLM_PLUGINS names",
+    "vllm.plugins.endpoint_plugins.interface:attach_endpoint_plugins": "our routes stand in the place of vLLM's own",
+    "vllm.engine.arg_utils:EngineArgs.create_engine_config": "reads arguments only now, after we have set them",
+    "vllm.entrypoints.cli.serve:ServeSubcommand": "the server's start, from a parser to its end",
+    "vllm.entrypoints.serve.utils.api_utils:with_cancellation": "a client that goes away ends its group",
+    "vllm.entrypoints.serve.utils.api_utils:load_aware_call": "counts a request until its response has been sent",
+    "vllm.entrypoints.launchers.api_server.app_state:init_app_state": "state.engine_client and state.args",
+    "vllm.entrypoints.generate.api_router:init_generate_state": "the handlers' names in the app's state",
+    "vllm.v1.engine.input_processor:InputProcessor.process_inputs": "a copy of SamplingParams, which we change",
+    "vllm.v1.engine.async_llm:AsyncLLM.generate": "lets a GracefulHTTPError through; ends its request when closed",
+    "vllm.v1.engine.output_processor:RequestOutputCollector": "outputs that nobody took become one by `add`",
+    "vllm.outputs:RequestOutput.add": "keeps the later kv_transfer_params, and joins what is new",
+    "vllm.v1.engine.detokenizer:IncrementalDetokenizer.from_new_request": "what it reads of a request",
+    "vllm.v1.engine.detokenizer:BaseIncrementalDetokenizer": "texts of the choices, and stop strings",
+    "vllm.v1.engine.detokenizer:FastIncrementalDetokenizer": "what it reads of a request",
+    "vllm.v1.engine.detokenizer:SlowIncrementalDetokenizer": "what it reads of a request",
+    "vllm.sampling_params:SamplingParams.update_from_generation_config": "adds the tokens that end a particle",
+    "vllm.entrypoints.serve.exception_handling.error_response:create_error_response": "status of a GracefulHTTPError",
+    "vllm.entrypoints.openai.completion.protocol:CompletionRequest.to_sampling_params": "vllm_xargs are extra_args",
+    "vllm.entrypoints.openai.completion.serving:OpenAIServingCompletion": "one generate per prompt, in their order",
+    "vllm.entrypoints.openai.chat_completion.protocol:ChatCompletionRequest.to_sampling_params": (
+        "vllm_xargs are extra_args"
+    ),
+    "vllm.entrypoints.openai.chat_completion.serving:OpenAIServingChat": "one generate; what a stream's chunks hold",
 }
 
 FIELDS = (
@@ -337,4 +459,8 @@ FIELDS = (
     "vllm.v1.core.sched.output:SchedulerOutput",
     "vllm.v1.outputs:ModelRunnerOutput",
     "vllm.v1.engine:EngineCoreOutput",
+    "vllm.plugins.endpoint_plugins.interface:EndpointPlugin",
+    "vllm.outputs:CompletionOutput",
+    "vllm.entrypoints.openai.completion.protocol:CompletionRequest",
+    "vllm.entrypoints.openai.chat_completion.protocol:ChatCompletionRequest",
 )

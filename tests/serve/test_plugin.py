@@ -49,6 +49,40 @@ def test_settings(monkeypatch, letters_model):
     plugin.put_settings(EngineArgs(**model, data_parallel_size=2))
 
 
+def test_names_of_the_front_end_are_probed_where_there_is_one(monkeypatch, letters_model):
+    from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+
+    from fastsmc.vllm import compat, names
+    from fastsmc.vllm.serve import plugin
+
+    monkeypatch.setattr(plugin.os, "environ", {**plugin.os.environ})
+    monkeypatch.setattr(compat, "check_names", compat.check_names.__wrapped__)  # without the cache
+    server, offline = AsyncEngineArgs(str(letters_model)), EngineArgs(str(letters_model))
+    plugin.put_settings(server)
+    monkeypatch.setattr(names, "CALLS", names.CALLS | {"vllm.no_such_front_end:route": ()})
+    monkeypatch.setattr(names, "ONLY", names.ONLY | {"vllm.no_such_front_end": "server"})
+    plugin.put_settings(offline)
+    with pytest.raises(compat.UnsupportedError, match="lacks what fastsmc uses: vllm.no_such_front_end:route$"):
+        plugin.put_settings(server)
+
+
+def test_streams_hold_no_payloads():
+    """From vLLM 0.33 on, a stream's chunks hold the kv_transfer_params that its handler gets."""
+    import asyncio
+    from types import SimpleNamespace
+
+    from fastsmc.vllm.serve.routes import _Client
+
+    class Client:
+        async def generate(self, smc_record):
+            yield SimpleNamespace(kv_transfer_params={"smc": {}})
+
+    async def get(stream):
+        return [output.kv_transfer_params async for output in _Client(Client(), stream).generate()]
+
+    assert asyncio.run(get(True)) == [None] and asyncio.run(get(False)) == [{"smc": {}}]
+
+
 def test_serve_command(monkeypatch):
     """The command names the plug-in, finds the model, and hands on vLLM's flags as they are."""
     from fastsmc import models

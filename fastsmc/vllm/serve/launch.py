@@ -30,11 +30,10 @@ def serve(model: str, flags: Sequence[str]) -> None:
             "fastsmc is not installed, so vLLM cannot find its plug-in: pip install -e . in its source tree"
         )
     from vllm.entrypoints.cli.serve import ServeSubcommand
-    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.logger import configure_logging_from_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    cli_env_setup()
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # as the `vllm` script does
     parser = FlexibleArgumentParser(prog="fastsmc")
     command = ServeSubcommand()
     command.subparser_init(parser.add_subparsers(dest="subparser"))

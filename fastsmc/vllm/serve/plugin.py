@@ -13,7 +13,7 @@ from argparse import Namespace
 from typing import Any
 
 import vllm.envs as envs
-from vllm.engine.arg_utils import EngineArgs
+from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 
 NAME = "fastsmc"
 
@@ -88,7 +88,7 @@ def put_settings(arguments: EngineArgs) -> None:
             setattr(arguments, name, value)
     # replicas of a dense model are engines of their own, each with the one rank that it sees
     compat.check_arguments(vars(arguments) | {"data_parallel_size": 1})
-    compat.check_names(current_platform.device_type)
+    compat.check_names(current_platform.device_type, server=isinstance(arguments, AsyncEngineArgs))
     EngineOptions.of(arguments.additional_config)
     replicas = arguments.data_parallel_size_local or arguments.data_parallel_size or 1
     os.environ.update(surroundings((arguments.tensor_parallel_size or 1) * replicas))

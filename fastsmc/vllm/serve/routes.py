@@ -259,6 +259,7 @@ class _Client:
 async def _quiet(outputs: AsyncGenerator) -> AsyncGenerator:
     with contextlib.suppress(GroupError):
         async for output in outputs:
+            output.kv_transfer_params = None  # vLLM 0.33 would send it, and the record has it
             yield output
 
 
