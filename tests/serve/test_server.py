@@ -302,6 +302,41 @@ def test_client_that_leaves(server, stream):
         assert server.wait_idle(2), path
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_aborted_by_the_operator(server, stream):
+    """As vLLM says it on its own routes, as an error on /v1/smc; counted as aborted, and its blocks are free."""
+    slow = {"n_particles": 16, "max_tokens": 100, "potential": "slow"}
+    routes = [
+        ("/v1/smc", {"prompt": PROMPT, **slow}, "smc-x"),
+        ("/v1/completions", xargs(slow, prompt=PROMPT), "cmpl-x-0"),
+    ]
+    for path, body, request_id in routes:
+        ended = {name: server.metric("fastsmc:groups_total", f'outcome="{name}"') for name in ("aborted", "finished")}
+        headers, got = {"X-Request-Id": "x"}, []
+
+        def ask(path=path, body=body, headers=headers, got=got):
+            got.append(server.client.post(path, json={**body, "stream": stream}, headers=headers))
+
+        thread = threading.Thread(target=ask)
+        thread.start()
+        while not server.metric("fastsmc:groups_running") and thread.is_alive():
+            time.sleep(0.01)
+        assert server.post("/abort_requests", request_ids=[request_id]).json()["aborted"] == 1
+        thread.join(10)
+        [response] = got
+        if path == "/v1/smc":
+            answer = json.loads(response.text.splitlines()[-1])
+            assert response.status_code == (200 if stream else 500)
+            assert answer["error"]["code"] == 500 and "aborted" in answer["error"]["message"]
+        else:
+            assert response.status_code == 200 and "log_z" not in response.text
+            assert stream or response.json()["choices"][0]["finish_reason"] == "abort"
+        assert server.wait_idle(2)
+        for name, count in ended.items():
+            now = server.metric("fastsmc:groups_total", f'outcome="{name}"')
+            assert now - count == (name == "aborted"), name
+
+
 def test_twelve_clients_at_once(server):
     """Each gets what it gets alone: groups that share no pass, ordinary requests, and refusals between them."""
     ordinary = {"model": "tiny", "prompt": PROMPT, "max_tokens": 16, "temperature": 0}

@@ -144,7 +144,8 @@ async def _generate(
                 raise GroupError.of_payload(payload)
             if output.finished:
                 record.payload, n_tokens = payload, payload.get("particle_tokens", 0)
-                outcome = "finished"
+                aborted = output.outputs[0].finish_reason == "abort"  # by vLLM's own, not because the client left
+                outcome = "aborted" if aborted else "finished"
             choices = choices or Choices(params.n, client.renderer.tokenizer, asked, output)
             choices.extend(output)
             if output.finished or params.output_kind != RequestOutputKind.FINAL_ONLY:

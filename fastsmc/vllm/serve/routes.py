@@ -80,6 +80,8 @@ async def smc(body: SMCRequest, raw_request: Request) -> Response:
     )
 
     def answer() -> dict[str, Any]:
+        if not record.payload:
+            raise GroupError(500, "the request was aborted", outcome="aborted")
         tokenizer = state.engine_client.renderer.tokenizer
         population = read_population(record.payload, tokenizer)
         head = {"id": request_id, "object": "smc.population", "created": int(time.time())}
