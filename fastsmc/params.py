@@ -146,7 +146,9 @@ class SMCParams:
                 if name not in cls._OWN:
                     known = sorted(REQUEST_KEYS | {PREFIX + n for n in cls._OWN})
                     raise ValueError(f"extra_args[{key!r}]={value!r}: unknown key; known are {', '.join(known)}")
-                fields[name] = value
+                fields[name] = (
+                    bool(value) if name == "force_stop" and value in (0, 1) else value
+                )  # vllm_xargs: true is 1
         return cls(**fields, **shared)
 
 
@@ -193,4 +195,6 @@ def _check_stop(stop: Any) -> tuple[str, ...] | None:
         return None
     if not isinstance(strings, (list, tuple)) or not all(isinstance(text, str) and text for text in strings):
         raise ValueError(f"stop={stop!r}: must be a string or a list of strings, none of them empty")
+    if any("\ud800" <= character <= "\udfff" for character in "".join(strings)):
+        raise ValueError(f"stop={stop!r}: holds a surrogate, which is no character")
     return tuple(strings) or None

@@ -21,9 +21,10 @@ _PARTIAL = "\ufffd"
 
 
 def population_texts(tokenizer: Any, population: Population) -> list[str]:
-    """Decodes what each particle adds to the prompt's text, up to the stop string that it ended with."""
-    prompt, strings = population.prompt_token_ids, population.params.stop
-    texts = texts_after(tokenizer, prompt, population.token_ids)
+    """Decodes what each particle adds to the prompt's text, up to the stop token or stop string that it ended with."""
+    prompt, strings, stops = population.prompt_token_ids, population.params.stop, population.params.stop_token_ids
+    ids = [list(each[:-1] if stops and each and each[-1] in stops else each) for each in population.token_ids]
+    texts = texts_after(tokenizer, prompt, ids)
     if not strings or population.finish_reasons is None:
         return texts
     before = texts_after(tokenizer, prompt, [ids[:-1] for ids in population.token_ids])

@@ -136,6 +136,7 @@ class GroupRequest:
         try:
             if not isinstance(json.loads(args), dict):
                 raise ValueError
+            args.encode()  # as it will travel
         except (TypeError, ValueError, RecursionError):
             raise ValueError(f"smc_potential_args={str(args)[:200]!r}: must be a JSON object") from None
         twist = extra.get(PREFIX + "twist")

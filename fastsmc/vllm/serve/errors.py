@@ -53,17 +53,16 @@ class GroupError(GracefulHTTPError):
     @classmethod
     def refusal(cls, error: ValueError) -> GroupError:
         """Makes the error of what one of our checks refused, whose message begins with the argument's name."""
-        match = _ARGUMENT.match(str(error))
-        return cls(400, str(error), match and match[1])
+        return cls(400, str(error), _blamed(str(error)))
 
     @classmethod
     def of_payload(cls, payload: Mapping[str, Any]) -> GroupError:
         """Makes the error of a group that ended with one (`{"error": text, "error_kind": kind}`)."""
         kind, message = payload.get("error_kind", "engine"), payload["error"]
-        match = _ARGUMENT.match(message) if kind in ("refused", "limit") else None
+        param = _blamed(message) if kind in ("refused", "limit") else None
         hidden = ("error", "error_kind", "population", "progress")
         summary = {key: value for key, value in payload.items() if key not in hidden}
-        return cls(STATUS[kind], message, match and match[1], summary if kind == "impossible" else None, kind)
+        return cls(STATUS[kind], message, param, summary if kind == "impossible" else None, kind)
 
     def body(self) -> dict[str, Any]:
         """Returns vLLM's form of an error, with the summary as `smc` where there is one."""
@@ -78,6 +77,14 @@ class GroupError(GracefulHTTPError):
     def response(self) -> JSONResponse:
         headers = {"Retry-After": str(RETRY_AFTER)} if self.http_status == HTTPStatus.SERVICE_UNAVAILABLE else None
         return JSONResponse(self.body(), status_code=self.http_status.value, headers=headers)
+
+
+def _blamed(message: str) -> str | None:
+    """Reads from what was refused the argument that is to blame: of a potential, its arguments."""
+    if message.startswith("potential "):
+        return PREFIX + "potential_args"
+    match = _ARGUMENT.match(message)
+    return match and match[1]
 
 
 async def answer_error(_: Request, error: Exception) -> JSONResponse:

@@ -66,7 +66,9 @@ async def smc(body: SMCRequest, raw_request: Request) -> Response:
         more["twist"] = body.twist
     params.extra_args = {**(params.extra_args or {}), **{PREFIX + name: value for name, value in more.items()}}
     params.output_kind = RequestOutputKind.CUMULATIVE if body.stream else RequestOutputKind.FINAL_ONLY
-    params.detokenize = False  # the population's texts are made at the end
+    params.detokenize = (
+        params.stop is not None
+    )  # vLLM wants it with stop strings; the population's texts come at the end
     request_id = f"smc-{handler._base_request_id(raw_request)}"
     record = Record()
     outputs = state.engine_client.generate(
