@@ -139,7 +139,7 @@ class SMCParams:
         Raises:
             ValueError: for an unknown `smc_*` key, or a value that `SMCParams` refuses.
         """
-        fields = {}
+        fields: dict[str, Any] = {}
         for key, value in extra_args.items():
             if str(key).startswith(PREFIX) and key not in REQUEST_KEYS:
                 name = key[len(PREFIX) :]
@@ -148,7 +148,7 @@ class SMCParams:
                     raise ValueError(f"extra_args[{key!r}]={value!r}: unknown key; known are {', '.join(known)}")
                 fields[name] = (
                     bool(value) if name == "force_stop" and value in (0, 1) else value
-                )  # vllm_xargs: true is 1
+                )  # as vllm_xargs has it
         return cls(**fields, **shared)
 
 

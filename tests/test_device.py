@@ -181,7 +181,9 @@ def test_a_pass_waits_for_nothing_however_it_is_cut(tokenizer):  # noqa: F811
                 group = Group(params, potential, [1], set(), DEVICE, engine)
                 paging = Paging(7, 1, [0], 2, STEPS, 0, DEVICE)
                 members.append(
-                    Member(group, paging, tables.add(paging), SimpleNamespace(prompt=[1], prompt_blocks=[0]))
+                    Member(
+                        group, paging, tables.add(paging), SimpleNamespace(prompt=[1], prompt_blocks=[0], adapter=None)
+                    )
                 )
             while going := [member for member in members if not member.group.done]:
                 for member in going:
