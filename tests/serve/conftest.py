@@ -52,6 +52,26 @@ def letters_model(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def twist_path(letters_model, tmp_path_factory):
+    """A random twist of that model, which the server knows as "small"."""
+    import torch
+
+    from fastsmc.twists import Card, Head, Twist
+
+    torch.manual_seed(0)
+    head, path = Head(64, len(LETTERS), None), tmp_path_factory.mktemp("twist")
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    card = Card(
+        kind="linear", loss="ctl", base_model=str(letters_model), vocab_size=len(LETTERS), hidden_size=64,
+        tokenizer=None, input_size=64, rank=64,
+    )  # fmt: skip
+    Twist(card, head, None).save(path)
+    return path
+
+
+@pytest.fixture(scope="session")
 def metadata(tmp_path_factory):
     """A directory with the package's metadata, as pip would install it: entry points are found through it."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -112,8 +132,8 @@ class Server:
 
 
 @pytest.fixture(scope="session")
-def server(letters_model, environment, tmp_path_factory):
-    """`fastsmc serve` with an operator's limits and potentials."""
+def server(letters_model, twist_path, environment, tmp_path_factory):
+    """`fastsmc serve` with an operator's limits, potentials and twist."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -122,6 +142,7 @@ def server(letters_model, environment, tmp_path_factory):
         "max_particle_tokens": MAX_PARTICLE_TOKENS,
         "max_groups": MAX_GROUPS,
         "potentials": ",".join(["lexicon", "regex", *SERVED]),
+        "twists.small": str(twist_path),
     }
     flags = [f"--additional-config.fastsmc.{name}={value}" for name, value in options.items()]
     flags += [
