@@ -29,6 +29,26 @@ def letters_model(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def twist_path(letters_model, tmp_path_factory):
+    """A random twist of that model, which the server knows as "small"."""
+    import torch
+
+    from fastsmc.twists import Card, Head, Twist
+
+    torch.manual_seed(0)
+    head, path = Head(64, len(LETTERS), None), tmp_path_factory.mktemp("twist")
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    card = Card(
+        kind="linear", loss="ctl", base_model=str(letters_model), vocab_size=len(LETTERS), hidden_size=64,
+        tokenizer=None, input_size=64, rank=64,
+    )  # fmt: skip
+    Twist(card, head, None).save(path)
+    return path
+
+
+@pytest.fixture(scope="session")
 def metadata(tmp_path_factory):
     return make_metadata(tmp_path_factory.mktemp("metadata"))
 
@@ -39,8 +59,8 @@ def environment(metadata):
 
 
 @pytest.fixture(scope="session")
-def server(letters_model, environment, tmp_path_factory):
-    """`fastsmc serve` with an operator's limits and potentials, and a generation config of temperature, top_p and
+def server(letters_model, twist_path, environment, tmp_path_factory):
+    """`fastsmc serve` with an operator's limits, potentials and twist, and a generation config of temperature, top_p and
     penalty. vLLM's own switches for operators are there, too: /pause, /resume, /reset_prefix_cache."""
     options = {
         "max_particles": MAX_PARTICLES,
@@ -48,6 +68,7 @@ def server(letters_model, environment, tmp_path_factory):
         "max_groups": MAX_GROUPS,
         "setup_timeout_s": SETUP_TIMEOUT_S,
         "potentials": ",".join(["lexicon", "regex", *SERVED]),
+        "twists.small": str(twist_path),
     }
     flags = [f"--additional-config.fastsmc.{name}={value}" for name, value in options.items()]
     generation = ["--override-generation-config", '{"top_p": 0.9, "repetition_penalty": 1.3}']

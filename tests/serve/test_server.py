@@ -35,6 +35,16 @@ def events(response):
     return [json.loads(chunk) for chunk in chunks[:-1]]
 
 
+@pytest.fixture(scope="module")
+def llm(letters_model):
+    """The same engine as the server's, in this process."""
+    from fastsmc import LLM
+
+    llm = LLM(str(letters_model), disable_log_stats=True, **MODEL_ARGS)
+    yield llm
+    llm.shutdown()
+
+
 def test_schema_and_key(server):
     schema = server.client.get("/openapi.json").json()
     fields = schema["components"]["schemas"]["SMCRequest"]["properties"]
@@ -46,22 +56,18 @@ def test_schema_and_key(server):
         assert httpx.post(server.url + path.replace("{", "").replace("}", ""), json={}).status_code == 401, path
 
 
-def test_one_population_everywhere(server, letters_model):
+def test_one_population_everywhere(server, llm):
     """For one seed /v1/smc, /v1/completions and `LLM.smc` have the same log Ẑ, and the same texts."""
-    from fastsmc import LLM, SMCParams
+    from fastsmc import SMCParams
     from fastsmc.potentials import Lexicon
 
     answer = server.smc(**TASK, **LEXICON, n_samples=5, return_genealogy=True)
     completion = server.post(
         "/v1/completions", **xargs(**LEXICON, n=5, ignore_generation_config=1), stop_token_ids=[]
     ).json()
-    llm = LLM(str(letters_model), disable_log_stats=True, **MODEL_ARGS)
-    try:
-        fields = {name: value for name, value in TASK.items() if name != "prompt"}
-        population = llm.smc(PROMPT, SMCParams(**fields), Lexicon(**LEXICON["potential_args"]))
-        [output] = llm.generate([PROMPT], LLM.lead_params(SMCParams(**fields)))
-    finally:
-        llm.shutdown()
+    fields = {name: value for name, value in TASK.items() if name != "prompt"}
+    population = llm.smc(PROMPT, SMCParams(**fields), Lexicon(**LEXICON["potential_args"]))
+    [output] = llm.generate([PROMPT], llm.lead_params(SMCParams(**fields)))
     particles = answer["particles"]
     assert [p["text"] for p in particles] == population.texts
     assert [p["token_ids"] for p in particles] == population.token_ids
@@ -95,6 +101,73 @@ def test_one_population_everywhere(server, letters_model):
     assert completion["usage"]["particle_tokens"] == n_drawn
     plain = server.post("/v1/completions", **xargs(ignore_generation_config=1)).json()
     assert plain["choices"][0]["text"] == output.outputs[0].text
+
+
+SETTINGS = [
+    {"top_k": 3},
+    {"top_p": 0.5, "temperature": 1.3},
+    {"min_p": 0.3},
+    {"logit_bias": {"5": 2.0, "1": -3.0}},
+    {"min_tokens": 6, "stop_token_ids": [6, 7, 24]},
+    {"allowed_token_ids": [1, 5, 6, 7], "stop": ["dfe", "fd"]},
+    {"allowed_token_ids": [5, 6, 7], "stop": "ef", "min_tokens": 4},
+    {"force_stop": True},
+    {"force_stop": True, "ignore_eos": True, "stop_token_ids": [6, 7], "top_k": 20, "min_p": 0.01, "min_tokens": 2},
+    {"twist": "small"},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: "-".join(settings))
+def test_settings_everywhere(server, llm, twist_path, settings):
+    """Settings of p0 and of ends, and a twist: all routes and both calls have one population, and say its p0."""
+    from fastsmc import SMCParams
+    from fastsmc.potentials import Lexicon
+
+    fields = {name: value for name, value in (TASK | settings).items() if name not in ("prompt", "twist")}
+    params, twist = SMCParams(**fields), str(twist_path) if "twist" in settings else None
+    lead = llm.lead_params(params, "lexicon", twist=twist)
+    lead.extra_args["smc_potential_args"] = json.dumps(LEXICON["potential_args"])
+    [output] = llm.generate([PROMPT], lead)
+    population = llm.smc(PROMPT, params, Lexicon(**LEXICON["potential_args"]), twist=twist)
+
+    answer = server.smc(**TASK, **LEXICON, **settings, n_samples=4)
+    assert answer["log_z"] == pytest.approx(population.log_z, abs=1e-5) and answer["p0"] == params.p0()
+    particles = answer["particles"]
+    assert [p["token_ids"] for p in particles] == population.token_ids
+    assert [p["text"] for p in particles] == population.texts
+    assert [p["finish_reason"] for p in particles] == population.finish_reasons
+    drawn = [particles[i] for i in answer["samples"]]
+    assert output.outputs[0].text == drawn[0]["text"]
+
+    keys = {name: settings[name] for name in ("twist", "force_stop") if name in settings}
+    shared = {name: value for name, value in settings.items() if name not in keys}
+    body = {**xargs(**LEXICON, **keys, ignore_generation_config=True), **shared}
+    completion = server.post("/v1/completions", **body, n=4).json()
+    [summary] = completion["smc"]
+    assert summary["log_z"] == pytest.approx(answer["log_z"], abs=1e-5) and summary["p0"] == answer["p0"]
+    ends = [(p["text"], p["finish_reason"]) for p in drawn]
+    assert [(c["text"], c["finish_reason"]) for c in completion["choices"]] == ends
+    streamed = [["", None] for _ in ends]
+    for choice in (
+        c for chunk in events(server.post("/v1/completions", **body, n=4, stream=True)) for c in chunk["choices"]
+    ):
+        streamed[choice["index"]][0] += choice["text"]
+        streamed[choice["index"]][1] = choice["finish_reason"] or streamed[choice["index"]][1]
+    assert [tuple(choice) for choice in streamed] == ends
+    body["messages"] = [{"role": "user", "content": body.pop("prompt")}]
+    [choice] = server.post("/v1/chat/completions", **body).json()["choices"]
+    assert (choice["message"]["content"], choice["finish_reason"]) == ends[0]
+
+    if "stop" in settings:
+        for particle in particles:  # the text leaves out the stop string that the tokens have
+            whole = "".join(LETTERS[t] for t in particle["token_ids"]).removesuffix("</s>")
+            first = min(
+                (at for s in params.stop if (at := whole.find(s, max(0, params.min_tokens - 1))) >= 0), default=None
+            )
+            assert particle["text"] == whole[:first]
+        assert any(p["token_ids"][-1] != 1 and p["finish_reason"] == "stop" for p in particles)
+    if params.force_stop:
+        assert {p["finish_reason"] for p in particles} == {"stop"}
 
 
 def test_stream_of_steps(server):
@@ -184,8 +257,6 @@ SMC_REFUSALS = [
     ({"seed": -5}, 400, "seed"),
     ({"resampling": "no"}, 400, "resampling"),
     ({"potential": "infill"}, 400, "potential"),  # not among this server's
-    ({"potential": "regex", "potential_args": {"pattern": "("}}, 400, None),
-    ({"potential": "lexicon", "potential_args": {"no": 1}}, 400, None),
     ({"potential": "lexicon", "potential_args": "x"}, 400, "body.potential_args"),
     ({"twist": "/etc", "potential": "lexicon", "potential_args": {"token_ids": [5]}}, 400, "twist"),
     ({"n_samples": 100}, 400, "n_samples"),
@@ -219,6 +290,44 @@ def test_smc_refuses(server, wrong, status, param):
         elif param is not None and "." not in param:
             assert param in error["message"]
     assert server.wait_idle(2)
+
+
+POTENTIAL_REFUSALS = [
+    ("lexicon", {"token_ids": [99]}, "potential_args", "token_ids hold 99"),
+    ("lexicon", {"no": 1}, "potential_args", "'no'"),
+    ("regex", {"pattern": "("}, "potential_args", "pattern='('"),
+    ("regex", {"pattern": "[0-9]"}, "potential_args", "pattern='[0-9]'"),
+    ("no", {}, "potential", "potential='no'"),
+]
+
+
+@pytest.mark.parametrize(("potential", "args", "param", "what"), POTENTIAL_REFUSALS)
+def test_potentials_refuse(server, potential, args, param, what):
+    """What is wrong with a potential is said alike by every route, streaming or not."""
+    for stream in (False, True):
+        own = {**TASK, "potential": potential, "potential_args": args, "stream": stream}
+        keys = {"smc_n_particles": 8, "smc_potential": potential, "smc_potential_args": json.dumps(args)}
+        shared = {"model": "tiny", "max_tokens": 4, "vllm_xargs": keys, "stream": stream}
+        chat = {**shared, "messages": [{"role": "user", "content": PROMPT}]}
+        answers = [
+            (param, server.post("/v1/smc", **own)),
+            ("smc_" + param, server.post("/v1/completions", **shared, prompt=PROMPT)),
+            ("smc_" + param, server.post("/v1/chat/completions", **chat)),
+        ]
+        for name, response in answers:
+            error = response.json()["error"]
+            assert response.status_code == error["code"] == 400 and error["param"] == name
+            assert what in error["message"]
+
+
+def test_what_is_no_text(server):
+    """A lone surrogate, which JSON can hold and UTF-8 cannot, is the client's mistake."""
+    keys = {"smc_potential": "lexicon", "smc_potential_args": '{"words": ["\ud800"]}'}
+    for stop, more, param in (("\ud800", {}, "stop"), ("a", keys, "smc_potential_args")):
+        body = {"model": "tiny", "prompt": "a", "max_tokens": 4, "stop": stop}
+        text = json.dumps(body | {"vllm_xargs": {"smc_n_particles": 8, **more}})
+        response = server.client.post("/v1/completions", content=text, headers={"Content-Type": "application/json"})
+        assert response.status_code == 400 and response.json()["error"]["param"] == param
 
 
 COMPLETION_REFUSALS = [
