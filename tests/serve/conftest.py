@@ -60,7 +60,7 @@ def environment(metadata):
 
 @pytest.fixture(scope="session")
 def server(letters_model, twist_path, environment, tmp_path_factory):
-    """`fastsmc serve` with an operator's limits, potentials and twist, and a generation config of temperature, top_p and
+    """`fastsmc serve` with an operator's limits, potentials and twist, and a generation config of temperature, top_p,
     penalty. vLLM's own switches for operators are there, too: /pause, /resume, /reset_prefix_cache."""
     options = {
         "max_particles": MAX_PARTICLES,
