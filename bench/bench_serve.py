@@ -1,6 +1,6 @@
 """What a server costs: `/v1/smc` against `LLM.smc` in process, and ordinary requests against a stock vLLM server.
 
-    python bench/bench_serve.py --json bench/results/serve_cpu.json
+    python bench/bench_serve.py --json serve.json
 
     smc        tokens/s of one client's POST /v1/smc and of `fastsmc.LLM.smc` in another process
     ordinary   tokens/s and median inter-token latency of streams that know nothing of groups, on a server with the

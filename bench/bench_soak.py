@@ -1,6 +1,6 @@
 """Accelerated traffic against one real server: groups of random size and random end, bad requests, ordinary requests.
 
-    python bench/bench_soak.py --json bench/results/soak_cpu.json
+    python bench/bench_soak.py --json soak.json
 
 Groups finish, are left by their client (in a stream or not, at once or later), are aborted by name, are preempted by a
 reset of the prefix cache, stand still in a pause of the engine, have potentials that raise, return NaN or a wrong
