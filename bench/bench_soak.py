@@ -33,7 +33,14 @@ import numpy as np
 from machine import ROOT, write_result
 
 sys.path.insert(0, str(ROOT / "tests"))
-from serve.process import KEY, SERVED, make_environment, make_letters_model, make_metadata, running
+from serve.process import (  # type: ignore[import-not-found]  # tests have no types
+    KEY,
+    SERVED,
+    make_environment,
+    make_letters_model,
+    make_metadata,
+    running,
+)
 
 MODEL = "tiny"
 #: how many of a thousand requests end so; of each there is at least one
