@@ -33,7 +33,7 @@ import numpy as np
 from machine import ROOT, write_result
 
 sys.path.insert(0, str(ROOT / "tests"))
-from serve.process import (  # type: ignore[import-not-found]  # tests have no types
+from serve.process import (  # tests have no types
     KEY,
     SERVED,
     make_environment,
