@@ -5,11 +5,12 @@ import subprocess
 import sys
 import threading
 
+import numpy
 import pytest
 from prepared import alive, begun, wait_until
 from tiny import TableTwist
 
-from fastsmc.vllm.prepare import PrepareError, Preparer
+from fastsmc.vllm.prepare import MAX_BYTES, PrepareError, Preparer
 
 SLOW, PLAIN = "prepared:Slow", "prepared:Plain"
 
@@ -32,7 +33,8 @@ def args(folder, how="well"):
 
 
 def test_a_helper_serves_on_whatever_a_potential_raises(preparer, tmp_path):
-    """One process for all of these, and none of them is this one."""
+    """One process for all of these, however large the one that it comes from has been."""
+    numpy.ones(MAX_BYTES // 8 + 1)
     (tmp_path / "gate").touch()
     asked = preparer()
     potential = asked.prepare("slow", SLOW, args(tmp_path))

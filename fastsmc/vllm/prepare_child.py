@@ -11,7 +11,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import resource
+import re
 import sys
 from importlib.metadata import EntryPoint
 from multiprocessing.connection import Connection
@@ -28,6 +28,13 @@ def end_with_the_engine() -> None:
     """
     fcntl.fcntl(0, fcntl.F_SETOWN, -os.getpgrp())
     fcntl.fcntl(0, fcntl.F_SETFL, fcntl.fcntl(0, fcntl.F_GETFL) | os.O_ASYNC)
+
+
+def most_bytes() -> int:
+    """Returns the most memory that this process has had. `getrusage` would count that of the engine it came from."""
+    with open("/proc/self/status") as file:
+        found = re.search(r"^VmHWM:\s*(\d+) kB$", file.read(), re.MULTILINE)
+    return 1024 * int(found[1]) if found else 0
 
 
 def main(connection: Connection) -> None:
@@ -58,7 +65,7 @@ def main(connection: Connection) -> None:
         except EOFError:
             return
         answer = _prepare(name, code, args, tokenizer)
-        connection.send((answer, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
+        connection.send((answer, most_bytes()))
 
 
 def _prepare(name: str, code: str, args: str, tokenizer: Any) -> bytes | tuple[str, str]:
