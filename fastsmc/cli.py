@@ -267,7 +267,11 @@ def command_serve(args: argparse.Namespace) -> int:
     from fastsmc.vllm.serve import launch
 
     launch.name_plugin()
-    launch.serve(models.resolve(args.model), args.flags)
+    model, flags = models.resolve(args.model), list(args.flags)
+    named = any(flag.replace("_", "-").startswith("--served-model-name") for flag in flags)
+    if model != args.model and not named:  # clients know it by the name given here, not by where it was unpacked
+        flags += ["--served-model-name", args.model]
+    launch.serve(model, flags)
     return 0
 
 

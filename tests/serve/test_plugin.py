@@ -84,7 +84,7 @@ def test_streams_hold_no_payloads():
 
 
 def test_serve_command(monkeypatch):
-    """The command names the plug-in, finds the model, and hands on vLLM's flags as they are."""
+    """The command names the plug-in, finds the model, serves it by its name, and hands on vLLM's flags."""
     from fastsmc import models
     from fastsmc.vllm.serve import launch
 
@@ -92,8 +92,14 @@ def test_serve_command(monkeypatch):
     monkeypatch.setattr(launch, "serve", lambda model, flags: calls.append((model, flags)))
     monkeypatch.setattr(launch.os, "environ", {"VLLM_PLUGINS": "other"})
     monkeypatch.setitem(models.MODELS, "smollm2", lambda say: "/models/small")
-    assert cli.main(["serve", "smollm2", "--port", "1", "-tp", "2", "--additional-config.fastsmc.max_groups=3"]) == 0
-    assert calls == [("/models/small", ["--port", "1", "-tp", "2", "--additional-config.fastsmc.max_groups=3"])]
+    flags = ["--port", "1", "-tp", "2", "--additional-config.fastsmc.max_groups=3"]
+    assert cli.main(["serve", "smollm2", *flags]) == 0
+    assert cli.main(["serve", "smollm2", "--served_model_name=mine"]) == cli.main(["serve", "org/other"]) == 0
+    assert calls == [
+        ("/models/small", [*flags, "--served-model-name", "smollm2"]),
+        ("/models/small", ["--served_model_name=mine"]),
+        ("org/other", []),
+    ]
     assert launch.os.environ["VLLM_PLUGINS"] == "other,fastsmc"
     launch.os.environ.clear()
     launch.name_plugin()
