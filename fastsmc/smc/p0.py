@@ -22,7 +22,7 @@ from fastsmc import ops
 from fastsmc.params import SMCParams
 
 #: tokens of a row that top_p looks at first
-HEAD = 512
+HEAD = 128
 #: how many times as many are looked at next in the rows where these were too few, and so on until the whole row is
 GROWTH = 16
 
