@@ -199,11 +199,26 @@ sys.stdin.readline()
 @pytest.mark.engine
 def test_a_server_counts_its_groups(server):
     names = ("groups_total", "particle_tokens_total", "group_seconds_count", "ess_fraction_count", "resamplings_total")
-    before = {name: server.metric(f"fastsmc:{name}") for name in names}
-    answer = server.smc(prompt="theprompt", n_particles=8, max_tokens=6, ignore_eos=True, ess_threshold=1.0)
-    refused = server.post("/v1/smc", prompt="theprompt", n_particles=8, potential="nothing")
-    assert refused.status_code == 400
-    gained = {name: server.metric(f"fastsmc:{name}") - before[name] for name in names}
+
+    def counts():
+        outcomes = {name: server.metric("fastsmc:groups_total", f'outcome="{name}"') for name in OUTCOMES}
+        return outcomes | {name: server.metric(f"fastsmc:{name}") for name in names}
+
+    before, task = counts(), {"prompt": "theprompt", "n_particles": 8, "max_tokens": 6}
+    answer = server.smc(**task, ignore_eos=True, ess_threshold=1.0)
+    after = counts()
+    gained = {name: after[name] - before[name] for name in after}
     assert gained["particle_tokens_total"] == answer["usage"]["particle_tokens"] == 48
     assert gained["group_seconds_count"] == 1 and gained["ess_fraction_count"] == answer["steps"]
-    assert gained["groups_total"] >= 1 and server.metric("fastsmc:groups_running") == 0
+    impossible = server.post("/v1/smc", **task, potential="never").json()["smc"]
+    for status, wrong in (
+        *((400, {"potential": "nothing"}), (400, {"logit_bias": {"99999999": 1}})),  # the second is vLLM's refusal
+        *((413, {"n_particles": 129}), (500, {"potential": "fails"}), (500, {"potential": "failsatend"})),
+    ):
+        assert server.post("/v1/smc", **{**task, **wrong}).status_code == status
+    gained = {name: count - before[name] for name, count in counts().items()}
+    assert gained["particle_tokens_total"] == 48 + impossible["particle_tokens"] > 48
+    ends = {"finished": 1, "impossible": 1, "refused": 2, "limit": 1, "potential": 2}
+    assert {name: gained[name] for name in OUTCOMES} == dict.fromkeys(OUTCOMES, 0) | ends
+    assert gained["groups_total"] == 7 and gained["group_seconds_count"] == 4
+    assert server.metric("fastsmc:groups_running") == 0
