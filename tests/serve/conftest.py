@@ -72,8 +72,8 @@ def server(letters_model, twist_path, environment, tmp_path_factory):
         "twists.small": str(twist_path),
     }
     flags = [f"--additional-config.fastsmc.{name}={value}" for name, value in options.items()]
-    generation = ["--override-generation-config", '{"top_p": 0.9, "repetition_penalty": 1.3}']
+    more = ["--enable-scale-out", "--override-generation-config", '{"top_p": 0.9, "repetition_penalty": 1.3}']
     environment = {**environment, "VLLM_SERVER_DEV_MODE": "1"}
     log = tmp_path_factory.mktemp("server") / "log"
-    with running(letters_model, environment, log, flags, ["--no-enable-prefix-caching", "--enable-scale-out", *generation]) as server:
+    with running(letters_model, environment, log, flags, ["--no-enable-prefix-caching", *more]) as server:
         yield server

@@ -16,10 +16,16 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from prometheus_client import REGISTRY
 from prometheus_client.parser import text_string_to_metric_families
+from vllm import SamplingParams
 from vllm.entrypoints.serve.instrumentator import metrics as vllm_metrics
+from vllm.exceptions import QueueOverflowError, VLLMValidationError
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.exceptions import EngineDeadError
 
-from fastsmc.vllm.serve.errors import STATUS
+from fastsmc.vllm.serve import outputs
+from fastsmc.vllm.serve.errors import STATUS, GroupError
 from fastsmc.vllm.serve.metrics import OUTCOMES, Metrics, front_end_metrics
+from fastsmc.vllm.serve.outputs import Record, with_groups
 
 
 @pytest.fixture(scope="module")
@@ -121,8 +127,50 @@ def test_the_engine_is_named_where_there_is_one(parallel, engine):
     assert REGISTRY.get_sample_value("fastsmc:particle_tokens_total", labels) == 5
 
 
-def test_each_kind_of_error_is_an_outcome():
+def test_each_kind_of_error_is_an_outcome(scrape, monkeypatch):
+    """Of what vLLM raises, too; only a client that leaves aborts. A group without reports of its steps runs as well."""
     assert set(STATUS) | {"finished", "aborted"} == set(OUTCOMES)
+
+    async def end(model, error):
+        async def stock(client, prompt, params, request_id):
+            payload = {"smc": {"step": 1}}  # as of a captured group
+            yield SimpleNamespace(kv_transfer_params=payload, finished=False)
+            if error is not None:
+                raise error
+
+        plain = {"data_parallel_size": 1, "data_parallel_external_lb": False, "data_parallel_hybrid_lb": False}
+        config = SimpleNamespace(
+            model_config=SimpleNamespace(served_model_name=model), parallel_config=SimpleNamespace(**plain),
+            additional_config={"fastsmc": {"captured_steps": True}},
+        )  # fmt: skip
+        client = SimpleNamespace(
+            vllm_config=config, input_processor=SimpleNamespace(generation_config_fields={}),
+            renderer=SimpleNamespace(tokenizer=None, get_eos_token_id=lambda: 1),
+        )  # fmt: skip
+        params = SamplingParams(extra_args={"smc_n_particles": 4}, output_kind=RequestOutputKind.DELTA)
+        monkeypatch.setattr(outputs, "Choices", lambda *args: SimpleNamespace(extend=lambda output: None))
+        record = Record()
+        stream = with_groups(stock)(client, "a", params, "id", smc_record=record)
+        await anext(stream)
+        assert scrape(model)["particles_running",] == 4
+        if error is None:
+            await stream.aclose()
+        else:
+            with pytest.raises(type(error) if isinstance(error, EngineDeadError) else GroupError):
+                await anext(stream)
+        return record.error
+
+    for error, outcome, status in (
+        (None, "aborted", None),
+        (EngineDeadError(), "engine", None),
+        (VLLMValidationError("no", parameter="logit_bias"), "refused", 400),
+        (QueueOverflowError(), "busy", 503),
+    ):
+        known = asyncio.run(end(f"ends {outcome}", error))
+        samples = scrape(f"ends {outcome}")
+        assert {name: samples["groups_total", name] for name in OUTCOMES} == dict.fromkeys(OUTCOMES, 0) | {outcome: 1}
+        assert samples["groups_running",] == 0 and (known and known.http_status) == status
+        assert status != 400 or known.param == "logit_bias"
 
 
 def test_threads_and_tasks_lose_nothing(scrape):
