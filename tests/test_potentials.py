@@ -454,15 +454,28 @@ class FakeEntry:
 
 
 @pytest.fixture
-def entries(monkeypatch):
+def register(monkeypatch):
+    """Puts entry points in the place of those that are there."""
+
+    def put(entries):
+        monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: entries)
+        registered.cache_clear()
+
+    yield put
+    registered.cache_clear()
+
+
+@pytest.fixture
+def entries(register):
     fakes = [FakeEntry("regex", Regex), FakeEntry("lexicon", Lexicon), FakeEntry("odd", dict)]
     fakes.append(FakeEntry("broken", ImportError("no module")))
     fakes.append(FakeEntry("leaves", SystemExit(3)))
-    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: fakes)
+    register(fakes)
 
 
 def test_resolve(entries):
     assert list(registered()) == ["broken", "leaves", "lexicon", "odd", "regex"]
+    assert registered() is registered()  # each request asks, and to look takes milliseconds
     potential = resolve("lexicon", {"token_ids": [1], "weight": -2})
     assert isinstance(potential, Potential) and potential.weight == -2
 
@@ -485,7 +498,7 @@ def test_resolve_refuses(entries, name, args, message):
         resolve(name, args)
 
 
-def test_resolve_without_any_entry_point(monkeypatch):
-    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [])
+def test_resolve_without_any_entry_point(register):
+    register([])
     with pytest.raises(ValueError, match="none"):
         resolve("regex")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,8 +12,12 @@ from fastsmc.potentials.base import Potential
 GROUP = "fastsmc.potentials"
 
 
-def registered() -> dict[str, importlib.metadata.EntryPoint]:
-    """Finds the potentials that installed packages register under the entry points `fastsmc.potentials`, by name."""
+@functools.cache
+def registered() -> Mapping[str, importlib.metadata.EntryPoint]:
+    """Finds the potentials that installed packages register under the entry points `fastsmc.potentials`, by name.
+
+    It looks once per process, since it takes milliseconds and every request asks.
+    """
     return {entry.name: entry for entry in sorted(importlib.metadata.entry_points(group=GROUP))}
 
 

@@ -111,7 +111,7 @@ class EngineOptions:
             if not _is_name(name) or not isinstance(path, str) or not path:
                 raise ValueError(f"twists[{name!r}]={path!r}: must be a name and the directory of a twist")
 
-    def known_potentials(self) -> dict[str, EntryPoint]:
+    def known_potentials(self) -> Mapping[str, EntryPoint]:
         """Returns the potentials that requests may name, by name."""
         if isinstance(self.potentials, Mapping):
             return {name: EntryPoint(name, code, GROUP) for name, code in self.potentials.items()}

@@ -80,8 +80,7 @@ def with_token_ids(extra_args: Mapping[str, Any], options: EngineOptions, tokeni
         ValueError: the potential refuses the text. Any other fault is left to `GroupRequest`.
     """
     out, name = dict(extra_args), extra_args.get(PREFIX + "potential")
-    known = options.known_potentials()
-    if not isinstance(name, str) or name not in known:
+    if not isinstance(name, str) or name not in (known := options.known_potentials()):
         return out
     try:
         args = json.loads(out.get(_ARGS, "{}"))
@@ -117,7 +116,7 @@ class GroupRequest:
         """
         extra = sampling_params.extra_args
         if GROUP_KEY not in extra:
-            raise ValueError(f"extra_args: {GROUP_KEY} is missing, but {sorted(extra)} ask for a group")
+            raise ValueError(f"{GROUP_KEY}: is missing, but {sorted(extra)} ask for a group")
         for name, neutral in _NEUTRAL.items():
             value = getattr(sampling_params, name, neutral[0])
             if value not in neutral:
@@ -134,11 +133,14 @@ class GroupRequest:
             raise ValueError(f"smc_potential={potential!r}: must be a name")
         args = extra.get(_ARGS, "{}")
         try:
-            if not isinstance(json.loads(args), dict):
+            given = json.loads(args)
+            if not isinstance(given, dict):
                 raise ValueError
             args.encode()  # as it will travel
         except (TypeError, ValueError, RecursionError):
             raise ValueError(f"smc_potential_args={str(args)[:200]!r}: must be a JSON object") from None
+        if given and potential is None:
+            raise ValueError(f"smc_potential_args={short(args)}: needs smc_potential beside it")
         twist = extra.get(PREFIX + "twist")
         if twist is not None and (not isinstance(twist, str) or potential is None):
             raise ValueError(f"smc_twist={twist!r}: must be the name of a twist, and needs smc_potential beside it")

@@ -384,7 +384,7 @@ def test_no_weight_left(engine, all_blocks_back):
         (dict(extra_args={"smc_n_particles": 0}), "n_particles=0"),
         (dict(extra_args={"smc_n_particles": 5000}), "n_particles=5000.*max_num_seqs"),
         (dict(extra_args={"smc_n_particles": 4, "smc_sampler": "x"}), "smc_sampler"),
-        (dict(extra_args={"smc_resampling": "systematic"}), "smc_n_particles is missing"),
+        (dict(extra_args={"smc_resampling": "systematic"}), "smc_n_particles: is missing"),
         (dict(extra_args={"smc_n_particles": 4, "smc_resampling": "best"}), "resampling='best'"),
         (dict(extra_args={"smc_n_particles": 4, "smc_potential": "nobody"}), "nobody"),
         (dict(extra_args={"smc_n_particles": 4, "smc_potential_args": "["}), "smc_potential_args"),

@@ -61,7 +61,8 @@ def environment(metadata):
 @pytest.fixture(scope="session")
 def server(letters_model, twist_path, environment, tmp_path_factory):
     """`fastsmc serve` with an operator's limits, potentials and twist, and a generation config of temperature, top_p,
-    penalty. vLLM's own switches for operators are there, too: /pause, /resume, /reset_prefix_cache."""
+    penalty. vLLM's own switches for operators are there, too (/pause, /resume, /reset_prefix_cache), and its routes of
+    tokens."""
     options = {
         "max_particles": MAX_PARTICLES,
         "max_particle_tokens": MAX_PARTICLE_TOKENS,
@@ -71,8 +72,8 @@ def server(letters_model, twist_path, environment, tmp_path_factory):
         "twists.small": str(twist_path),
     }
     flags = [f"--additional-config.fastsmc.{name}={value}" for name, value in options.items()]
-    generation = ["--override-generation-config", '{"top_p": 0.9, "repetition_penalty": 1.3}']
+    more = ["--enable-scale-out", "--override-generation-config", '{"top_p": 0.9, "repetition_penalty": 1.3}']
     environment = {**environment, "VLLM_SERVER_DEV_MODE": "1"}
     log = tmp_path_factory.mktemp("server") / "log"
-    with running(letters_model, environment, log, flags, ["--no-enable-prefix-caching", *generation]) as server:
+    with running(letters_model, environment, log, flags, ["--no-enable-prefix-caching", *more]) as server:
         yield server

@@ -16,10 +16,16 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from prometheus_client import REGISTRY
 from prometheus_client.parser import text_string_to_metric_families
+from vllm import SamplingParams
 from vllm.entrypoints.serve.instrumentator import metrics as vllm_metrics
+from vllm.exceptions import QueueOverflowError, VLLMValidationError
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.exceptions import EngineDeadError
 
-from fastsmc.vllm.serve.errors import STATUS
+from fastsmc.vllm.serve import outputs
+from fastsmc.vllm.serve.errors import STATUS, GroupError
 from fastsmc.vllm.serve.metrics import OUTCOMES, Metrics, front_end_metrics
+from fastsmc.vllm.serve.outputs import Record, with_groups
 
 
 @pytest.fixture(scope="module")
@@ -121,8 +127,50 @@ def test_the_engine_is_named_where_there_is_one(parallel, engine):
     assert REGISTRY.get_sample_value("fastsmc:particle_tokens_total", labels) == 5
 
 
-def test_each_kind_of_error_is_an_outcome():
+def test_each_kind_of_error_is_an_outcome(scrape, monkeypatch):
+    """Of what vLLM raises, too; only a client that leaves aborts. A group without reports of its steps runs as well."""
     assert set(STATUS) | {"finished", "aborted"} == set(OUTCOMES)
+
+    async def end(model, error):
+        async def stock(client, prompt, params, request_id):
+            payload = {"smc": {"step": 1}}  # as of a captured group
+            yield SimpleNamespace(kv_transfer_params=payload, finished=False)
+            if error is not None:
+                raise error
+
+        plain = {"data_parallel_size": 1, "data_parallel_external_lb": False, "data_parallel_hybrid_lb": False}
+        config = SimpleNamespace(
+            model_config=SimpleNamespace(served_model_name=model), parallel_config=SimpleNamespace(**plain),
+            additional_config={"fastsmc": {"captured_steps": True}},
+        )  # fmt: skip
+        client = SimpleNamespace(
+            vllm_config=config, input_processor=SimpleNamespace(generation_config_fields={}),
+            renderer=SimpleNamespace(tokenizer=None, get_eos_token_id=lambda: 1),
+        )  # fmt: skip
+        params = SamplingParams(extra_args={"smc_n_particles": 4}, output_kind=RequestOutputKind.DELTA)
+        monkeypatch.setattr(outputs, "Choices", lambda *args: SimpleNamespace(extend=lambda output: None))
+        record = Record()
+        stream = with_groups(stock)(client, "a", params, "id", smc_record=record)
+        await anext(stream)
+        assert scrape(model)["particles_running",] == 4
+        if error is None:
+            await stream.aclose()
+        else:
+            with pytest.raises(type(error) if isinstance(error, EngineDeadError) else GroupError):
+                await anext(stream)
+        return record.error
+
+    for error, outcome, status in (
+        (None, "aborted", None),
+        (EngineDeadError(), "engine", None),
+        (VLLMValidationError("no", parameter="logit_bias"), "refused", 400),
+        (QueueOverflowError(), "busy", 503),
+    ):
+        known = asyncio.run(end(f"ends {outcome}", error))
+        samples = scrape(f"ends {outcome}")
+        assert {name: samples["groups_total", name] for name in OUTCOMES} == dict.fromkeys(OUTCOMES, 0) | {outcome: 1}
+        assert samples["groups_running",] == 0 and (known and known.http_status) == status
+        assert status != 400 or known.param == "logit_bias"
 
 
 def test_threads_and_tasks_lose_nothing(scrape):
@@ -199,11 +247,26 @@ sys.stdin.readline()
 @pytest.mark.engine
 def test_a_server_counts_its_groups(server):
     names = ("groups_total", "particle_tokens_total", "group_seconds_count", "ess_fraction_count", "resamplings_total")
-    before = {name: server.metric(f"fastsmc:{name}") for name in names}
-    answer = server.smc(prompt="theprompt", n_particles=8, max_tokens=6, ignore_eos=True, ess_threshold=1.0)
-    refused = server.post("/v1/smc", prompt="theprompt", n_particles=8, potential="nothing")
-    assert refused.status_code == 400
-    gained = {name: server.metric(f"fastsmc:{name}") - before[name] for name in names}
+
+    def counts():
+        outcomes = {name: server.metric("fastsmc:groups_total", f'outcome="{name}"') for name in OUTCOMES}
+        return outcomes | {name: server.metric(f"fastsmc:{name}") for name in names}
+
+    before, task = counts(), {"prompt": "theprompt", "n_particles": 8, "max_tokens": 6}
+    answer = server.smc(**task, ignore_eos=True, ess_threshold=1.0)
+    after = counts()
+    gained = {name: after[name] - before[name] for name in after}
     assert gained["particle_tokens_total"] == answer["usage"]["particle_tokens"] == 48
     assert gained["group_seconds_count"] == 1 and gained["ess_fraction_count"] == answer["steps"]
-    assert gained["groups_total"] >= 1 and server.metric("fastsmc:groups_running") == 0
+    impossible = server.post("/v1/smc", **task, potential="never").json()["smc"]
+    for status, wrong in (
+        *((400, {"potential": "nothing"}), (400, {"logit_bias": {"99999999": 1}})),  # the second is vLLM's refusal
+        *((413, {"n_particles": 129}), (500, {"potential": "fails"}), (500, {"potential": "failsatend"})),
+    ):
+        assert server.post("/v1/smc", **{**task, **wrong}).status_code == status
+    gained = {name: count - before[name] for name, count in counts().items()}
+    assert gained["particle_tokens_total"] == 48 + impossible["particle_tokens"] > 48
+    ends = {"finished": 1, "impossible": 1, "refused": 2, "limit": 1, "potential": 2}
+    assert {name: gained[name] for name in OUTCOMES} == dict.fromkeys(OUTCOMES, 0) | ends
+    assert gained["groups_total"] == 7 and gained["group_seconds_count"] == 4
+    assert server.metric("fastsmc:groups_running") == 0

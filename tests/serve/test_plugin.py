@@ -26,7 +26,7 @@ def test_inert_unless_named(environment):
 
 
 def test_settings(monkeypatch, letters_model):
-    from vllm.engine.arg_utils import EngineArgs
+    from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 
     from fastsmc.vllm.llm import engine_args
     from fastsmc.vllm.serve import plugin
@@ -47,6 +47,10 @@ def test_settings(monkeypatch, letters_model):
     with pytest.raises(ValueError, match="unknown option; max_groups"):
         plugin.put_settings(EngineArgs(**model, additional_config={"fastsmc": {"max_group": 1}}))
     plugin.put_settings(EngineArgs(**model, data_parallel_size=2))
+    offline = {**model, "additional_config": {"fastsmc": {"offline": True}}}  # opens directories to whoever asks
+    plugin.put_settings(EngineArgs(**offline))
+    with pytest.raises(ValueError, match=r"fastsmc.offline=True: is fastsmc.LLM's alone"):
+        plugin.put_settings(AsyncEngineArgs(**offline))
 
 
 def test_names_of_the_front_end_are_probed_where_there_is_one(monkeypatch, letters_model):
@@ -74,13 +78,124 @@ def test_streams_hold_no_payloads():
     from fastsmc.vllm.serve.routes import _Client
 
     class Client:
-        async def generate(self, smc_record):
+        async def generate(self, *args, smc_record):
             yield SimpleNamespace(kv_transfer_params={"smc": {}})
 
     async def get(stream):
-        return [output.kv_transfer_params async for output in _Client(Client(), stream).generate()]
+        return [output.kv_transfer_params async for output in _Client(Client(), stream).generate("a", None, "id")]
 
     assert asyncio.run(get(True)) == [None] and asyncio.run(get(False)) == [{"smc": {}}]
+
+
+def test_max_tokens_of_who_says_none():
+    """vLLM's default, as far as the cap and the operator's limit allow: never more than would be refused."""
+    from types import SimpleNamespace
+
+    from fastsmc.vllm.options import EngineOptions
+    from fastsmc.vllm.serve.routes import DEFAULT_MAX_TOKENS, _Client, unsaid_tokens
+
+    body, limited = {"vllm_xargs": {"smc_n_particles": 64}}, EngineOptions(max_particle_tokens=512)
+    assert unsaid_tokens(body, EngineOptions()) == DEFAULT_MAX_TOKENS == 256
+    assert unsaid_tokens(body | {"max_tokens": None}, limited) == 8
+    assert unsaid_tokens({"vllm_xargs": {"smc_n_particles": 1}}, limited) == 256
+    assert unsaid_tokens({"vllm_xargs": {"smc_n_particles": 1024}}, limited) == 1  # refused for its N
+    for name in ("max_tokens", "max_completion_tokens"):
+        assert unsaid_tokens(body | {name: 100}, limited) is None
+    client = SimpleNamespace(generate=lambda prompt, params, request_id, smc_record: params.max_tokens)
+    for most, default, expected in ((8, 16, 8), (256, 16, 16), (None, 300, 300)):
+        params = SimpleNamespace(max_tokens=default)
+        assert _Client(client, False, most).generate("a", params, "id") == expected
+
+
+def test_restarted_group():
+    """What was sent stays true, or the stream ends with an error and nothing more; steps begin anew after a mark."""
+    import asyncio
+    import json
+    from types import SimpleNamespace
+
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    from fastsmc.vllm.serve.errors import GroupError
+    from fastsmc.vllm.serve.outputs import Choices, Record
+    from fastsmc.vllm.serve.routes import _lines, _with_last
+
+    def output(new, samples=None):
+        reasons = None if samples is None else ["length"] * len(samples)
+        payload = {"sample_token_ids": samples, "sample_finish_reasons": reasons}
+        first = SimpleNamespace(token_ids=new)
+        return SimpleNamespace(
+            request_id="a", prompt_token_ids=[1], finished=samples is not None, outputs=[first],
+            kv_transfer_params={"smc": payload},
+        )  # fmt: skip
+
+    params = SamplingParams(max_tokens=8, output_kind=RequestOutputKind.DELTA, detokenize=False)
+    begun, other = output([5, 6]), output([], [[5, 6, 7], [5, 8, 7]])
+    choices = Choices(2, None, params, begun)
+    choices.extend(begun)
+    assert [choice.token_ids for choice in begun.outputs] == [[5, 6], [5, 6]]
+    with pytest.raises(GroupError, match="no longer begin with what was streamed"):
+        choices.extend(other)
+    same = output([], [[5, 6, 7], [5, 6]])
+    choices.extend(same)
+    assert [(choice.token_ids, choice.finish_reason) for choice in same.outputs] == [([7], "length"), ([], "length")]
+
+    async def collect(stream):
+        return [part async for part in stream]
+
+    async def chunks():
+        for chunk in ('data: {"choices": []}', 'data: {"usage": {}}', "data: [DONE]"):
+            yield chunk + "\n\n"
+
+    for error in (None, GroupError(500, "restarted")):
+        *_, last, done = asyncio.run(collect(_with_last(chunks(), [Record({"particle_tokens": 1}, error)])))
+        assert ("restarted" in last) == (error is not None) == ("usage" not in last) and done == "data: [DONE]\n\n"
+
+    async def outputs():
+        for steps in ([1, 2], [1], [2, 3]):
+            payload = {"progress": [{"step": step} for step in steps]}
+            yield SimpleNamespace(kv_transfer_params={"smc": payload}, finished=steps == [2, 3])
+
+    async def lines():
+        stream = outputs()
+        return await collect(_lines(await anext(stream), stream, dict))
+
+    events = [json.loads(line) for line in asyncio.run(lines())]
+    assert [event.get("step", event["event"]) for event in events] == [1, 2, "restart", 1, 2, 3, "population"]
+
+
+def test_a_client_that_leaves_before_the_first_chunk():
+    """Nobody asks for the body then; what is on its way all the same ends."""
+    import asyncio
+
+    from fastsmc.vllm.serve.routes import _Stream
+
+    ended = []
+
+    async def chunks():
+        try:
+            await asyncio.sleep(60)
+            yield ""
+        finally:
+            ended.append("chunks")
+
+    async def leave():
+        rest = chunks()
+        first = asyncio.ensure_future(anext(rest))
+        await asyncio.sleep(0)
+
+        async def receive():
+            return {"type": "http.disconnect"}
+
+        async def send(message):
+            raise OSError("the client is gone")
+
+        with pytest.raises(BaseException):  # noqa: B017 - which one is Starlette's affair
+            await _Stream(first, rest, 0.0)({"type": "http", "asgi": {"spec_version": "2.3"}}, receive, send)
+        await asyncio.wait([first], timeout=5)
+        return first.cancelled()
+
+    assert asyncio.run(leave()) and ended == ["chunks"]
 
 
 def test_serve_command(monkeypatch):

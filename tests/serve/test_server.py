@@ -60,8 +60,10 @@ def test_one_population_everywhere(server, llm):
     """For one seed /v1/smc, /v1/completions and `LLM.smc` have the same log Ẑ, and the same texts."""
     from fastsmc import SMCParams
     from fastsmc.potentials import Lexicon
+    from fastsmc.vllm.serve.schemas import SMCPopulation
 
     answer = server.smc(**TASK, **LEXICON, n_samples=5, return_genealogy=True)
+    SMCPopulation.model_validate(answer)
     completion = server.post(
         "/v1/completions", **xargs(**LEXICON, n=5, ignore_generation_config=1), stop_token_ids=[]
     ).json()
@@ -245,6 +247,11 @@ def test_defaults_of_the_server(server):
     chat["vllm_xargs"].pop("smc_ignore_eos")
     long = server.post("/v1/chat/completions", **chat, ignore_eos=True).json()
     assert long["usage"]["completion_tokens"] == MODEL_ARGS["max_model_len"] - 1  # below the cap of 256
+    chat["messages"][0]["content"] = "a" * 250
+    rest = server.post("/v1/chat/completions", **chat, ignore_eos=True).json()
+    assert rest["usage"]["completion_tokens"] == MODEL_ARGS["max_model_len"] - 250
+    unsaid = server.post("/v1/completions", **xargs({"n_particles": 128, "prompt": "a"}), ignore_eos=True).json()
+    assert unsaid["usage"]["completion_tokens"] == 16  # as of any completion
 
 
 SMC_REFUSALS = [
@@ -258,6 +265,7 @@ SMC_REFUSALS = [
     ({"resampling": "no"}, 400, "resampling"),
     ({"potential": "infill"}, 400, "potential"),  # not among this server's
     ({"potential": "lexicon", "potential_args": "x"}, 400, "body.potential_args"),
+    ({"potential_args": {"token_ids": [5]}}, 400, "potential_args"),
     ({"twist": "/etc", "potential": "lexicon", "potential_args": {"token_ids": [5]}}, 400, "twist"),
     ({"n_samples": 100}, 400, "n_samples"),
     ({"stop_token_ids": [99]}, 400, "stop_token_ids"),
@@ -289,6 +297,7 @@ def test_smc_refuses(server, wrong, status, param):
             assert "broken at step 2" in error["message"]
         elif param is not None and "." not in param:
             assert param in error["message"]
+        assert "smc_" not in error["message"]  # how the body's fields travel
     assert server.wait_idle(2)
 
 
@@ -317,6 +326,7 @@ def test_potentials_refuse(server, potential, args, param, what):
         for name, response in answers:
             error = response.json()["error"]
             assert response.status_code == error["code"] == 400 and error["param"] == name
+            assert name.startswith("smc_") or "smc_" not in error["message"]
             assert what in error["message"]
 
 
@@ -332,11 +342,13 @@ def test_what_is_no_text(server):
 
 COMPLETION_REFUSALS = [
     ({"vllm_xargs": {"smc_particles": 8}}, 400, "smc_n_particles"),
+    ({"vllm_xargs": {"smc_ignore_generation_config": True}}, 400, "smc_n_particles"),
     ({"vllm_xargs": {"smc_n_particles": 8, "smc_no": 8}}, 400, "smc_no"),
+    ({"vllm_xargs": {"smc_n_particles": 8, "smc_potential_args": '{"a": 1}'}}, 400, "smc_potential_args"),
     ({"vllm_xargs": {"smc_n_particles": 300}}, 413, "max_particles"),
     ({"vllm_xargs": {"smc_n_particles": 8, "smc_potential": "never"}}, 422, None),
     ({"vllm_xargs": {"smc_n_particles": 8, "smc_potential": "fails"}}, 500, None),
-    ({"n": 9}, 400, "n_samples"),
+    ({"n": 9}, 400, "n"),
     ({"temperature": 0}, 400, "temperature"),
     ({"presence_penalty": 1.0}, 400, "presence_penalty"),
     ({"repetition_penalty": 1.2}, 400, "repetition_penalty"),
@@ -344,6 +356,9 @@ COMPLETION_REFUSALS = [
     ({"bad_words": ["a"]}, 400, "bad_words"),
     ({"use_beam_search": True}, 400, "use_beam_search"),
     ({"structured_outputs": {"regex": "a"}}, 400, "structured_outputs"),
+    ({"structured_outputs": {"regex": "("}}, 400, None),  # vLLM's own words, and the next two
+    ({"logit_bias": {"99999999": 1}}, 400, "logit_bias"),
+    ({"stop_token_ids": [99999999]}, 400, "stop_token_ids"),
 ]
 
 
@@ -367,19 +382,29 @@ def test_completions_refuse(server, wrong, status, param):
                 answer = response.json()
             assert answer["error"]["code"] == status, answer
             if param is not None:
-                assert param in answer["error"]["message"], answer
+                assert param == answer["error"]["param"] and param in answer["error"]["message"], answer
     assert server.wait_idle(2)
 
 
 def test_other_routes(server):
-    """Every other route with vllm_xargs is served alike, or refuses with its reason."""
-    good, bad = {"smc_n_particles": 8}, {"smc_n_particles": 0}
-    body = {"model": "tiny", "input": "abc", "max_output_tokens": 4}
-    refused = server.post("/v1/responses", **body, vllm_xargs=good)
-    assert refused.status_code == 400 and "repetition_penalty" in refused.json()["error"]["message"]
-    assert server.post("/v1/responses", **body, repetition_penalty=1.0, vllm_xargs=bad).status_code == 400
-    served = server.post("/v1/responses", **body, repetition_penalty=1.0, vllm_xargs=good)
-    assert served.status_code == 200 and served.json()["usage"]["output_tokens"] <= 4
+    """Every other route that takes vllm_xargs refuses ours, streaming or not, and says where to go."""
+    keys = {"smc_n_particles": 8}
+    messages = [{"role": "user", "content": "abc"}]
+    sampling = {"max_tokens": 4, "extra_args": keys}
+    routes = [
+        ("/v1/responses", {"input": "abc", "max_output_tokens": 4, "vllm_xargs": keys}),
+        ("/v1/messages", {"messages": messages, "max_tokens": 4, "vllm_xargs": keys}),
+        ("/invocations", {"prompt": "abc", "max_tokens": 4, "vllm_xargs": keys}),
+        ("/inference/v1/generate", {"token_ids": [5, 6], "sampling_params": sampling}),
+    ]
+    for path, body in routes:
+        for stream in (False, True):
+            response = server.post(path, model="tiny", **body, stream=stream)
+            assert response.status_code == 400, (path, stream, response.text)
+            message = response.json()["error"]["message"]
+            assert "smc_n_particles" in message and "/v1/smc, /v1/completions, /v1/chat/completions" in message
+    served = server.post("/v1/responses", model="tiny", input="abc", max_output_tokens=4)
+    assert served.status_code == 200 and 0 < served.json()["usage"]["output_tokens"] <= 4
 
 
 def test_ordinary_requests_are_untouched(server):
@@ -396,6 +421,8 @@ def test_client_that_leaves(server, stream):
     slow = {"n_particles": 16, "max_tokens": 200, "ignore_eos": True, "potential": "slow"}
     routes = [("/v1/smc", {"prompt": PROMPT, **slow}), ("/v1/completions", {**xargs(slow), "prompt": PROMPT})]
     routes[1][1]["vllm_xargs"].pop("smc_ignore_eos")
+    chat = {name: value for name, value in routes[1][1].items() if name != "prompt"}
+    routes.append(("/v1/chat/completions", chat | {"messages": [{"role": "user", "content": PROMPT}]}))
     for path, body in routes:
         deadline = time.monotonic() + 1
         try:

@@ -10,13 +10,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from http import HTTPStatus
 from typing import Any
 
 from fastapi import Request
 from fastapi.responses import JSONResponse
 from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
+from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.entrypoints.serve.exception_handling.utils import sanitize_message
 from vllm.exceptions import GracefulHTTPError
 
@@ -56,6 +57,13 @@ class GroupError(GracefulHTTPError):
         return cls(400, str(error), _blamed(str(error)))
 
     @classmethod
+    def of_vllm(cls, error: Exception) -> GroupError:
+        """Makes the error of what vLLM itself refused, with the status and the argument that it says."""
+        info = create_error_response(error).error
+        outcome = "busy" if info.code == HTTPStatus.SERVICE_UNAVAILABLE else "refused"
+        return cls(info.code, info.message, info.param, outcome=outcome)
+
+    @classmethod
     def of_payload(cls, payload: Mapping[str, Any]) -> GroupError:
         """Makes the error of a group that ended with one (`{"error": text, "error_kind": kind}`)."""
         kind, message = payload.get("error_kind", "engine"), payload["error"]
@@ -93,6 +101,9 @@ async def answer_error(_: Request, error: Exception) -> JSONResponse:
     return error.response()
 
 
-def own_name(param: str | None) -> str | None:
-    """Returns a field's name in the body of /v1/smc, from that of the key in which it travels."""
-    return param if param is None else param.removeprefix(PREFIX)
+def with_own_names(error: GroupError, fields: Iterable[str]) -> GroupError:
+    """Names the fields of the body of /v1/smc as they are called there, not as the keys in which they travel."""
+    keys = rf"\b{PREFIX}(?=(?:{'|'.join(fields)})\b)"
+    error.message = re.sub(keys, "", error.message)
+    error.param = error.param and re.sub(keys, "", error.param)
+    return error

@@ -18,6 +18,8 @@ LABELS = ("model_name", "engine")
 #: how a group request ends: with a population, because its client went away, or with an error of one of the kinds that
 #: `fastsmc.vllm.serve.errors` gives a status each
 OUTCOMES = ("finished", "aborted", "refused", "limit", "impossible", "potential", "engine", "busy")
+#: those of groups that no engine has started
+NOT_STARTED = ("refused", "limit", "busy")
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 SECONDS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0, 500.0, 1000.0, 2500.0)
 

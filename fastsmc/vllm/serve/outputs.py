@@ -1,7 +1,8 @@
 """Group requests in the front end: checked before they are sent, and answered as vLLM's handlers know it.
 
     with_checks     around InputProcessor.process_inputs: what can never run is refused, with its HTTP status
-    with_groups     around AsyncLLM.generate: n is draws from one population, and a group's error is raised
+    with_groups     around AsyncLLM.generate: n is draws from one population, and a group's error is raised; routes that
+                    know nothing of groups have none
     with_progress   around RequestOutput.add: where two outputs become one, no step is lost
 
 Requests without `smc_*` keys go straight to vLLM's own.
@@ -12,11 +13,12 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from types import SimpleNamespace
 from typing import Any
 
 from vllm import RequestOutput, SamplingParams
+from vllm.exceptions import GracefulHTTPError, VLLMClientError
 from vllm.outputs import CompletionOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.detokenizer import IncrementalDetokenizer
@@ -27,7 +29,10 @@ from fastsmc.vllm.capacity import Limits, check_fits
 from fastsmc.vllm.options import EngineOptions
 from fastsmc.vllm.request import GroupRequest, OverLimit, is_group_request, with_token_ids
 from fastsmc.vllm.serve.errors import GroupError
-from fastsmc.vllm.serve.metrics import front_end_metrics
+from fastsmc.vllm.serve.metrics import NOT_STARTED, front_end_metrics
+
+#: where groups of particles are asked for
+ROUTES = ("/v1/smc", "/v1/completions", "/v1/chat/completions")
 
 
 # -------------------------------------------------------------------------------------------------------- coming in
@@ -117,9 +122,17 @@ def with_groups(stock: Callable) -> Callable:
     ) -> AsyncGenerator[RequestOutput, None]:
         if not is_group_request(sampling_params):
             return stock(self, prompt, sampling_params, request_id, **kwargs)
-        return _generate(stock, self, prompt, sampling_params, request_id, smc_record or Record(), kwargs)
+        if smc_record is None:  # at once, and not with the first output, when an answer may have begun
+            raise elsewhere(sampling_params.extra_args)
+        return _generate(stock, self, prompt, sampling_params, request_id, smc_record, kwargs)
 
     return generate
+
+
+def elsewhere(keys: Iterable[str]) -> GroupError:
+    """Makes the error of a route that does not know groups."""
+    key = next(key for key in keys if str(key).startswith(PREFIX))
+    return GroupError(400, f"{key}: this route does not answer with groups of particles; use {', '.join(ROUTES)}", key)
 
 
 async def _generate(
@@ -138,26 +151,28 @@ async def _generate(
         async for output in stock(client, prompt, asked, request_id, **kwargs):
             payload = _payload(output)
             record.begun.set()
-            if progress := payload.get("progress"):
-                metrics.progress(request_id, progress)
+            metrics.progress(request_id, payload.get("progress", ()))
+            n_tokens = payload.get("particle_tokens", 0)
             if "error" in payload:
                 raise GroupError.of_payload(payload)
             if output.finished:
-                record.payload, n_tokens = payload, payload.get("particle_tokens", 0)
-                aborted = output.outputs[0].finish_reason == "abort"  # by vLLM's own, not because the client left
-                outcome = "aborted" if aborted else "finished"
+                record.payload, reason = payload, output.outputs[0].finish_reason
+                # by the operator, not because the client left, or by vLLM for want of something
+                outcome = {"abort": "aborted", "error": "engine"}.get(reason or "", "finished")
             choices = choices or Choices(params.n, client.renderer.tokenizer, asked, output)
             choices.extend(output)
             if output.finished or params.output_kind != RequestOutputKind.FINAL_ONLY:
                 yield output
-    except GroupError as error:
-        record.error, outcome = error, error.outcome
+    except (VLLMClientError, GracefulHTTPError) as error:  # of vLLM's own checks, too
+        record.error = error if isinstance(error, GroupError) else GroupError.of_vllm(error)
+        outcome = record.error.outcome
+        raise record.error from None
+    except Exception:  # the engine died, say; of a client that left there is none
+        outcome = "engine"
         raise
     finally:
         record.begun.set()
-        metrics.ended(
-            request_id, outcome, n_tokens, None if outcome in ("refused", "limit") else time.monotonic() - start
-        )
+        metrics.ended(request_id, outcome, n_tokens, None if outcome in NOT_STARTED else time.monotonic() - start)
 
 
 def _engine_params(client: Any, params: SamplingParams) -> SamplingParams:

@@ -66,14 +66,14 @@ def put_settings(arguments: EngineArgs) -> None:
     """Sets what groups need in an engine's arguments and in the environment, as `fastsmc.LLM` does.
 
     Raises:
-        ValueError: a scheduler or a worker was chosen.
+        ValueError: a scheduler or a worker was chosen, or an option cannot be.
         UnsupportedError: a feature that groups do not know is switched on.
     """
     from vllm.platforms import current_platform
 
     from fastsmc.vllm import compat
     from fastsmc.vllm.llm import group_settings, surroundings
-    from fastsmc.vllm.options import EngineOptions
+    from fastsmc.vllm.options import KEY, EngineOptions
 
     settings = group_settings(arguments.max_num_batched_tokens)
     for name, stock in (("scheduler_cls", None), ("worker_cls", "auto")):
@@ -89,7 +89,9 @@ def put_settings(arguments: EngineArgs) -> None:
     # replicas of a dense model are engines of their own, each with the one rank that it sees
     compat.check_arguments(vars(arguments) | {"data_parallel_size": 1})
     compat.check_names(current_platform.device_type, server=isinstance(arguments, AsyncEngineArgs))
-    EngineOptions.of(arguments.additional_config)
+    options = EngineOptions.of(arguments.additional_config)
+    if options.offline and isinstance(arguments, AsyncEngineArgs):
+        raise ValueError(f"{KEY}.offline=True: is fastsmc.LLM's alone; a server's requests come from its clients")
     replicas = arguments.data_parallel_size_local or arguments.data_parallel_size or 1
     os.environ.update(surroundings((arguments.tensor_parallel_size or 1) * replicas))
 

@@ -2,7 +2,8 @@
 
 vLLM's handlers do the work of theirs, prompts and answers, over an engine client that knows groups
 (`fastsmc.vllm.serve.outputs`). What is added: the defaults that a group cannot take are set aside, a refusal has its
-status in streams too, and each prompt's summary is in the answer, as `smc`, of a stream in its last chunk.
+status in streams too, and each prompt's summary is in the answer, as `smc`, of a stream in its last chunk. Every other
+route refuses those keys; /v1/responses does so here, since vLLM's begins a stream before it asks its engine client.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import contextlib
 import copy
 import json
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request
@@ -21,6 +22,8 @@ from vllm.entrypoints.openai.chat_completion import api_router as chat_router
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion import api_router as completion_router
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.entrypoints.openai.responses import api_router as responses_router
+from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.utils.api_utils import load_aware_call, validate_json_request, with_cancellation
 from vllm.entrypoints.serve.utils.sse_keep_alive import with_sse_keep_alive
@@ -29,8 +32,8 @@ from vllm.sampling_params import RequestOutputKind
 from fastsmc.params import GROUP_KEY, PREFIX
 from fastsmc.vllm.llm import LLM, read_population
 from fastsmc.vllm.options import EngineOptions
-from fastsmc.vllm.serve.errors import GroupError, answer_error, own_name
-from fastsmc.vllm.serve.outputs import Record
+from fastsmc.vllm.serve.errors import GroupError, answer_error, with_own_names
+from fastsmc.vllm.serve.outputs import Record, elsewhere
 from fastsmc.vllm.serve.schemas import SMCPopulation, SMCRequest
 
 #: tokens of a completion or chat completion that says no max_tokens
@@ -51,6 +54,7 @@ def attach(app: FastAPI) -> None:
     app.post("/v1/smc", dependencies=json_only, responses={200: lines, **errors})(smc)
     app.post("/v1/completions", dependencies=json_only, responses={200: sse, **errors})(completions)
     app.post("/v1/chat/completions", dependencies=json_only, responses={200: sse, **errors})(chat_completions)
+    app.post("/v1/responses", dependencies=json_only, responses={200: sse, **errors})(responses)
 
 
 # --------------------------------------------------------------------------------------------------------- /v1/smc
@@ -97,8 +101,7 @@ async def smc(body: SMCRequest, raw_request: Request) -> Response:
             return JSONResponse(answer())
         first = await anext(outputs)  # a refusal, which comes before any output, has its status
     except GroupError as error:
-        error.param = own_name(error.param)
-        raise
+        raise with_own_names(error, SMCRequest.model_fields) from None
     return StreamingResponse(_lines(first, outputs, answer), media_type="application/x-ndjson")
 
 
@@ -120,11 +123,14 @@ async def _render(body: Any, state: Any) -> tuple[Any, Any, Any]:
 
 
 async def _lines(first: Any, outputs: AsyncIterator[Any], answer: Callable[[], dict[str, Any]]) -> AsyncIterator:
-    """Yields the lines of a stream: steps, then the population or an error."""
-    output = first
+    """Yields the lines of a stream: steps, then the population or an error. A preempted group begins anew."""
+    output, last = first, 0
     try:
         while True:
             for step in (output.kv_transfer_params or {}).get("smc", {}).get("progress", ()):
+                if step["step"] <= last:
+                    yield json.dumps({"event": "restart"}) + "\n"
+                last = step["step"]
                 yield json.dumps({"event": "step", **step}, allow_nan=False) + "\n"
             if output.finished:
                 yield json.dumps({"event": "population", **answer()}, allow_nan=False) + "\n"
@@ -135,7 +141,8 @@ async def _lines(first: Any, outputs: AsyncIterator[Any], answer: Callable[[], d
 
 
 def _known(error: Exception) -> GroupError:
-    return error if isinstance(error, GroupError) else GroupError(500, f"{type(error).__name__}: {error}")
+    known = error if isinstance(error, GroupError) else GroupError(500, f"{type(error).__name__}: {error}")
+    return with_own_names(known, SMCRequest.model_fields)
 
 
 def population_body(population: Any, payload: dict[str, Any], genealogy: bool, tokenizer: Any) -> dict[str, Any]:
@@ -211,52 +218,77 @@ async def chat_completions(request: ChatCompletionRequest, raw_request: Request)
     return await _with_groups(request, raw_request, chat_router.chat(raw_request), "create_chat_completion")
 
 
+async def responses(request: ResponsesRequest, raw_request: Request) -> Response:
+    """Is vLLM's /v1/responses, which has no groups."""
+    if _asks_for_group(request):
+        raise elsewhere(request.vllm_xargs or ())
+    return await responses_router.create_responses(request, raw_request)
+
+
 def _asks_for_group(request: Any) -> bool:
     return any(key.startswith(PREFIX) for key in request.vllm_xargs or ())
 
 
-def settle_defaults(request: Any, options: EngineOptions) -> None:
+def settle_defaults(request: Any) -> None:
     """Puts into a request what a group needs said, so that vLLM takes no default for it that a group cannot have.
 
     The server's default temperature, top_k, top_p and min_p hold as for any client, unless the client declines them;
-    its penalties do not. max_tokens that is not said is at most `DEFAULT_MAX_TOKENS`, or what the operator's limit on
-    particle tokens leaves.
+    its penalties do not.
 
     Raises:
         GroupError: what groups do not do.
     """
     if request.use_beam_search:
         raise GroupError(400, "use_beam_search=True: a group of particles is not beam search", "use_beam_search")
-    ignore = request.vllm_xargs.pop(IGNORE, False)
+    n, keys = request.n or 1, request.vllm_xargs
+    if isinstance(most := keys.get(GROUP_KEY), int) and n > max(most, 1):
+        raise GroupError(400, f"n={n}: at most {GROUP_KEY}={most}, since n are draws from one population", "n")
+    ignore = keys.get(IGNORE, False)
+    if GROUP_KEY in keys:  # else there is no group, which has its own refusal as long as any key is there
+        keys.pop(IGNORE, None)
     if ignore not in (True, False, "true", "false"):
         raise GroupError(400, f"{IGNORE}={ignore!r}: must be true or false", IGNORE)
     ignored = request._DEFAULT_SAMPLING_PARAMS if ignore in (True, "true") else _UNSUPPORTED
     for name in ignored:
         if getattr(request, name) is None:
             setattr(request, name, request._DEFAULT_SAMPLING_PARAMS[name])
-    names = [name for name in ("max_tokens", "max_completion_tokens") if name in type(request).model_fields]
-    if all(getattr(request, name) is None for name in names):
-        n, most = request.vllm_xargs.get(GROUP_KEY), options.max_particle_tokens
-        share = most // n if most and isinstance(n, int) and n > 0 else DEFAULT_MAX_TOKENS
-        setattr(request, names[-1], max(1, min(DEFAULT_MAX_TOKENS, share)))
+
+
+def unsaid_tokens(body: Mapping[str, Any], options: EngineOptions) -> int | None:
+    """Returns the most tokens that a group has whose request says no max_tokens; None: this one says it.
+
+    vLLM's own default holds (16, or of a chat the rest of the context) as far as it is at most `DEFAULT_MAX_TOKENS` and
+    the operator's limit on particle tokens allows it.
+
+    Args:
+        body: as the client sent it; in what vLLM has read of it, its default cannot be told from the client's word.
+    """
+    if any(body.get(name) is not None for name in ("max_tokens", "max_completion_tokens")):
+        return None
+    n, most = body["vllm_xargs"].get(GROUP_KEY), options.max_particle_tokens
+    share = most // n if most and isinstance(n, int) and n > 0 else DEFAULT_MAX_TOKENS
+    return max(1, min(DEFAULT_MAX_TOKENS, share))
 
 
 class _Client:
     """Is an engine client that keeps a `Record` of each group request, in order of the prompts.
 
-    For a stream the outputs of a group that has failed just end: vLLM's handlers would log each with a traceback.
+    A group has at most `max_tokens`, where that is not None. For a stream the outputs of a group that has failed just
+    end: vLLM's handlers would log each with a traceback.
     """
 
-    def __init__(self, client: Any, stream: bool) -> None:
-        self._client, self._stream = client, stream
+    def __init__(self, client: Any, stream: bool, max_tokens: int | None = None) -> None:
+        self._client, self._stream, self._max_tokens = client, stream, max_tokens
         self.records: list[Record] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._client, name)
 
-    def generate(self, *args: Any, **kwargs: Any) -> AsyncGenerator:
+    def generate(self, prompt: Any, params: Any, request_id: str, **kwargs: Any) -> AsyncGenerator:
+        if self._max_tokens is not None:
+            params.max_tokens = min(params.max_tokens, self._max_tokens)
         self.records.append(Record())
-        outputs = self._client.generate(*args, smc_record=self.records[-1], **kwargs)
+        outputs = self._client.generate(prompt, params, request_id, smc_record=self.records[-1], **kwargs)
         return _quiet(outputs) if self._stream else outputs
 
 
@@ -273,9 +305,10 @@ async def _with_groups(request: Any, raw_request: Request, handler: Any, method:
     """Has vLLM's handler answer a request whose prompts are groups."""
     if handler is None:
         raise NotImplementedError("this server's model does not do that")
-    config = handler.engine_client.vllm_config
-    settle_defaults(request, EngineOptions.of(config.additional_config))
-    client, handler = _Client(handler.engine_client, request.stream), copy.copy(handler)
+    settle_defaults(request)
+    options = EngineOptions.of(handler.engine_client.vllm_config.additional_config)
+    most = unsaid_tokens(await raw_request.json(), options)
+    client, handler = _Client(handler.engine_client, request.stream, most), copy.copy(handler)
     handler.engine_client = client
     result = await getattr(handler, method)(request, raw_request)
     if isinstance(result, ErrorResponse):
@@ -297,7 +330,21 @@ async def _with_groups(request: Any, raw_request: Request, handler: Any, method:
         begin.cancel()
         raise error
     interval = float(getattr(raw_request.app.state.args, "sse_keep_alive_interval", 0))
-    return StreamingResponse(with_sse_keep_alive(_chain(begin, chunks), interval), media_type="text/event-stream")
+    return _Stream(begin, chunks, interval)
+
+
+class _Stream(StreamingResponse):
+    """Sends a stream whose first chunk is on its way already, and ends it whatever becomes of the client."""
+
+    def __init__(self, first: asyncio.Future, rest: AsyncGenerator[str, None], interval: float) -> None:
+        self._first = first
+        super().__init__(with_sse_keep_alive(_chain(first, rest), interval), media_type="text/event-stream")
+
+    async def __call__(self, *args: Any) -> None:
+        try:
+            await super().__call__(*args)
+        finally:  # a client may be gone before anything of the body was asked for
+            self._first.cancel()
 
 
 async def _chain(first: asyncio.Future, rest: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
@@ -306,7 +353,6 @@ async def _chain(first: asyncio.Future, rest: AsyncGenerator[str, None]) -> Asyn
         async for chunk in rest:
             yield chunk
     finally:
-        first.cancel()
         await rest.aclose()
 
 
@@ -317,6 +363,7 @@ async def _with_last(chunks: AsyncGenerator[str, None], records: list[Record]) -
         async for chunk in chunks:
             if chunk.startswith("data: [DONE]"):
                 if error := _first_error(records):
+                    held = None  # what is in it, the usage say, is of no answer
                     yield _event(error.body())
                 elif held is not None:
                     held = _event(_with_summaries(json.loads(held.removeprefix("data: ")), records))

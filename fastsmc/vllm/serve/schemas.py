@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
 from fastsmc.params import SMCParams
+from fastsmc.potentials.tokens import short
 from fastsmc.vllm.serve.errors import GroupError
 
 
@@ -38,7 +39,7 @@ class _Request(BaseModel):
             raise GroupError(400, "the body must be a JSON object")
         for name, value in body.items():
             if name not in cls.model_fields:
-                raise GroupError(400, f"{name}={value!r}: unknown; known are {', '.join(cls.model_fields)}", name)
+                raise GroupError(400, f"{name}={short(value)}: unknown; known are {', '.join(cls.model_fields)}", name)
         if (body.get("prompt") is None) == (body.get("messages") is None):
             raise GroupError(400, "prompt: give it or messages, one of the two", "prompt")
         try:
@@ -112,7 +113,7 @@ class SMCPopulation(BaseModel):
     created: int
     model: str
     log_z: float | None = Field(description="log of the unbiased estimate of Z; null: -inf")
-    log_z_is_minus_inf: bool = False
+    log_z_is_minus_inf: bool = Field(False, description="never in a 200: such a population comes beside a 422")
     ess: float = Field(description="effective sample size of the final weights")
     steps: int
     seed: int
