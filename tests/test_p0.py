@@ -376,7 +376,7 @@ def test_the_hugging_face_engine_equals_the_table(tiny_path, tiny):
         want = run_group(group, TableRows(tiny, 40))
         assert population.token_ids == want.token_ids and population.finish_reasons == want.finish_reasons
         np.testing.assert_allclose(population.log_weights, want.log_weights, atol=1e-4)
-        assert {"stop", "length"} >= set(population.finish_reasons) > set() and "stop" in population.finish_reasons
+        assert "stop" in population.finish_reasons
         if params.ignore_eos:
             assert all(not every & set(ids[:2]) for ids in population.token_ids)
             assert any(STOP in ids for ids in population.token_ids)

@@ -261,6 +261,7 @@ SMC_REFUSALS = [
     ({"twist": "/etc", "potential": "lexicon", "potential_args": {"token_ids": [5]}}, 400, "twist"),
     ({"n_samples": 100}, 400, "n_samples"),
     ({"stop_token_ids": [99]}, 400, "stop_token_ids"),
+    ({"stop": "a", "exact": [[5]]}, 400, "exact"),
     ({"prompt": [99]}, 400, None),  # vLLM's own words
     ({"prompt": None}, 400, "prompt"),
     ({"presence_penalty": 1.0}, 400, "presence_penalty"),
@@ -344,6 +345,7 @@ COMPLETION_REFUSALS = [
     ({"bad_words": ["a"]}, 400, "bad_words"),
     ({"use_beam_search": True}, 400, "use_beam_search"),
     ({"structured_outputs": {"regex": "a"}}, 400, "structured_outputs"),
+    ({"stop": "a", "skip_special_tokens": False}, 400, "skip_special_tokens"),
 ]
 
 
