@@ -261,7 +261,7 @@ SMC_REFUSALS = [
     ({"twist": "/etc", "potential": "lexicon", "potential_args": {"token_ids": [5]}}, 400, "twist"),
     ({"n_samples": 100}, 400, "n_samples"),
     ({"stop_token_ids": [99]}, 400, "stop_token_ids"),
-    ({"stop": "a", "exact": [[5]]}, 400, "exact"),
+    ({"stop": "a", "exact": [[5]]}, 400, None),
     ({"prompt": [99]}, 400, None),  # vLLM's own words
     ({"prompt": None}, 400, "prompt"),
     ({"presence_penalty": 1.0}, 400, "presence_penalty"),
