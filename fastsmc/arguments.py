@@ -116,8 +116,10 @@ def read_exact(name: str, exact: Any, params: SMCParams, vocab_size: int | None 
     """Reads the samples of one group, which takes a single sample or as many as it has particles.
 
     Raises:
-        ValueError: naming `name`: it is no list of samples, or not of so many.
+        ValueError: naming `name`: it is no list of samples, or not of so many, or the group has stop strings.
     """
+    if params.stop is not None:
+        raise ValueError(f"{name}: a group with stop={list(params.stop)} takes no exact samples")
     rows, n = read_samples(name, exact, vocab_size), params.n_particles
     if len(rows) not in (1, n) or (len(rows) > 1 and params.ess_threshold > 0.0):
         raise ValueError(
@@ -125,6 +127,12 @@ def read_exact(name: str, exact: Any, params: SMCParams, vocab_size: int | None 
             "at ess_threshold=0 as many as particles"
         )
     return rows
+
+
+def check_ids(params: SMCParams, vocab_size: int) -> None:
+    """Refuses parameters that name token ids beyond the vocabulary. ValueError: naming the parameter."""
+    for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
+        token_list(name, tuple(getattr(params, name) or ()), vocab_size)
 
 
 def read_each(
@@ -138,8 +146,7 @@ def read_each(
     params = SMCParams() if params is None else params
     if not isinstance(params, SMCParams):
         raise ValueError(f"params={params!r}: must be SMCParams")
-    for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
-        token_list(name, tuple(getattr(params, name) or ()), vocab_size)
+    check_ids(params, vocab_size)
     chosen = list(potential) if isinstance(potential, (list, tuple)) else [potential] * n_prompts
     if len(chosen) != n_prompts:
         raise ValueError(f"potential: {len(chosen)} potentials for {n_prompts} prompts")

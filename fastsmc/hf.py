@@ -235,7 +235,11 @@ class HFEngine:
         self, prompt: list[int], params: SMCParams, potential: Potential | None, exact: Any, bar: Any
     ) -> Population:
         rows = TrunkRows(self.trunk, prompt, params.n_particles)
-        group = Group(params, potential, prompt, self.stops(params), self.trunk.device, self.engine, exact=exact)
+        stops = self.stops(params)
+        group = Group(
+            params, potential, prompt, stops, self.trunk.device, self.engine, exact,
+            all_stop_token_ids=stops | self.stop_token_ids,
+        )  # fmt: skip
         while not group.done:
             take_step(group, rows)
             if bar is not None:

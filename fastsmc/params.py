@@ -32,9 +32,11 @@ class SMCParams:
         temperature: at least 0.01 (below that vLLM would clamp it); divides the logits, so that it is part of p0.
         top_k, top_p, min_p: what vLLM's sampler knows by these names, part of p0: each step's distribution is cut and
             renormalised. 0 (or -1), 1.0 and 0.0 are off.
-        logit_bias: token id → what is added to its logit; part of p0.
+        logit_bias: token id → what is added to its logit, at most 1e6 either way; part of p0. (vLLM's completion and
+            chat routes clamp it to ±100, its SamplingParams do not.)
         allowed_token_ids: the tokens that p0 may draw; None: all.
-        min_tokens: p0 gives no stop token before so many other tokens, and stop strings end nothing.
+        min_tokens: before so many tokens p0 gives none of `stop_token_ids` nor of the model's end-of-sequence tokens,
+            even with `ignore_eos`; and stop strings end nothing.
         ess_threshold: in [0, 1]; resample when the effective sample size falls below `ess_threshold * N`.
             1.0 resamples at every step, 0.0 never.
         resampling: 'systematic', 'stratified', 'multinomial', 'residual' or 'ssp'.
@@ -43,8 +45,9 @@ class SMCParams:
         ignore_eos: True keeps particles going past the model's end-of-sequence token.
         stop_token_ids: further tokens that end a particle; the stop token is part of its tokens.
         stop: strings, or a string; a particle whose text comes to hold one ends with that token, which it keeps.
-        force_stop: True draws the last of `max_tokens` among the stop tokens, so that the target is p0·φ on sequences
-            that end with a stop token; it needs one.
+        force_stop: True draws token `max_tokens` among the stop tokens; it needs one. The target then is p0·φ on the
+            sequences that end with a stop token, or, with fewer than `max_tokens` tokens, by `stop` or the potential's
+            `stop`. One of `max_tokens` tokens whose last is no stop token is not among them.
         seed: 0 to 2**63 - 1; the same seed gives the same population.
         group: 0 to 2**32 - 1; a second key beside the seed, for independent groups under one seed. `LLM.smc` adds the
             prompt's index to it when it is given a list.

@@ -67,7 +67,7 @@ class Population:
         token_ids: N lists of int, generated tokens only, stop token included.
         log_weights: (N,) float64, final unnormalised log weights; -inf allowed.
         log_z: float, log of the unbiased estimate of Z; -inf if all weights are zero.
-        log_probs: (N,) float64, log p0 of the generated tokens at the group's temperature.
+        log_probs: (N,) float64, log p0 of the generated tokens, under all settings that p0 has in `params`.
         token_log_probs: (N, T) float64, log p0 of each token, 0 after a particle's end; rows sum to `log_probs`.
         ess: (T,) float64, effective sample size right after step t was weighed, before any resampling.
         resampled: (T,) bool, whether ancestors[t] came from a resampling.

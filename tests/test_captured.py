@@ -1,6 +1,7 @@
 """The captured step: on the CPU one by one, on a GPU as a CUDA graph that is replayed. In both cases against `Group`
 over the same model, against enumeration, and against Hugging Face."""
 
+import dataclasses
 import math
 import os
 import subprocess
@@ -154,9 +155,12 @@ class HostTensors(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("potential", ["values", "next only", "masked", "lexicon", None])
+@pytest.mark.parametrize(
+    ("potential", "force_stop"),
+    [*((name, False) for name in ("values", "next only", "masked", "lexicon", None)), ("masked", True), (None, True)],
+)
 @pytest.mark.parametrize("proposal", ["twisted", "base"])
-def test_a_step_asks_the_device_nothing(path, proposal, potential):
+def test_a_step_asks_the_device_nothing(path, proposal, potential, force_stop):
     """On PyTorch's device without data: reading a number there raises, as does mixing it with another device."""
     device = torch.device("meta")
     model = PagedLlama(path, 64, BLOCK, device)
@@ -167,12 +171,14 @@ def test_a_step_asks_the_device_nothing(path, proposal, potential):
         potential = {"values": Values, "next only": NextOnly, "masked": MaskedNext}[potential](
             value_table(STEPS, VOCAB), device=device
         )
-    params = SMCParams(n_particles=5, max_tokens=4 * BLOCK, ess_threshold=0.7, proposal=proposal)
+    params = SMCParams(n_particles=5, max_tokens=4 * BLOCK, ess_threshold=0.7, proposal=proposal, force_stop=force_stop)
     blocks = list(range(-(-len(PROMPT) // BLOCK)))
     pool = torch.arange(len(blocks), 64, dtype=torch.int32, device=device)
     group = CapturedGroup(params, model, potential, PROMPT, blocks, pool, frozenset([STOP]))
+    if force_stop:  # at the first step, before anything is captured, stop tokens become a mask
+        group.advance()
     with HostTensors() as host:
-        for _ in range(params.max_tokens):
+        for _ in range(params.max_tokens - group.t):
             group.advance()
     assert not host.seen
     with pytest.raises(RuntimeError, match="meta"):
@@ -185,10 +191,10 @@ def test_a_step_asks_the_device_nothing(path, proposal, potential):
 @pytest.mark.parametrize("scheme", RESAMPLING_SCHEMES)
 def test_equals_the_group(path, scheme, threshold, proposal, device):
     """A group asks the model for distinct histories, with a host in the loop; the particles are the same."""
-    for seed, n, steps in ((0, 1, 4), (1, 7, 9), (2, 64, 12)):
+    for seed, n, steps, force in ((0, 1, 4, False), (1, 7, 9, True), (2, 64, 12, False)):
         params = SMCParams(
             n_particles=n, max_tokens=steps, ess_threshold=threshold, resampling=scheme, proposal=proposal,
-            stop_token_ids=[STOP], seed=seed,
+            stop_token_ids=[STOP], seed=seed, force_stop=force,
         )  # fmt: skip
         for kind in (Values, NextOnly, MaskedNext):
             potential = kind(value_table(steps, VOCAB), device=device)
@@ -200,9 +206,12 @@ def test_equals_the_group(path, scheme, threshold, proposal, device):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("threshold", [0.0, 0.7, 1.0])
 def test_a_proposal_only_potential_equals_the_group(path, threshold, device):
-    params = SMCParams(n_particles=9, max_tokens=6, ess_threshold=threshold, stop_token_ids=[STOP], seed=2)
-    potential = Guide(value_table(6, VOCAB), device=device)
-    assert_same(*(run(path, params, potential, device=device) for run in (run_captured, run_group)))
+    for force in (False, True):
+        params = SMCParams(
+            n_particles=9, max_tokens=6, ess_threshold=threshold, stop_token_ids=[STOP], seed=2, force_stop=force
+        )
+        potential = Guide(value_table(6, VOCAB), device=device)
+        assert_same(*(run(path, params, potential, device=device) for run in (run_captured, run_group)))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -237,6 +246,10 @@ def test_lexicon_and_no_potential(path):
     plain = run_captured(path, params, None)
     assert_same(plain, run_group(path, params, None))
     assert plain.log_z == 0.0
+    forced = dataclasses.replace(params, force_stop=True)
+    plain = run_captured(path, forced, None)
+    assert_same(plain, run_group(path, forced, None))
+    assert plain.log_z < 0 and set(plain.finish_reasons) == {"stop"} and max(map(len, plain.token_ids)) == 9
     lexicon = Lexicon(token_ids=[2, 3], weight=1.5)
 
     class Engine:
@@ -333,8 +346,15 @@ def test_refusals(path):
     params = SMCParams(n_particles=4, max_tokens=3)
     model = PagedLlama(path, 40, BLOCK)
     pool = torch.arange(2, 40, dtype=torch.int32)
-    with pytest.raises(ValueError, match="potential=Potential: is not capturable"):
-        CapturedGroup(params, model, Potential(), PROMPT, [0, 1], pool)
+    stopping = type("Stopping", (Values,), {"stop": lambda self, state: state.finished})(value_table(3, VOCAB))
+    for asked, potential, message in (
+        (params, Potential(), "potential=Potential: is not capturable"),
+        (params, stopping, "potential=Stopping: has `stop`"),
+        (dataclasses.replace(params, stop="a"), None, r"params.stop=\['a'\]"),
+        (dataclasses.replace(params, top_k=3), None, "params=.*top_k=3.*only the temperature"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            CapturedGroup(asked, model, potential, PROMPT, [0, 1], pool)
     with pytest.raises(ValueError, match="prompt_blocks: 1 for 5 tokens in blocks of 4"):
         CapturedGroup(params, model, None, PROMPT, [0], pool)
     with pytest.raises(ValueError, match="pool: must be a vector of int32"):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import itertools
+import math
 import random
 from pathlib import Path
 from typing import ClassVar
@@ -246,6 +247,32 @@ def test_an_error_ends_all_that_were_asked_together(tiny):
     assert [group.error is None for group in groups] == [False, True, False, True]
     assert [group.t for group in groups] == [2, STEPS, 2, STEPS]
     assert "FailsTogether.logw_next at step 2: raised KeyError" in str(groups[2].error)
+
+
+def test_the_first_of_a_run_may_have_ended_when_the_others_are_asked_to_stop(tiny):
+    """The model gives NaN for one of two groups that are asked together; the other ends as it does alone."""
+
+    class Stops(Remembers):
+        per_particle = Remembers.per_particle
+
+        def stop(self, state):
+            return state.last_tokens == 3
+
+    class NotANumber(TableRows):
+        def next(self, tokens, slots):
+            logits, hidden = super().next(tokens, slots)
+            return logits * (math.nan if tokens.numel() and len(self.rows[int(slots[0])]) == 2 else 1.0), hidden
+
+    potential = Stops(VALUE)
+    params = [SMCParams(n_particles=17, max_tokens=STEPS, seed=i, ess_threshold=0.0) for i in range(2)]
+    want = run_group(Group(params[1], potential, PROMPT, tiny.stop), TableRows(tiny, 17))
+    broken, group = (Group(p, potential, PROMPT, tiny.stop) for p in params)
+    rows = {broken: NotANumber(tiny, 17), group: TableRows(tiny, 17)}
+    while going := [each for each in (broken, group) if not each.done]:
+        take_pass(going, rows)
+    assert "model at step 2" in str(broken.error)
+    assert any(ids[-1] == 3 and len(ids) == 3 for ids in want.token_ids)  # of the step in which the other failed
+    same(group.population(), want)
 
 
 def test_the_example_over_a_model_of_ones_own():

@@ -1,5 +1,7 @@
 """Conditional groups and proposal-only potentials, over the enumerated table of a tiny Llama."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -59,22 +61,33 @@ def test_ancestors_by_weight(tiny, n):
     assert step._conditional(torch.from_numpy(u), torch.tensor([True])).tolist() == want.tolist()
 
 
-@pytest.mark.parametrize("kind", ["twisted", "base", "guided"])
-@pytest.mark.parametrize("threshold", [0.0, 0.7, 1.0])
-@pytest.mark.parametrize("n", [1, 4, 64])
-def test_mean_of_the_reciprocal(tiny, n, threshold, kind):
+#: of p0 and of ends, none of which leaves a prefix without a token
+SETTINGS = [
+    dict(top_k=4, top_p=0.95, temperature=1.2), dict(min_tokens=2, logit_bias={STOP: 1.0}), dict(force_stop=True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("n", "threshold", "kind", "settings"),
+    [
+        *itertools.product([1, 4, 64], [0.0, 0.7, 1.0], ["twisted", "base", "guided"], [{}]),
+        *itertools.product([4], [0.7], ["twisted", "base"], SETTINGS),
+    ],
+)
+def test_mean_of_the_reciprocal(tiny, n, threshold, kind, settings):
     """With s* ~ σ kept, E[1/Ẑ*] = 1/Z, and E[log Ẑ*] >= log Z."""
     potential = (Guide if kind == "guided" else TableTwist)(POSITIVE)
-    log_z, runs = tiny.log_z(potential.log_phi), 300 if n < 64 else 100
-    params = params_of(n, threshold, "base" if kind == "base" else "twisted", resampling="multinomial")
+    params = params_of(n, threshold, "base" if kind == "base" else "twisted", resampling="multinomial", **settings)
+    target = tiny.restricted(params) if settings else tiny
+    log_z, runs = target.log_z(potential.log_phi), 300 if n < 64 else 100
     upper = []
-    for i, exact in enumerate(posterior_samples(tiny, potential, runs)):
+    for i, exact in enumerate(posterior_samples(target, potential, runs)):
         group = run(tiny, SMCParams(**{**vars(params), "group": i}), potential, [exact])
         upper.append(group.population().log_z)
         assert group.population().token_ids[retained(group)] == exact
     ratio = np.exp(log_z - np.array(upper))
     error = ratio.std(ddof=1) / np.sqrt(runs)
-    assert abs(ratio.mean() - 1) <= 3.5 * error + 1e-6, (ratio.mean(), error)  # 27 cases
+    assert abs(ratio.mean() - 1) <= 3.5 * error + 1e-6, (ratio.mean(), error)  # 33 cases
     assert np.mean(upper) >= log_z - 3 * np.std(upper, ddof=1) / np.sqrt(runs) - 1e-6
 
 

@@ -1,7 +1,9 @@
 """p0 is what vLLM's sampler would draw from; particles end as they are told to; E[Ẑ] = Z under all of it."""
 
+import dataclasses
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,10 +11,12 @@ import torch
 from tiny import PROMPT, TableRows, TableTwist, TinyLlama, make_llama, value_table
 
 from fastsmc import Population, Potential, SMCParams, reference
+from fastsmc.hf import HFEngine
 from fastsmc.params import GROUP_KEY
+from fastsmc.potentials import Infill
 from fastsmc.smc import Group, GroupEngine, SMCError, arrange, finish
 from fastsmc.smc import p0 as p0_module
-from fastsmc.smc.captured import is_capturable
+from fastsmc.smc.captured import why_not_captured
 from fastsmc.smc.driving import run_group
 from fastsmc.smc.p0 import P0, restrict, token_log_probs
 
@@ -77,29 +81,39 @@ def test_restrict_is_vllms_sampler():
     """The same tokens as vLLM's own functions leave; where equal ones are cut, as many of them."""
     ops = pytest.importorskip("vllm.v1.sample.ops.topk_topp_sampler", reason="vLLM is not installed")
     processors = pytest.importorskip("vllm.v1.sample.logits_processor.builtin", reason="vLLM is not installed")
+    from vllm import SamplingParams
+    from vllm.v1.sample.logits_processor.interface import BatchUpdate
+
+    config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=16))
+    ending = SMCParams(min_tokens=2, max_tokens=4, stop_token_ids=[2], ignore_eos=True, logit_bias={1: 4.0, 2: 4.0})
     for kind in ("random", "ties", "equal", "ruled out", "one token"):
-        for settings in SETTINGS:
-            params, rows = SMCParams(**settings), rows_of(kind, 67)
+        for params in (*(SMCParams(**settings, stop_token_ids=[2]) for settings in SETTINGS), ending):
+            rows = rows_of(kind, 67)
             if params.allowed_token_ids == (1,):
                 continue  # vLLM's sampler has nothing to say of a row without mass
+            asked = SamplingParams(**params.to_shared())
+            asked.update_from_generation_config({}, 1)  # the model's end of sequence is 1
+            before = torch.arange(len(rows)) % 4
+            added = [(r, asked, [3], [3] * n) for r, n in enumerate(before.tolist())]
+            min_tokens, bias, min_p = (
+                getattr(processors, f"{name}LogitsProcessor")(config, CPU, False)
+                for name in ("MinTokens", "LogitBias", "MinP")
+            )
+            for processor in (min_tokens, bias, min_p):
+                processor.update_state(BatchUpdate(len(rows), [], added, []))
             theirs = rows.clone()
             if params.allowed_token_ids:
                 theirs[:, [v for v in range(67) if v not in params.allowed_token_ids]] = -math.inf
-            if params.min_tokens:
-                theirs[:, [1, 2]] = -math.inf
-            for token, value in (params.logit_bias or {}).items():
-                theirs[:, token] += value
-            theirs /= params.temperature
-            min_p = object.__new__(processors.MinPLogitsProcessor)
-            min_p.min_p_count, min_p.min_p = 1, torch.full((len(rows), 1), params.min_p)
+            theirs = bias.apply(min_tokens.apply(theirs)) / params.temperature
             theirs = min_p.apply(theirs)
             k = torch.full((len(rows),), params.top_k or 67).clamp(max=67)
             theirs = ops.apply_top_k_top_p_pytorch(theirs, k, torch.full((len(rows),), params.top_p))
-            ours = restrict(rows.clone(), [P0(params, {1, 2}, CPU)], [0, len(rows)], torch.zeros(len(rows)))
-            ours = ours / params.temperature
+            stops = {2} if params.ignore_eos else {1, 2}
+            p0 = Group(params, None, PROMPT, stops, all_stop_token_ids={1, 2}).p0
+            ours = restrict(rows.clone(), [p0], [0, len(rows)], before) / params.temperature
             if kind in ("ties", "equal"):  # which of the equal ones stay is the sort's business there
                 ours, theirs = ours.sort(1).values, theirs.sort(1).values
-            assert torch.equal(ours, theirs), (kind, settings)
+            assert torch.equal(ours, theirs), (kind, params)
 
 
 def test_nan_stays():
@@ -116,28 +130,9 @@ def tiny_path(tmp_path_factory):
     return make_llama(tmp_path_factory.mktemp("tiny"), VOCAB)
 
 
-def restricted(path, params, ends=None):
-    """A `TinyLlama` whose table is p0 under `params`, and which groups run over; `rows` are logits before that."""
-    tiny = TinyLlama(path, VOCAB, STEPS, frozenset([STOP]))
-    names = ("temperature", "top_k", "top_p", "min_p", "logit_bias", "allowed_token_ids", "min_tokens")
-    settings = {name: getattr(params, name) for name in names}
-    target = TinyLlama.__new__(TinyLlama)
-    target.vocab, target.steps, target.stop, target.log_p, target.table = VOCAB, STEPS, tiny.stop, {}, {}
-    for prefix, row in tiny.table.items():
-        z = reference.restrict(row.astype(np.float32), len(prefix), stop_token_ids=[STOP], **settings)
-        z = z / params.temperature
-        target.table[prefix] = z - np.logaddexp.reduce(z)
-
-    def walk(prefix, log_p):
-        if len(prefix) == STEPS or (prefix and (prefix[-1] in tiny.stop or (ends and ends(prefix)))):
-            target.log_p[prefix] = log_p
-            return
-        for v in range(VOCAB):
-            if target.table[prefix][v] > -math.inf:
-                walk((*prefix, v), log_p + target.table[prefix][v])
-
-    walk((), 0.0)
-    return tiny, target
+@pytest.fixture(scope="module")
+def tiny(tiny_path):
+    return TinyLlama(tiny_path, VOCAB, STEPS, frozenset([STOP]))
 
 
 class Alternates(TableTwist):
@@ -160,26 +155,29 @@ CASES = {
     "bias": dict(logit_bias={0: 1.0, 5: -0.5}, allowed_token_ids=(0, 1, 2, 3, 5)),
     "force_stop": dict(force_stop=True, top_p=0.95),
     "stop": dict(top_k=5),
+    "stop, forced": dict(force_stop=True),
 }
+
+
+def holds_13(s):
+    return s[-2:] == (1, 3)  # as `Alternates`
 
 
 @pytest.mark.parametrize("proposal", ["twisted", "base", "prefix"])
 @pytest.mark.parametrize("case", CASES)
-def test_unbiased(tiny_path, case, proposal):
+def test_unbiased(tiny, case, proposal):
     """E[Ẑ] = Z and E[Ẑ·ΣWf] by enumeration, within 4 standard errors; log-probs are those of the restricted table."""
-    kind = PrefixOnly if proposal == "prefix" else Alternates if case == "stop" else TableTwist
-    if case == "stop" and proposal == "prefix":
+    ends = holds_13 if case.startswith("stop") else None
+    kind = PrefixOnly if proposal == "prefix" else Alternates if ends else TableTwist
+    if ends and proposal == "prefix":
         kind = type("Both", (PrefixOnly,), {"stop": Alternates.stop})
     potential = kind(value_table(STEPS, VOCAB, seed=4))
     params = SMCParams(
         n_particles=6, max_tokens=STEPS, ess_threshold=0.8, stop_token_ids=[STOP],
         proposal="base" if proposal == "base" else "twisted", **CASES[case],
     )  # fmt: skip
-    ends = (lambda s: s[-2:] == (1, 3)) if case == "stop" else None
-    tiny, target = restricted(tiny_path, params, ends)
+    target = tiny.restricted(params, ends)
     truth = {s: lp + potential.log_phi(s) for s, lp in target.log_p.items()}
-    if params.force_stop:
-        truth = {s: value for s, value in truth.items() if s[-1] == STOP}
     got = {name: [] for name in ("one", "first=0", "length=3", "stopped")}
     for seed in range(250):
         group = Group(SMCParams(**{**vars(params), "seed": seed}), potential, PROMPT, {STOP})
@@ -206,27 +204,23 @@ def test_unbiased(tiny_path, case, proposal):
         assert abs(np.mean(got[name]) - want) <= 4 * error + 1e-6, (name, np.mean(got[name]), want, error)
 
 
-def test_forced_stop_without_a_potential(tiny_path):
+def test_forced_stop_without_a_potential(tiny):
     """log Ẑ is that of p0(a stop token comes in time), and each particle ends with one."""
     params = SMCParams(n_particles=4000, max_tokens=2, stop_token_ids=[STOP], force_stop=True)
-    tiny, target = restricted(tiny_path, params)
     population = run_group(Group(params, None, PROMPT, {STOP}), TableRows(tiny, 4000))
-    z = sum(np.exp(target.table[()][v] + target.table[v,][STOP]) for v in range(VOCAB) if v != STOP)
-    z += np.exp(target.table[()][STOP])
+    z = sum(np.exp(tiny.table[()][v] + tiny.table[v,][STOP]) for v in range(VOCAB) if v != STOP)
+    z += np.exp(tiny.table[()][STOP])
     assert abs(np.exp(population.log_z) - z) < 4 * np.exp(population.log_weights).std() / np.sqrt(4000)
     assert set(population.finish_reasons) == {"stop"} and all(ids[-1] == STOP for ids in population.token_ids)
 
 
-def test_groups_of_any_settings_share_a_cohort(tiny_path):
-    """Each has the bits that it has alone."""
-    tiny = TinyLlama(tiny_path, VOCAB, STEPS, frozenset([STOP]))
-    phi = Alternates(value_table(STEPS, VOCAB))
-    asked = [SMCParams(n_particles=5, max_tokens=STEPS, seed=i, **CASES[c]) for i, c in enumerate(CASES)]
-    asked.insert(3, SMCParams(n_particles=5, max_tokens=STEPS, seed=9))
-    alone = [run_group(Group(p, phi, PROMPT, {STOP}), TableRows(tiny, 5)) for p in asked]
+def check_together(asked, phi, make):
+    """Groups with parameters `asked` have the bits that each has alone, over the models that `make` makes."""
+    alone = [run_group(Group(p, phi, PROMPT, {STOP}), make()) for p in asked]
     groups = [Group(p, phi, PROMPT, {STOP}) for p in asked]
-    models = {id(group): TableRows(tiny, 5) for group in groups}
+    models, cohorts = {id(group): make() for group in groups}, []
     while left := [group for group in groups if not group.done]:
+        cohorts.append(len(arrange(left)))
         for cohort in arrange(left):
             wants, parts, start = cohort.wants(), [], 0
             for g, group in enumerate(wants.groups):
@@ -242,6 +236,47 @@ def test_groups_of_any_settings_share_a_cohort(tiny_path):
         assert got.token_ids == want.token_ids and got.log_z == want.log_z
         np.testing.assert_array_equal(got.log_weights, want.log_weights)
         np.testing.assert_array_equal(got.token_log_probs, want.token_log_probs)
+    return cohorts
+
+
+@pytest.mark.parametrize("phi", [None, Alternates(value_table(STEPS, VOCAB))], ids=["plain", "potential"])
+def test_groups_of_any_settings_share_a_cohort(tiny, phi):
+    """All but those with a bias, whose logits are float32."""
+    asked = [SMCParams(n_particles=5, max_tokens=STEPS, seed=i, **CASES[c]) for i, c in enumerate(CASES)]
+    asked.insert(3, SMCParams(n_particles=5, max_tokens=STEPS, seed=9))
+    assert max(check_together(asked, phi, lambda: TableRows(tiny, 5))) == 2
+
+
+class Wide:
+    """A model in bfloat16 whose rows are so wide that float32 rows with the same numbers have other bits in the end."""
+
+    vocab = 1 << 15
+
+    def _row(self, token):
+        return (3 * torch.randn(self.vocab, generator=torch.Generator().manual_seed(token))).bfloat16()
+
+    def first(self):
+        return self._row(PROMPT[-1])[None], None
+
+    def next(self, tokens, slots):
+        return torch.stack([self._row(token) for token in tokens.tolist()]), None
+
+    def reindex(self, ancestors):
+        pass
+
+
+def test_a_bias_leaves_the_bits_of_its_neighbours():
+    settings = [{}, dict(logit_bias={3: 2.0}), dict(top_p=0.9), dict(logit_bias={5: 1.0}, top_k=40), dict(top_k=40)]
+    asked = [SMCParams(n_particles=3, max_tokens=3, seed=i, **s) for i, s in enumerate(settings)]
+    check_together(asked, None, Wide)
+    p0s, n = [P0(p, {STOP}, CPU) for p in asked], len(asked)
+    rows, tokens, before = Wide().next(torch.arange(2 * n), None)[0], torch.arange(2 * n), torch.zeros(2 * n)
+    score = token_log_probs(rows.clone(), tokens, p0s, list(range(0, 2 * n + 1, 2)), before)
+    assert not torch.equal(token_log_probs(rows.float(), tokens, p0s, list(range(0, 2 * n + 1, 2)), before), score)
+    for g, p0 in enumerate(p0s):
+        part = slice(2 * g, 2 * g + 2)
+        alone = token_log_probs(rows[part].clone(), tokens[part], [p0], [0, 2], before[part])
+        assert torch.equal(alone, score[part])
 
 
 def test_what_is_ruled_out_scores_minus_infinity():
@@ -252,9 +287,8 @@ def test_what_is_ruled_out_scores_minus_infinity():
     np.testing.assert_allclose(got.numpy(), want, atol=1e-6)
 
 
-def test_no_token_left(tiny_path):
+def test_no_token_left(tiny):
     """A particle whose every token is ruled out is dead, with weight zero, whatever the proposal."""
-    tiny = TinyLlama(tiny_path, VOCAB, STEPS, frozenset([STOP]))
     params = SMCParams(n_particles=4, max_tokens=STEPS, allowed_token_ids=[STOP], min_tokens=1)
     for potential in (None, TableTwist(value_table(STEPS, VOCAB))):
         population = run_group(Group(params, potential, PROMPT, {STOP}), TableRows(tiny, 4))
@@ -264,6 +298,8 @@ def test_no_token_left(tiny_path):
 # -- ends on the text --------------------------------------------------------------------------------------------------
 class Letters:
     """A tokenizer of letters, whose token 4 is the first byte of a character that token 3 completes."""
+
+    eos_token_id = None
 
     def decode(self, ids, skip_special_tokens=True):
         return "".join("ab.\n\0"[i] if i < 5 else "" for i in ids).replace("\0\n", "é").replace("\0", "\ufffd")
@@ -299,9 +335,55 @@ def test_stop_strings(tiny_path, proposal, stop, min_tokens):
     assert len([s for s in seen if s[0]]) >= 2  # strings do end particles, at several lengths
 
 
+# -- over Hugging Face -------------------------------------------------------------------------------------------------
+def test_the_hugging_face_driver_scores_under_p0(tiny_path, tiny):
+    """Continuations of unfinished particles, within which min_tokens comes to its end, and of finished ones."""
+    hf, ids = HFEngine(tiny_path, stop_token_ids=[STOP]), [4, STOP]
+    params = SMCParams(
+        n_particles=64, max_tokens=2, min_tokens=2, ignore_eos=True, top_k=5, top_p=0.97, temperature=0.9,
+        logit_bias={4: 1.0, STOP: 2.0}, ess_threshold=0.0, proposal="base", seed=1,
+    )  # fmt: skip
+    table = tiny.restricted(params).table
+    for continuation in (ids, ids[::-1]):
+        population = hf.smc(PROMPT, params, Infill(continuation, every_step=True))
+        found = set()
+        for i, (first, *rest) in enumerate(population.token_ids):  # of one token where all weights are zero then
+            log_p = table[()][first] + sum(table[first,][v] for v in rest)
+            assert abs(population.log_probs[i] - log_p) < 1e-4
+            want = table[first,][continuation[0]] + table[first, continuation[0]][continuation[1]]
+            got = population.step_log_weights[0, i]
+            assert got == want or abs(got - want) < 1e-4
+            found.add(bool(np.isneginf(want)))
+        assert found == {True} if continuation[0] == STOP else False in found  # the stop token is its token 1
+    after = hf.smc(PROMPT, dataclasses.replace(params, max_tokens=1, min_tokens=1), Infill(ids))
+    for (first,), log_w in zip(after.token_ids, after.log_weights, strict=True):
+        want = tiny.restricted(dataclasses.replace(params, max_tokens=1, min_tokens=1)).table
+        want = want[first,][4] + want[first, 4][STOP]
+        assert log_w == want or abs(log_w - want) < 1e-4
+
+
+def test_the_hugging_face_engine_equals_the_table(tiny_path, tiny):
+    """With p0's settings, stop strings, a forced stop and min_tokens beside ignore_eos."""
+    hf, phi = HFEngine(tiny_path, tokenizer=Letters(), stop_token_ids=[STOP]), TableTwist(value_table(STEPS, VOCAB))
+    for settings in (
+        dict(top_k=4, top_p=0.9, stop=["b", "a."], min_tokens=1), dict(force_stop=True, min_p=0.05, stop="ab"),
+        dict(ignore_eos=True, min_tokens=2, stop_token_ids=[2], logit_bias={STOP: 3.0}),
+    ):  # fmt: skip
+        params = SMCParams(n_particles=40, max_tokens=STEPS, seed=6, **settings)
+        population, stops = hf.smc(PROMPT, params, phi), hf.stops(params)
+        every, engine = stops | {STOP}, GroupEngine(Letters(), vocab_size=VOCAB)
+        group = Group(params, phi, PROMPT, stops, engine=engine, all_stop_token_ids=every)
+        want = run_group(group, TableRows(tiny, 40))
+        assert population.token_ids == want.token_ids and population.finish_reasons == want.finish_reasons
+        np.testing.assert_allclose(population.log_weights, want.log_weights, atol=1e-4)
+        assert "stop" in population.finish_reasons
+        if params.ignore_eos:
+            assert all(not every & set(ids[:2]) for ids in population.token_ids)
+            assert any(STOP in ids for ids in population.token_ids)
+
+
 # -- parameters and files ----------------------------------------------------------------------------------------------
-def test_parameters_and_files(tiny_path):
-    tiny = TinyLlama(tiny_path, VOCAB, STEPS, frozenset([STOP]))
+def test_parameters_and_files(tiny):
     params = SMCParams(
         n_particles=3, max_tokens=STEPS, top_k=-1, top_p=0.9, min_p=0.1, logit_bias={"2": 1}, stop_token_ids=[STOP],
         allowed_token_ids=range(VOCAB), min_tokens=1, force_stop=True,
@@ -335,15 +417,20 @@ def test_refused_ends():
         SMCParams(force_stop=True, ignore_eos=True)
     with pytest.raises(ValueError, match="min_tokens=4"):
         SMCParams(force_stop=True, min_tokens=4, max_tokens=4)
-    with pytest.raises(SMCError, match="force_stop=True: needs a stop token"):
-        Group(SMCParams(force_stop=True), None, PROMPT, set())
-    with pytest.raises(SMCError, match="no tokenizer"):
-        Group(SMCParams(stop="x"), None, PROMPT, {STOP})
-    with pytest.raises(SMCError, match="does not end with a stop token"):
-        Group(
-            SMCParams(n_particles=2, max_tokens=2, force_stop=True), TableTwist(value_table(2, VOCAB)), PROMPT, {STOP},
-            exact=[[0, 1]],
-        )  # fmt: skip
+    params, forced = SMCParams(n_particles=2, max_tokens=2), SMCParams(n_particles=2, max_tokens=2, force_stop=True)
+    text, table, letters = dataclasses.replace(params, stop="b"), value_table(2, VOCAB), GroupEngine(Letters())
+    for asked, potential, stops, exact, message in (
+        (forced, None, set(), None, "force_stop=True: needs a stop token"),
+        (forced, TableTwist(table), {STOP}, [[0, 1]], "does not end with a stop token"),
+        (text, TableTwist(table), {STOP}, [[0, 1]], r"exact: a group with stop=\['b'\] takes no exact samples"),
+        (params, Alternates(table), {STOP}, [[0, 1]], "exact: a group whose potential has `stop` takes no exact"),
+    ):
+        with pytest.raises(SMCError, match=message) as raised:
+            Group(asked, potential, PROMPT, stops, engine=letters, exact=exact)
+        assert raised.value.kind == "refused"
+    with pytest.raises(SMCError, match="no tokenizer") as raised:
+        Group(text, None, PROMPT, {STOP})
+    assert raised.value.kind == "refused"
 
     class Answers(TableTwist):
         def stop(self, state):
@@ -365,9 +452,10 @@ def test_refused_ends():
 def test_what_is_captured(settings):
     """Steps that are captured have no host in them; a forced stop needs none."""
     params = SMCParams(force_stop=True, **settings)
-    assert is_capturable(params, None) == (not settings)
+    assert (why_not_captured(params, None) is None) == (not settings)
     captured = TableTwist(value_table(2, VOCAB))
     captured.capturable = True
     stopping = Alternates(value_table(2, VOCAB))
     stopping.capturable = True
-    assert is_capturable(SMCParams(), captured) and not is_capturable(SMCParams(), stopping)
+    assert why_not_captured(SMCParams(), captured) is None
+    assert "potential=Alternates: has `stop`" in why_not_captured(SMCParams(), stopping)

@@ -6,16 +6,19 @@ is the `RowModel` over that table, so that a group can be stepped without any en
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from fastsmc import Potential, SMCParams
+from fastsmc import Potential, SMCParams, reference
 from fastsmc.smc import Group
 from fastsmc.smc.driving import run_group
 
@@ -148,7 +151,15 @@ class TinyLlama:
         log_p: dict sequence → log p0.
     """
 
-    def __init__(self, path: Path, vocab: int, steps: int, stop: frozenset[int], temperature: float = 1.0) -> None:
+    def __init__(
+        self,
+        path: Path,
+        vocab: int,
+        steps: int,
+        stop: frozenset[int],
+        temperature: float = 1.0,
+        prompt: list[int] = PROMPT,
+    ) -> None:
         from transformers import AutoModelForCausalLM
 
         self.vocab, self.steps, self.stop = vocab, steps, stop
@@ -157,19 +168,40 @@ class TinyLlama:
         with torch.inference_mode():
             for t in range(steps):
                 prefixes = list(itertools.product(range(vocab), repeat=t))
-                ids = torch.tensor([PROMPT + list(p) for p in prefixes])
+                ids = torch.tensor([prompt + list(p) for p in prefixes])
                 logits = model(ids).logits[:, -1].double() / temperature
                 self.table.update(zip(prefixes, logits.log_softmax(-1).numpy(), strict=True))
+        self._enumerate()
+
+    def _enumerate(self, ends: Callable[[tuple[int, ...]], bool] | None = None) -> None:
         self.log_p: dict[tuple[int, ...], float] = {}
-        self._walk((), 0.0)
+        self._walk((), 0.0, ends)
         self.sequences = list(self.log_p)
 
-    def _walk(self, prefix: tuple[int, ...], log_p: float) -> None:
-        if len(prefix) == self.steps or (prefix and prefix[-1] in self.stop):
+    def _walk(self, prefix: tuple[int, ...], log_p: float, ends: Callable[[tuple[int, ...]], bool] | None) -> None:
+        if len(prefix) == self.steps or (prefix and (prefix[-1] in self.stop or (ends and ends(prefix)))):
             self.log_p[prefix] = log_p
             return
         for v in range(self.vocab):
-            self._walk((*prefix, v), log_p + self.table[prefix][v])
+            if self.table[prefix][v] > -math.inf:
+                self._walk((*prefix, v), log_p + self.table[prefix][v], ends)
+
+    def restricted(self, params: SMCParams, ends: Callable[[tuple[int, ...]], bool] | None = None) -> TinyLlama:
+        """The same under p0's settings in `params`, with sequences that end where `ends` says, too. With `force_stop`
+        the complete sequences are those that end by a stop token, or before the last step."""
+        names = ("temperature", "top_k", "top_p", "min_p", "logit_bias", "allowed_token_ids", "min_tokens")
+        settings = {name: getattr(params, name) for name in names}
+        target = copy.copy(self)
+        target.table = {}
+        for prefix, row in self.table.items():
+            z = reference.restrict(row.astype(np.float32), len(prefix), stop_token_ids=list(self.stop), **settings)
+            z = z / params.temperature
+            target.table[prefix] = z - np.logaddexp.reduce(z)
+        target._enumerate(ends)
+        if params.force_stop:
+            kept = {s: p for s, p in target.log_p.items() if s[-1] in self.stop or len(s) < self.steps}
+            target.log_p, target.sequences = kept, list(kept)
+        return target
 
     def log_z(self, log_phi) -> float:
         """log Σ_s p0(s) φ(s), with log_phi a function of the sequence."""

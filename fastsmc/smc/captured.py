@@ -58,11 +58,17 @@ class PagedModel(Protocol):
         """
 
 
-def is_capturable(params: SMCParams, potential: Potential | None) -> bool:
-    """Says whether a group's steps have no host in them, which top_p, stop strings and `Potential.stop` need."""
-    if potential is not None and (not potential.capturable or stops(potential)):
-        return False
-    return params.stop is None and not P0(params, params.stop_token_ids or (0,), torch.device("cpu")).restricted
+def why_not_captured(params: SMCParams, potential: Potential | None) -> str | None:
+    """Says why a group's steps need the host, as top_p, stop strings and `Potential.stop` do; None: they do not."""
+    if potential is not None and not potential.capturable:
+        return f"potential={type(potential).__name__}: is not capturable (Potential.capturable)"
+    if potential is not None and stops(potential):
+        return f"potential={type(potential).__name__}: has `stop`, which ends particles on the host"
+    if params.stop is not None:
+        return f"params.stop={list(params.stop)}: stop strings end particles on the host"
+    if P0(params, params.stop_token_ids or (0,), torch.device("cpu")).restricted:
+        return f"params={params}: of p0's settings only the temperature is captured"
+    return None
 
 
 class CapturedGroup(Setup):
@@ -108,13 +114,9 @@ class CapturedGroup(Setup):
             raise ValueError(f"prompt_blocks: {len(prompt_blocks)} for {len(prompt)} tokens in blocks of {block}")
         if pool.dtype != torch.int32 or pool.dim() != 1 or pool.device != device:
             raise ValueError(f"pool: must be a vector of int32 on {device}, got {pool.dtype} {tuple(pool.shape)}")
-        if potential is not None and not potential.capturable:
-            raise ValueError(f"potential={type(potential).__name__}: is not capturable (Potential.capturable)")
+        if (why_not := why_not_captured(params, potential)) is not None:
+            raise ValueError(why_not)
         super().__init__(params, potential, prompt, stop_token_ids, device, engine, copy_on_write=False)
-        if not is_capturable(params, potential):
-            raise ValueError(
-                f"params={params}: only p0 as the model has it, at a temperature, is captured, and no `stop`"
-            )
         self.model, self.t, self.done = model, 0, False
         self.error: SMCError | None = None
         self._graph: torch.cuda.CUDAGraph | None = None

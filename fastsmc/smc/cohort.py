@@ -6,7 +6,8 @@
 
 A group asks for nothing itself, so one pass of a model serves the rows of all groups. The host waits for the device
 twice per step, whatever the number of groups: once to hear who has ended, once to hear who goes on with how many
-distinct histories.
+distinct histories. Where there are stop strings or a potential's `stop` it waits once more before it asks them, and for
+each group's strings; top_p waits too.
 """
 
 from __future__ import annotations
@@ -78,11 +79,13 @@ Flow = Generator[Scores, Tensor, None]
 def arrange(groups: Sequence[Group]) -> list[Cohort]:
     """Puts groups that are not done into cohorts, as few as there are kinds.
 
-    Those of a kind keep their order, but that those which are asked together stand side by side.
+    Those of a kind keep their order, but that those which are asked together stand side by side. Groups with a bias
+    have float32 logits (`p0.restrict`), so they are apart: the others keep their bits.
     """
     kinds: dict[object, dict[object, list[Group]]] = {}
     for group in groups:
-        kinds.setdefault((group.kind, group.device), {}).setdefault(group.asked_with, []).append(group)
+        kind = group.kind, group.device, group.p0.bias is not None
+        kinds.setdefault(kind, {}).setdefault(group.asked_with, []).append(group)
     return [_cohort_of(list(itertools.chain(*members.values()))) for members in kinds.values()]
 
 
@@ -393,7 +396,8 @@ class Cohort:
                     part = self.layout.part(g)
                     drew = self.step.active[part] | (ended & ~self.particles.stopped)[part]
                     stopped[part] |= strings.stop(self.particles.last_tokens[part], drew)
-            if run.asker is not None and run.asker.stops and self._own(self.groups[run.first]):
+            own = any(self._own(group) for group in self.groups[run.first : run.last])
+            if run.asker is not None and run.asker.stops and own:
                 try:
                     stopped[run.part] |= run.asker.stop(self._state(run, 1))
                 except SMCError as error:

@@ -45,6 +45,8 @@ class Setup:
         device: where the group's tensors live.
         engine: what the potential was set up with, for its calls of `continuation_log_prob`.
         exact: a list of one complete sequence of token ids, which makes the group conditional, or of N, to be weighed.
+        all_stop_token_ids: what min_tokens rules out at first: beside `stop_token_ids` what would end a particle
+            without ignore_eos; None: nothing.
         copy_on_write: False copies the potential's tensors at once, so that their addresses stay.
 
     Attributes:
@@ -71,17 +73,21 @@ class Setup:
         engine: GroupEngine | None = None,
         exact: Sequence[Sequence[int]] | None = None,
         *,
+        all_stop_token_ids: frozenset[int] | set[int] | None = None,
         copy_on_write: bool = True,
     ) -> None:
         self.params, self.prompt, self.n = params, list(prompt), params.n_particles
         self.stop_token_ids, self.device = frozenset(stop_token_ids), torch.device(device)
         if params.force_stop and not self.stop_token_ids:
-            raise SMCError("force_stop=True: needs a stop token, and there is none; give stop_token_ids")
-        self.p0 = P0(params, self.stop_token_ids, self.device)
+            none = "force_stop=True: needs a stop token, and there is none; give stop_token_ids"
+            raise SMCError(none, kind="refused")
+        self.p0 = P0(params, self.stop_token_ids | (all_stop_token_ids or frozenset()), self.device)
         self.stop_strings: StopStrings | None = None
         if params.stop is not None:
             if engine is None or engine.tokenizer is None:
-                raise SMCError(f"stop={list(params.stop)}: this engine has no tokenizer; give stop_token_ids")
+                raise SMCError(
+                    f"stop={list(params.stop)}: this engine has no tokenizer; give stop_token_ids", kind="refused"
+                )
             self.stop_strings = StopStrings(engine.tokenizer, params, self.prompt, self.device)
         self.asker: Asker | None = None
         methods: set[str] = set()
@@ -104,8 +110,8 @@ class Setup:
         self.weighs_by_next = by_next and not twisted and "prefix" not in methods
         self.ends_itself = self.stop_strings is not None or (self.asker is not None and self.asker.stops)
         self.exact: Tensor | None = None
-        if exact is not None and self.ends_itself:
-            raise SMCError("exact: a group with stop strings or a potential's `stop` takes no exact samples")
+        if exact is not None and self.asker is not None and self.asker.stops:
+            raise SMCError("exact: a group whose potential has `stop` takes no exact samples", kind="refused")
         if exact is not None:
             self.exact = self._read_exact(exact, (engine and engine.vocab_size) or None)
         scheme = params.resampling if self.exact is None else "multinomial"
@@ -121,7 +127,9 @@ class Setup:
         for i, ids in enumerate(samples):
             ends = [j for j, v in enumerate(ids) if v in self.stop_token_ids] or [steps - 1]
             if self.params.force_stop and ids[-1] not in self.stop_token_ids:
-                raise SMCError(f"exact[{i}]={ids[:20]}: does not end with a stop token, as force_stop=True has it")
+                raise SMCError(
+                    f"exact[{i}]={ids[:20]}: does not end with a stop token, as force_stop=True has it", kind="refused"
+                )
             if len(ids) != ends[0] + 1:
                 raise SMCError(
                     f"exact[{i}]={ids[:20]}: {len(ids)} tokens are no complete sequence; it ends with its first stop "

@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Collection, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,29 +33,29 @@ class P0:
 
     Args:
         params: of the group.
-        stop_token_ids: the tokens that end a particle, which min_tokens rules out at first.
+        early: the tokens that min_tokens rules out at first, as vLLM's `all_stop_token_ids`.
 
     Attributes:
         restricted: whether there is anything but the temperature.
         truncated: whether there is min_p, top_k or top_p.
     """
 
-    def __init__(self, params: SMCParams, stop_token_ids: Collection[int], device: torch.device) -> None:
+    def __init__(self, params: SMCParams, early: Collection[int], device: torch.device) -> None:
         self.temperature, self.top_k, self.top_p = params.temperature, params.top_k, params.top_p
         self.log_min_p = math.log(params.min_p) if params.min_p > 0.0 else -math.inf
-        self.min_tokens = params.min_tokens if stop_token_ids else 0
+        self.min_tokens = params.min_tokens if early else 0
         self._allowed: Tensor | None = None
-        self._stop: Tensor | None = None
+        self._early: Tensor | None = None
         self.bias: Tensor | None = None
         if params.allowed_token_ids is not None:
             self._allowed = torch.tensor(params.allowed_token_ids, dtype=torch.int64, device=device)
         if self.min_tokens:
-            self._stop = torch.tensor(sorted(stop_token_ids), dtype=torch.int64, device=device)
+            self._early = torch.tensor(sorted(early), dtype=torch.int64, device=device)
         if params.logit_bias:
             self._biased = torch.tensor(list(params.logit_bias), dtype=torch.int64, device=device)
             self.bias = torch.tensor(list(params.logit_bias.values()), dtype=torch.float32, device=device)
         self.truncated = self.top_k > 0 or self.top_p < 1.0 or params.min_p > 0.0
-        self.restricted = self.truncated or any(x is not None for x in (self._allowed, self._stop, self.bias))
+        self.restricted = self.truncated or any(x is not None for x in (self._allowed, self._early, self.bias))
 
     def edit(self, logits: Tensor, before: Tensor) -> None:
         """Applies in place what looks at no other token: allowed ids, min_tokens and bias, to (R, V)."""
@@ -62,9 +63,9 @@ class P0:
             kept = torch.full_like(logits, -math.inf)
             kept[:, self._allowed] = logits[:, self._allowed]
             logits.copy_(kept)
-        if self._stop is not None:
-            early = (before < self.min_tokens)[:, None]
-            logits[:, self._stop] = logits[:, self._stop].masked_fill(early, -math.inf)
+        if self._early is not None:
+            is_early = (before < self.min_tokens)[:, None]
+            logits[:, self._early] = logits[:, self._early].masked_fill(is_early, -math.inf)
         if self.bias is not None:
             logits[:, self._biased] += self.bias
 
@@ -72,7 +73,8 @@ class P0:
 def restrict(logits: Tensor, p0s: Sequence[P0], bounds: Sequence[int], before: Tensor) -> Tensor:
     """Rules tokens out of logits (R, V), in place where dtypes allow, and returns them.
 
-    Rows of groups whose p0 is not restricted are not touched. NaN and +inf stay, for `ops.weigh` to find.
+    Rows of groups whose p0 is not restricted are not touched, but that a bias makes float32 of all rows: other bits in
+    `ops.weigh`, so groups with a bias are not among others. NaN and +inf stay, for `ops.weigh` to find.
 
     Args:
         p0s: of each group.
@@ -86,8 +88,8 @@ def restrict(logits: Tensor, p0s: Sequence[P0], bounds: Sequence[int], before: T
     for p0, begin, end in spans:
         p0.edit(logits[begin:end], before[begin:end])
     for run in _runs([span for span in spans if span[0].truncated]):
-        settings = [p0 for p0, begin, end in run for _ in range(begin, end)]
-        _truncate(logits[run[0][1] : run[-1][2]], settings)
+        counts = [end - begin for _, begin, end in run]
+        _truncate(logits[run[0][1] : run[-1][2]], [p0 for p0, _, _ in run], counts)
     return logits
 
 
@@ -99,21 +101,29 @@ def _runs(spans: list[tuple[P0, int, int]]) -> Iterator[list[tuple[P0, int, int]
         spans = spans[n:]
 
 
-def _truncate(logits: Tensor, settings: list[P0]) -> None:
-    """Applies min_p, top_k and top_p to (R, V) in place, with the settings of each row. Waits for the device: top_p.
+def _per_row(values: Any, counts: Sequence[int], device: torch.device) -> Tensor:
+    """Makes float64 values of groups those of their rows, `counts` of each."""
+    rows = torch.tensor(counts, device=device)
+    each = torch.tensor(values, dtype=torch.float64, device=device)
+    return each.repeat_interleave(rows, dim=0, output_size=sum(counts))
+
+
+def _truncate(logits: Tensor, p0s: list[P0], counts: list[int]) -> None:
+    """Applies min_p, top_k and top_p to (R, V) in place, the first `counts[0]` rows with p0s[0]. top_p waits for the
+    device.
 
     Tokens as likely as the last of top_k stay. Of those as likely as the last that top_p needs, the first ones stay.
     """
     vocab = logits.shape[1]
-    numbers = [[p.temperature, p.log_min_p, p.top_k if 0 < p.top_k < vocab else 0, p.top_p] for p in settings]
-    temperature, log_min_p, top_k, top_p = torch.tensor(numbers, dtype=torch.float64, device=logits.device).T
-    most, by_mass = int(max(row[2] for row in numbers)), any(p.top_p < 1.0 for p in settings)
+    numbers = [[p.temperature, p.log_min_p, p.top_k if 0 < p.top_k < vocab else 0, p.top_p] for p in p0s]
+    temperature, log_min_p, top_k, top_p = _per_row(numbers, counts, logits.device).T
+    most, by_mass = int(max(row[2] for row in numbers)), any(p.top_p < 1.0 for p in p0s)
     head = logits.topk(min(vocab, max(most, HEAD if by_mass else 1)), dim=1).values.float()
     floor = _round_up(head[:, 0].double() + temperature * log_min_p)
     if most:
         last = head.gather(1, (top_k.long() - 1).clamp(min=0)[:, None])[:, 0]
         floor = torch.where(top_k > 0, torch.maximum(floor, last), floor)
-    if most or any(p.log_min_p > -math.inf for p in settings):
+    if most or any(p.log_min_p > -math.inf for p in p0s):
         logits.masked_fill_(logits < floor[:, None], -math.inf)
         head = head.masked_fill(head < floor[:, None], -math.inf)
     if by_mass:
@@ -176,10 +186,12 @@ def _round_up(values: Tensor) -> Tensor:
 
 def token_log_probs(logits: Tensor, tokens: Tensor, p0s: Sequence[P0], bounds: Sequence[int], before: Tensor) -> Tensor:
     """Computes (R,) float64 log p0 of tokens (R,) int64, −inf where they are ruled out; logits as in `restrict`."""
-    logits = restrict(logits, p0s, bounds, before)
     counts = [end - begin for begin, end in itertools.pairwise(bounds)]
-    temperatures = torch.tensor([p0.temperature for p0 in p0s], dtype=torch.float64, device=logits.device)
-    each = temperatures.repeat_interleave(torch.tensor(counts, device=logits.device), output_size=len(tokens))
+    if logits.dtype != torch.float32 and len({p0.bias is None for p0 in p0s}) == 2:  # each group as it is alone
+        parts = zip(logits.split(counts), tokens.split(counts), p0s, counts, before.split(counts), strict=True)
+        return torch.cat([token_log_probs(z, drawn, [p0], [0, n], at) for z, drawn, p0, n, at in parts if n])
+    logits = restrict(logits, p0s, bounds, before)
+    each = _per_row([p0.temperature for p0 in p0s], counts, logits.device)
     lse = ops.weigh(logits, temperature=each).lse
     z = logits.gather(1, tokens[:, None])[:, 0].double() / each
     return torch.where(lse == -math.inf, -math.inf, z - lse)

@@ -21,23 +21,20 @@ class Adapters:
 
     def __init__(self, runner: Any) -> None:
         self._runner = runner
-        self._queries: Sequence[Any] = ()  # LoRARequest or None of each query of the last batch
+        self._queries: Sequence[Any] | None = None  # LoRARequest or None of each query of the last batch
 
-    def see(self, batch: Batch) -> None:
-        """Remembers a batch, so that `set_logits` knows its rows."""
+    def set_batch(self, batch: Batch) -> None:
+        """Sets the adapters of a batch that goes through the model next."""
         n_rows = len(batch.lengths)
         rows = batch.adapters or (None,) * n_rows
         queries = batch.queries or (1,) * n_rows
         self._queries = [adapter for adapter, n in zip(rows, queries, strict=True) for _ in range(n)]
-
-    def set_batch(self, batch: Batch) -> None:
-        """Sets the adapters of a batch that goes through the model next."""
-        self.see(batch)
         self._set(self._queries, self._queries)
 
     def set_logits(self, n_queries: int, rows: slice) -> None:
         """Sets those of the rows of the last batch, of `n_queries`, whose logits are computed next."""
-        queries = self._queries if len(self._queries) == n_queries else [None] * n_queries  # at start-up
+        queries = [None] * n_queries if self._queries is None else self._queries  # at start-up there was no batch
+        assert len(queries) == n_queries
         self._set(queries, queries[rows])
 
     def _set(self, tokens: Sequence[Any], logits: Sequence[Any]) -> None:

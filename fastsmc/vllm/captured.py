@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastsmc.potentials import Potential
 from fastsmc.smc import GroupEngine
-from fastsmc.smc.captured import CapturedGroup, is_capturable
+from fastsmc.smc.captured import CapturedGroup, why_not_captured
 from fastsmc.vllm.messages import GroupResult, GroupStart
 from fastsmc.vllm.model import Model
 from fastsmc.vllm.passes import Batch
@@ -85,4 +85,4 @@ def holds(potential: Potential | None, start: GroupStart) -> bool:
     if start.exact is not None or start.adapter is not None or start.progress or start.stream_tokens:
         return False
     scores = potential is not None and potential.lookahead > 0
-    return not scores and is_capturable(start.params, potential)
+    return not scores and why_not_captured(start.params, potential) is None

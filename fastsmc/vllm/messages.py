@@ -16,6 +16,8 @@ class GroupStart:
     """Holds all that a worker needs to begin a group.
 
     Attributes:
+        stop_token_ids: what ends a particle.
+        all_stop_token_ids: what min_tokens rules out, vLLM's set of this name: with ignore_eos more than that.
         progress: its results say how each step went.
         stream_tokens: they hold tokens as soon as these are final.
         n_samples: how many particles are drawn by weight at its end.
@@ -25,6 +27,7 @@ class GroupStart:
     prompt: list[int]
     prompt_blocks: list[int]
     stop_token_ids: frozenset[int]
+    all_stop_token_ids: frozenset[int]
     potential: str | None
     potential_args: str
     twist: str | None
@@ -98,7 +101,8 @@ class GroupResult:
             after those before; empty unless asked for.
         error, error_kind: the group has failed: why, and through whom (`SMCError.kind`).
         token_ids, stopped: of one particle drawn by weight, when the group is done; token_ids is None if no particle
-            has any weight.
+            has any weight. `stopped`: by a stop token; `stopped_by_potential`: by `Potential.stop` instead, or by a
+            stop string beside it.
         summary: values that JSON has, for every client, empty until the group is done; `population` is the whole
             (base64 of `Population.to_bytes`, so that it passes through JSON), when asked for.
     """
@@ -120,5 +124,6 @@ class GroupResult:
     error_kind: str = "engine"
     token_ids: list[int] | None = None
     stopped: bool = False
+    stopped_by_potential: bool = False
     summary: dict[str, Any] = dataclasses.field(default_factory=dict)
     population: str | None = None

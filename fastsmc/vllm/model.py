@@ -149,8 +149,6 @@ class Model:
 
     def ride(self, batch: Batch, timed: bool) -> Ride:
         """Prepares all that can fail of rows which `riding` takes along."""
-        if self._adapters is not None:
-            self._adapters.see(batch)
         return Ride(batch, self._metadata(batch), timed)
 
     def _metadata(self, batch: Batch) -> dict[str, Any]:

@@ -217,7 +217,7 @@ MEMBERS = {
         *("n", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "min_tokens"),
         *("stop", "logprobs", "prompt_logprobs", "logit_bias", "allowed_token_ids", "bad_words", "structured_outputs"),
         *("prompt_logprob_token_ids", "logprob_token_ids", "thinking_token_budget", "repetition_detection"),
-        "detokenize",
+        *("detokenize", "skip_special_tokens"),
     ),
     "vllm.forward_context:ForwardContext": ("attn_metadata", "slot_mapping"),
     "vllm.v1.attention.backend:AttentionType": ("DECODER",),

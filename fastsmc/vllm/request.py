@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fastsmc import potentials
-from fastsmc.arguments import read_exact
+from fastsmc.arguments import check_ids, read_exact
 from fastsmc.params import GROUP_KEY, PREFIX, SMCParams
 from fastsmc.potentials import registry
 from fastsmc.potentials.tokens import short
@@ -123,6 +123,11 @@ class GroupRequest:
                 raise ValueError(f"{name}={value!r}: a group of particles takes only {neutral[0]!r}")
         if sampling_params.max_tokens is None:
             raise ValueError("max_tokens=None: a group of particles needs a number")
+        if sampling_params.stop and not sampling_params.skip_special_tokens:
+            raise ValueError(
+                "skip_special_tokens=False: a group looks for stop strings in its text without special tokens; leave "
+                "one of them out"
+            )
         shared = {name: getattr(sampling_params, name) for name in SMCParams._SHARED}
         shared["stop_token_ids"] = tuple(sampling_params.stop_token_ids or ()) or None
         shared["seed"] = secrets.randbits(63) if sampling_params.seed is None else sampling_params.seed
@@ -164,8 +169,7 @@ class GroupRequest:
         """
         if self.params.stop is not None and not has_tokenizer:
             raise ValueError(f"stop={list(self.params.stop)}: this engine has no tokenizer; give stop_token_ids")
-        for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
-            potentials.token_list(name, tuple(getattr(self.params, name) or ()), vocab_size)
+        check_ids(self.params, vocab_size)
         for i, ids in enumerate(self.exact or ()):
             potentials.token_list(f"smc_exact[{i}]", ids, vocab_size)
 

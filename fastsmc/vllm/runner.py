@@ -259,7 +259,10 @@ class ParticleRunner:
         if self._captures and captured.holds(potential, start):
             self.captured[request_id] = CapturedMember.begin(self._model, potential, engine, start, blocks)
             return
-        group = Group(start.params, potential, start.prompt, start.stop_token_ids, device, engine, start.exact)
+        group = Group(
+            start.params, potential, start.prompt, start.stop_token_ids, device, engine, start.exact,
+            all_stop_token_ids=start.all_stop_token_ids,
+        )  # fmt: skip
         group.progress = [] if start.progress else None
         common = CommonTokens(group.lineages) if start.stream_tokens else None
         last = last_position(start.params, len(start.prompt), start.lookahead)
@@ -324,11 +327,13 @@ class ParticleRunner:
         group, start = member.group, member.start
         population, samples = group.population(), choose(group.log_w, group.params, start.n_samples)
         drawn = [population.token_ids[i] for i in samples]
+        reasons = [(population.finish_reasons or [])[i] for i in samples]
         if samples:
-            # with FINISHED_STOPPED vLLM's front end takes the last token for a stop token, which has no text; it finds
-            # stop strings itself
+            # vLLM's front end finds stop strings itself
             result.token_ids = drawn[0]
             result.stopped = bool(drawn[0]) and drawn[0][-1] in start.stop_token_ids
+            by_potential = group.asker is not None and group.asker.stops and not result.stopped
+            result.stopped_by_potential = by_potential and reasons[0] == "stop"
         result.summary = {
             "log_z": json_safe(population.log_z),
             "n_particles": group.n,
@@ -337,7 +342,7 @@ class ParticleRunner:
             "chosen": samples[0] if samples else None,
             "samples": samples,
             "sample_token_ids": drawn,
-            "sample_finish_reasons": [(population.finish_reasons or [])[i] for i in samples],
+            "sample_finish_reasons": reasons,
             "particle_tokens": int((population.tokens >= 0).sum()),
             "seed": group.params.seed,
             "p0": group.params.p0(),

@@ -383,14 +383,14 @@ class _SMCMixin(_Scheduler):
             prompt_len = request.num_prompt_tokens
             blocks = self.kv_cache_manager.get_block_ids(request.request_id)[0]
             assert request.sampling_params is not None and request.prompt_token_ids is not None  # see add_request
-            stop = set(group.asked.params.stop_token_ids or ())
-            if not group.asked.params.ignore_eos:
-                stop |= request.sampling_params.all_stop_token_ids
+            stop = frozenset(group.asked.params.stop_token_ids or ())
+            every = stop | request.sampling_params.all_stop_token_ids
             start = GroupStart(
                 params=group.asked.params,
                 prompt=list(request.prompt_token_ids),
                 prompt_blocks=list(blocks[: -(-prompt_len // self._limits.block_size)]),
-                stop_token_ids=frozenset(stop),
+                stop_token_ids=stop if group.asked.params.ignore_eos else every,
+                all_stop_token_ids=every,
                 potential=group.asked.potential,
                 potential_args=group.asked.potential_args,
                 twist=group.asked.twist,
@@ -532,10 +532,18 @@ class _SMCMixin(_Scheduler):
             payload["error_kind"] = "impossible"
             self._finish(request, RequestStatus.FINISHED_ERROR, [], payload, outputs)
             return
-        status = RequestStatus.FINISHED_STOPPED if result.stopped else RequestStatus.FINISHED_LENGTH_CAPPED
+        stopped, rest = result.stopped or result.stopped_by_potential, token_ids[len(group.sent) :]
+        status = RequestStatus.FINISHED_STOPPED if stopped else RequestStatus.FINISHED_LENGTH_CAPPED
         if result.stopped and token_ids[-1] in stop:
             request.stop_reason = token_ids[-1]
-        self._finish(request, status, token_ids[len(group.sent) :], payload, outputs)
+        if result.stopped_by_potential:
+            # vLLM's front end takes the last token of an output that is stopped for a stop token, which has no text:
+            # the tokens go before. It may find a stop string in them, and then this output is the last that it looks at
+            told: dict[str, Any] = {"progress": []} if group.asked.progress else {}
+            has_strings = group.asked.params.stop is not None
+            self._emit(request, rest, None, payload if has_strings else {"step": result.step} | told, outputs)
+            payload, rest = payload | told if has_strings else payload, []
+        self._finish(request, status, rest, payload, outputs)
 
     def _finish(
         self, request: Request, status: RequestStatus, token_ids: list[int], payload: dict[str, Any], outputs: dict

@@ -1,5 +1,7 @@
 """The particle runner inside vLLM: exact log-probs, paging, neighbours, ends of every kind."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -179,12 +181,14 @@ def test_abort(engine, scheduler, all_blocks_back):
     assert len(ordinary) == 1 and len(outputs) == 1 and len(outputs[0].outputs[0].token_ids) == 40
 
 
-def test_reset_restarts_running_groups(engine, scheduler, all_blocks_back):
+@pytest.mark.parametrize("settings", [{}, dict(top_k=6, top_p=0.9, min_tokens=70, logit_bias={2: 1.0})])
+def test_reset_restarts_running_groups(engine, scheduler, all_blocks_back, settings):
     """A reset of the prefix cache preempts a running group; it starts again and gives the same population."""
-    want = engine.smc(prompt_of(50), EVERY_STEP, POTENTIAL)
+    params = dataclasses.replace(EVERY_STEP, stop_token_ids=[5] if settings else None, **settings)
+    want = engine.smc(prompt_of(50), params, POTENTIAL)
     name = engine.register_potential(POTENTIAL)
     request_id = str(next(engine.request_counter))
-    lead = engine.lead_params(EVERY_STEP, name, return_population=True)
+    lead = engine.lead_params(params, name, return_population=True)
     engine.llm_engine.add_request(request_id, engine._prompt(prompt_of(50)), lead)
     for _ in range(5):
         engine.llm_engine.step()
@@ -379,6 +383,8 @@ def test_no_weight_left(engine, all_blocks_back):
         (dict(presence_penalty=0.5), "presence_penalty=0.5"),
         (dict(repetition_penalty=1.1), "repetition_penalty=1.1"),
         (dict(stop=["x"]), "stop=.*tokenizer"),
+        (dict(stop=["x"], skip_special_tokens=False), "skip_special_tokens=False"),
+        (dict(stop=["x"], extra_args={"smc_n_particles": 4, "smc_exact": [[1]]}), r"smc_exact: .*stop=\['x'\]"),
         (dict(ignore_eos=True, extra_args={"smc_n_particles": 4, "smc_force_stop": True}), "force_stop=True"),
         (dict(extra_args={"smc_n_particles": 4, "smc_force_stop": 3}), "force_stop=3"),
         (dict(extra_args={"smc_n_particles": 0}), "n_particles=0"),

@@ -5,11 +5,12 @@ import pytest
 import torch
 from tiny import PROMPT, TableTwist, TinyLlama, run_table, value_table
 
-from fastsmc import SMCParams, reference
+from fastsmc import Potential, SMCParams, reference
 from fastsmc.params import RESAMPLING_SCHEMES
 from fastsmc.potentials import Infill
 
 from .conftest import VOCAB
+from .test_twist import save_twist
 
 STEPS, STOP = 4, 5
 POTENTIAL = TableTwist(value_table(STEPS, VOCAB))
@@ -171,6 +172,47 @@ def test_lead_is_a_posterior_sample(engine, tiny):
     for v in range(VOCAB):
         p = sum(q for s, q in posterior.items() if s[0] == v)
         assert abs(first[v] / runs - p) <= 4 * np.sqrt(p * (1 - p) / runs) + 0.01  # 0.01: bias of order 1/N
+
+
+class Ends(Potential):
+    """Ends a particle after token 3, and says nothing of its weight."""
+
+    def prefix(self, state):
+        return torch.zeros(len(state.finished), dtype=torch.float64)
+
+    def stop(self, state):
+        return state.last_tokens == 3
+
+
+class EndingTwist(TableTwist):
+    stop = Ends.stop
+
+
+@pytest.mark.parametrize("how", ["itself", "product", "twist"])
+def test_potentials_that_end_particles(engine, tiny, tiny_path, tmp_path, all_blocks_back, how):
+    """E[Ẑ] = Z over the sequences that `stop` completes; a lead then finishes with "stop", its last token kept."""
+    value = value_table(STEPS, VOCAB)
+    potential = POTENTIAL * Ends() if how == "product" else EndingTwist(np.where(np.isinf(value), -1.0, value))
+    log_phi = POTENTIAL.log_phi if how == "product" else potential.log_phi
+    twist = save_twist("mlp", tiny_path, tmp_path) if how == "twist" else None
+    params = SMCParams(n_particles=7, max_tokens=STEPS, stop_token_ids=[STOP], ess_threshold=0.7, seed=21)
+    target = tiny.restricted(params, lambda s: s[-1] == 3)
+    check_unbiased(target, engine.smc([PROMPT] * 80, params, potential, twist=twist), log_phi)
+    name = engine.register_potential(potential)
+    leads = [engine.lead_params(params, name, group=i, twist=twist) for i in range(40)]
+    outputs = engine.generate([{"prompt_token_ids": PROMPT}] * 40, leads, use_tqdm=False)
+    engine.drop_potential(name)
+    lasts = set()
+    for output in outputs:
+        [completion], summary = output.outputs, output.kv_transfer_params["smc"]
+        assert (
+            list(completion.token_ids) == summary["sample_token_ids"][0] and tuple(completion.token_ids) in target.log_p
+        )
+        assert completion.finish_reason == summary["sample_finish_reasons"][0]
+        assert completion.finish_reason == ("stop" if completion.token_ids[-1] in (3, STOP) else "length")
+        assert completion.stop_reason == (STOP if completion.token_ids[-1] == STOP else None)
+        lasts.add(completion.token_ids[-1])
+    assert {3, STOP} < lasts
 
 
 def p0_of(model, params, ids):

@@ -1,16 +1,19 @@
 """A real model with a real tokenizer, SmolLM2-135M, in vLLM's default process mode."""
 
+import itertools
 import json
 import re
 
 import numpy as np
 import pytest
+import torch
 from documents import blocks
 from tiny import hf_log_probs
 from vllm import SamplingParams
+from vllm.sampling_params import RequestOutputKind
 
 import fastsmc
-from fastsmc import Population, SMCError, SMCParams
+from fastsmc import Population, Potential, SMCError, SMCParams
 from fastsmc.models import smollm2
 from fastsmc.potentials import Infill, Lexicon, Regex, TextPotential
 
@@ -75,6 +78,73 @@ def test_stop_strings(real):
     assert output.outputs[0].text == again.texts[i] and list(output.outputs[0].token_ids) == again.token_ids[i]
     assert output.outputs[0].finish_reason == again.finish_reasons[i]
     assert output.outputs[0].stop_reason in (stop if again.finish_reasons[i] == "stop" else [None])
+
+
+class EndsAt(Potential):
+    """Ends particles at five tokens."""
+
+    def prefix(self, state):
+        return torch.zeros(len(state.finished), dtype=torch.float64)
+
+    def stop(self, state):
+        return state.lengths >= 5
+
+
+@pytest.mark.parametrize("stop", [None, ["."]])
+def test_a_potential_that_ends_particles(real, stop):
+    """The text keeps the last token, which vLLM's front end leaves out where a stop token ends it; stop strings are
+    found beside it, and steps are told once."""
+    params = SMCParams(n_particles=6, max_tokens=9, stop=stop, top_p=0.9, seed=2)
+    populations = real.smc([PROMPT] * 6, params, EndsAt())
+    name = real.register_potential(EndsAt())
+    for i, population in enumerate(populations):
+        lead = real.lead_params(params, name, group=i)
+        lead.extra_args["smc_progress"], lead.output_kind = True, RequestOutputKind.DELTA
+        real.llm_engine.add_request(str(next(real.request_counter)), real._prompt(population.prompt_token_ids), lead)
+        outputs = []
+        while real.llm_engine.has_unfinished_requests():
+            outputs += real.llm_engine.step()
+        payloads = [output.kv_transfer_params["smc"] for output in outputs]
+        chosen = payloads[-1]["chosen"]
+        tokens = [token for output in outputs for token in output.outputs[0].token_ids]
+        assert tokens == population.token_ids[chosen]
+        assert "".join(output.outputs[0].text for output in outputs) == population.texts[chosen]
+        assert outputs[-1].outputs[0].finish_reason == population.finish_reasons[chosen] == "stop"
+        assert [step["step"] for payload in payloads for step in payload["progress"]] == [1, 2, 3, 4, 5]
+    real.drop_potential(name)
+    lengths = {len(ids) for population in populations for ids in population.token_ids}
+    assert lengths == {5} if stop is None else {5} < lengths
+
+
+def test_min_tokens_is_vllms(real):
+    """It rules out the end of sequence where that ends nothing, too."""
+    eos = real.get_tokenizer().eos_token_id
+    settings = dict(max_tokens=5, min_tokens=2, logit_bias={eos: 100.0}, ignore_eos=True)
+    ordinary = (
+        real.generate(PROMPT, SamplingParams(temperature=1.0, **settings), use_tqdm=False)[0].outputs[0].token_ids
+    )
+    for ids in (ordinary, *real.smc(PROMPT, SMCParams(n_particles=3, **settings)).token_ids):
+        assert [token == eos for token in ids] == [False, False, True, True, True]
+
+
+def test_a_restart_with_stop_strings(real):
+    """A preempted group begins anew, with p0's settings and what its stop strings have seen: the same population."""
+    params = SMCParams(n_particles=24, max_tokens=24, stop=[". ", "sea"], min_tokens=3, top_p=0.9, top_k=50, seed=3)
+    lexicon = Lexicon(words=["old", "man"], weight=0.5)
+    want, name = real.smc(PROMPT, params, lexicon), real.register_potential(lexicon)
+    lead, steps, output = real.lead_params(params, name, return_population=True), [], None
+    lead.output_kind = RequestOutputKind.DELTA
+    real.llm_engine.add_request("restarts", real._prompt(want.prompt_token_ids), lead)
+    while real.llm_engine.has_unfinished_requests():
+        for output in real.llm_engine.step():
+            steps.append(output.kv_transfer_params["smc"].get("step", 0))
+            if len(steps) == 1:
+                assert real.llm_engine.reset_prefix_cache(reset_running_requests=True)
+    real.drop_potential(name)
+    assert any(later <= step for step, later in itertools.pairwise(steps[:-1])), steps  # it has begun anew
+    again = real.population(output)
+    assert again.token_ids == want.token_ids and again.finish_reasons == want.finish_reasons
+    assert "stop" in want.finish_reasons
 
 
 @pytest.mark.parametrize("proposal", ["twisted", "base"])

@@ -604,6 +604,20 @@ def test_options_reach_the_engine(make):
         make(shared_forward="no")
 
 
+@pytest.mark.parametrize("ignore_eos", [False, True])
+def test_what_ends_particles_and_what_min_tokens_rules_out(engine_of, ignore_eos):
+    """The latter has the model's end-of-sequence tokens whatever ignore_eos says, as in vLLM."""
+    engine, smc = engine_of(ends=2), SMCParams(n_particles=2, stop_token_ids=[4], ignore_eos=ignore_eos)
+    params, starts, take = LLM.lead_params(smc), [], engine.worker.run
+    params.update_from_generation_config({"eos_token_id": [2, 3]}, 2)
+    engine.worker.run = lambda order: starts.extend(part.start for part in order.groups if part.start) or take(order)
+    engine.scheduler.add_request(Request("a", [1] * 4, params, None, arrival_time=0.0, block_hasher=HASHER))
+    engine.count = 1
+    engine.drain()
+    (start,) = starts
+    assert start.stop_token_ids == ({4} if ignore_eos else {2, 3, 4}) and start.all_stop_token_ids == {2, 3, 4}
+
+
 def test_alone_is_true_or_false(engine_of):
     engine = engine_of(ends=2)
     wrong, right = engine.add(2, alone="yes"), engine.add(2, alone=True)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from tiny import WINDOW, TableTwist, hf_log_probs, make_windowed, value_table
+from tiny import WINDOW, TableTwist, TinyLlama, hf_log_probs, make_windowed, value_table
 from vllm import SamplingParams
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec, SlidingWindowSpec
@@ -61,6 +61,15 @@ def check_windows(engine, path, length):
 def test_log_probs_equal_a_full_recompute_within_the_window(windowed, length):
     _, path, engine = windowed
     check_windows(engine, path, length)
+
+
+def test_unbiased_across_the_window(windowed):
+    """E[Ẑ] = Z by enumeration, where the second token leaves the window."""
+    _, path, engine = windowed
+    prompt, potential, params = prompt_of(WINDOW), TableTwist(value_table(3, VOCAB)), replace(PARAMS, max_tokens=3)
+    z = TinyLlama(path, VOCAB, 3, frozenset(), prompt=prompt).log_z(potential.log_phi)
+    got = np.exp([p.log_z for p in engine.smc([prompt] * 100, params, potential)])
+    assert abs(got.mean() - np.exp(z)) <= 4 * got.std(ddof=1) / np.sqrt(len(got))
 
 
 def test_windows_sinks_and_experts(tmp_path):

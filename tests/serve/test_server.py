@@ -269,6 +269,7 @@ SMC_REFUSALS = [
     ({"twist": "/etc", "potential": "lexicon", "potential_args": {"token_ids": [5]}}, 400, "twist"),
     ({"n_samples": 100}, 400, "n_samples"),
     ({"stop_token_ids": [99]}, 400, "stop_token_ids"),
+    ({"stop": "a", "exact": [[5]]}, 400, "exact"),
     ({"prompt": [99]}, 400, None),  # vLLM's own words
     ({"prompt": None}, 400, "prompt"),
     ({"presence_penalty": 1.0}, 400, "presence_penalty"),
@@ -359,6 +360,7 @@ COMPLETION_REFUSALS = [
     ({"structured_outputs": {"regex": "("}}, 400, None),  # vLLM's own words, and the next two
     ({"logit_bias": {"99999999": 1}}, 400, "logit_bias"),
     ({"stop_token_ids": [99999999]}, 400, "stop_token_ids"),
+    ({"stop": "a", "skip_special_tokens": False}, 400, "skip_special_tokens"),
 ]
 
 

@@ -64,15 +64,19 @@ async def smc(body: SMCRequest, raw_request: Request) -> Response:
     """Runs one group of particles and answers with its weighted population."""
     state = raw_request.app.state
     handler, inputs, lora = await _render(body, state)
-    params = LLM.lead_params(body.params(), body.potential, exact=body.exact, alone=body.alone, return_population=True)
+    try:
+        params = LLM.lead_params(
+            body.params(), body.potential, exact=body.exact, alone=body.alone, return_population=True
+        )
+    except ValueError as error:
+        raise GroupError.refusal(error) from None
     more = {"n_samples": body.n_samples, "potential_args": json.dumps(body.potential_args), "progress": body.stream}
     if body.twist is not None:
         more["twist"] = body.twist
     params.extra_args = {**(params.extra_args or {}), **{PREFIX + name: value for name, value in more.items()}}
     params.output_kind = RequestOutputKind.CUMULATIVE if body.stream else RequestOutputKind.FINAL_ONLY
-    params.detokenize = (
-        params.stop is not None
-    )  # vLLM wants it with stop strings; the population's texts come at the end
+    # vLLM wants it with stop strings; the population's texts come at the end
+    params.detokenize = params.stop is not None
     request_id = f"smc-{handler._base_request_id(raw_request)}"
     record = Record()
     outputs = state.engine_client.generate(
