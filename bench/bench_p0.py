@@ -29,7 +29,12 @@ def run(json_path: str | None, model: str, repeats: int) -> list[dict[str, Any]]
     from fastsmc import LLM, SMCParams
     from fastsmc.models import resolve
 
-    engine = {"dtype": "bfloat16", "max_num_seqs": PARTICLES, "max_model_len": 512, "kv_cache_memory_bytes": 1 << 30}
+    engine: dict[str, Any] = {
+        "dtype": "bfloat16",
+        "max_num_seqs": PARTICLES,
+        "max_model_len": 512,
+        "kv_cache_memory_bytes": 1 << 30,
+    }
     llm = LLM(str(resolve(model)), **engine)
 
     def seconds(settings: dict[str, Any]) -> float:
@@ -39,7 +44,7 @@ def run(json_path: str | None, model: str, repeats: int) -> list[dict[str, Any]]
         return time.perf_counter() - start
 
     runs = in_turn({name: functools.partial(seconds, of) for name, of in SETTINGS.items()}, repeats)
-    records = [
+    records: list[dict[str, Any]] = [
         {"settings": SETTINGS[name], "name": name, "seconds": of, "ratio": ratio(of, runs["none"])}
         for name, of in runs.items()
     ]

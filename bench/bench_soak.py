@@ -388,7 +388,8 @@ def run(json_path: str | None, requests: int, seed: int, seconds: float) -> dict
         environment["VLLM_LOGGING_LEVEL"] = os.environ.get("VLLM_LOGGING_LEVEL", "WARNING")
         options = ["--additional-config", json.dumps({"fastsmc": OPTIONS}), "--disable-uvicorn-access-log"]
         model = make_letters_model(folder / "model")
-        with running(model, environment, Path(json_path or folder / "soak").with_suffix(".server.log"), options) as server:
+        log = Path(json_path or folder / "soak").with_suffix(".server.log")
+        with running(model, environment, log, options) as server:
             found = asyncio.run(soak(server, requests, seed, OPTIONS["setup_timeout_s"], seconds))
             if json_path:
                 write_result(json_path, {"bench": "soak", "seed": seed, "options": OPTIONS, **found})
