@@ -29,7 +29,7 @@ constexpr int kBins = 2048, kBinShift = 17;
 struct Scores {
   const float* logit;
   float max;
-  double temperature;
+  double temperature = 1.0;
   float scale = logit_scale(temperature);
   FASTSMC_HD float relative(float value, float to) const { return (value - to) * scale; }
   FASTSMC_HD double log2_over(int64_t i, float to) const {
@@ -62,11 +62,12 @@ FASTSMC_HD inline float load_row(const Logit* logits, const Mask* mask, int64_t 
 // e_i of a row, and their sum: NaN if the row holds NaN or +inf.
 FASTSMC_HD inline double exponentials(const Scores& row, int64_t n_tiles, float* e) {
   double total = 0.0;
+  const Scores from = row;  // in registers, where a store to e cannot change it
   for (int64_t first = 0; first < n_tiles * kTile; first += kTile) {
     float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
     for (int i = 0; i < kTile; ++i)
-      sum += e[first + i] = exp2_nonpositive(row.relative(row.logit[first + i], row.max));
+      sum += e[first + i] = exp2_nonpositive(from.relative(from.logit[first + i], from.max));
     total += sum;
   }
   return total;
@@ -89,6 +90,7 @@ struct Versus {
     const float p_k = p.logit[k], q_k = q.logit[k];
     double h = 0.0;
     q_sum = f_sum = e_rising = 0.0;
+    const Scores p = this->p, q = this->q;  // in registers, where a store to f cannot change them
     for (int64_t first = 0; first < n_tiles * kTile; first += kTile) {
       const float *from = q.logit + first, *other = p.logit + first, *es = e + first;
       float* to = f + first;
@@ -194,23 +196,29 @@ FASTSMC_HD inline double log_kernel(const Versus& v, int64_t j, Kinks* bins) {
   const double begin = own < reference ? own / reference : 1.0 - 0x1p-24;  // else by rounding: odds that hardly rose
   const float start = begin < 1.0 - 0x1p-24 ? static_cast<float>(begin) : 1.0f - 0x1p-24f;
   const double c = reference / v.e_sum;
-  const float least = static_cast<float>(1e-13 / c);  // what counts for less is left out
+  const float least = static_cast<float>(1e-12 / c);  // 10^5 tokens that count for less change it by 1e-7
   for (int b = 0; b <= bin_of(start); ++b) bins[b] = {};
   Kinks before{};
   for (int64_t first = 0; first < v.n_tiles * kTile; first += kTile) {
     alignas(64) float r[kTile];
+    const float *fs = v.f + first, *es = v.e + first;
     float f_before = 0.0f, fr_before = 0.0f;
 #pragma omp simd reduction(+ : f_before, fr_before)
     for (int i = 0; i < kTile; ++i) {
-      const float f = v.f[first + i], at = v.e[first + i] * inverse / f;
-      r[i] = f > least ? at : 1.0f;
+      const float f = fs[i], at = es[i] * inverse / f;
+      r[i] = f > least && at >= start ? at : 1.0f;
       f_before += at < start ? f : 0.0f;
       fr_before += at < start ? f * at : 0.0f;
     }
     before.f += f_before, before.fr += fr_before;
+    int found[kTile], n = 0;  // without a branch per token: half of them would be guessed wrong
     for (int i = 0; i < kTile; ++i) {
-      if (!(r[i] >= start && r[i] < 1.0f)) continue;
-      const double f = v.f[first + i], fr = f * r[i];
+      found[n] = i;
+      n += r[i] < 1.0f;
+    }
+    for (int m = 0; m < n; ++m) {
+      const int i = found[m];
+      const double f = fs[i], fr = f * r[i];
       Kinks& bin = bins[bin_of(r[i])];
       bin.f += f, bin.fr += fr, bin.frr += fr * r[i];
     }
