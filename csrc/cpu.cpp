@@ -163,6 +163,49 @@ class Comparer {
 
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 
+// log P(· | k) of one row in float64: H is walked from kink to kink, and the integrals are summed backwards. α is in
+// units of that at τ_k, or where q_k is nothing of the last kink of a token with mass.
+void redraw_logits_row(const Versus& v, int64_t vocab, std::vector<std::pair<double, int64_t>>& kinks,
+                       std::vector<double>& h, float* out) {
+  std::fill_n(out, vocab, kNegInf);
+  kinks.clear();
+  for (int64_t i = 0; i < vocab; ++i) {
+    const double rise = v.q.log2_over(i, v.q.logit[v.k]) - v.p.log2_over(i, v.p.logit[v.k]);
+    if (rise > 0.0) kinks.push_back({v.p.log2(i) - v.q.log2(i), i});
+  }
+  std::sort(kinks.begin(), kinks.end());
+  const double at_k = v.p.log2(v.k) - v.q.log2(v.k);
+  const bool endless = !(at_k < 900.0);
+  const auto mass = [&](int64_t i) { return exp2_nonpositive(v.q.relative(v.q.logit[i], v.q.max)); };
+  double unit = endless ? -900.0 : at_k;
+  if (endless)
+    for (const auto& [kink, i] : kinks) unit = mass(i) > 0.0f && kink > unit ? kink : unit;
+  const double c = exp2(unit) / v.e_sum;
+  double slope = 0.0, x = 0.0;
+  h.assign(kinks.size() + 1, 0.0);
+  const auto alpha = [&](size_t m) { return exp2(std::min(0.0, kinks[m].first - unit)); };
+  const auto advance = [&](size_t m) {  // to kink m, or to the end
+    const double to = m < kinks.size() ? alpha(m) : 1.0;
+    h[m] = (m > 0 ? h[m - 1] : 0.0) + slope * (to - x);
+    x = to;
+  };
+  for (size_t m = 0; m < kinks.size(); ++m) {
+    advance(m);
+    slope += mass(kinks[m].second);
+  }
+  advance(kinks.size());
+  double value = endless ? 1.0 / ((1.0 + c * h.back()) * c * slope) : 0.0;
+  x = 1.0;
+  for (size_t m = kinks.size(); m-- > 0;) {
+    const double from = alpha(m);
+    value += (x - from) / ((1.0 + c * h[m]) * (1.0 + c * h[m + 1]));
+    x = from;
+    const int64_t i = kinks[m].second;
+    out[i] = static_cast<float>(v.log_q(i) + std::log(v.q_sum * c * value));
+  }
+  if (!endless) out[v.k] = static_cast<float>(0.0 - std::log1p(c * h.back()));
+}
+
 }  // namespace
 
 void redraw(const Contrast& of, const double* u, int64_t* tokens, double* stay, double* log_prob, double* log_kernel) {
@@ -183,44 +226,6 @@ void redraw(const Contrast& of, const double* u, int64_t* tokens, double* stay, 
       log_kernel[r] = stays ? std::log(v.stay) : fastsmc::log_kernel(v, tokens[r], bins.data());
     }
   }
-}
-
-// log P(· | k) of one row in float64: H is walked from kink to kink, and the integrals are summed backwards. α is in
-// units of that at τ_k, or of the last kink where q_k is nothing.
-static void redraw_logits_row(const Versus& v, int64_t vocab, std::vector<std::pair<double, int64_t>>& kinks,
-                              std::vector<double>& h, float* out) {
-  std::fill_n(out, vocab, kNegInf);
-  kinks.clear();
-  for (int64_t i = 0; i < vocab; ++i) {
-    const double rise = v.q.log2_over(i, v.q.logit[v.k]) - v.p.log2_over(i, v.p.logit[v.k]);
-    if (rise > 0.0) kinks.push_back({v.p.log2(i) - v.q.log2(i), i});
-  }
-  std::sort(kinks.begin(), kinks.end());
-  const double at_k = v.p.log2(v.k) - v.q.log2(v.k);
-  const bool endless = !(at_k < 900.0);
-  const double unit = endless ? kinks.back().first : at_k, c = exp2(unit) / v.e_sum;
-  double slope = 0.0, x = 0.0;
-  h.assign(kinks.size() + 1, 0.0);
-  const auto advance = [&](size_t m) {  // to kink m, or to the end
-    const double to = m < kinks.size() ? exp2(kinks[m].first - unit) : 1.0;
-    h[m] = (m > 0 ? h[m - 1] : 0.0) + slope * (to - x);
-    x = to;
-  };
-  for (size_t m = 0; m < kinks.size(); ++m) {
-    advance(m);
-    slope += exp2_nonpositive(v.q.relative(v.q.logit[kinks[m].second], v.q.max));
-  }
-  advance(kinks.size());
-  double value = endless ? 1.0 / ((1.0 + c * h.back()) * c * slope) : 0.0;
-  x = 1.0;
-  for (size_t m = kinks.size(); m-- > 0;) {
-    const double from = exp2(kinks[m].first - unit);
-    value += (x - from) / ((1.0 + c * h[m]) * (1.0 + c * h[m + 1]));
-    x = from;
-    const int64_t i = kinks[m].second;
-    out[i] = static_cast<float>(v.log_q(i) + std::log(v.q_sum * c * value));
-  }
-  if (!endless) out[v.k] = static_cast<float>(-std::log1p(c * h.back()));
 }
 
 void redraw_logits(const Contrast& of, float* out) {

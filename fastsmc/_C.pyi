@@ -14,9 +14,7 @@ Address: TypeAlias = int
 #: address, row stride in elements, dtype code, address of the row index
 MatrixArgs: TypeAlias = tuple[Address, int, int, Address]
 #: logits, factual, mask; tokens; rows, vocab; temperature, address of temperatures, and those of factual
-ContrastArgs: TypeAlias = tuple[
-    MatrixArgs, MatrixArgs, MatrixArgs, Address, int, int, float, Address, float, Address
-]
+ContrastArgs: TypeAlias = tuple[MatrixArgs, MatrixArgs, MatrixArgs, Address, int, int, float, Address, float, Address]
 #: for all groups: seed, group, step, stream; addresses: seeds, groups, steps, offsets; groups
 UniformArgs: TypeAlias = tuple[int, int, int, int, Address, Address, Address, Address, int]
 #: ten addresses: log_weights, uniforms, ancestors, counts, rank, ess, log_mean, resampled, thresholds, offsets

@@ -159,18 +159,18 @@ class Redrawn(NamedTuple):
 
 
 class Coupling:
-    """Holds P(· | k) of one row, p being what gave k: kinks τ_i = p_i/q_i of H, ascending, and H and its slope there."""
+    """Holds P(· | k) of one row, p being what gave k: kinks τ_i = p_i/q_i of H, ascending, and H and its slopes."""
 
-    def __init__(self, z_q: Array, z_p: Array, k: int) -> None:
-        """z_q, z_p: scores (V,), unnormalised; z_p[k] is not −inf, and there is no NaN."""
-        self.log_q, log_p = z_q - _log_sum_exp(z_q), z_p - _log_sum_exp(z_p)
+    def __init__(self, q: Array, p: Array, k: int, t_q: float = 1.0, t_p: float = 1.0) -> None:
+        """q, p: logits (V,), for temperatures t_q and t_p; p[k] is not −inf, and there is no NaN."""
+        self.log_q, log_p = q / t_q - _log_sum_exp(q / t_q), p / t_p - _log_sum_exp(p / t_p)
         self.q, self.k = np.exp(self.log_q), k
         with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-            rise = (z_q - z_q[k]) - (z_p - z_p[k])  # of the log odds against k
             tau = np.exp(log_p - self.log_q)
-        self.rising = np.flatnonzero(rise > 0)
+            # the log odds against k; differences of float32 are exact, so that equal rows have none that rises
+            self.rising = np.flatnonzero((q - q[k]) / t_q > (p - p[k]) / t_p)
         self.rising = self.rising[np.argsort(tau[self.rising], kind="stable")]
-        self.tau, self.tau_k = tau[self.rising], tau[k]
+        self.tau, self.tau_k = np.minimum(tau[self.rising], tau[k]), tau[k]
         self.slope = np.concatenate([[0.0], self.q[self.rising].cumsum()])  # before each kink, and after the last
         widths = np.diff(np.append(self.tau, self.tau_k))
         self.h = np.concatenate([[0.0], np.cumsum(self.slope[1:] * widths)])  # at each kink, and at τ_k
@@ -205,17 +205,20 @@ def _couplings(
     logits, factual, tokens, logit_rows, factual_rows, mask, mask_rows, temperature, factual_temperature
 ) -> list[Coupling | None]:
     """Makes the coupling of each output row: None if it is no row, or nothing can be drawn."""
-    z_q = _scores(logits, None, logit_rows, None, mask, mask_rows, temperature)[1]
-    factual_temperature = temperature if factual_temperature is None else factual_temperature
+    q = _scores(logits, None, logit_rows, None, mask, mask_rows, 1.0)[1]
     rows = np.arange(len(factual)) if factual_rows is None else np.asarray(factual_rows)
     if logit_rows is not None:
         rows = np.where(np.asarray(logit_rows) < 0, -1, rows)
-    z_p = _scores(factual, None, rows, None, None, None, factual_temperature)[0]
-    good = [bool(np.isfinite([_log_sum_exp(a), _log_sum_exp(b)]).all()) for a, b in zip(z_q, z_p, strict=True)]
-    return [
-        Coupling(z_q[r], z_p[r], int(tokens[f])) if ok and f >= 0 and z_p[r, tokens[f]] > -math.inf else None
-        for r, (f, ok) in enumerate(zip(rows, good, strict=True))
-    ]
+    p = _scores(factual, None, rows, None, None, None, 1.0)[0]
+    t_q, t_p = (
+        np.broadcast_to(t, len(rows))
+        for t in (temperature, temperature if factual_temperature is None else factual_temperature)
+    )
+    out: list[Coupling | None] = []
+    for r, f in enumerate(rows):
+        good = f >= 0 and p[r, tokens[f]] > -math.inf and np.isfinite([_log_sum_exp(q[r]), _log_sum_exp(p[r])]).all()
+        out.append(Coupling(q[r], p[r], int(tokens[f]), t_q[r], t_p[r]) if good else None)
+    return out
 
 
 def redraw(

@@ -6,8 +6,8 @@
     integrate    program row: log P(j | k) from the bins
 
 Exponentials are made anew in each pass: two reads of memory cost less than a buffer of the vocabulary's size per row.
-Bins have what Kinks in redraw.cuh has, but distances r from the bin's end, relative to it; and as sums of integers in units
-of 2^-44 of the row's largest mass, so that the order of atomic additions does not show.
+Bins have what Kinks in redraw.cuh has, but distances of kinks from the bin's end, relative to it; and as sums of
+integers, in units of 2^-44 of the row's largest mass, so that the order of atomic additions does not show.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ import triton.language as tl
 from fastsmc.kernels.draw import invert_cdf
 from fastsmc.kernels.launch import config, on_device, temperature_arguments
 from fastsmc.kernels.weigh import INF, LOG2, LOG2E, TILE, row_arguments, row_of, scale_of, tile_scores, weigh
-from fastsmc.ops._tensors import Contrast, Matrices
 from torch import Tensor
+
+from fastsmc.ops._tensors import Contrast, Matrices
 
 #: as in redraw.cuh
 BINS = tl.constexpr(2048)

@@ -1,8 +1,8 @@
 """The ops of a step, `attend → weigh → resample → reindex → draw`, `uniforms`, and `redraw`, on torch tensors.
 
 Each op validates, picks a backend by device and calls it. Backends: 'cpu' (fastsmc._C, C++ and OpenMP) for CPU tensors,
-on GPUs 'triton' (fastsmc.kernels) for weigh, draw and redraw, 'cuda' (fastsmc._C, where it was built with CUDA) for uniforms,
-resample and reindex; 'torch' (eager PyTorch) on any device. The oracle of all of them is fastsmc.reference.
+on GPUs 'triton' (fastsmc.kernels) for weigh, draw and redraw, 'cuda' (fastsmc._C, where it was built with CUDA) for
+uniforms, resample and reindex; 'torch' (eager PyTorch) on any device. The oracle of all of them is fastsmc.reference.
 """
 
 # torch comes before fastsmc._C: its OpenMP runtime then is the one that both use

@@ -195,10 +195,10 @@ _AT_ONCE = 2**20
 
 
 class _Coupling(NamedTuple):
-    """P(· | k) of M output rows, as fastsmc.reference.Coupling has it; float64 and, in the order of kinks, (M, V).
+    """Holds P(· | k) of M output rows, as fastsmc.reference.Coupling does: float64; in the order of kinks, (M, V).
 
-    α is in units of that at τ_k, or of the last kink where q_k is nothing (`endless`). Tokens whose odds did not rise come
-    last, with `alpha` 1 and `q` 0. h has one column more, for the end.
+    α is in units of that at τ_k, or where q_k is nothing (`endless`) of the last kink of a token with mass. Tokens
+    whose odds did not rise come last, with `alpha` 1 and `q` 0. h has one column more, for the end.
     """
 
     k: Tensor
@@ -242,16 +242,20 @@ def _couple(c: Contrast, r: Tensor) -> _Coupling:
     )
     at_k = k[:, None]
     rising = (q_rows - q_rows.gather(1, at_k)) / t_q > (p_rows - p_rows.gather(1, at_k)) / t_p
-    log_q, log_p = (q_rows / t_q).log_softmax(1), (p_rows / t_p).log_softmax(1)  # NaN without mass, and with NaN or +inf
+    log_q, log_p = (
+        (q_rows / t_q).log_softmax(1),
+        (p_rows / t_p).log_softmax(1),
+    )  # NaN without mass, and with NaN or +inf
     bad = absent | log_q[:, 0].isnan() | log_p[:, 0].isnan() | (log_p.gather(1, at_k)[:, 0] == -math.inf)
     log_tau = torch.where(rising, log_p - log_q, math.inf)
     log_tau, order = log_tau.sort(1)
     there = log_tau < math.inf
     unit = (log_p - log_q).gather(1, at_k)
     endless = ~(unit < 600.0)
-    unit = torch.where(endless, torch.where(there, log_tau, -math.inf).amax(1, keepdim=True), unit)
-    alpha = torch.where(there, (log_tau - unit).exp(), 1.0)
     q = torch.where(there, log_q.gather(1, order).exp(), 0.0)
+    last = torch.where(q > 0, log_tau, -math.inf).amax(1, keepdim=True).clamp_(min=-600.0)
+    unit = torch.where(endless, last, unit)
+    alpha = torch.where(there, (log_tau - unit).exp().clamp(max=1.0), 1.0)
     slope, per_alpha = q.cumsum(1), unit.exp()
     ends = torch.nn.functional.pad(alpha, (0, 1), value=1.0)
     h = torch.nn.functional.pad((per_alpha * slope * ends.diff()).cumsum(1), (1, 0))
@@ -274,7 +278,9 @@ def _redraw_rows(c: Contrast, r: Tensor, u: Tensor) -> tuple[Tensor, ...]:
     w = _couple(c, r)
     target = (1.0 / u[:, 0] - 1.0)[:, None]
     below = ((w.h[:, :-1] < target) & (w.q > 0)).sum(1, keepdim=True).clamp_(min=1)  # kinks before the root
-    rank = torch.empty_like(w.order).scatter_(1, w.order, torch.arange(w.order.shape[1], device=r.device).expand_as(w.order))
+    rank = torch.empty_like(w.order).scatter_(
+        1, w.order, torch.arange(w.order.shape[1], device=r.device).expand_as(w.order)
+    )
     token, _ = _invert_cdf(torch.where(w.rising & (rank < below), w.log_q.exp(), 0.0), u[:, 1])
     stay = w.log_stay.exp()
     token = torch.where(u[:, 0] < stay, w.k, token)

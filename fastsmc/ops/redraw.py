@@ -1,8 +1,8 @@
 """redraw: what the noise that gave one token would have given under other logits; see csrc/include/fastsmc/redraw.cuh.
 
-Gumbel-max counterfactuals (Ravfogel et al. 2024, arXiv 2411.07180). `redraw` draws tokens by two uniforms each and makes
-no noise; `redraw_logits` gives their law as logits; `gumbel` regenerates the noise itself, which several interventions
-then share.
+Gumbel-max counterfactuals (Ravfogel et al. 2024, arXiv 2411.07180). `redraw` draws tokens by two uniforms each and
+makes no noise; `redraw_logits` gives their law as logits; `gumbel` regenerates the noise itself, which several
+interventions then share.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from fastsmc.ops._tensors import (
     check_contrast,
     check_index,
     check_uniforms,
+    check_vector,
     custom_op,
     pick_backend,
     split_scalar,
@@ -58,17 +59,17 @@ def redraw(
 ) -> Redrawn:
     """Draws R counterfactual tokens: row r of logits is drawn from with the noise that gave factual row r its token.
 
-    q = softmax(logits / temperature) over what the mask allows, p = softmax(factual / factual_temperature). Averaged over
-    tokens k ~ p the law of what is drawn is q. A token whose odds q/p did not rise against those of k is never drawn, so
-    that equal rows at equal temperatures give k, and stay is 1.0.
+    q = softmax(logits / temperature) over what the mask allows, p = softmax(factual / factual_temperature). Averaged
+    over tokens k ~ p the law of what is drawn is q. A token whose odds q/p did not rise against those of k is never
+    drawn, so that equal rows at equal temperatures give k, and stay is 1.0.
 
     Args:
         logits: (L, V) float32, bfloat16 or float16; any row stride, unit column stride. −inf: no mass.
         factual: (F, V), the same dtypes and strides: what was drawn from. What the text's mechanism ruled out is −inf.
         tokens: (F,) int64 in [0, V), what was drawn.
         uniforms: (R, 2) float64 in [0, 1). The first says whether k stays.
-        logit_rows: (R,) int64 in [−1, L); default the identity, R = L. −1 stands for no row: nothing is read, and there
-            is no token.
+        logit_rows: (R,) int64 in [−1, L); default the identity, R = L. −1 stands for no row: nothing is read, the
+            other indices are ignored, and there is no token.
         factual_rows: (R,) int64 in [−1, F); default the identity, F = R. −1: no row, no token.
         mask, mask_rows: as in `weigh`, but what is ruled out has no share in q.
         temperature, factual_temperature: > 0, for all rows, or (R,) float64; the second is the first unless given.
@@ -147,7 +148,8 @@ def redraw_logits(
 ) -> Tensor:
     """Computes log P(· | k), (R, V) float32: logits of what `redraw` draws, whose exponentials sum to 1 per row.
 
-    A row that is none is −inf; one from which `redraw` gives no token is NaN. Each row is sorted: to draw, use `redraw`.
+    A row that is none is −inf; any other from which `redraw` gives no token is NaN. Each row is sorted, so to draw
+    without a twist `redraw` is the faster way.
 
     Args:
         backend: 'cpu', 'torch', or None for the device's own. All others are as in `redraw`.
@@ -212,13 +214,13 @@ def gumbel(
 ) -> Tensor:
     """Draws what `redraw` draws, (R,) int64, by the noise itself: one number per token of the vocabulary.
 
-    The noise is a function of (seed, group, step, particle), the factual row and its token, and of nothing else. So with
-    these the same, the tokens that several interventions give are what one noise gives under each of them. It is made
-    from Philox where a token can win, and never stored.
+    The noise is a function of (seed, group, step, particle), the factual row and its token, and of nothing else. So
+    with these the same, the tokens that several interventions give are what one noise gives under each of them. It is
+    made from Philox where a token can win, and never stored.
 
     Args:
         seed: 0 to 2**64 − 1, or (R,) int64, a seed from 2**63 on as a signed integer.
-        group, step: 0 to 2**32 − 1 each, or (R,) int64; a step may also be a 0-dim int64 tensor, read on the device.
+        group, step: 0 to 2**32 − 1 each, or (R,) int64. A 0-dim int64 tensor is one for all rows, read on the device.
         particles: (R,) int64 in [0, 2**32): whose noise each row has. Streams 2**31 + token of `uniforms` are used.
         backend: 'cpu', 'torch', or None for the device's own. All others are as in `redraw`.
 
@@ -237,19 +239,20 @@ def gumbel(
         at = torch.arange(c.n_rows, device=device) if factual_rows is None else factual_rows
         factual_rows = at.where(logit_rows >= 0, -1)
     lse = weigh(factual, logit_rows=factual_rows, temperature=ft).lse
-    return _gumbel(
-        device, *c, lse, seeds, groups, steps, particles, pick_backend(backend, device, "torch")
-    )  # fmt: skip
+    backend = pick_backend(backend, device, "torch")
+    return _gumbel(device, *c, lse, seeds, groups, steps, particles, backend)
 
 
 def _per_row(name: str, value: int | Tensor, bits: int, c: Contrast) -> Tensor:
     """Makes an integer in [0, 2**bits) a vector (R,) int64 of its bits, and checks one that is given."""
     device, high = c.logits.device, 2**bits
-    if isinstance(value, Tensor) and value.dim() == 0:
-        return check_index(name, split_scalar(name, value, device)[1].expand(c.n_rows), high, device)
     if isinstance(value, Tensor):
-        limits = {"high": 2**63 - 1, "low": -(2**63)} if bits == 64 else {"high": high}
-        return check_index(name, value, device=device, n=c.n_rows, **limits)
+        if value.dim() == 0:
+            split_scalar(name, value, device)
+            value = value.expand(c.n_rows)
+        if bits == 64:
+            return check_vector(name, value, torch.int64, device, c.n_rows)
+        return check_index(name, value, high, device, c.n_rows)
     if not 0 <= value < high:
         raise ValueError(f"{name}={value!r}: must be an integer in [0, 2**{bits})")
     return torch.full((c.n_rows,), value - 2**64 if value >= 2**63 else value, dtype=torch.int64, device=device)

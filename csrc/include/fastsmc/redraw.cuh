@@ -1,6 +1,6 @@
 // redraw: what Gumbel-max noise that gave token k under p = softmax(ℓ/T) would have given under q = softmax(ℓ'/T').
 //
-// The noise integrates out (docs/mathematics.md §14). With H(τ) = Σ_{i≠k} (q_i τ − p_i)+ and τ_k = p_k/q_k,
+// The noise integrates out (docs/mathematics.md §7). With H(τ) = Σ_{i≠k} (q_i τ − p_i)+ and τ_k = p_k/q_k,
 //
 //   P(k | k) = stay = 1/(1 + H(τ_k)),   P(j | k) = q_j ∫_{p_j/q_j}^{τ_k} dτ/(1 + H(τ))²  where q_j/p_j > q_k/p_k, else 0.
 //
