@@ -3,6 +3,8 @@
     weigh+draw  a step's normalisers and one token a row, T = 0.8; without and with a twist
     resample    five schemes, N = 64 to 16384, and 16 groups of 256 in one launch
     reindex     caches as SmolLM2 has them (30 layers of bfloat16 blocks), 40 % of the rows moved
+    redraw      counterfactual tokens where few of N rows move, and where most do; hindsight is the published procedure,
+                NumPy's noise and argmax (peers/hindsight.py)
     settle      particles that come from half as many histories and have drawn again; eager is its PyTorch operations
     step        all of a captured step but the model: as CapturedGroup runs it, on a GPU as one CUDA graph
 
@@ -25,9 +27,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from baselines import BASELINES
 from machine import write_result
+from peers import hindsight
 from torch import Tensor
 
 from fastsmc import Potential, SMCParams, ops
@@ -219,6 +223,29 @@ def bench_settle(n: int, groups: int, clock: Clock) -> dict[str, Any]:
     return record("settle", "torch", clock, n, times, groups=groups)
 
 
+def bench_redraw(n: int, vocab: int, change: float, clock: Clock) -> dict[str, Any]:
+    """Rows that differ from one factual row by normal changes of that size."""
+    generator = torch.Generator().manual_seed(n)
+    factual = torch.randn(1, vocab, generator=generator) * 3
+    logits = factual + torch.randn(n, vocab, generator=generator) * change
+    token = torch.multinomial(factual.softmax(1), 1, generator=generator)[0]
+    rng, rows = np.random.default_rng(n), (logits.double().numpy(), factual[0].double().numpy(), int(token))
+    logits, factual, token = (x.to(clock.device) for x in (logits, factual, token))
+    u = ops.uniforms(2 * n, seed=0, group=0, step=0, stream=0, device=clock.device).view(n, 2)
+    facts = torch.zeros(n, dtype=torch.int64, device=clock.device)
+
+    def ours() -> ops.Redrawn:
+        return ops.redraw(logits, factual, token, u, factual_rows=facts)
+
+    moved = (ours().tokens != token).double().mean().item()
+    functions: dict[str, Callable[[], Any]] = {"ours": clock.graph(ours)}
+    if not clock.gpu:
+        functions["hindsight"] = lambda: hindsight.redraw(*rows, rng)
+    times = clock.medians(functions)
+    out = record("redraw", "triton", clock, n, times, v=vocab, dtype="float32", change=change, moved_share=moved)
+    return out | ({} if clock.gpu else {"hindsight_ratio": times["hindsight"] / times["ours"]})
+
+
 class _Still:
     """Has the same logits always: a `captured.PagedModel` without a model's cost."""
 
@@ -281,6 +308,10 @@ def describe(r: dict[str, Any]) -> str:
         key = "ratio" if name == "eager" else f"{name}_ratio"
         if key in r:
             parts.append(f"{name} {r[key]:.1f} ×")
+    if "moved_share" in r:
+        parts.append(f"{r['moved_share']:.0%} moved")
+    if "hindsight_ratio" in r:
+        parts.append(f"hindsight {r['hindsight_ratio']:.1f} ×")
     if "read_ratio" in r:
         parts.append(f"weigh {r['read_ratio']:.2f} × read")
     if "bandwidth_gb_s" in r:
@@ -338,6 +369,7 @@ def run(json_path: str | None = None, device: str | None = None, seconds: float 
         ),
         lambda: bench_resample("systematic", 256, 16, brief),
         *(lambda slot_dim=slot_dim: bench_reindex(slot_dim, clock) for slot_dim in (None, 2)),
+        *(lambda change=change: bench_redraw(64, SIZES[where.type][0][1], change, clock) for change in (0.05, 3.0)),
         *(lambda n=n, groups=groups: bench_settle(n, groups, brief) for n, groups in ((256, 1), (1024, 1), (16, 16))),
         *(lambda n=n, v=v: bench_step(n, v, torch.bfloat16, clock) for n, v in SIZES[where.type]),
     ]

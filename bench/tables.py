@@ -181,6 +181,7 @@ def ops(result: Result) -> list[str]:
     blocks = [r for r in records if r["op"] == "reindex"]
     steps = [r for r in records if r["op"] == "step"]
     settled = [r for r in records if r["op"] == "settle"]
+    redrawn = [r for r in records if r["op"] == "redraw"]
     return [
         *lines,
         "",
@@ -198,6 +199,11 @@ def ops(result: Result) -> list[str]:
             f"{1e3 * r['median_s']:.3f} ms (N = {r['n']}, G = {r['groups']}, {r['ratio']:.0f} × eager)" for r in settled
         )
         + ".",
+        *(
+            f"`redraw` of {r['n']} rows, of which {r['moved_share']:.0%} move: {1e3 * r['median_s']:.1f} ms "
+            f"({r['hindsight_ratio']:.0f} × NumPy's noise and argmax)."
+            for r in redrawn
+        ),
         "All of a captured step but the model, bfloat16 logits and twist, with a resampling: "
         + ", ".join(f"{1e3 * r['median_s']:.1f} ms (N = {r['n']})" for r in steps)
         + ".",

@@ -34,6 +34,16 @@ cpu::Matrix matrix(const MatrixArgs& m) {
   return {at<void>(std::get<0>(m)), std::get<1>(m), std::get<2>(m), at<int64_t>(std::get<3>(m))};
 }
 
+// logits, factual, mask; tokens; rows, vocab; temperature, temperatures, and those of factual
+using ContrastArgs = std::tuple<MatrixArgs, MatrixArgs, MatrixArgs, Address, int64_t, int64_t, double, Address, double,
+                                Address>;
+
+cpu::Contrast contrast(const ContrastArgs& args) {
+  const auto& [logits, factual, mask, tokens, n_rows, vocab, t, temperatures, factual_t, factual_temperatures] = args;
+  return {matrix(logits), matrix(factual), matrix(mask), at<int64_t>(tokens), n_rows, vocab,
+          {t, at<double>(temperatures)}, {factual_t, at<double>(factual_temperatures)}};
+}
+
 // for all groups: seed, group, step, stream; addresses or 0: seeds, groups, steps, offsets; groups
 using UniformArgs = std::tuple<uint64_t, uint32_t, uint32_t, uint32_t, Address, Address, Address, Address, int64_t>;
 
@@ -121,6 +131,24 @@ PYBIND11_MODULE(_C, m) {
     cpu::draw(matrix(logits), matrix(psi), matrix(mask), vocab, {temperature, at<double>(temperatures)},
               at<double>(lse), at<double>(tile_mass), at<int64_t>(rows), at<double>(u), n_draws, at<int64_t>(tokens),
               at<double>(log_prob), at<double>(log_psi));
+  });
+
+  m.def("redraw", [](const ContrastArgs& args, Address u, Address tokens, Address stay, Address log_prob,
+                     Address log_kernel) {
+    py::gil_scoped_release release;
+    cpu::redraw(contrast(args), at<double>(u), at<int64_t>(tokens), at<double>(stay), at<double>(log_prob),
+                at<double>(log_kernel));
+  });
+  m.def("redraw_logits", [](const ContrastArgs& args, Address out) {
+    py::gil_scoped_release release;
+    cpu::redraw_logits(contrast(args), at<float>(out));
+  });
+  // keys: seeds, groups, steps, particles
+  m.def("gumbel", [](const ContrastArgs& args, Address lse, const std::array<Address, 4>& keys, Address tokens) {
+    py::gil_scoped_release release;
+    cpu::gumbel(contrast(args), at<double>(lse),
+                {at<int64_t>(keys[0]), at<int64_t>(keys[1]), at<int64_t>(keys[2]), at<int64_t>(keys[3])},
+                at<int64_t>(tokens));
   });
 
   m.def("bad_log_weight", [](Address lw, int64_t n) { return cpu::bad_log_weight(at<double>(lw), n); });

@@ -15,7 +15,7 @@
 #include <tuple>
 
 #include "cpu_weigh.hpp"
-#include "fastsmc/draw.cuh"
+#include "fastsmc/redraw.cuh"
 
 namespace fastsmc::cpu {
 
@@ -114,6 +114,155 @@ void draw(const Matrix& logits, const Matrix& psi, const Matrix& mask, int64_t v
       log_psi[j] = load(twists, token);
     }
   });
+}
+
+namespace {
+
+// The rows of a Contrast one after the other, in a thread's memory. The factual row is made ready once for all the rows
+// in a run that are compared with it.
+class Comparer {
+ public:
+  explicit Comparer(const Contrast& of)
+      : of_(of), n_tiles_((of.vocab + kTile - 1) / kTile), floats_(4 * n_tiles_ * kTile) {}
+
+  int64_t n_tiles() const { return n_tiles_; }
+
+  // Loads output row r; false if it has no rows.
+  bool load(int64_t r, Versus* v) {
+    const int64_t f = of_.factual.rows ? of_.factual.rows[r] : r;
+    if (f < 0 || (of_.logits.rows && of_.logits.rows[r] < 0)) return false;
+    float* a = floats_.data();
+    const int64_t n = n_tiles_ * kTile;
+    if (const double t = of_.factual_temperature.at(r); f != at_ || t != p_.temperature) {
+      const float max = load_row_of(of_.factual, {nullptr, 0, kNone, nullptr}, r, a);
+      p_ = {a, max, t};
+      e_sum_ = exponentials(p_, n_tiles_, a + n);
+      at_ = f;
+    }
+    const float max = load_row_of(of_.logits, of_.mask, r, a + 2 * n);
+    *v = {p_, {a + 2 * n, max, of_.temperature.at(r)}, of_.tokens[f], n_tiles_, a + n, e_sum_, a + 3 * n};
+    return true;
+  }
+
+ private:
+  const Contrast& of_;
+  int64_t n_tiles_, at_ = -1;
+  std::vector<float> floats_;  // n_tiles·kTile each: factual logits, their exponentials, logits, f
+  Scores p_{};
+  double e_sum_ = 0.0;
+
+  float load_row_of(const Matrix& m, const Matrix& mask, int64_t r, float* out) const {
+    float max = kNegInf;
+    dispatch(m.dtype, kNone, [&](auto* typed, auto*) {
+      using T = std::remove_pointer_t<decltype(typed)>;
+      max = with_mask(mask, r, [&](auto* words) { return load_row(row_of<T>(m, r), words, of_.vocab, out); });
+    });
+    return max;
+  }
+};
+
+constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
+
+// log P(· | k) of one row in float64: H is walked from kink to kink, and the integrals are summed backwards. α is in
+// units of that at τ_k, or where q_k is nothing of the last kink of a token with mass.
+void redraw_logits_row(const Versus& v, int64_t vocab, std::vector<std::pair<double, int64_t>>& kinks,
+                       std::vector<double>& h, float* out) {
+  std::fill_n(out, vocab, kNegInf);
+  kinks.clear();
+  for (int64_t i = 0; i < vocab; ++i) {
+    const double rise = v.q.log2_over(i, v.q.logit[v.k]) - v.p.log2_over(i, v.p.logit[v.k]);
+    if (rise > 0.0) kinks.push_back({v.p.log2(i) - v.q.log2(i), i});
+  }
+  std::sort(kinks.begin(), kinks.end());
+  const double at_k = v.p.log2(v.k) - v.q.log2(v.k);
+  const bool endless = !(at_k < 900.0);
+  const auto mass = [&](int64_t i) { return exp2_nonpositive(v.q.relative(v.q.logit[i], v.q.max)); };
+  double unit = endless ? -900.0 : at_k;
+  if (endless)
+    for (const auto& [kink, i] : kinks) unit = mass(i) > 0.0f && kink > unit ? kink : unit;
+  const double c = exp2(unit) / v.e_sum;
+  double slope = 0.0, x = 0.0;
+  h.assign(kinks.size() + 1, 0.0);
+  const auto alpha = [&](size_t m) { return exp2(std::min(0.0, kinks[m].first - unit)); };
+  const auto advance = [&](size_t m) {  // to kink m, or to the end
+    const double to = m < kinks.size() ? alpha(m) : 1.0;
+    h[m] = (m > 0 ? h[m - 1] : 0.0) + slope * (to - x);
+    x = to;
+  };
+  for (size_t m = 0; m < kinks.size(); ++m) {
+    advance(m);
+    slope += mass(kinks[m].second);
+  }
+  advance(kinks.size());
+  double value = endless ? 1.0 / ((1.0 + c * h.back()) * c * slope) : 0.0;
+  x = 1.0;
+  for (size_t m = kinks.size(); m-- > 0;) {
+    const double from = alpha(m);
+    value += (x - from) / ((1.0 + c * h[m]) * (1.0 + c * h[m + 1]));
+    x = from;
+    const int64_t i = kinks[m].second;
+    out[i] = static_cast<float>(v.log_q(i) + std::log(v.q_sum * c * value));
+  }
+  if (!endless) out[v.k] = static_cast<float>(0.0 - std::log1p(c * h.back()));
+}
+
+}  // namespace
+
+void redraw(const Contrast& of, const double* u, int64_t* tokens, double* stay, double* log_prob, double* log_kernel) {
+#pragma omp parallel if (of.n_rows * of.vocab > kSerial)
+  {
+    Comparer comparer(of);
+    std::vector<double> tile_mass(comparer.n_tiles());
+    std::vector<Kinks> bins(kBins);
+#pragma omp for schedule(dynamic, 4)
+    for (int64_t r = 0; r < of.n_rows; ++r) {
+      Versus v;
+      tokens[r] = kNoToken, stay[r] = log_prob[r] = log_kernel[r] = kNan;
+      if (!comparer.load(r, &v) || !v.compare()) continue;
+      const bool stays = u[2 * r] < v.stay;
+      tokens[r] = stays ? v.k : v.move(u[2 * r], u[2 * r + 1], tile_mass.data());
+      stay[r] = v.stay;
+      log_prob[r] = v.log_q(tokens[r]);
+      log_kernel[r] = stays ? std::log(v.stay) : fastsmc::log_kernel(v, tokens[r], bins.data());
+    }
+  }
+}
+
+void redraw_logits(const Contrast& of, float* out) {
+#pragma omp parallel if (of.n_rows * of.vocab > kSerial)
+  {
+    Comparer comparer(of);
+    std::vector<std::pair<double, int64_t>> kinks;
+    std::vector<double> h;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t r = 0; r < of.n_rows; ++r) {
+      Versus v;
+      float* row = out + r * of.vocab;
+      if (!comparer.load(r, &v)) std::fill_n(row, of.vocab, kNegInf);
+      else if (!v.compare()) std::fill_n(row, of.vocab, static_cast<float>(kNan));
+      else redraw_logits_row(v, of.vocab, kinks, h, row);
+    }
+  }
+}
+
+// Every token that can win has an exponential of its own, whatever the logits: that is the joint noise.
+void gumbel(const Contrast& of, const double* lse, const NoiseKeys& keys, int64_t* tokens) {
+#pragma omp parallel if (of.n_rows * of.vocab > kSerial / 16)
+  {
+    Comparer comparer(of);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t r = 0; r < of.n_rows; ++r) {
+      Versus v;
+      tokens[r] = kNoToken;
+      if (!comparer.load(r, &v) || !v.compare()) continue;
+      const auto exponential = [&](int64_t i) {
+        const UniformKey key{static_cast<uint64_t>(keys.seeds[r]), static_cast<uint32_t>(keys.groups[r]),
+                             static_cast<uint32_t>(keys.steps[r]), kNoiseStream + static_cast<uint32_t>(i)};
+        return -std::log1p(-uniform(key, static_cast<uint32_t>(keys.particles[r])));
+      };
+      tokens[r] = win(v, lse[r], of.vocab, exponential);
+    }
+  }
 }
 
 // First index of a row with logits whose temperature is not positive and finite, or too small for 1/T, else −1.

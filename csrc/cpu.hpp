@@ -28,7 +28,8 @@ struct Matrix {
 struct Temperature {
   double all;
   const double* rows;
-  float scale(int64_t r) const { return logit_scale(rows ? rows[r] : all); }
+  double at(int64_t r) const { return rows ? rows[r] : all; }
+  float scale(int64_t r) const { return logit_scale(at(r)); }
 };
 
 void uniforms(double* out, int64_t n, const UniformGroups& of);
@@ -40,6 +41,29 @@ void weigh(const Matrix& logits, const Matrix& psi, const Matrix& mask, int64_t 
 void draw(const Matrix& logits, const Matrix& psi, const Matrix& mask, int64_t vocab, const Temperature& temperature,
           const double* lse, const double* tile_mass, const int64_t* rows, const double* u, int64_t n_draws,
           int64_t* tokens, double* log_prob, double* log_psi);
+
+// What redraw, redraw_logits and gumbel are about: output row r compares row r of logits, where mask allows, with row r
+// of factual, whose token is tokens[factual.rows[r]].
+struct Contrast {
+  Matrix logits, factual, mask;
+  const int64_t* tokens;
+  int64_t n_rows, vocab;
+  Temperature temperature, factual_temperature;
+};
+
+// u: (n_rows, 2)
+void redraw(const Contrast& of, const double* u, int64_t* tokens, double* stay, double* log_prob, double* log_kernel);
+
+// out: (n_rows, vocab)
+void redraw_logits(const Contrast& of, float* out);
+
+// Keys of the noise of output row r, (n_rows,) each.
+struct NoiseKeys {
+  const int64_t *seeds, *groups, *steps, *particles;
+};
+
+// lse: of factual rows, as weigh gives it, per output row
+void gumbel(const Contrast& of, const double* lse, const NoiseKeys& keys, int64_t* tokens);
 
 int64_t bad_log_weight(const double* log_weights, int64_t n);
 int64_t bad_uniform(const double* u, int64_t n);

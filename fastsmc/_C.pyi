@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 Address: TypeAlias = int
 #: address, row stride in elements, dtype code, address of the row index
 MatrixArgs: TypeAlias = tuple[Address, int, int, Address]
+#: logits, factual, mask; tokens; rows, vocab; temperature, address of temperatures, and those of factual
+ContrastArgs: TypeAlias = tuple[MatrixArgs, MatrixArgs, MatrixArgs, Address, int, int, float, Address, float, Address]
 #: for all groups: seed, group, step, stream; addresses: seeds, groups, steps, offsets; groups
 UniformArgs: TypeAlias = tuple[int, int, int, int, Address, Address, Address, Address, int]
 #: ten addresses: log_weights, uniforms, ancestors, counts, rank, ess, log_mean, resampled, thresholds, offsets
@@ -68,6 +70,13 @@ def draw(
     log_psi: Address,
     /,
 ) -> None: ...
+def redraw(
+    args: ContrastArgs, u: Address, tokens: Address, stay: Address, log_prob: Address, log_kernel: Address, /
+) -> None: ...
+def redraw_logits(args: ContrastArgs, out: Address, /) -> None: ...
+
+# keys: seeds, groups, steps, particles
+def gumbel(args: ContrastArgs, lse: Address, keys: Sequence[Address], tokens: Address, /) -> None: ...
 
 # index of the first value that is not allowed, −1 if there is none
 def bad_log_weight(log_weights: Address, n: int, /) -> int: ...

@@ -41,8 +41,12 @@ def uniforms(n: int, *, seed, group, step, stream: int, offsets=None) -> Array:
         return np.concatenate(
             [np.zeros(0), *(uniforms(m, seed=s % 2**64, group=g, step=t, stream=stream) for m, s, g, t in keys)]
         )
-    words = (philox4x32_10((j, step, group, stream), (seed & 0xFFFFFFFF, seed >> 32)) for j in range(n))
-    return np.array([((w[0] << 21) | (w[1] >> 11)) * 2.0**-53 for w in words])
+    return np.array([_uniform(j, seed, group, step, stream) for j in range(n)])
+
+
+def _uniform(particle: int, seed: int, group: int, step: int, stream: int) -> float:
+    words = philox4x32_10((particle, step, group, stream), (seed & 0xFFFFFFFF, seed >> 32))
+    return ((words[0] << 21) | (words[1] >> 11)) * 2.0**-53
 
 
 # -- p0 ----------------------------------------------------------------------------------------------------------------
@@ -144,6 +148,129 @@ def draw(
 
 def stratify(uniforms: Array, rank: Array, count: Array) -> Array:
     return np.minimum((rank + uniforms) / count, 1.0 - 2.0**-53)
+
+
+# -- redraw ------------------------------------------------------------------------------------------------------------
+class Redrawn(NamedTuple):
+    tokens: Array
+    stay: Array
+    log_prob: Array
+    log_kernel: Array
+
+
+class Coupling:
+    """Holds P(· | k) of one row, p being what gave k: kinks τ_i = p_i/q_i of H, ascending, and H and its slopes."""
+
+    def __init__(self, q: Array, p: Array, k: int, t_q: float = 1.0, t_p: float = 1.0) -> None:
+        """q, p: logits (V,), for temperatures t_q and t_p; p[k] is not −inf, and there is no NaN."""
+        self.log_q, log_p = q / t_q - _log_sum_exp(q / t_q), p / t_p - _log_sum_exp(p / t_p)
+        self.q, self.k = np.exp(self.log_q), k
+        with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+            tau = np.exp(log_p - self.log_q)
+            # the log odds against k; differences of float32 are exact, so that equal rows have none that rises
+            self.rising = np.flatnonzero((q - q[k]) / t_q > (p - p[k]) / t_p)
+        self.rising = self.rising[np.argsort(tau[self.rising], kind="stable")]
+        self.tau, self.tau_k = np.minimum(tau[self.rising], tau[k]), tau[k]
+        self.slope = np.concatenate([[0.0], self.q[self.rising].cumsum()])  # before each kink, and after the last
+        widths = np.diff(np.append(self.tau, self.tau_k))
+        self.h = np.concatenate([[0.0], np.cumsum(self.slope[1:] * widths)])  # at each kink, and at τ_k
+        self.stay = 1.0 / (1.0 + self.h[-1])
+
+    def log_law(self) -> Array:
+        """Computes log P(· | k), (V,)."""
+        at = 1.0 / (1.0 + self.h)
+        ends = np.append(self.tau, self.tau_k)
+        with np.errstate(invalid="ignore"):
+            pieces = np.diff(ends) * at[:-1] * at[1:]  # ∫ dτ/(1 + H)²
+        if np.isinf(self.tau_k):
+            pieces[-1] = at[-2] / self.slope[-1]
+        law = np.full(len(self.q), -np.inf)
+        with np.errstate(divide="ignore"):
+            law[self.rising] = self.log_q[self.rising] + np.log(pieces[::-1].cumsum()[::-1])
+            law[self.k] = math.log(self.stay) if self.stay > 0.0 else -math.inf
+        return law
+
+    def draw(self, u: Sequence[float]) -> int:
+        """Draws one token: k if u[0] < stay, else by the root of H and the inverse CDF over what is active there."""
+        if u[0] < self.stay:
+            return self.k
+        target = 1.0 / u[0] - 1.0 if u[0] > 0.0 else math.inf
+        m = max(1, int(np.searchsorted(self.h[:-1], target)))  # that many kinks are below the root
+        active = np.sort(self.rising[:m])
+        cdf = self.q[active].cumsum()
+        return int(active[min(np.searchsorted(cdf, u[1] * cdf[-1], side="right"), m - 1)])
+
+
+def _couplings(
+    logits, factual, tokens, logit_rows, factual_rows, mask, mask_rows, temperature, factual_temperature
+) -> list[Coupling | None]:
+    """Makes the coupling of each output row: None if it is no row, or nothing can be drawn."""
+    q = _scores(logits, None, logit_rows, None, mask, mask_rows, 1.0)[1]
+    rows = np.arange(len(factual)) if factual_rows is None else np.asarray(factual_rows)
+    if logit_rows is not None:
+        rows = np.where(np.asarray(logit_rows) < 0, -1, rows)
+    p = _scores(factual, None, rows, None, None, None, 1.0)[0]
+    t_q, t_p = (
+        np.broadcast_to(t, len(rows))
+        for t in (temperature, temperature if factual_temperature is None else factual_temperature)
+    )
+    out: list[Coupling | None] = []
+    for r, f in enumerate(rows):
+        good = f >= 0 and p[r, tokens[f]] > -math.inf and np.isfinite([_log_sum_exp(q[r]), _log_sum_exp(p[r])]).all()
+        out.append(Coupling(q[r], p[r], int(tokens[f]), t_q[r], t_p[r]) if good else None)
+    return out
+
+
+def redraw(
+    logits, factual, tokens, uniforms, *, logit_rows=None, factual_rows=None, mask=None, mask_rows=None,
+    temperature=1.0, factual_temperature=None,
+) -> Redrawn:  # fmt: skip
+    rows = _couplings(
+        logits, factual, tokens, logit_rows, factual_rows, mask, mask_rows, temperature, factual_temperature
+    )
+    drawn, numbers = np.full(len(rows), -1), np.full((3, len(rows)), np.nan)
+    for r, row in enumerate(rows):
+        if row is not None:
+            drawn[r] = row.draw(uniforms[r])
+            numbers[:, r] = row.stay, row.log_q[drawn[r]], row.log_law()[drawn[r]]
+    return Redrawn(drawn, *numbers)
+
+
+def redraw_logits(
+    logits, factual, tokens, *, logit_rows=None, factual_rows=None, mask=None, mask_rows=None, temperature=1.0,
+    factual_temperature=None,
+) -> Array:  # fmt: skip
+    """Computes log P(· | k), (R, V) float64; NaN where there is no coupling, also where a row is none."""
+    rows = _couplings(
+        logits, factual, tokens, logit_rows, factual_rows, mask, mask_rows, temperature, factual_temperature
+    )
+    nan = np.full(np.shape(logits)[1], np.nan)
+    return np.array([nan if row is None else row.log_law() for row in rows]).reshape(len(rows), len(nan))
+
+
+NOISE_STREAM = 2**31
+
+
+def gumbel(
+    logits, factual, tokens, *, seed, group, step, particles, logit_rows=None, factual_rows=None, mask=None,
+    mask_rows=None, temperature=1.0, factual_temperature=None,
+) -> Array:  # fmt: skip
+    """Draws by exponential clocks: (E p_i + E_i)/q_i, E p_k/q_k; the first wins, of those whose odds rose."""
+    rows = _couplings(
+        logits, factual, tokens, logit_rows, factual_rows, mask, mask_rows, temperature, factual_temperature
+    )
+    out, keys = np.full(len(rows), -1), [np.broadcast_to(x, len(rows)).tolist() for x in (seed, group, step)]
+    for r, (s, g, t) in enumerate(zip(*keys, strict=True)):
+        if (row := rows[r]) is None:
+            continue
+
+        key = (int(particles[r]), s % 2**64, g, t)
+        names = [row.k, *row.rising.tolist()]
+        e, *others = (-math.log1p(-_uniform(*key, NOISE_STREAM + v)) for v in names)
+        with np.errstate(divide="ignore"):  # a q of 0 that was too small for float64
+            clocks = e * row.tau + np.array(others) / row.q[row.rising]
+        out[r] = names[int(np.argmin([e * row.tau_k, *clocks]))]
+    return out
 
 
 # -- resample ----------------------------------------------------------------------------------------------------------

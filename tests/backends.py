@@ -1,4 +1,4 @@
-"""Which backends of `weigh` and `draw` can run here, and calls that put tensors where a backend wants them.
+"""Which backends of `weigh`, `draw` and `redraw` can run here, and calls that put tensors where a backend wants them.
 
 Triton's kernels run compiled on a GPU, and interpreted on CPU tensors where TRITON_INTERPRET=1 was set before Triton
 was imported: tests/ops/test_interpreted.py starts such a process.
@@ -48,6 +48,11 @@ def draw(logits, weighed, rows, u, log_psi=None, *, backend, **kw):
     """ops.draw; results on the CPU."""
     args = [to(backend, v) for v in (logits, weighed, rows, u, log_psi)]
     return _on_cpu(ops.draw(*args, backend=backend, **{k: to(backend, v) for k, v in kw.items()}))
+
+
+def redraw(*args, backend, **kw):
+    """ops.redraw; results on the CPU."""
+    return _on_cpu(ops.redraw(*to(backend, args), backend=backend, **{k: to(backend, v) for k, v in kw.items()}))
 
 
 def random_mask(rows, vocab, share=0.5, seed=0):

@@ -19,7 +19,7 @@ from fastsmc import _C
 from fastsmc.values import check_choice
 
 if TYPE_CHECKING:
-    from fastsmc._C import MatrixArgs
+    from fastsmc._C import ContrastArgs, MatrixArgs
 
 #: dtype codes of csrc/cpu.hpp
 DTYPE_CODES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.int32: 4}
@@ -35,7 +35,7 @@ def built_backends() -> list[str]:
 
 
 #: ops by the backend that has their kernels for a GPU, the argument `gpu` of `pick_backend`
-GPU_OPS = {"cuda": ("uniforms", "resample", "reindex"), "triton": ("weigh", "draw")}
+GPU_OPS = {"cuda": ("uniforms", "resample", "reindex"), "triton": ("weigh", "draw", "redraw")}
 
 
 def missing_on_gpu(built: Sequence[str]) -> str | None:
@@ -172,7 +172,9 @@ def check_offsets(offsets: Tensor, n: int, device: torch.device) -> Tensor:
     return offsets
 
 
-def split_temperature(temperature: float | Tensor, m: Matrices) -> tuple[float, Tensor | None]:
+def split_temperature(
+    temperature: float | Tensor, m: Matrices, name: str = "temperature"
+) -> tuple[float, Tensor | None]:
     """Splits a temperature into (the same for all rows, a vector of one per output row or None).
 
     Where there is a vector the first is 1. Temperatures of rows without logits are not looked at.
@@ -180,14 +182,14 @@ def split_temperature(temperature: float | Tensor, m: Matrices) -> tuple[float, 
     why = "must be positive and finite, as must 1/temperature in float32"
     if not isinstance(temperature, Tensor):
         if not (temperature > 0 and math.isfinite(temperature) and 1 / temperature < 1e38):
-            raise ValueError(f"temperature={temperature!r}: {why}")
+            raise ValueError(f"{name}={temperature!r}: {why}")
         return float(temperature), None
     device = m.logits.device
-    temperature = check_vector("temperature", temperature, torch.float64, device, m.n_rows)
+    temperature = check_vector(name, temperature, torch.float64, device, m.n_rows)
     if values_are_checked(device):
         addresses = read_address(temperature), read_address(m.logit_rows)
         if (bad := _C.bad_temperature(*addresses, m.n_rows)) >= 0:
-            raise ValueError(f"temperature[{bad}]={temperature[bad].item()}: {why}")
+            raise ValueError(f"{name}[{bad}]={temperature[bad].item()}: {why}")
     return 1.0, temperature
 
 
@@ -298,3 +300,75 @@ def check_matrices(
     elif mask_rows is not None:
         raise ValueError("mask_rows: given without mask")
     return Matrices(logits, logit_rows, log_psi, psi_rows, mask, mask_rows)
+
+
+class Contrast(NamedTuple):
+    """Checked arguments of `redraw`, `redraw_logits` and `gumbel`: output row r is logits[logit_rows[r]] where
+    mask[mask_rows[r]] allows, beside factual[factual_rows[r]] and its token; an index of None is the identity."""
+
+    logits: Tensor
+    logit_rows: Tensor | None
+    mask: Tensor | None
+    mask_rows: Tensor | None
+    factual: Tensor
+    factual_rows: Tensor | None
+    tokens: Tensor
+    temperature: float
+    temperatures: Tensor | None
+    factual_temperature: float
+    factual_temperatures: Tensor | None
+
+    @property
+    def matrices(self) -> Matrices:
+        """The rows that are drawn from, as `weigh` has them."""
+        return Matrices(self.logits, self.logit_rows, None, None, self.mask, self.mask_rows)
+
+    @property
+    def n_rows(self) -> int:
+        return self.matrices.n_rows
+
+    def arguments(self) -> ContrastArgs:
+        """Gives all of it as fastsmc._C takes it."""
+        logits, _, mask = self.matrices.arguments()
+        return (
+            logits, _argument(self.factual, self.factual_rows), mask, read_address(self.tokens), self.n_rows,
+            self.logits.shape[1], self.temperature, read_address(self.temperatures), self.factual_temperature,
+            read_address(self.factual_temperatures),
+        )  # fmt: skip
+
+
+def check_contrast(
+    logits: Tensor,
+    factual: Tensor,
+    tokens: Tensor,
+    logit_rows: Tensor | None,
+    factual_rows: Tensor | None,
+    mask: Tensor | None,
+    mask_rows: Tensor | None,
+    temperature: float | Tensor,
+    factual_temperature: float | Tensor | None,
+) -> Contrast:
+    """Checks the arguments that `redraw`, `redraw_logits` and `gumbel` share.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    m = check_matrices(logits, None, logit_rows, None, mask, mask_rows)
+    device, vocab = logits.device, logits.shape[1]
+    factual = _check_matrix("factual", factual, FLOATS, device)
+    if factual.shape[1] != vocab:
+        raise ValueError(f"factual: has {factual.shape[1]} columns, logits have {vocab}")
+    if factual_rows is not None:
+        factual_rows = check_index(
+            "factual_rows", factual_rows, factual.shape[0], device, m.n_rows, low=-1, where=m.logit_rows
+        )
+    elif factual.shape[0] != m.n_rows:
+        raise ValueError(f"factual: has {factual.shape[0]} rows, must have {m.n_rows}, or factual_rows must be given")
+    tokens = check_index("tokens", tokens, vocab, device, factual.shape[0])
+    temperatures = split_temperature(temperature, m)
+    factuals = temperatures
+    if factual_temperature is not None:
+        factuals = split_temperature(factual_temperature, m, "factual_temperature")
+    return Contrast(
+        m.logits, m.logit_rows, m.mask, m.mask_rows, factual, factual_rows, tokens, *temperatures, *factuals
+    )

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastsmc import _C
-from fastsmc.ops._tensors import Matrices
+from fastsmc.ops._tensors import Contrast, Matrices
 
 _LOW32 = 0xFFFFFFFF
+#: of the noise of token 0: kNoiseStream in csrc/include/fastsmc/redraw.cuh
+NOISE_STREAM = 2**31
 
 
 # -- uniforms ----------------------------------------------------------------------------------------------------------
@@ -34,8 +37,12 @@ def uniforms(
         at = torch.searchsorted(offsets[1:], c0, right=True)
         c0 = c0 - offsets[at]
         seed, group, step = (x[at] if isinstance(x, Tensor) else x for x in (seed, group, step))
-    c1, c2 = (x.expand_as(c0) if isinstance(x, Tensor) else torch.full_like(c0, x) for x in (step, group))
-    c3 = torch.full_like(c0, stream)
+    c1, c2, c3 = (x.expand_as(c0) if isinstance(x, Tensor) else torch.full_like(c0, x) for x in (step, group, stream))
+    return _philox(c0, c1, c2, c3, seed)
+
+
+def _philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, seed: int | Tensor) -> Tensor:
+    """Makes float64 in [0, 1) at counters (c0, c1, c2, c3), which broadcast, as does a seed that is a tensor."""
     key0, key1 = seed & _LOW32, (seed >> 32) & _LOW32
     for _ in range(10):
         p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
@@ -89,13 +96,18 @@ def _scores(m: Matrices, r: Tensor | None, columns: Tensor | None, temperature: 
         return z, z
     twist = z.new_zeros(()) if m.log_psi is None else _at(m.log_psi, m.psi_rows, r, columns).float()
     if m.mask is not None:
-        where = torch.arange(m.logits.shape[1], device=z.device) if columns is None else columns
-        rows = m.mask_rows if m.mask_rows is None else m.mask_rows.clamp(min=0)
-        allowed = (_at(m.mask, rows, r, None).gather(1, (where >> 5).expand_as(z)) >> (where & 31).int()) & 1 != 0
-        if m.mask_rows is not None:
-            allowed |= (m.mask_rows if r is None else m.mask_rows[r])[:, None] < 0
-        twist = torch.where(allowed, twist, -math.inf)
+        twist = torch.where(_allowed(m, m.mask, r, columns, z.shape), twist, -math.inf)
     return z, z + twist
+
+
+def _allowed(m: Matrices, mask: Tensor, r: Tensor | None, columns: Tensor | None, shape: torch.Size) -> Tensor:
+    """Says what the mask allows output rows r at columns, (M, K) bool of that shape."""
+    where = torch.arange(m.logits.shape[1], device=mask.device) if columns is None else columns
+    rows = m.mask_rows if m.mask_rows is None else m.mask_rows.clamp(min=0)
+    allowed = (_at(mask, rows, r, None).gather(1, (where >> 5).expand(shape)) >> (where & 31).int()) & 1 != 0
+    if m.mask_rows is not None:
+        allowed |= (m.mask_rows if r is None else m.mask_rows[r])[:, None] < 0
+    return allowed
 
 
 def _tile_sums(x: Tensor, tile: int) -> tuple[Tensor, Tensor]:
@@ -175,6 +187,138 @@ def _invert_cdf(mass: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     here = mass.gather(1, k)
     fraction = (target - (cdf.gather(1, k) - here)) / here
     return k.squeeze(1), fraction.squeeze(1).clamp_(0.0, 1.0)
+
+
+# -- redraw ------------------------------------------------------------------------------------------------------------
+#: elements of rows that are looked at together, which take some 150 bytes each
+_AT_ONCE = 2**20
+
+
+class _Coupling(NamedTuple):
+    """Holds P(· | k) of M output rows, as fastsmc.reference.Coupling does: float64; in the order of kinks, (M, V).
+
+    α is in units of that at τ_k, or where q_k is nothing (`endless`) of the last kink of a token with mass. Tokens
+    whose odds did not rise come last, with `alpha` 1 and `q` 0. h has one column more, for the end.
+    """
+
+    k: Tensor
+    log_q: Tensor  # (M, V), in the order of tokens
+    rising: Tensor  # (M, V), in the order of tokens
+    order: Tensor
+    alpha: Tensor
+    q: Tensor
+    slope: Tensor
+    h: Tensor
+    per_alpha: Tensor  # (M, 1), τ of α = 1
+    endless: Tensor  # (M, 1)
+    absent: Tensor  # (M,)
+    bad: Tensor  # (M,), there is no token; absent ones too
+
+    @property
+    def log_stay(self) -> Tensor:
+        return torch.where(self.endless[:, 0], -math.inf, -self.h[:, -1].log1p())
+
+
+def _rows_of(c: Contrast, r: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Looks up for output rows r (M,): logits under the mask, factual logits, (M, V) float64; k (M,); absent (M,)."""
+    m, _ = _without_minus_one(c.matrices)
+    f = r if c.factual_rows is None else c.factual_rows[r]
+    absent = f < 0 if c.logit_rows is None else (c.logit_rows[r] < 0) | (f < 0)
+    f = f.masked_fill(absent, 0)
+    factual, tokens = c.factual, c.tokens
+    if factual.shape[0] == 0:
+        factual, tokens = factual.new_zeros(1, factual.shape[1]), tokens.new_zeros(1)
+    q = _at(m.logits, m.logit_rows, r, None).double()
+    if m.mask is not None:
+        q = q + torch.where(_allowed(m, m.mask, r, None, q.shape), 0.0, -math.inf)
+    return q, factual[f].double(), tokens[f], absent
+
+
+def _couple(c: Contrast, r: Tensor) -> _Coupling:
+    q_rows, p_rows, k, absent = _rows_of(c, r)
+    t_q = _temperatures(c.matrices, c.temperature, None if c.temperatures is None else c.temperatures[r])
+    t_p = _temperatures(
+        c.matrices, c.factual_temperature, None if c.factual_temperatures is None else c.factual_temperatures[r]
+    )
+    at_k = k[:, None]
+    rising = (q_rows - q_rows.gather(1, at_k)) / t_q > (p_rows - p_rows.gather(1, at_k)) / t_p
+    log_q, log_p = (
+        (q_rows / t_q).log_softmax(1),
+        (p_rows / t_p).log_softmax(1),
+    )  # NaN without mass, and with NaN or +inf
+    bad = absent | log_q[:, 0].isnan() | log_p[:, 0].isnan() | (log_p.gather(1, at_k)[:, 0] == -math.inf)
+    log_tau = torch.where(rising, log_p - log_q, math.inf)
+    log_tau, order = log_tau.sort(1)
+    there = log_tau < math.inf
+    unit = (log_p - log_q).gather(1, at_k)
+    endless = ~(unit < 600.0)
+    q = torch.where(there, log_q.gather(1, order).exp(), 0.0)
+    last = torch.where(q > 0, log_tau, -math.inf).amax(1, keepdim=True).clamp_(min=-600.0)
+    unit = torch.where(endless, last, unit)
+    alpha = torch.where(there, (log_tau - unit).exp().clamp(max=1.0), 1.0)
+    slope, per_alpha = q.cumsum(1), unit.exp()
+    ends = torch.nn.functional.pad(alpha, (0, 1), value=1.0)
+    h = torch.nn.functional.pad((per_alpha * slope * ends.diff()).cumsum(1), (1, 0))
+    return _Coupling(k, log_q, rising, order, alpha, q, slope, h, per_alpha, endless, absent, bad)
+
+
+def _log_law(w: _Coupling) -> Tensor:
+    """Computes log P(· | k), (M, V) float64: −inf where there is no row, NaN where there is no token."""
+    at = 1.0 / (1.0 + w.h)
+    ends = torch.nn.functional.pad(w.alpha, (0, 1), value=1.0)
+    pieces = w.per_alpha * ends.diff() * at[:, :-1] * at[:, 1:]
+    pieces[:, -1:] += torch.where(w.endless, at[:, -1:] / w.slope[:, -1:], 0.0)
+    from_kink = pieces.flip(1).cumsum(1).flip(1).log()
+    law = torch.where(w.rising, w.log_q + torch.empty_like(w.log_q).scatter_(1, w.order, from_kink), -math.inf)
+    law.scatter_(1, w.k[:, None], w.log_stay[:, None])
+    return law.masked_fill_(w.bad[:, None], math.nan).masked_fill_(w.absent[:, None], -math.inf)
+
+
+def _redraw_rows(c: Contrast, r: Tensor, u: Tensor) -> tuple[Tensor, ...]:
+    w = _couple(c, r)
+    target = (1.0 / u[:, 0] - 1.0)[:, None]
+    below = ((w.h[:, :-1] < target) & (w.q > 0)).sum(1, keepdim=True).clamp_(min=1)  # kinks before the root
+    rank = torch.empty_like(w.order).scatter_(
+        1, w.order, torch.arange(w.order.shape[1], device=r.device).expand_as(w.order)
+    )
+    token, _ = _invert_cdf(torch.where(w.rising & (rank < below), w.log_q.exp(), 0.0), u[:, 1])
+    stay = w.log_stay.exp()
+    token = torch.where(u[:, 0] < stay, w.k, token)
+    log_prob, log_kernel = (x.gather(1, token[:, None])[:, 0] for x in (w.log_q, _log_law(w)))
+    stay, log_prob, log_kernel = (x.masked_fill(w.bad, math.nan) for x in (stay, log_prob, log_kernel))
+    return token.masked_fill(w.bad, -1), stay, log_prob, log_kernel
+
+
+def _in_chunks(c: Contrast, rows: Callable[[Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """Calls `rows` with some output rows after the other, and puts the results together."""
+    parts = torch.arange(c.n_rows, device=c.logits.device).split(max(1, _AT_ONCE // c.logits.shape[1]))
+    return tuple(torch.cat(out) for out in zip(*map(rows, parts), strict=True))
+
+
+def redraw(c: Contrast, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tokens, stay, log_prob, log_kernel = _in_chunks(c, lambda r: _redraw_rows(c, r, u[r]))
+    return tokens, stay, log_prob, log_kernel
+
+
+def redraw_logits(c: Contrast) -> Tensor:
+    return _in_chunks(c, lambda r: (_log_law(_couple(c, r)).float(),))[0]
+
+
+def gumbel(c: Contrast, lse: Tensor, seeds: Tensor, groups: Tensor, steps: Tensor, particles: Tensor) -> Tensor:
+    tokens = torch.arange(c.logits.shape[1], device=lse.device)
+
+    def rows(r: Tensor) -> tuple[Tensor]:
+        w = _couple(c, r)
+        keys = (x[r, None] for x in (particles, steps, groups))
+        clocks = -(-_philox(*keys, NOISE_STREAM + tokens, seeds[r, None])).log1p()
+        at_k = w.k[:, None]
+        log_tau = torch.empty_like(w.log_q).scatter_(1, w.order, w.alpha.log()) + w.per_alpha.log()
+        own = clocks.gather(1, at_k)
+        late = torch.where(w.rising, (own * log_tau.exp() + clocks / w.log_q.exp()), math.inf)
+        late.scatter_(1, at_k, torch.where(w.endless, math.inf, own * w.per_alpha))
+        return (late.argmin(1).masked_fill(w.bad, -1),)
+
+    return _in_chunks(c, rows)[0]
 
 
 # -- resample ----------------------------------------------------------------------------------------------------------

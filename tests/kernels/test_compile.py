@@ -19,7 +19,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from fastsmc.kernels import draw, launch, weigh  # noqa: E402
+from fastsmc.kernels import draw, launch, redraw, weigh  # noqa: E402
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 POINTERS = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
@@ -119,3 +119,27 @@ def test_draw(dtype, psi, masked):
     num_warps = launch._configs()["default"]["draw"]["*"]["num_warps"]
     assert registers <= 128 and spilled == 0
     assert loads(sass, 128) >= least_loads(dtype, psi, num_warps)
+
+
+@dtypes
+@masks
+def test_redraw(dtype, masked):
+    given = matrices(dtype, None, masked) | {
+        "factual": POINTERS[dtype],
+        "factual_stride": "i32",
+        "factual_rows": "*i64",
+    }
+    given |= {"factual_scale": "fp32", "factual_temperatures": "*fp64", "n_factual_temperatures": "i32"}
+    given |= dict.fromkeys(("lse", "factual_lse", "uniforms", "stay", "log_prob", "log_kernel", "left"), "*fp64")
+    given |= {"max_psi": "*fp32", "factual_max": "*fp32"} | dict.fromkeys(("token_of", "tokens", "bins"), "*i64")
+    registers, spilled, sass = compiled(redraw.redraw_one, given, {"BLOCK": 128}, "redraw")
+    assert registers <= 128 and spilled == 0
+    # both rows, in each of four passes and for the token's tile
+    num_warps = launch._configs()["default"]["redraw"]["*"]["num_warps"]
+    assert loads(sass, 128) >= 5 * 2 * least_loads(dtype, None, num_warps)
+
+
+def test_integrate():
+    given = dict.fromkeys(("stay", "log_kernel", "left"), "*fp64") | {"bins": "*i64"}
+    registers, spilled, _ = compiled(redraw.integrate, given, {}, None)
+    assert spilled == 0 and registers <= 255
