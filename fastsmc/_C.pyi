@@ -28,6 +28,10 @@ CacheArgs: TypeAlias = tuple[Address, int, int, int, int, int]
 TableArgs: TypeAlias = tuple[Address, int, int, int, Address, int]
 #: key and value address, block and head stride in elements, block size, head dimension, layout code
 KVArgs: TypeAlias = tuple[Address, Address, int, int, int, int, int]
+#: x, its row stride, source, its row stride, dtype code
+RowsArgs: TypeAlias = tuple[Address, int, Address, int, int]
+#: widths of x and of source; addresses: offsets, down, up, shift, finite
+MapArgs: TypeAlias = tuple[int, int, Address, Address, Address, Address, Address]
 
 #: tokens per tile of `weigh`
 TILE: int
@@ -70,6 +74,7 @@ def draw(
 ) -> None: ...
 
 # index of the first value that is not allowed, −1 if there is none
+def intervene(rows: RowsArgs, slots: Address, n_rows: int, map: MapArgs, /) -> None: ...
 def bad_log_weight(log_weights: Address, n: int, /) -> int: ...
 def bad_uniform(u: Address, n: int, /) -> int: ...
 def bad_temperature(temperatures: Address, logit_rows: Address, n: int, /) -> int: ...

@@ -1,8 +1,8 @@
-"""The ops of a step, `attend → weigh → resample → reindex → draw`, and `uniforms`, on torch tensors.
+"""The ops of a step, `attend → weigh → resample → reindex → draw`, `uniforms` and `intervene`, on torch tensors.
 
 Each op validates, picks a backend by device and calls it. Backends: 'cpu' (fastsmc._C, C++ and OpenMP) for CPU tensors,
-on GPUs 'triton' (fastsmc.kernels) for weigh and draw, 'cuda' (fastsmc._C, where it was built with CUDA) for uniforms,
-resample and reindex; 'torch' (eager PyTorch) on any device. The oracle of all of them is fastsmc.reference.
+on GPUs 'triton' (fastsmc.kernels) for weigh, draw and intervene, 'cuda' (fastsmc._C, where it was built with CUDA) for
+uniforms, resample and reindex; 'torch' (eager PyTorch) on any device. The oracle of all of them is fastsmc.reference.
 """
 
 # torch comes before fastsmc._C: its OpenMP runtime then is the one that both use
@@ -10,6 +10,7 @@ import torch  # noqa: F401  # isort: skip
 
 from fastsmc.ops.attend import BF16_MATH, AttendPlan, attend, plan_attend
 from fastsmc.ops.draw import NO_TOKEN, Drawn, draw, stratify
+from fastsmc.ops.intervene import intervene
 from fastsmc.ops.reindex import reindex
 from fastsmc.ops.resample import Resampled, ess_log_mean, resample
 from fastsmc.ops.settle import Histories, settle
@@ -28,6 +29,7 @@ __all__ = [
     "attend",
     "draw",
     "ess_log_mean",
+    "intervene",
     "plan_attend",
     "reindex",
     "resample",
