@@ -1,8 +1,10 @@
 """What fits interventions to examples, over a Hugging Face model, for `Steer`, `Affine` and `RankOne`.
 
-contrast    hidden states of two sets of texts  → the difference of their means
-transport   samples of two sets                 → A, b of the optimal transport between their normal distributions
-rank_one    a prompt, its subject, a target     → u, v of an edit of one down_proj
+    contrast    hidden states of two sets of texts  → the difference of their means
+    transport   samples of two sets                 → A, b of the optimal transport between their normal distributions
+    rank_one    a prompt, its subject, a target     → u, v of an edit of one down_proj
+
+The models' weights are only read.
 """
 
 from __future__ import annotations

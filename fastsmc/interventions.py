@@ -508,7 +508,7 @@ def to_bytes(parts: Sequence[Intervention]) -> bytes:
         for field in dataclasses.fields(part):
             value = getattr(part, field.name)
             if isinstance(value, Tensor):
-                tensors[f"{i}.{field.name}"] = value
+                tensors[f"{i}.{field.name}"] = value.clone()  # one object may stand twice in a list
             else:
                 entry[field.name] = value
         entries.append(entry)
