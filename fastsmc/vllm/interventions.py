@@ -106,7 +106,7 @@ def install(model: Any, config: Any) -> None:
         return
     for layer in layers.values():
         _end_with(layer, _end_layer if _form(type(layer)) == "deferred" else _end_whole_layer)
-    inner = {n: getattr(getattr(layer, "mlp", None), DOWN_PROJ, None) for n, layer in layers.items()}
+    inner: dict[int, Any] = {n: getattr(getattr(layer, "mlp", None), DOWN_PROJ, None) for n, layer in layers.items()}
     if None not in inner.values():
         sizes = sizes._replace(inner=getattr(inner[0], "base_layer", inner[0]).input_size)  # within LoRA's, or itself
     products = {n: module for n, module in inner.items() if module is not None}
@@ -244,6 +244,12 @@ class Interventions:
             maps.finite[kept.numbers] = True
         numbers = [*kept.numbers, -1]
         return torch.tensor([numbers[i] for i in kept.maps.of_positions(prompt_len, n)], device=self._device)
+
+    def broke(self, name: str | None) -> bool:
+        """Says whether a hidden state under an intervention came out with NaN or infinite; waits for the device."""
+        if name is None or (kept := self._kept.get(name)) is None:
+            return False
+        return not all(bool(maps.finite[kept.numbers].all()) for maps in self._sites.values())
 
     def blame(self, name: str) -> str:
         """Says where the hidden states of a group stopped being finite, for its error."""

@@ -31,6 +31,7 @@ from fastsmc.interventions import Intervention, LayerIntervention, Sizes, read_i
 from fastsmc.params import PREFIX, SMCParams
 from fastsmc.population import Population
 from fastsmc.potentials import Potential
+from fastsmc.potentials.tokens import short
 from fastsmc.smc import SMCError
 from fastsmc.texts import population_texts
 from fastsmc.vllm import compat, machine, options
@@ -407,7 +408,7 @@ class LLM(vllm.LLM):
         (parts,) = self._read_interventions(intervention, 1)
         layers = [part for part in parts if isinstance(part, LayerIntervention)]
         if not layers or len(layers) < len(parts):
-            raise ValueError(f"intervention={intervention!r}: must be interventions on layers, at least one")
+            raise ValueError(f"intervention={short(intervention)}: must be interventions on layers, at least one")
         name, data = name_intervention(uuid.uuid4().hex, layers), interventions.to_bytes(layers)
         refused = [why for why in self.collective_rpc("smc_put_intervention", args=(name, data)) if why]
         if refused:

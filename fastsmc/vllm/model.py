@@ -245,6 +245,13 @@ class Model:
             table, ancestors, position=position, block_size=self.block_size, caches=self.caches, slot_dim=self.slot_dim
         )
 
+    @torch.inference_mode()
+    def clear(self, blocks: Sequence[int]) -> None:
+        """Makes blocks zero. Attention also reads what lies beyond a row's end, with weight 0, and 0 · NaN is NaN."""
+        for cache in self.caches:
+            for block in blocks:
+                cache[block].zero_()
+
 
 def _adjoining(shared: Sequence[tuple[int, int, int]]) -> list[list[tuple[int, int, int]]]:
     """Puts stretches of rows together that adjoin."""

@@ -145,6 +145,8 @@ class PagedCalls(Protocol):
 
     def reindex(self, table: Tensor, ancestors: Tensor, position: Tensor) -> None: ...
 
+    def clear(self, blocks: Sequence[int]) -> None: ...
+
 
 class Member(NamedTuple):
     """Is a group in a worker.

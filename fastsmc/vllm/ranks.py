@@ -20,7 +20,7 @@ of which there is no way back: the engine ends, as it does when an ordinary step
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
@@ -52,6 +52,7 @@ class Call(NamedTuple):
         n_tokens, max_length, queries, shared: as of a `Batch`.
         has_variants: whether its variants come with its rows.
         begin, end: of a LOGITS, rows of the last HIDDEN.
+        cleared: blocks that were made zero since the last message.
     """
 
     verb: str
@@ -65,6 +66,7 @@ class Call(NamedTuple):
     begin: int = 0
     end: int = 0
     has_variants: bool = False
+    cleared: tuple[int, ...] = ()
 
 
 class Leader:
@@ -75,6 +77,7 @@ class Leader:
         self.device, self.block_size, self.attend = model.device, model.block_size, model.attend
         self.max_tokens, self.max_logits_rows = model.max_tokens, model.max_logits_rows
         self._moves: list[Tensor] = []  # (3, K) int32: from block, to block, slots
+        self._cleared: list[int] = []
         self._in_order = False
         self._failure: BaseException | None = None
 
@@ -115,6 +118,10 @@ class Leader:
         copies = torch.stack([table[parents, column], table[moved, column], used])
         self._moves.append(copies[:, used > 0])
 
+    def clear(self, blocks: Sequence[int]) -> None:
+        self._model.clear(blocks)
+        self._cleared += blocks
+
     @staticmethod
     def _call_of(verb: str, batch: Batch) -> Call:
         n_rows, n_columns = batch.table.shape
@@ -144,13 +151,13 @@ class Leader:
         """Sends a call, its rows, and the moves before it."""
         parts = self._moves + list(rows)
         numbers = torch.cat([part.reshape(-1).int() for part in parts]).cpu() if parts else None
-        call = call._replace(moves=tuple(part.shape[1] for part in self._moves))
+        call = call._replace(moves=tuple(part.shape[1] for part in self._moves), cleared=tuple(self._cleared))
         try:
             self._ranks.broadcast_object((call, numbers))
         except BaseException as error:
             self._failure = error
             raise
-        self._moves = []
+        self._moves, self._cleared = [], []
 
 
 class Follower:
@@ -190,6 +197,7 @@ class Follower:
             parts: list[Tensor] = list(numbers.to(self._model.device).split(sizes)) if sizes else []
             for copies in parts[: len(call.moves)]:
                 self._copy(*copies.view(3, -1))
+            self._model.clear(call.cleared)
             if call.verb == END:
                 return
             if call.verb == LOGITS:

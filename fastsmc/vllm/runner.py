@@ -370,6 +370,13 @@ class ParticleRunner:
         if start.return_population:
             result.population = base64.b64encode(population.to_bytes()).decode()
 
+    def _clear(self, member: Member) -> None:
+        """Makes the blocks of a group zero that may have written NaN to them, before others have them."""
+        error, start = member.group.error, member.start
+        if (error is not None and error.kind == "engine") or self.interventions.broke(start.intervention):
+            n = start.n_intervened_blocks
+            self.model.clear([*member.paging.owned, *start.prompt_blocks[len(start.prompt_blocks) - n :]])
+
     def drop(self, request_ids: list[str]) -> None:
         """Forgets groups that have ended, or were aborted or preempted; a pass that is half done with one is undone."""
         if self._half is not None and not self._half[1].isdisjoint(request_ids):
@@ -379,4 +386,5 @@ class ParticleRunner:
             self.captured.pop(request_id, None)
             if (member := self.groups.pop(request_id, None)) is not None:
                 self.tables.remove(member.first_row)
+                self._clear(member)
         self.shelf.forget(start for start, _ in self._waiting.values())
