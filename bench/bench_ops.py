@@ -6,6 +6,7 @@
     redraw      counterfactual tokens where few of N rows move, and where most do; hindsight is the published procedure,
                 NumPy's noise and argmax (peers/hindsight.py)
     settle      particles that come from half as many histories and have drawn again; eager is its PyTorch operations
+    intervene   N rows of SmolLM2's width, each under one of 1 or 64 maps of rank 1; eager: all rows under the same
     step        all of a captured step but the model: as CapturedGroup runs it, on a GPU as one CUDA graph
 
 Everything in a record ran in turn (A B A B …), so that a change of the machine's load meets all; medians. On the CPU
@@ -246,6 +247,22 @@ def bench_redraw(n: int, vocab: int, change: float, clock: Clock) -> dict[str, A
     return out | ({} if clock.gpu else {"hindsight_ratio": times["hindsight"] / times["ours"]})
 
 
+def bench_intervene(n: int, maps: int, clock: Clock) -> dict[str, Any]:
+    """Times ours in place, and the product that a hook of one rank-one map makes for every row."""
+    width, device = 576, clock.device
+    generator = torch.Generator().manual_seed(n)
+    x = torch.randn(n, width, generator=generator).to(device)
+    down, up, shift = (1e-3 * torch.randn(maps, width, generator=generator).to(device) for _ in range(3))
+    slots, offsets = torch.arange(n, device=device) * maps // n, torch.arange(maps + 1, device=device)
+    calls = 20 if clock.gpu else 1
+    functions = {
+        "ours": clock.graph(lambda: ops.intervene(x, slots, offsets, down, up, shift), calls),
+        "eager": clock.graph(lambda: x.add_((x @ down[0])[:, None] * up[0] + shift[0]), calls),
+    }
+    times = {name: seconds / calls for name, seconds in clock.medians(functions).items()}
+    return record("intervene", "triton", clock, n, times, maps=maps)
+
+
 class _Still:
     """Has the same logits always: a `captured.PagedModel` without a model's cost."""
 
@@ -302,7 +319,7 @@ def bench_step(n: int, vocab: int, dtype: torch.dtype, clock: Clock) -> dict[str
 
 def describe(r: dict[str, Any]) -> str:
     name = " ".join(str(r[key]) for key in ("op", "scheme", "dtype", "bytes_per_block") if key in r)
-    groups = f" × {r['groups']}" if r.get("groups", 1) > 1 else ""
+    groups = f" × {r['groups']}" if r.get("groups", 1) > 1 else f" ÷ {r['maps']}" if "maps" in r else ""
     parts = [f"{name:28} n {r['n']:5}{groups} {'twist' if r.get('twist') else '':5} {r['median_s'] * 1e3:9.4f} ms"]
     for name in BASELINES:
         key = "ratio" if name == "eager" else f"{name}_ratio"
@@ -371,6 +388,7 @@ def run(json_path: str | None = None, device: str | None = None, seconds: float 
         *(lambda slot_dim=slot_dim: bench_reindex(slot_dim, clock) for slot_dim in (None, 2)),
         *(lambda change=change: bench_redraw(64, SIZES[where.type][0][1], change, clock) for change in (0.05, 3.0)),
         *(lambda n=n, groups=groups: bench_settle(n, groups, brief) for n, groups in ((256, 1), (1024, 1), (16, 16))),
+        *(lambda n=n, maps=maps: bench_intervene(n, maps, brief) for n in (64, 1024) for maps in (1, 64)),
         *(lambda n=n, v=v: bench_step(n, v, torch.bfloat16, clock) for n, v in SIZES[where.type]),
     ]
     records = []

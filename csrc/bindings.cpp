@@ -150,6 +150,16 @@ PYBIND11_MODULE(_C, m) {
                 {at<int64_t>(keys[0]), at<int64_t>(keys[1]), at<int64_t>(keys[2]), at<int64_t>(keys[3])},
                 at<int64_t>(tokens));
   });
+  // rows: x, its row stride, source, its row stride, dtype code; map: H, K, offsets, down, up, shift, finite or 0
+  m.def("intervene", [](const std::tuple<Address, int64_t, Address, int64_t, int>& rows, Address slots, int64_t n_rows,
+                        const std::tuple<int64_t, int64_t, Address, Address, Address, Address, Address>& map) {
+    const auto& [x, x_stride, source, source_stride, dtype] = rows;
+    const auto& [width, source_width, offsets, down, up, shift, finite] = map;
+    py::gil_scoped_release release;
+    cpu::intervene(at<void>(x), x_stride, at<void>(source), source_stride, dtype, at<int64_t>(slots), n_rows,
+                   {width, source_width, at<int64_t>(offsets), at<float>(down), at<float>(up), at<float>(shift),
+                    at<bool>(finite)});
+  });
 
   m.def("bad_log_weight", [](Address lw, int64_t n) { return cpu::bad_log_weight(at<double>(lw), n); });
   m.def("bad_uniform", [](Address u, int64_t n) { return cpu::bad_uniform(at<double>(u), n); });

@@ -265,6 +265,45 @@ void gumbel(const Contrast& of, const double* lse, const NoiseKeys& keys, int64_
   }
 }
 
+template <typename T>
+void intervene_all(T* x, int64_t x_stride, const T* source, int64_t source_stride, const int64_t* slots, int64_t n_rows,
+                   const Intervention& of) {
+  std::vector<int64_t> begins;  // of blocks of neighbours that have one slot
+  for (int64_t r = 0; r < n_rows; ++r)
+    if (begins.empty() || slots[r] != slots[begins.back()] || r - begins.back() == kInterveneRows) begins.push_back(r);
+  const int64_t n_blocks = begins.size();
+  begins.push_back(n_rows);
+#pragma omp parallel if (n_rows * of.width > kSerial)
+  {
+    std::vector<float> y(kInterveneRows * of.source_width), sum(kInterveneRows * of.width);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t b = 0; b < n_blocks; ++b) {
+      const int64_t begin = begins[b];
+      const int n = static_cast<int>(begins[b + 1] - begin);
+      if (slots[begin] < 0) continue;
+      T* rows[kInterveneRows];
+      const T* sources[kInterveneRows];
+      for (int j = 0; j < n; ++j) {
+        rows[j] = x + (begin + j) * x_stride;
+        sources[j] = source + (begin + j) * source_stride;
+      }
+      intervene_rows(of, slots[begin], n, rows, sources, y.data(), sum.data());
+    }
+  }
+}
+
+void intervene(void* x, int64_t x_stride, const void* source, int64_t source_stride, int dtype, const int64_t* slots,
+               int64_t n_rows, const Intervention& of) {
+  const auto run = [&](auto* kind) {
+    using T = std::remove_pointer_t<decltype(kind)>;
+    intervene_all(static_cast<T*>(x), x_stride, static_cast<const T*>(source), source_stride, slots, n_rows, of);
+  };
+  if (dtype == kFloat32) run(static_cast<float*>(nullptr));
+  else if (dtype == kBFloat16) run(static_cast<bf16*>(nullptr));
+  else if (dtype == kFloat16) run(static_cast<fp16*>(nullptr));
+  else throw std::invalid_argument("unknown dtype code " + std::to_string(dtype));
+}
+
 // First index of a row with logits whose temperature is not positive and finite, or too small for 1/T, else −1.
 int64_t bad_temperature(const double* temperature, const int64_t* logit_rows, int64_t n) {
   for (int64_t r = 0; r < n; ++r) {

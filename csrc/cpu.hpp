@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "fastsmc/attend.cuh"
+#include "fastsmc/intervene.cuh"
 #include "fastsmc/philox.cuh"
 #include "fastsmc/reindex.cuh"
 #include "fastsmc/resample.cuh"
@@ -94,6 +95,10 @@ struct Histories {
 
 void settle(const int64_t* slots, const int64_t* tokens, const bool* wanted, const int64_t* offsets, int64_t groups,
             const Histories& out);
+
+// x: (n_rows, of.width), rows x_stride elements apart; source: (n_rows, of.source_width); both of one dtype.
+void intervene(void* x, int64_t x_stride, const void* source, int64_t source_stride, int dtype, const int64_t* slots,
+               int64_t n_rows, const Intervention& of);
 
 // For tests: run what the device runs, thread by thread, in an order drawn from `seed`.
 void emulate_resample(const ResamplingGroups& all, int threads, uint64_t seed);

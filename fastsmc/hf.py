@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, overload
 
 import torch
@@ -19,6 +20,8 @@ from torch import Tensor
 
 from fastsmc import twists
 from fastsmc.arguments import Prompt, Prompts, read_each, read_prompts
+from fastsmc.interventions import Intervention, LayerIntervention, read_interventions, take_apart
+from fastsmc.maps import Maps, blame, lay_out
 from fastsmc.params import SMCParams
 from fastsmc.population import Population
 from fastsmc.potentials import Potential
@@ -36,16 +39,35 @@ SCORE_ELEMENTS = 1 << 25
 class TrunkRows:
     """Keeps the slots of one group over a trunk, as a `RowModel`."""
 
-    def __init__(self, trunk: Trunk, prompt: list[int], n: int) -> None:
+    def __init__(self, trunk: Trunk, prompt: list[int], n: int, layers: Sequence[LayerIntervention] = ()) -> None:
         self._trunk, self._prompt = trunk, prompt
         self._row_of = torch.zeros(n, dtype=torch.int64, device=trunk.device)  # a slot's row in the cache
+        self._length = 0  # tokens of each row
+        self._maps = Maps(layers)
+        variants = dict(enumerate(self._maps.variants))
+        self._sites = lay_out(variants, len(variants), trunk.device)
+
+    def _appending(self, n: int) -> AbstractContextManager[None]:
+        """Has the model run under the interventions while each row appends n tokens."""
+        if not self._maps.variants:
+            return nullcontext()
+        of = self._maps.of_positions(len(self._prompt), self._length + n)[self._length :]
+        return self._trunk.under(self._sites, torch.tensor(of, device=self._trunk.device))
+
+    def blame(self) -> str:
+        """Says what has become of numbers under the interventions."""
+        return blame(self._sites, self._maps, range(len(self._maps.variants)))
 
     def first(self) -> tuple[Tensor, Tensor]:
-        hidden, self._cache = self._trunk.start(self._prompt)
+        with self._appending(len(self._prompt)):
+            hidden, self._cache = self._trunk.start(self._prompt)
+        self._length = len(self._prompt)
         return self._trunk.logits(hidden), hidden
 
     def next(self, tokens: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
-        hidden, self._cache = self._trunk.next(self._cache, self._row_of[slots], tokens)
+        with self._appending(1):
+            hidden, self._cache = self._trunk.next(self._cache, self._row_of[slots], tokens)
+        self._length += 1
         self._row_of[slots] = torch.arange(len(slots), device=slots.device)
         return self._trunk.logits(hidden), hidden
 
@@ -60,7 +82,8 @@ class TrunkRows:
         out = []
         for part, rows in zip(tokens.split(chunk), self._row_of[slots].split(chunk), strict=True):
             ids = torch.cat([part[:, None], target[None, :-1].expand(len(part), -1)], dim=1)
-            hidden, _ = self._trunk.next(fork(self._cache), rows, ids)
+            with self._appending(len(continuation)):
+                hidden, _ = self._trunk.next(fork(self._cache), rows, ids)
             logits = self._trunk.logits(hidden).flatten(0, 1).detach()
             at = (before + torch.arange(len(continuation), device=slots.device)).repeat(len(part))
             score = token_log_probs(logits, target.repeat(len(part)), [p0], [0, len(logits)], at)
@@ -130,6 +153,7 @@ class HFEngine:
         *,
         twist: str | os.PathLike | None = None,
         exact: Sequence | None = None,
+        intervention: Intervention | Sequence | None = None,
         use_tqdm: bool = False,
     ) -> Population: ...
     @overload
@@ -141,6 +165,7 @@ class HFEngine:
         *,
         twist: str | os.PathLike | None = None,
         exact: Sequence | None = None,
+        intervention: Intervention | Sequence | None = None,
         use_tqdm: bool = False,
     ) -> list[Population]: ...
     @overload  # forms that are one prompt or several by their shape
@@ -152,6 +177,7 @@ class HFEngine:
         *,
         twist: str | os.PathLike | None = None,
         exact: Sequence | None = None,
+        intervention: Intervention | Sequence | None = None,
         use_tqdm: bool = False,
     ) -> Population | list[Population]: ...
     @torch.no_grad()  # not inference mode: what is sampled may be trained on
@@ -163,9 +189,13 @@ class HFEngine:
         *,
         twist: str | os.PathLike | None = None,
         exact: Sequence | None = None,
+        intervention: Intervention | Sequence | None = None,
         use_tqdm: bool = False,
     ) -> Population | list[Population]:
         """Samples as `fastsmc.LLM.smc` does, one group after the other; potentials are set up at every call.
+
+        Args:
+            prompts, params, potential, twist, exact, intervention, use_tqdm: as there.
 
         Raises:
             ValueError: an argument that cannot be, or one that a potential's `setup` refuses.
@@ -177,6 +207,7 @@ class HFEngine:
         each, chosen, kept = read_each(len(ids), single, params, potential, exact, self.engine.vocab_size)
         if not ids:
             return []
+        layers, ids, each = self._intervene(intervention, ids, each)
         guide = None if twist is None else twists.Twist.load(twist)
         ready: dict[int, Potential | None] = {}
         for target in chosen:
@@ -197,7 +228,7 @@ class HFEngine:
         failures = []
         for i, (prompt, asked, target, samples) in enumerate(zip(ids, each, chosen, kept, strict=True)):
             try:
-                populations.append(self._run(prompt, asked, ready[id(target)], samples, bar))
+                populations.append(self._run(prompt, asked, ready[id(target)], samples, layers[i], bar))
             except SMCError as error:
                 error.populations = [None]
                 if single:
@@ -231,15 +262,33 @@ class HFEngine:
                 f"most {limit} positions of this model"
             )
 
+    def _intervene(
+        self, intervention: Any, prompts: list[list[int]], params: list[SMCParams]
+    ) -> tuple[list[tuple[LayerIntervention, ...]], list[list[int]], list[SMCParams]]:
+        """Reads the interventions of a call: those of layers, and prompts and parameters as the others have them."""
+        if intervention is None:
+            return [()] * len(prompts), prompts, params
+        each = read_interventions(intervention, len(prompts), self.trunk.sizes)
+        read = [take_apart(*one) for one in zip(each, prompts, params, strict=True)]
+        return [one.layers for one in read], [one.prompt for one in read], [one.params for one in read]
+
     def _run(
-        self, prompt: list[int], params: SMCParams, potential: Potential | None, exact: Any, bar: Any
+        self,
+        prompt: list[int],
+        params: SMCParams,
+        potential: Potential | None,
+        exact: Any,
+        layers: tuple[LayerIntervention, ...],
+        bar: Any,
     ) -> Population:
-        rows = TrunkRows(self.trunk, prompt, params.n_particles)
+        rows = TrunkRows(self.trunk, prompt, params.n_particles, layers)
         stops = self.stops(params)
         group = Group(
             params, potential, prompt, stops, self.trunk.device, self.engine, exact,
             all_stop_token_ids=stops | self.stop_token_ids,
         )  # fmt: skip
+        if layers:
+            group.blame = rows.blame
         while not group.done:
             take_step(group, rows)
             if bar is not None:

@@ -158,12 +158,13 @@ class SMCParams:
 #: `smc_*` keys of a group request that are not SMCParams: the potential's name, its JSON arguments, the directory of a
 #: learned twist, exact samples of the target (lists of token ids), whether the whole population comes back (in
 #: `RequestOutput.kv_transfer_params`) or only a summary, whether the group's rows are in no other group's pass, whether
-#: outputs say how each step went, whether tokens come as soon as they are final, and how many samples are drawn.
+#: outputs say how each step went, whether tokens come as soon as they are final, how many samples are drawn, and an
+#: intervention's name.
 REQUEST_KEYS = frozenset(
     PREFIX + name
     for name in (
         "potential", "potential_args", "twist", "exact", "return_population", "alone", "progress", "stream_tokens",
-        "n_samples",
+        "n_samples", "intervention",
     )
 )  # fmt: skip
 

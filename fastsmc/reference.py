@@ -452,6 +452,19 @@ def settle(slots, tokens, wanted, offsets) -> Histories:
     return Histories(ancestors, of, appended, rows, present, copied)
 
 
+# -- intervene ---------------------------------------------------------------------------------------------------------
+def intervene(x, slots, offsets, down, up, shift, *, source=None, finite=None) -> None:
+    """Adds up_sᵀ (down_s · y) + shift_s to each row of x (R, H) whose slot s is not −1, in place; y is its source."""
+    source = np.array(x if source is None else source, np.float64)
+    for r, s in enumerate(slots):
+        if s < 0:
+            continue
+        factors = slice(offsets[s], offsets[s + 1])
+        x[r] += np.asarray(up[factors], np.float64).T @ (down[factors] @ source[r]) + shift[s]
+        if finite is not None and not np.isfinite(x[r]).all():
+            finite[s] = False
+
+
 # -- attend ------------------------------------------------------------------------------------------------------------
 def attend(query, key_cache, value_cache, table, length, *, scale) -> Array:
     """Attends (R, Hq, D) from query (R, Hq, D) over caches (n_blocks, Hk, B, D) and table (R, C), row by row.

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from fastsmc.interventions import BLOCK, DOWN_PROJ, Sizes
+from fastsmc.maps import Site, SiteMaps
 
 #: sequences that go through a frozen trunk at once
 CHUNK = 1024
@@ -47,6 +53,71 @@ class Trunk:
 
         model: Any = AutoModelForCausalLM.from_pretrained(str(name), dtype=dtype)
         return cls(model.to(device))
+
+    # -------------------------------------------------------------------------------------------------- interventions
+    @cached_property
+    def layers(self) -> Any:
+        """Finds the decoder layers, a torch.nn.ModuleList.
+
+        Raises:
+            ValueError: there is no list of as many modules as the configuration says.
+        """
+        n = self.model.config.get_text_config().num_hidden_layers
+        for module in self._body.modules():
+            if isinstance(module, torch.nn.ModuleList) and len(module) == n:
+                return module
+        raise ValueError(f"{type(self.model).__name__}: its {n} layers are in no list of modules, so none can be found")
+
+    @cached_property
+    def sizes(self) -> Sizes:
+        """Says what interventions must fit."""
+        last = getattr(getattr(self.layers[0], "mlp", None), DOWN_PROJ, None)
+        return Sizes(len(self.layers), self.hidden_size, getattr(last, "in_features", None), self.vocab_size)
+
+    @contextmanager
+    def under(self, sites: Mapping[Site, SiteMaps], variants: Tensor) -> Iterator[None]:
+        """Has calls within run under maps: `variants` (n,) int64 of the n tokens that every row appends."""
+
+        def block(maps: SiteMaps) -> Callable[[Any, Any, Any], Any]:
+            def hook(module: Any, inputs: Any, output: Any) -> Any:
+                if isinstance(output, tuple):
+                    return (_mapped(maps, output[0], variants), *output[1:])
+                return _mapped(maps, output, variants)
+
+            return hook
+
+        def product(maps: SiteMaps) -> Callable[[Any, Any, Any], Any]:
+            return lambda module, inputs, output: _mapped(maps, output, variants, inputs[0])
+
+        with ExitStack() as stack:
+            for (layer, place), maps in sites.items():
+                if place == BLOCK:
+                    handle = self.layers[layer].register_forward_hook(block(maps))
+                else:
+                    handle = self.layers[layer].mlp.down_proj.register_forward_hook(product(maps))
+                stack.callback(handle.remove)
+            yield
+
+    @torch.no_grad()
+    def watch(self, token_ids: list[int], layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Runs a text and returns what a layer puts out (T, H), what its down_proj reads (T, K), and puts out (T, H).
+
+        The last two are empty where there is no down_proj.
+        """
+        seen = [torch.zeros(0)] * 3
+
+        def hook(module: Any, inputs: Any, output: Any) -> None:
+            seen[0] = (output[0] if isinstance(output, tuple) else output)[0].float()
+
+        def inner(module: Any, inputs: Any, output: Any) -> None:
+            seen[1:] = inputs[0][0].float(), output[0].float()
+
+        with ExitStack() as stack:
+            stack.callback(self.layers[layer].register_forward_hook(hook).remove)
+            if self.sizes.inner is not None:
+                stack.callback(self.layers[layer].mlp.down_proj.register_forward_hook(inner).remove)
+            self._body(input_ids=torch.tensor([token_ids], device=self.device), use_cache=False)
+        return seen[0].cpu(), seen[1].cpu(), seen[2].cpu()
 
     def unembedding(self) -> Tensor:
         """Gives the output embedding (V, H)."""
@@ -98,3 +169,11 @@ class Trunk:
                 before = torch.cat([before, after], dim=1)
             parts.append(before)
         return torch.cat(parts)[history_of]
+
+
+def _mapped(maps: SiteMaps, output: Tensor, variants: Tensor, source: Tensor | None = None) -> Tensor:
+    """Returns (R, n, H) mapped, as a whole; in place where memory allows, of which a model has no other use."""
+    x = output.reshape(-1, output.shape[-1])
+    y = None if source is None else source.reshape(-1, source.shape[-1])
+    maps.apply(x, variants.repeat(output.shape[0]), y)
+    return x.view(output.shape)

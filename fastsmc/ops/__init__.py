@@ -1,7 +1,7 @@
-"""The ops of a step, `attend → weigh → resample → reindex → draw`, `uniforms`, and `redraw`, on torch tensors.
+"""The ops of a step, `attend → weigh → resample → reindex → draw`, `uniforms`, `redraw` and `intervene`, on tensors.
 
 Each op validates, picks a backend by device and calls it. Backends: 'cpu' (fastsmc._C, C++ and OpenMP) for CPU tensors,
-on GPUs 'triton' (fastsmc.kernels) for weigh, draw and redraw, 'cuda' (fastsmc._C, where it was built with CUDA) for
+on GPUs 'triton' (fastsmc.kernels) for weigh, draw, redraw and intervene, 'cuda' (fastsmc._C, if built with it) for
 uniforms, resample and reindex; 'torch' (eager PyTorch) on any device. The oracle of all of them is fastsmc.reference.
 """
 
@@ -10,6 +10,7 @@ import torch  # noqa: F401  # isort: skip
 
 from fastsmc.ops.attend import BF16_MATH, AttendPlan, attend, plan_attend
 from fastsmc.ops.draw import NO_TOKEN, Drawn, draw, stratify
+from fastsmc.ops.intervene import intervene
 from fastsmc.ops.redraw import Redrawn, gumbel, redraw, redraw_logits
 from fastsmc.ops.reindex import reindex
 from fastsmc.ops.resample import Resampled, ess_log_mean, resample
@@ -31,6 +32,7 @@ __all__ = [
     "draw",
     "ess_log_mean",
     "gumbel",
+    "intervene",
     "plan_attend",
     "redraw",
     "redraw_logits",

@@ -35,7 +35,7 @@ def built_backends() -> list[str]:
 
 
 #: ops by the backend that has their kernels for a GPU, the argument `gpu` of `pick_backend`
-GPU_OPS = {"cuda": ("uniforms", "resample", "reindex"), "triton": ("weigh", "draw", "redraw")}
+GPU_OPS = {"cuda": ("uniforms", "resample", "reindex"), "triton": ("weigh", "draw", "redraw", "intervene")}
 
 
 def missing_on_gpu(built: Sequence[str]) -> str | None:

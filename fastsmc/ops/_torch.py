@@ -528,3 +528,21 @@ def settle(
     settled[order] = torch.where(there, target, parents)
     rows = torch.where(wanted, (present[:n].cumsum(0) - 1)[settled], -1)
     return ancestors[:n], settled - begin, appended[:n], rows, present[:n], copied[:n]
+
+
+# -- intervene ---------------------------------------------------------------------------------------------------------
+def intervene(
+    x: Tensor, source: Tensor, slots: Tensor, offsets: Tensor, down: Tensor, up: Tensor, shift: Tensor,
+    finite: Tensor | None,
+) -> None:  # fmt: skip
+    """Maps the rows of one slot after the other; which there are the host must know: it waits for the device."""
+    ends = offsets.tolist()
+    for s in slots.unique().tolist():
+        if s < 0:
+            continue
+        rows = (slots == s).nonzero()[:, 0]
+        factors = slice(ends[s], ends[s + 1])
+        change = (source[rows].float() @ down[factors].T) @ up[factors] + shift[s]
+        x[rows] = (x[rows].float() + change).to(x.dtype)
+        if finite is not None:
+            finite[s] &= x[rows].isfinite().all()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -89,6 +89,7 @@ class Setup:
                     f"stop={list(params.stop)}: this engine has no tokenizer; give stop_token_ids", kind="refused"
                 )
             self.stop_strings = StopStrings(engine.tokenizer, params, self.prompt, self.device)
+        self.blame: Callable[[], str] | None = None  # says what of the model's call may have made a NaN
         self.asker: Asker | None = None
         methods: set[str] = set()
         if potential is not None:
@@ -142,7 +143,8 @@ class Setup:
     def fault_error(self, kind: int, particle: int, at: int, value: float, vocab: int) -> SMCError:
         """Makes the group's error of a fault: its kind, particle, step and value; `vocab` is V."""
         if kind == faults.MODEL:
-            return SMCError(f"model at step {at}: logits of row {int(value)} hold NaN or +inf", kind="engine")
+            where = "" if self.blame is None else f"; {self.blame()}"
+            return SMCError(f"model at step {at}: logits of row {int(value)} hold NaN or +inf{where}", kind="engine")
         if kind == faults.POOL:
             return SMCError(f"pool: its {int(value)} blocks were not enough at step {at}", kind="engine")
         if kind == faults.RULED_OUT:

@@ -14,6 +14,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from fastsmc.maps import NOWHERE
 from fastsmc.params import SMCParams
 
 #: bytes per particle and token that log ψ takes in a step: a dense (N, V) in float32, and as much again while a
@@ -162,11 +163,16 @@ class Limits:
         )
 
 
-def check_fits(params: SMCParams, prompt_len: int, lookahead: int, limits: Limits) -> None:
+def check_fits(
+    params: SMCParams, prompt_len: int, lookahead: int, limits: Limits, first_reached: int = NOWHERE
+) -> None:
     """Refuses a group that this engine can never run.
 
     A group that never resamples shares nothing, so its whole need is known and must fit; any other must fit with its
     tails and one copy of the rest (it grows as its genealogy asks for it).
+
+    Args:
+        first_reached: position of the prompt from which on an intervention gives it KV of its own; `NOWHERE`: none.
 
     Raises:
         ValueError: naming the argument, its value and the limit.
@@ -187,12 +193,22 @@ def check_fits(params: SMCParams, prompt_len: int, lookahead: int, limits: Limit
     private = first_columns(params, prompt_len, lookahead, size)
     never = params.ess_threshold == 0.0
     blocks = prompt_blocks + n * (columns if never else private) + (0 if never else columns - private)
+    blocks += (again := intervened_blocks(first_reached, prompt_len, size))
     if blocks > limits.num_blocks:
         what = "never resampling, so sharing nothing" if never else "at the least"
+        what += f", {again} of them for the prompt under its intervention" * (again > 0)
         raise ValueError(
             f"n_particles={n}: with max_tokens={params.max_tokens} and a prompt of {prompt_len} tokens the group needs "
             f"{blocks} KV blocks ({what}); the KV cache has {limits.num_blocks} of {size} tokens"
         )
+
+
+def intervened_blocks(first_reached: int, prompt_len: int, block_size: int) -> int:
+    """Counts the blocks of a prompt that a group has a second time, for KV under an intervention: from that which holds
+    position `first_reached` on, none for `NOWHERE`."""
+    if not 0 <= first_reached < prompt_len:
+        return 0
+    return -(-prompt_len // block_size) - first_reached // block_size
 
 
 def last_position(params: SMCParams, prompt_len: int, lookahead: int) -> int:

@@ -67,6 +67,8 @@ class DecodeGraphs:
 
     def hidden(self, batch: Batch) -> Tensor | None:
         """Returns (Q, H) last hidden states of a batch's queries; None: there is no graph for it."""
+        if batch.variants is not None:  # graphs were captured while nobody intervened, and hold nothing of it
+            return None
         graphs, decodes = self._runner.cudagraph_manager, batch.queries is None and not batch.shared
         n_queries = 1 if decodes else None  # of each row, if all have as many
         found = graphs.dispatch(

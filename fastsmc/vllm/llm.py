@@ -25,17 +25,19 @@ from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 from vllm.utils.cpu_resource_utils import get_allowed_cpu_list, get_visible_memory_node
 
-from fastsmc import models, twists
+from fastsmc import interventions, models, twists
 from fastsmc.arguments import read_each, read_exact, read_prompts
+from fastsmc.interventions import Intervention, LayerIntervention, Sizes, read_interventions, take_apart
 from fastsmc.params import PREFIX, SMCParams
 from fastsmc.population import Population
 from fastsmc.potentials import Potential
+from fastsmc.potentials.tokens import short
 from fastsmc.smc import SMCError
 from fastsmc.texts import population_texts
 from fastsmc.vllm import compat, machine, options
 from fastsmc.vllm.capacity import Limits, check_fits
 from fastsmc.vllm.compat import get_logger
-from fastsmc.vllm.request import OBJECT, GroupRequest, is_group_request, with_token_ids
+from fastsmc.vllm.request import OBJECT, GroupRequest, is_group_request, name_intervention, with_token_ids
 
 if TYPE_CHECKING:
     from fastsmc.arguments import Prompt, Prompts
@@ -153,6 +155,7 @@ class LLM(vllm.LLM):
         if str(model).startswith(("/", ".", "~")) and not os.path.exists(model):  # vLLM would take it for a hub's name
             raise ValueError(f"model={str(model)!r}: there is no such directory")
         self._strays: list[Any] = []
+        self._sizes: Sizes | None = None  # until interventions are asked for
         options = {
             "offline": True,
             "shared_forward": shared_forward,
@@ -179,6 +182,7 @@ class LLM(vllm.LLM):
         exact: Sequence | None = None,
         alone: bool = False,
         lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
+        intervention: Intervention | Sequence | None = None,
         use_tqdm: bool = False,
     ) -> Population: ...
 
@@ -193,6 +197,7 @@ class LLM(vllm.LLM):
         exact: Sequence | None = None,
         alone: bool = False,
         lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
+        intervention: Intervention | Sequence | None = None,
         use_tqdm: bool = False,
     ) -> list[Population]: ...
 
@@ -207,6 +212,7 @@ class LLM(vllm.LLM):
         exact: Sequence | None = None,
         alone: bool = False,
         lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
+        intervention: Intervention | Sequence | None = None,
         use_tqdm: bool = False,
     ) -> Population | list[Population]: ...
 
@@ -220,6 +226,7 @@ class LLM(vllm.LLM):
         exact: Sequence | None = None,
         alone: bool = False,
         lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
+        intervention: Intervention | Sequence | None = None,
         use_tqdm: bool = False,
     ) -> Population | list[Population]:
         """Samples p0(s | prompt)·φ(s)/Z with N weighted particles.
@@ -238,6 +245,9 @@ class LLM(vllm.LLM):
                 same population whatever else runs, bit for bit, as `shared_forward="never"` does for a whole engine.
             lora_request: vLLM's LoRARequest, whose adapter is part of p0 (`enable_lora`); with several prompts one for
                 all, or one or None for each.
+            intervention: what the model does otherwise (`fastsmc.interventions`): an intervention or a list of them,
+                which is one, for all prompts; or a list of one of these or None for each prompt, at least one of which
+                is a list or None. It is part of p0, as are the keys and values of prompt positions that it reaches.
             use_tqdm: a progress bar over particle steps.
 
         Raises:
@@ -254,22 +264,37 @@ class LLM(vllm.LLM):
         if not ids:
             return []
         adapters = self._read_adapters(lora_request, len(ids))
-        inputs = [self._prompt(prompt) for prompt in ids]
+        intervened = [()] * len(ids) if intervention is None else self._read_interventions(intervention, len(ids))
+        read = [take_apart(*one) for one in zip(intervened, ids, each, strict=True)]
+        each = [one.params for one in read]
+        inputs = [self._prompt(one.prompt) for one in read]
         names: dict[int, str] = {}  # by id; None has none
+        kept: dict[tuple[int, ...], str] = {}  # names of interventions, by the ids of their parts
         try:
+            for layers in (one.layers for one in read):
+                if layers and (key := tuple(map(id, layers))) not in kept:
+                    kept[key] = self.register_intervention(layers)
             for phi in chosen:
                 if phi is not None and id(phi) not in names:
                     names[id(phi)] = self.register_potential(phi)
             requests = [
                 self.lead_params(
-                    one, names.get(id(phi)), twist=twist, exact=samples, alone=alone, return_population=True
+                    one.params,
+                    names.get(id(phi)),
+                    twist=twist,
+                    exact=samples,
+                    alone=alone,
+                    intervention=kept.get(tuple(map(id, one.layers))),
+                    return_population=True,
                 )
-                for one, phi, samples in zip(each, chosen, retained, strict=True)
+                for one, phi, samples in zip(read, chosen, retained, strict=True)
             ]
             outputs = self._run_groups(inputs, requests, adapters, each[0].max_tokens, use_tqdm)
         finally:
             for name in names.values():
                 self.drop_potential(name)
+            for name in kept.values():
+                self.drop_intervention(name)
         populations = self._populations(outputs, single)
         return populations[0] if single else populations
 
@@ -299,6 +324,7 @@ class LLM(vllm.LLM):
         twist: str | os.PathLike | None = None,
         exact: Sequence[Sequence[int]] | None = None,
         alone: bool = False,
+        intervention: str | None = None,
         return_population: bool = False,
     ) -> SamplingParams:
         """Makes a group request's SamplingParams, for `generate`: the request's text is then one posterior sample.
@@ -309,6 +335,7 @@ class LLM(vllm.LLM):
             twist: directory of a learned twist, as the worker sees it.
             exact: exact samples of the target: one, or n_particles of them.
             alone: the group's rows share no forward pass with those of other groups.
+            intervention: a name that `register_intervention` gave.
             return_population: the whole population comes back with the output, for `population(output)`.
         """
         extra = params.to_extra_args()
@@ -321,6 +348,8 @@ class LLM(vllm.LLM):
             extra[PREFIX + "exact"] = read_exact("exact", exact, params)
         if alone is not False:
             extra[PREFIX + "alone"] = alone
+        if intervention is not None:
+            extra[PREFIX + "intervention"] = intervention
         if return_population:
             extra[PREFIX + "return_population"] = True
         return SamplingParams(**params.to_shared(), extra_args=extra)
@@ -369,6 +398,28 @@ class LLM(vllm.LLM):
         """Makes the workers forget a registered potential; groups that run with it go on."""
         self.collective_rpc("smc_drop_potential", args=(name,))
 
+    def register_intervention(self, intervention: Intervention | Sequence[Intervention]) -> str:
+        """Sends interventions on layers to the workers; returns the name to give to `lead_params`.
+
+        Raises:
+            ValueError: one that does not fit the model, or whose place this engine does not have; `Prompt` and
+                `Temperature`, which are a request's own.
+        """
+        (parts,) = self._read_interventions(intervention, 1)
+        layers = [part for part in parts if isinstance(part, LayerIntervention)]
+        if not layers or len(layers) < len(parts):
+            raise ValueError(f"intervention={short(intervention)}: must be interventions on layers, at least one")
+        name, data = name_intervention(uuid.uuid4().hex, layers), interventions.to_bytes(layers)
+        refused = [why for why in self.collective_rpc("smc_put_intervention", args=(name, data)) if why]
+        if refused:
+            self.drop_intervention(name)
+            raise ValueError(refused[0])
+        return name
+
+    def drop_intervention(self, name: str) -> None:
+        """Makes the workers forget a registered intervention; a group that still runs under it ends with an error."""
+        self.collective_rpc("smc_drop_intervention", args=(name,))
+
     # ---------------------------------------------------------------------------------------------- vLLM's own face
     def generate(self, prompts: Any, sampling_params: Any = None, **kwargs: Any) -> list[RequestOutput]:
         """Generates as `vllm.LLM` does. A group that can never run is refused before anything is sent."""
@@ -414,13 +465,18 @@ class LLM(vllm.LLM):
             raise ValueError(f"lora_request={adapters!r}: this engine was started without enable_lora=True")
         return each
 
+    def _read_interventions(self, given: Any, n_prompts: int) -> list[tuple[Intervention, ...]]:
+        if self._sizes is None:
+            self._sizes = Sizes(*self.collective_rpc("smc_sizes")[0])  # between processes a tuple is a list
+        return read_interventions(given, n_prompts, self._sizes)
+
     def _check_group(self, sampling_params: SamplingParams, prompt_len: int = 1) -> None:
         config = self.llm_engine.vllm_config
         allowed = options.EngineOptions.of(config.additional_config)
         asked = GroupRequest.parse(sampling_params)
         asked.check_allowed(allowed)
         asked.check_ids(self.model_config.get_vocab_size(), not self.model_config.skip_tokenizer_init)
-        check_fits(asked.params, prompt_len, asked.lookahead(allowed), Limits.of(config))
+        check_fits(asked.params, prompt_len, asked.lookahead(allowed), Limits.of(config), asked.first_reached())
 
     def _run_groups(
         self,

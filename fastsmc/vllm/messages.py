@@ -38,6 +38,8 @@ class GroupStart:
     stream_tokens: bool = False
     n_samples: int = 1
     adapter: Any = None  #: vLLM's LoRARequest; None: the model as it is
+    intervention: str | None = None  #: name under which the workers keep it
+    n_intervened_blocks: int = 0  #: of the blocks it gets, so many first ones are for the last columns of its prompt
 
 
 @dataclasses.dataclass

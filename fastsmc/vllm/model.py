@@ -22,6 +22,7 @@ from fastsmc.vllm.adapters import Adapters
 from fastsmc.vllm.attention import Attend, MixedMetadata, rows_read_whole
 from fastsmc.vllm.batch_bits import differing_sizes
 from fastsmc.vllm.compat import get_logger
+from fastsmc.vllm.interventions import Interventions
 from fastsmc.vllm.options import EngineOptions
 from fastsmc.vllm.passes import Batch, Ride
 from fastsmc.vllm.riding import Riding
@@ -65,7 +66,8 @@ class Model:
             logger.info("groups use vLLM's attention, which reads a shared block once per row: %s", self.attend.why_not)
         elif self.attend.costs is None:
             self._measure_attend({name: context[name] for name in self.attending})
-        self.riding = Riding(model_runner, self.layers, self.device)
+        self.interventions = Interventions(self._model, self.device)
+        self.riding = Riding(model_runner, self.layers, self.device, self.interventions)
         if self.riding.why_not is None:
             logger.info("rows of groups ride in ordinary steps that only decode")
         else:
@@ -134,11 +136,14 @@ class Model:
             self._adapters.set_batch(batch)
         if self._graphs is not None and (hidden := self._graphs.hidden(batch)) is not None:
             return hidden
-        with set_forward_context(
-            self._metadata(batch),
-            self._config,
-            num_tokens=len(batch.tokens),
-            slot_mapping=dict.fromkeys(self.layers, batch.slots),
+        with (
+            self.interventions.under(batch.variants),
+            set_forward_context(
+                self._metadata(batch),
+                self._config,
+                num_tokens=len(batch.tokens),
+                slot_mapping=dict.fromkeys(self.layers, batch.slots),
+            ),
         ):
             return self._model(
                 input_ids=batch.tokens.to(torch.int32),
@@ -237,6 +242,13 @@ class Model:
         ops.reindex(
             table, ancestors, position=position, block_size=self.block_size, caches=self.caches, slot_dim=self.slot_dim
         )
+
+    @torch.inference_mode()
+    def clear(self, blocks: Sequence[int]) -> None:
+        """Makes blocks zero. Attention also reads what lies beyond a row's end, with weight 0, and 0 · NaN is NaN."""
+        for cache in self.caches:
+            for block in blocks:
+                cache[block].zero_()
 
 
 def _adjoining(shared: Sequence[tuple[int, int, int]]) -> list[list[tuple[int, int, int]]]:

@@ -46,6 +46,8 @@ class Batch(NamedTuple):
             group; the others attend as vLLM does.
         plan: of `ops.attend` for all rows, if it is made already.
         adapters: of each row, vLLM's LoRARequest or None; None: no row has any.
+        variants: (Q,) int64, what interventions do to a query (`Interventions.under`), −1 for nothing; None: no query
+            has any.
     """
 
     tokens: Tensor
@@ -58,6 +60,7 @@ class Batch(NamedTuple):
     shared: tuple[tuple[int, int, int], ...] = ()
     plan: ops.AttendPlan | None = None
     adapters: tuple[Any, ...] | None = None
+    variants: Tensor | None = None
 
     def part(self, begin: int, end: int) -> Batch:
         """Takes rows [begin, end). A single row stands twice: kernels compute one row otherwise than several.
@@ -96,6 +99,7 @@ class Batch(NamedTuple):
             queries,
             shared,
             adapters=None if self.adapters is None else tuple(self.adapters[r] for r in row.tolist()),
+            variants=None if self.variants is None else self.variants[query],
         )
 
 
@@ -141,6 +145,8 @@ class PagedCalls(Protocol):
 
     def reindex(self, table: Tensor, ancestors: Tensor, position: Tensor) -> None: ...
 
+    def clear(self, blocks: Sequence[int]) -> None: ...
+
 
 class Member(NamedTuple):
     """Is a group in a worker.
@@ -148,6 +154,8 @@ class Member(NamedTuple):
     Attributes:
         first_row: of its rows in the worker's block tables.
         common: finds its tokens that are final, where these are asked for.
+        variants: (P,) int64, what its interventions do at each position (`Interventions.of_positions`); None: it has
+            none.
     """
 
     group: Group
@@ -155,6 +163,26 @@ class Member(NamedTuple):
     first_row: int
     start: GroupStart
     common: CommonTokens | None = None
+    variants: Tensor | None = None
+
+
+def write_prompt(model: PagedCalls, start: GroupStart, begin: int, variants: Tensor) -> None:
+    """Writes keys and values of a group's prompt from position `begin` on, where a block begins, under interventions.
+
+    The prompt's blocks from there on are the group's own; those before are only read.
+    """
+    size, device = model.block_size, model.device
+    table = torch.tensor([start.prompt_blocks], dtype=torch.int32, device=device)
+    tokens = torch.tensor(start.prompt, device=device)
+    for low in range(begin, len(tokens), model.max_tokens):
+        high = min(low + model.max_tokens, len(tokens))
+        at = torch.arange(low, high, device=device)
+        slots = table[0, at // size].long() * size + at % size
+        length = torch.tensor([high], dtype=torch.int32, device=device)
+        adapters = None if start.adapter is None else (start.adapter,)
+        model.hidden(
+            Batch(tokens[at], at, slots, table, length, high, (high - low,), adapters=adapters, variants=variants[at])
+        )
 
 
 class Pass:
@@ -218,8 +246,11 @@ class Pass:
         tokens = torch.cat([want.tokens for want in self._wants])
         slots = table.gather(1, positions[:, None] // size)[:, 0].long() * size + positions % size
         longest = max(member.paging.position for member in members) + 1
-        adapters = self._adapters_of([(member.group, n) for member, n in zip(members, counts, strict=True)])
-        batch = Batch(tokens, positions, slots, table, (positions + 1).int(), longest, adapters=adapters)
+        counted = [(member.group, n) for member, n in zip(members, counts, strict=True)]
+        adapters, variants = self._adapters_of(counted), self._variants_of(counted, positions)
+        batch = Batch(
+            tokens, positions, slots, table, (positions + 1).int(), longest, adapters=adapters, variants=variants
+        )
         return self._choose_attention(batch, members, bounds)
 
     def _adapters_of(self, counts: Sequence[tuple[Group, int]]) -> tuple[Any, ...] | None:
@@ -228,6 +259,19 @@ class Pass:
         if all(adapter is None for adapter, _ in rows):
             return None
         return tuple(adapter for adapter, n in rows for _ in range(n))
+
+    def _variants_of(self, counts: Sequence[tuple[Group, int]], positions: Tensor) -> Tensor | None:
+        """Finds what interventions do to queries at `positions` (Q,), so many of each group; None: there are none."""
+        tables = [(self._members[group].variants, n) for group, n in counts]
+        if all(table is None for table, _ in tables):
+            return None
+        parts = positions.split([n for _, n in tables])
+        return torch.cat(
+            [
+                torch.full_like(part, -1) if table is None else table[part]
+                for (table, _), part in zip(tables, parts, strict=True)
+            ]
+        )
 
     def _open_first(self, member: Member) -> Tensor:
         """Makes the block, a 0-dim tensor, in which a group's prompt has its last token once more.
@@ -378,9 +422,10 @@ class Pass:
         slots = table[row_of, at // size].long() * size + at % size
         longest = max(member.paging.position for member in self._members.values()) + max(queries)
         adapters = self._adapters_of(list(zip(groups, counts, strict=True)))
-        batch = Batch(tokens, at, slots, table, lengths, longest, tuple(queries), adapters=adapters)
-        query_group = group_of[row_of]
         counted = [count * len(tokens) for count, tokens in zip(counts, ids, strict=True)]
+        variants = self._variants_of(list(zip(groups, counted, strict=True)), at)
+        batch = Batch(tokens, at, slots, table, lengths, longest, tuple(queries), adapters=adapters, variants=variants)
+        query_group = group_of[row_of]
         prompts = torch.tensor([len(group.prompt) for group in groups], device=device)
         scored = self._score_queries(
             batch, targets[query_group, before], [group.p0 for group in groups], [0, *itertools.accumulate(counted)],

@@ -20,7 +20,7 @@ of which there is no way back: the engine ends, as it does when an ordinary step
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
@@ -30,6 +30,7 @@ from vllm.distributed import get_tp_group
 
 from fastsmc.smc import GroupEngine
 from fastsmc.vllm.compat import get_logger
+from fastsmc.vllm.interventions import Interventions
 from fastsmc.vllm.messages import GroupResult, StepOrder
 from fastsmc.vllm.model import Model
 from fastsmc.vllm.passes import Batch, PagedCalls
@@ -49,7 +50,9 @@ class Call(NamedTuple):
     Attributes:
         moves: how many blocks each `reindex` since the last message has copied.
         n_tokens, max_length, queries, shared: as of a `Batch`.
+        has_variants: whether its variants come with its rows.
         begin, end: of a LOGITS, rows of the last HIDDEN.
+        cleared: blocks that were made zero since the last message.
     """
 
     verb: str
@@ -62,6 +65,8 @@ class Call(NamedTuple):
     shared: tuple[tuple[int, int, int], ...] = ()
     begin: int = 0
     end: int = 0
+    has_variants: bool = False
+    cleared: tuple[int, ...] = ()
 
 
 class Leader:
@@ -72,6 +77,7 @@ class Leader:
         self.device, self.block_size, self.attend = model.device, model.block_size, model.attend
         self.max_tokens, self.max_logits_rows = model.max_tokens, model.max_logits_rows
         self._moves: list[Tensor] = []  # (3, K) int32: from block, to block, slots
+        self._cleared: list[int] = []
         self._in_order = False
         self._failure: BaseException | None = None
 
@@ -112,14 +118,22 @@ class Leader:
         copies = torch.stack([table[parents, column], table[moved, column], used])
         self._moves.append(copies[:, used > 0])
 
+    def clear(self, blocks: Sequence[int]) -> None:
+        self._model.clear(blocks)
+        self._cleared += blocks
+
     @staticmethod
     def _call_of(verb: str, batch: Batch) -> Call:
         n_rows, n_columns = batch.table.shape
-        return Call(verb, (), n_rows, n_columns, len(batch.tokens), batch.max_length, batch.queries, batch.shared)
+        return Call(
+            verb, (), n_rows, n_columns, len(batch.tokens), batch.max_length, batch.queries, batch.shared,
+            has_variants=batch.variants is not None,
+        )  # fmt: skip
 
     @staticmethod
     def _rows_of(batch: Batch) -> tuple[Tensor, ...]:
-        return batch.tokens, batch.positions, batch.slots, batch.lengths, batch.table
+        rows = batch.tokens, batch.positions, batch.slots, batch.lengths, batch.table
+        return rows if batch.variants is None else (*rows, batch.variants)
 
     def _on_all(self, make: Callable[[], T], call: Call, *rows: Tensor) -> T:
         if not self._in_order:
@@ -137,13 +151,13 @@ class Leader:
         """Sends a call, its rows, and the moves before it."""
         parts = self._moves + list(rows)
         numbers = torch.cat([part.reshape(-1).int() for part in parts]).cpu() if parts else None
-        call = call._replace(moves=tuple(part.shape[1] for part in self._moves))
+        call = call._replace(moves=tuple(part.shape[1] for part in self._moves), cleared=tuple(self._cleared))
         try:
             self._ranks.broadcast_object((call, numbers))
         except BaseException as error:
             self._failure = error
             raise
-        self._moves = []
+        self._moves, self._cleared = [], []
 
 
 class Follower:
@@ -151,6 +165,11 @@ class Follower:
 
     def __init__(self, model: Model, ranks: Any) -> None:
         self._model, self._ranks = model, ranks
+
+    @property
+    def interventions(self) -> Interventions:
+        """Gives those of this rank's model."""
+        return self._model.interventions
 
     def run(self, order: StepOrder) -> list[GroupResult]:
         """Does what rank 0's model does until its order is done. The results are rank 0's."""
@@ -174,19 +193,21 @@ class Follower:
             sizes = [3 * n for n in call.moves]
             if call.n_rows:
                 sizes += [call.n_tokens] * 3 + [call.n_rows, call.n_rows * call.n_columns]
+                sizes += [call.n_tokens] * call.has_variants
             parts: list[Tensor] = list(numbers.to(self._model.device).split(sizes)) if sizes else []
             for copies in parts[: len(call.moves)]:
                 self._copy(*copies.view(3, -1))
+            self._model.clear(call.cleared)
             if call.verb == END:
                 return
             if call.verb == LOGITS:
                 assert hidden is not None  # rank 0 has it of a HIDDEN
                 self._model.logits(hidden, slice(call.begin, call.end))
                 continue
-            tokens, positions, slots, lengths, table = parts[len(call.moves) :]
+            tokens, positions, slots, lengths, table, *variants = parts[len(call.moves) :]
             batch = Batch(
                 tokens.long(), positions.long(), slots.long(), table.view(call.n_rows, call.n_columns), lengths,
-                call.max_length, call.queries, call.shared,
+                call.max_length, call.queries, call.shared, variants=variants[0].long() if variants else None,
             )  # fmt: skip
             if call.verb == FORWARD:
                 self._model.forward(batch)

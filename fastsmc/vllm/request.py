@@ -15,6 +15,8 @@ from typing import Any
 
 from fastsmc import potentials
 from fastsmc.arguments import check_ids, read_exact
+from fastsmc.interventions import LayerIntervention
+from fastsmc.maps import NOWHERE, first_reached
 from fastsmc.params import GROUP_KEY, PREFIX, SMCParams
 from fastsmc.potentials import registry
 from fastsmc.potentials.tokens import short
@@ -51,6 +53,9 @@ P0_OFF: dict[str, Any] = {
 #: prefix of the names under which potential objects of an offline engine are kept in its workers: object:ID:LOOKAHEAD
 OBJECT = "object:"
 _OBJECT_NAME = re.compile(OBJECT + r"[0-9a-f]{32}:(\d{1,6})")
+#: prefix of the names under which interventions are kept in workers: intervention:ID:FIRST, FIRST as `first_reached`
+INTERVENTION = "intervention:"
+_INTERVENTION_NAME = re.compile(INTERVENTION + r"[0-9a-f]{32}:(-1|\d{1,9})")
 
 
 class OverLimit(ValueError):
@@ -106,6 +111,7 @@ class GroupRequest:
     progress: bool
     stream_tokens: bool
     n_samples: int
+    intervention: str | None = None
 
     @classmethod
     def parse(cls, sampling_params: Any) -> GroupRequest:
@@ -159,7 +165,10 @@ class GroupRequest:
                 raise ValueError(f"{PREFIX}{name}={flags[name]!r}: must be true or false")
         flags = {name: bool(value) for name, value in flags.items()}
         n_samples = check_int("smc_n_samples", extra.get(PREFIX + "n_samples", 1), 1, params.n_particles)
-        return cls(params, potential, args, twist, exact, **flags, n_samples=n_samples)
+        intervention = extra.get(PREFIX + "intervention")
+        if intervention is not None and not isinstance(intervention, str):
+            raise ValueError(f"smc_intervention={intervention!r}: must be a name")
+        return cls(params, potential, args, twist, exact, **flags, n_samples=n_samples, intervention=intervention)
 
     def check_ids(self, vocab_size: int, has_tokenizer: bool = True) -> None:
         """Refuses token ids that no row of logits has, and stop strings without a tokenizer.
@@ -188,6 +197,8 @@ class GroupRequest:
         twists = options.twists or {}
         if self.twist is not None and self.twist not in twists and not options.offline:
             raise ValueError(f"smc_twist={short(self.twist)}: unknown; known are {_listed(twists)}")
+        if self.intervention is not None and not options.offline:
+            raise ValueError(f"smc_intervention={short(self.intervention)}: unknown; known are none")
         n, length = self.params.n_particles, self.params.max_tokens
         if options.max_particles is not None and n > options.max_particles:
             raise OverLimit(f"n_particles={n}: at most max_particles={options.max_particles}", "max_particles")
@@ -197,6 +208,19 @@ class GroupRequest:
                 f"max_particle_tokens={options.max_particle_tokens}",
                 "max_particle_tokens",
             )
+
+    def first_reached(self) -> int:
+        """Returns the first position that the intervention reaches in the prompt, from its name; `NOWHERE`: none.
+
+        Raises:
+            ValueError: no such name.
+        """
+        if self.intervention is None:
+            return NOWHERE
+        name = _INTERVENTION_NAME.fullmatch(self.intervention)
+        if name is None:
+            raise ValueError(f"smc_intervention={self.intervention!r}: not a name of LLM.register_intervention")
+        return int(name[1])
 
     def lookahead(self, options: EngineOptions) -> int:
         """Returns how many tokens beyond a particle's end its potential scores, from name and arguments alone.
@@ -213,6 +237,11 @@ class GroupRequest:
             return int(name[1])
         args = json.loads(self.potential_args)
         return int(potentials.resolve(self.potential, args, options.known_potentials()).lookahead)
+
+
+def name_intervention(number: str, layers: Iterable[LayerIntervention]) -> str:
+    """Makes the name under which workers keep an intervention, of 32 hexadecimal digits."""
+    return f"{INTERVENTION}{number}:{first_reached(tuple(layers))}"
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -30,6 +30,7 @@ from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 
 from fastsmc.vllm.adapters import ids
 from fastsmc.vllm.attention import AttendImpl, MixedMetadata
+from fastsmc.vllm.interventions import Interventions
 from fastsmc.vllm.passes import Ride
 
 
@@ -38,12 +39,14 @@ class Riding:
 
     Args:
         layers: names of the attention layers.
+        interventions: under which rows of groups may be.
 
     Attributes:
         why_not: why rows cannot ride here; None where they can.
     """
 
-    def __init__(self, runner: Any, layers: Sequence[str], device: torch.device) -> None:
+    def __init__(self, runner: Any, layers: Sequence[str], device: torch.device, interventions: Interventions) -> None:
+        self._interventions = interventions
         self._runner, self._model, self._layers, self._device = runner, runner.model, layers, device
         config = self._config = runner.vllm_config
         self._is_v2 = config.use_v2_model_runner
@@ -87,7 +90,8 @@ class Riding:
         batch, ordinary, n = ride.batch, get_forward_context(), len(input_ids)
         end = n + len(batch.tokens)
         size, context = end, {}
-        if (captured := self._find_captured(end)) is not None:
+        captured = self._find_captured(end) if batch.variants is None else None
+        if captured is not None:
             size, buffers = captured, self._runner.input_buffers
             input_ids, positions = (
                 _in_place(buffer[:size], first, rows)
@@ -114,9 +118,14 @@ class Riding:
         # one group of layers has one KV cache, and the same slots (compat.check_kv_cache)
         first = ordinary.slot_mapping[self._layers[0]][:n]
         slots = torch.cat([first, batch.slots, batch.slots.new_full((size - end,), PAD_SLOT_ID)])
+        # ordinary tokens are under no intervention
+        variants = None if batch.variants is None else torch.cat([batch.variants.new_full((n,), -1), batch.variants])
         start = time.perf_counter()
-        with set_forward_context(
-            metadata, self._config, num_tokens=size, slot_mapping=dict.fromkeys(self._layers, slots), **context
+        with (
+            self._interventions.under(variants),
+            set_forward_context(
+                metadata, self._config, num_tokens=size, slot_mapping=dict.fromkeys(self._layers, slots), **context
+            ),
         ):
             hidden = self._model(input_ids=input_ids, positions=positions, **rest)
         if ride.timed and self._device.type == "cuda":

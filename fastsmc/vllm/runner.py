@@ -11,6 +11,8 @@ import base64
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +29,7 @@ from fastsmc.vllm.compat import get_logger
 from fastsmc.vllm.messages import GroupResult, GroupStart, GroupStep, StepOrder
 from fastsmc.vllm.model import Model
 from fastsmc.vllm.options import EngineOptions
-from fastsmc.vllm.passes import Member, PagedCalls, Pass, Ride
+from fastsmc.vllm.passes import Member, PagedCalls, Pass, Ride, write_prompt
 from fastsmc.vllm.shelf import Shelf
 
 logger = get_logger(__name__)
@@ -61,6 +63,7 @@ class ParticleRunner:
         lora = model_runner.vllm_config.lora_config
         self._max_adapters = 0 if lora is None else lora.max_loras
         self._captures = options.captured_steps
+        self.interventions = self._model.interventions
         # groups whose potential is being prepared: what they are to start with, and the blocks that they have got
         self._waiting: dict[str, tuple[GroupStart, list[int]]] = {}
         self._half: tuple[Pass, set[str]] | None = None
@@ -121,11 +124,23 @@ class ParticleRunner:
         rides = self._model.riding.why_not is None
         results = {part.request_id: GroupResult(part.request_id, part.epoch, rides) for part in order.groups}
         half, self._half = self._half, None
-        if half is not None and half[1] == results.keys():
+        lost = self._end_without_interventions(results)
+        if half is not None and half[1] == results.keys() and not lost:
             return results, half
         for part in order.groups:
             self._admit(part, results[part.request_id])
         return results, None
+
+    def _end_without_interventions(self, results: dict[str, GroupResult]) -> bool:
+        """Ends groups whose interventions were dropped, which else would go on as others; says if there are any."""
+        lost = [
+            request_id
+            for request_id, member in self.groups.items()
+            if request_id in results and not self.interventions.knows(member.start.intervention)
+        ]
+        for request_id in lost:
+            results[request_id].error, results[request_id].error_kind = "its intervention was dropped", "refused"
+        return bool(lost)
 
     def _answer(self, results: dict[str, GroupResult]) -> list[GroupResult]:
         if self._half is None:  # so that what is missing is there before the next order
@@ -266,11 +281,19 @@ class ParticleRunner:
         group.progress = [] if start.progress else None
         common = CommonTokens(group.lineages) if start.stream_tokens else None
         last = last_position(start.params, len(start.prompt), start.lookahead)
+        variants = None
+        if start.intervention is not None:
+            variants = self.interventions.of_positions(start.intervention, len(start.prompt), last + 1)
+            group.blame = partial(self.interventions.blame, start.intervention)
+            if n := start.n_intervened_blocks:
+                ours, blocks = blocks[:n], blocks[n:]
+                start = replace(start, prompt_blocks=[*start.prompt_blocks[:-n], *ours])
+                write_prompt(self.model, start, (len(start.prompt_blocks) - n) * self.model.block_size, variants)
         paging = Paging(
             group.n, len(start.prompt), start.prompt_blocks, self.model.block_size, last, start.lookahead, device
         )
         paging.grant(blocks)
-        self.groups[request_id] = Member(group, paging, self.tables.add(paging), start, common)
+        self.groups[request_id] = Member(group, paging, self.tables.add(paging), start, common, variants)
 
     def _open_columns(self, ids: Sequence[str], results: dict[str, GroupResult]) -> list[str]:
         """Opens what the next position needs, and lists the groups that can take a step; the others need blocks."""
@@ -352,6 +375,13 @@ class ParticleRunner:
         if start.return_population:
             result.population = base64.b64encode(population.to_bytes()).decode()
 
+    def _clear(self, member: Member) -> None:
+        """Makes the blocks of a group zero that may have written NaN to them, before others have them."""
+        error, start = member.group.error, member.start
+        if (error is not None and error.kind == "engine") or self.interventions.broke(start.intervention):
+            n = start.n_intervened_blocks
+            self.model.clear([*member.paging.owned, *start.prompt_blocks[len(start.prompt_blocks) - n :]])
+
     def drop(self, request_ids: list[str]) -> None:
         """Forgets groups that have ended, or were aborted or preempted; a pass that is half done with one is undone."""
         if self._half is not None and not self._half[1].isdisjoint(request_ids):
@@ -361,4 +391,5 @@ class ParticleRunner:
             self.captured.pop(request_id, None)
             if (member := self.groups.pop(request_id, None)) is not None:
                 self.tables.remove(member.first_row)
+                self._clear(member)
         self.shelf.forget(start for start, _ in self._waiting.values())

@@ -39,7 +39,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from fastsmc.potentials import token_list
 from fastsmc.vllm import adapters, compat
-from fastsmc.vllm.capacity import Limits, check_fits, first_columns
+from fastsmc.vllm.capacity import Limits, check_fits, first_columns, intervened_blocks
 from fastsmc.vllm.compat import get_logger
 from fastsmc.vllm.messages import GroupResult, GroupStart, GroupStep, StepOrder
 from fastsmc.vllm.options import EngineOptions
@@ -136,7 +136,7 @@ class _SMCMixin(_Scheduler):
             asked.check_ids(vocab_size, not model_config.skip_tokenizer_init)
             token_list("prompt", request.prompt_token_ids, vocab_size)
             lookahead = asked.lookahead(self._options)
-            check_fits(asked.params, request.num_prompt_tokens, lookahead, self._limits)
+            check_fits(asked.params, request.num_prompt_tokens, lookahead, self._limits, asked.first_reached())
             self._check_waiting()
             tokens = self._limits.max_num_batched_tokens
             if request.lora_request is not None and 2 * (lookahead + 1) > tokens:  # a row may stand twice
@@ -199,6 +199,7 @@ class _SMCMixin(_Scheduler):
                 first = group.n * first_columns(
                     group.asked.params, prompt_len, group.lookahead, self._limits.block_size
                 )
+                first += self._intervened_blocks(group)
                 group.short = first + self._prompt_blocks(group) > free
             if group.n > rows or group.short:
                 passed.append(group)
@@ -214,6 +215,11 @@ class _SMCMixin(_Scheduler):
 
     def _prompt_blocks(self, group: _Group) -> int:
         return -(-group.request.num_prompt_tokens // self._limits.block_size)
+
+    def _intervened_blocks(self, group: _Group) -> int:
+        """Counts the blocks for the part of a group's prompt that its intervention reaches."""
+        first, prompt_len = group.asked.first_reached(), group.request.num_prompt_tokens
+        return intervened_blocks(first, prompt_len, self._limits.block_size)
 
     def _has_blocks(self, group: _Group) -> bool:
         """Says whether vLLM has given a group its prompt's blocks (at least the first of them)."""
@@ -401,6 +407,8 @@ class _SMCMixin(_Scheduler):
                 stream_tokens=group.asked.stream_tokens,
                 n_samples=group.asked.n_samples,
                 adapter=request.lora_request,
+                intervention=group.asked.intervention,
+                n_intervened_blocks=self._intervened_blocks(group),
             )
             group.started = True
         granted, group.to_grant = group.to_grant, []

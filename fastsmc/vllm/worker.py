@@ -21,8 +21,9 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec, rep
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.worker.gpu_worker import Worker
 
+from fastsmc.interventions import Sizes
 from fastsmc.ops._tensors import built_backends, missing_on_gpu
-from fastsmc.vllm import attention, capacity, compat
+from fastsmc.vllm import attention, capacity, compat, interventions
 from fastsmc.vllm.compat import get_logger
 from fastsmc.vllm.messages import GroupResult
 from fastsmc.vllm.ranks import Follower, make_runner
@@ -43,13 +44,14 @@ class SMCWorkerMixin(_Worker):
     smc_runner: ParticleRunner | Follower
     _riders: Sequence[GroupResult] = ()  # results of groups that rode in the step whose tokens are sampled next
 
-    def load_model(self, *args: Any, **kwargs: Any) -> Any:
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
         compat.check_config(self.vllm_config)  # before the weights are read
         compat.check_names(current_platform.device_type)
         attention.register()
         # as `get_kv_cache_spec` below, in the small cache with which vLLM's GPU runners try their CUDA graphs
         self.vllm_config.scheduler_config.disable_hybrid_kv_cache_manager = True
-        return super().load_model(*args, **kwargs)
+        super().load_model(*args, **kwargs)
+        interventions.install(self.model_runner.model, self.vllm_config)
 
     def get_kv_cache_spec(self) -> Any:
         specs = keep_behind_windows(super().get_kv_cache_spec(), self.cache_config.block_size)
@@ -108,6 +110,21 @@ class SMCWorkerMixin(_Worker):
     def smc_drop_potential(self, name: str) -> None:
         if not isinstance(self.smc_runner, Follower):
             self.smc_runner.shelf.drop(name)
+
+    def smc_sizes(self) -> Sizes:
+        """Says what interventions must fit."""
+        return self.smc_runner.interventions.places.sizes
+
+    def smc_put_intervention(self, name: str, data: bytes) -> str | None:
+        """Keeps interventions (`fastsmc.interventions.to_bytes`) on every rank; returns None, or why it cannot."""
+        try:
+            self.smc_runner.interventions.put(name, data)
+        except ValueError as error:
+            return str(error)
+        return None
+
+    def smc_drop_intervention(self, name: str) -> None:
+        self.smc_runner.interventions.drop(name)
 
 
 def keep_behind_windows(specs: dict[str, Any], block_size: int) -> dict[str, Any]:

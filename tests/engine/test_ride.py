@@ -251,7 +251,7 @@ def test_where_nothing_rides_it_is_said_why(monkeypatch, changes, device, reason
         ),
     )
     runner = SimpleNamespace(model=None, vllm_config=config)
-    found = riding.Riding(runner, ["layer"], torch.device(device)).why_not
+    found = riding.Riding(runner, ["layer"], torch.device(device), None).why_not
     assert found == reason or reason in found
 
 

@@ -8,11 +8,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from intervened import EACH, LISTS, hooked_log_probs
 from tiny import PROMPT, TableTwist, hf_log_probs
 from vllm import SamplingParams
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from fastsmc import Potential, SMCError, SMCParams, ops
+from fastsmc.interventions import Steer
 from fastsmc.potentials import Infill
 from fastsmc.vllm.messages import StepOrder
 from fastsmc.vllm.passes import Batch
@@ -60,6 +62,26 @@ def all_blocks_back(request):
 def test_populations_are_those_of_one_rank(parallel, alone, all_blocks_back):  # noqa: F811
     """Side by side with other groups and ordinary requests too; a group that fails, fails alone."""
     check(parallel, alone)
+
+
+def test_groups_under_interventions(parallel, tiny_path, all_blocks_back):
+    """The residual stream is whole on every rank, so all of them map it; the inside of an MLP is not."""
+    lists = [LISTS["steer"], LISTS["affine"], None, LISTS["project"], [EACH["steer"], EACH["steer positions"]]]
+    prompts = [prompt_of(40 + i) for i in range(5)]
+    params = SMCParams(n_particles=6, max_tokens=12, ess_threshold=1.0, seed=3)
+    populations = parallel.smc(prompts, params, POTENTIAL, intervention=lists)
+    for population, prompt, parts in zip(populations, prompts, lists, strict=True):
+        for i, want in enumerate(hooked_log_probs(tiny_path, prompt, population.token_ids, parts or [])):
+            assert np.abs(population.token_log_probs[i] - want).max() <= 5e-4
+    with pytest.raises(ValueError, match="RankOne: its site down_proj is sharded with tensor_parallel_size=2"):
+        parallel.smc(prompts[0], params, intervention=EACH["rank one"])
+    far = torch.full((64,), 3e38)
+    with pytest.raises(SMCError, match=r"layer 1 \(block\) put out NaN"):
+        parallel.smc(prompts[0], params, intervention=[Steer(0, far, at="generated"), Steer(1, far, at="generated")])
+    plain = parallel.smc(prompts, params, POTENTIAL)  # in the blocks that held NaN, on every rank
+    for population, prompt in zip(plain, prompts, strict=True):
+        for i, want in enumerate(hooked_log_probs(tiny_path, prompt, population.token_ids, [])):
+            assert np.abs(population.token_log_probs[i] - want).max() <= 5e-4
 
 
 # -------------------------------------------------------------------------------------- answers that differ by rank
@@ -315,6 +337,10 @@ class Net:
     def logits(self, hidden, rows):
         self.calls.append(hidden[rows].tolist())
 
+    def clear(self, blocks):
+        for cache in self.caches:
+            cache[list(blocks)] = 0.0
+
     def reindex(self, table, ancestors, position):
         ops.reindex(table, ancestors, position=position, block_size=BLOCK, caches=self.caches, slot_dim=2)
 
@@ -351,7 +377,9 @@ def test_the_other_rank_makes_the_same_calls(pair):
                 tokens = torch.randint(50, (len(rows) * n,), generator=generator)
                 lengths, queries = (at[:, -1] + 1).int(), None if n == 1 else (n,) * len(rows)
                 shared = ((0, 5 // (1 + step % 2), 1),) if step % 5 else ()
+                variants = tokens % 3 - 1 if step % 2 else None
                 batch = Batch(tokens, at.flatten(), slots.flatten(), used, lengths, step + 6, queries, shared)
+                batch = batch._replace(variants=variants)
                 n_messages += 1
                 if n == 1:
                     leader.forward(batch)
@@ -362,6 +390,7 @@ def test_the_other_rank_makes_the_same_calls(pair):
                         n_messages += 1
             # of a group that no pass follows in this order
             leader.reindex(table, torch.cat([in_place_form(generator, 5), torch.arange(5, 14)]), position)
+            leader.clear([150, 190])
         assert len(sent) == n_messages  # one per call, and the end
         assert follower.run(StepOrder([], [])) == [] and not sent
         assert other.calls == net.calls and len(net.calls) > 20

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from intervened import EACH, LISTS, hooked_log_probs
 from tiny import WINDOW, TableTwist, TinyLlama, hf_log_probs, make_windowed, value_table
 from vllm import SamplingParams
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata
@@ -78,6 +79,24 @@ def test_windows_sinks_and_experts(tmp_path):
     engine = make_engine(path, in_process=False)
     for length in (5, WINDOW, 100):
         check_windows(engine, path, length)
+    check_intervened(engine, path, ["affine", "steer positions"])
+    with pytest.raises(ValueError, match="RankOne: the layers of this model have no mlp.down_proj"):
+        engine.smc(prompt_of(5), PARAMS, intervention=EACH["rank one"])
+
+
+def check_intervened(engine, path, names):
+    """The end of a layer is where it is in Hugging Face, also where the next layer adds up what comes of it."""
+    prompts = [prompt_of(WINDOW + 10 + i) for i in range(len(names))]
+    params = replace(PARAMS, max_tokens=12)
+    populations = engine.smc(prompts, params, POTENTIAL, intervention=[LISTS[name] for name in names])
+    for population, prompt, name in zip(populations, prompts, names, strict=True):
+        for i, want in enumerate(hooked_log_probs(path, prompt, population.token_ids, LISTS[name])):
+            assert np.abs(population.token_log_probs[i] - want).max() <= 5e-4
+
+
+def test_interventions(windowed):
+    _, path, engine = windowed
+    check_intervened(engine, path, ["steer", "all", "rank one"])
 
 
 def test_continuations_are_scored_within_the_window(windowed):

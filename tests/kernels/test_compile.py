@@ -19,7 +19,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from fastsmc.kernels import draw, launch, redraw, weigh  # noqa: E402
+from fastsmc.kernels import draw, intervene, launch, redraw, weigh  # noqa: E402
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 POINTERS = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
@@ -31,8 +31,9 @@ psi_dtypes = pytest.mark.parametrize("psi", [None, "float32", "bfloat16"])
 masks = pytest.mark.parametrize("masked", [False, True])
 
 
-def compiled(kernel, given, constants, op):
+def compiled(kernel, given, constants, op, num_warps=1):
     """(registers, spilled bytes, SASS). given: name → type; of the kernel's other parameters, constants, else None.
+    An op without a configuration has `num_warps`.
 
     Pointers and integers are divisible by 16, as they are where the vocabulary is.
     """
@@ -44,7 +45,7 @@ def compiled(kernel, given, constants, op):
         for i, name in enumerate(names)
         if signature[name] not in ("constexpr", "fp32") and name not in kernel.do_not_specialize
     }
-    options = launch._configs()["default"][op]["*"] if op else {"num_warps": 1}
+    options = launch._configs()["default"][op]["*"] if op else {"num_warps": num_warps}
     options = {"enable_fp_fusion": False, **{k: v for k, v in options.items() if k.startswith("num_")}}
     binary = triton.compile(
         ASTSource(kernel, signature, constexprs, aligned), target=GPUTarget("cuda", 90, 32), options=options
@@ -143,3 +144,19 @@ def test_integrate():
     given = dict.fromkeys(("stay", "log_kernel", "left"), "*fp64") | {"bins": "*i64"}
     registers, spilled, _ = compiled(redraw.integrate, given, {}, None)
     assert spilled == 0 and registers <= 255
+
+
+@dtypes
+@pytest.mark.parametrize("finite", [False, True])
+def test_intervene(dtype, finite):
+    """Rows of 8192, as in models of 70 billion parameters, that read an inner layer of 32768."""
+    given = {"x": POINTERS[dtype], "source": POINTERS[dtype], "slots": "*i64", "offsets": "*i64"}
+    given |= dict.fromkeys(("down", "up", "shift"), "*fp32") | ({"finite": "*i8"} if finite else {})
+    given |= dict.fromkeys(("x_stride", "source_stride", "width", "source_width"), "i32")
+    for block, source_block in ((4096, 4096), (8192, 32768)):
+        constants = {"BLOCK": block, "SOURCE_BLOCK": source_block}
+        registers, spilled, sass = compiled(
+            intervene.intervene_row, given, constants, None, num_warps=intervene.warps(block, source_block)
+        )
+        assert registers <= 128 and spilled == 0
+        assert loads(sass, 128) >= 3 * block // (4 * 32 * 16)  # shift, up, down, of which a thread takes four at a time

@@ -1,4 +1,4 @@
-"""Runs the tests of attend, weigh, draw and redraw on Triton's kernels without a GPU: in processes of their own, as
+"""Runs tests of the ops on Triton's kernels without a GPU: in processes of their own, as
 Triton decides when it is imported whether it interprets, and other tests here compile its kernels."""
 
 import os
@@ -12,7 +12,9 @@ HERE = Path(__file__).parent
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this is the process with the interpreter")
-@pytest.mark.parametrize("file", ["test_weigh.py", "test_draw.py", "test_redraw.py", "test_attend.py"])
+@pytest.mark.parametrize(
+    "file", ["test_weigh.py", "test_draw.py", "test_redraw.py", "test_attend.py", "test_intervene.py"]
+)
 def test_on_the_interpreter(file):
     pytest.importorskip("triton")
     command = [

@@ -1,0 +1,555 @@
+"""Interventions: what a model does otherwise than it was trained to, as frozen values that can be kept and sent.
+
+    Steer     x + scale·vector                      RankOne      W + u vᵀ, W the weight of down_proj
+    Affine    A x + b                               Prompt       another prompt
+    Project   x without its part in a subspace,     Temperature  another temperature
+              or with a given one there             Facts        another model's logits along a text
+
+x is the hidden state that a layer puts out (the residual stream). A list of interventions is one, made in its order;
+`fastsmc.maps` makes of it what `ops.intervene` runs. Helpers fit some of them: `Steer.from_contrast`, `Affine.mimic`,
+`RankOne.edit`.
+
+Positions count from 0 over prompt and generated tokens. A token that is generated at position p goes through the model
+there, so "generated" changes logits from the second generated token on; the first one's are the prompt's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastsmc.params import SMCParams
+from fastsmc.potentials.tokens import short, token_list
+from fastsmc.values import check_choice, check_float, check_int
+
+#: where a hidden state can be changed: what a layer puts out, or the product with its MLP's last weight
+BLOCK, DOWN_PROJ = "block", "down_proj"
+#: names of `Steer.at`
+REACHES = ("all", "prompt", "generated")
+#: entries of |BBᵀ − I| that a basis B may have
+ORTHONORMAL = 1e-4
+#: elements of `Facts.logits`
+FACTS_ELEMENTS = 1 << 28
+FORMAT, VERSION = "fastsmc interventions", 1
+
+
+class Sizes(NamedTuple):
+    """Says what a model is, as far as interventions must fit it.
+
+    Attributes:
+        n_layers: decoder layers.
+        hidden: H.
+        inner: what down_proj reads; None: the model has no such weight.
+        vocab: V.
+    """
+
+    n_layers: int
+    hidden: int
+    inner: int | None
+    vocab: int
+
+
+class Step(NamedTuple):
+    """Is a map x + upᵀ (down · y) + shift: down (r, K), up (r, H), shift (H,), all float64."""
+
+    down: Tensor
+    up: Tensor
+    shift: Tensor
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Intervention:
+    """Is the base of all interventions. Tensors are float32, on the CPU, and copies of what was given."""
+
+    #: fields that are tensors, or may be
+    TENSORS: ClassVar[tuple[str, ...]] = ()
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and all(
+            torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a is b or a == b
+            for a, b in ((getattr(self, f.name), getattr(other, f.name)) for f in dataclasses.fields(self))
+        )
+
+    def __hash__(self) -> int:
+        return hash(type(self))
+
+    def _put(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def _put_tensor(self, name: str, n_dims: int) -> Tensor:
+        tensor = read_tensor(name, getattr(self, name), n_dims)
+        self._put(name, tensor)
+        return tensor
+
+    def check(self, sizes: Sizes) -> None:
+        """Refuses what does not fit a model.
+
+        Raises:
+            ValueError: naming the argument, its value and what is allowed.
+        """
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LayerIntervention(Intervention):
+    """Is an intervention on what one layer puts out.
+
+    Args:
+        layer: 0 to the number of the model's layers − 1.
+    """
+
+    layer: int
+
+    @property
+    def place(self) -> str:
+        """Says where in its layer it is made: BLOCK or DOWN_PROJ."""
+        return BLOCK
+
+    def __post_init__(self) -> None:
+        self._put("layer", check_int("layer", self.layer, 0))
+
+    def reaches(self, position: int, prompt_len: int) -> bool:
+        """Says whether the token at a position is reached, after a prompt of so many tokens."""
+        return True
+
+    @property
+    def width(self) -> int:
+        """Gives the H that the intervention is for."""
+        raise NotImplementedError
+
+    def step(self) -> Step:
+        """Makes the map."""
+        raise NotImplementedError
+
+    def check(self, sizes: Sizes) -> None:
+        if self.layer >= sizes.n_layers:
+            raise ValueError(f"layer={self.layer}: must be in [0, {sizes.n_layers}), the layers of this model")
+        if self.width != sizes.hidden:
+            name = type(self).__name__
+            raise ValueError(f"{name}: is for hidden states of {self.width} elements, this model has {sizes.hidden}")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Steer(LayerIntervention):
+    """Adds scale·vector to what a layer puts out.
+
+    Args:
+        vector: (H,), finite, as is scale·vector.
+        scale: a number; 0 changes nothing, bit for bit.
+        at: "all", "prompt" or "generated", or a list of positions.
+    """
+
+    TENSORS = ("vector",)
+    vector: Tensor
+    scale: float = 1.0
+    at: str | tuple[int, ...] = "all"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        vector = self._put_tensor("vector", 1)
+        self._put("scale", check_float("scale", self.scale, -1e30, 1e30))
+        if not (self.scale * vector).isfinite().all():
+            raise ValueError(f"scale={self.scale!r}: times the vector is not finite in float32")
+        if isinstance(self.at, str):
+            check_choice("at", self.at, REACHES)
+        else:
+            positions = token_list("at", self.at)
+            if not positions:
+                raise ValueError(f"at={self.at!r}: must be one of {', '.join(map(repr, REACHES))}, or positions")
+            self._put("at", tuple(sorted(set(positions))))
+
+    def reaches(self, position: int, prompt_len: int) -> bool:
+        if isinstance(self.at, tuple):
+            return position in self.at
+        return self.at == "all" or (self.at == "prompt") == (position < prompt_len)
+
+    @property
+    def width(self) -> int:
+        return len(self.vector)
+
+    def step(self) -> Step:
+        none = self.vector.new_zeros((0, self.width), dtype=torch.float64)
+        return Step(none, none, self.scale * self.vector.double())
+
+    @classmethod
+    def from_contrast(cls, llm: Any, positive: Sequence[Any], negative: Sequence[Any], layer: int) -> Steer:
+        """Takes the mean hidden state at the last token of `positive` texts less that of `negative` ones.
+
+        Args:
+            llm: `HFEngine`, or an `LLM`, whose weights are loaded once more, by transformers.
+            positive, negative: texts, or lists of token ids.
+            layer: whose output is read, and steered.
+
+        Raises:
+            ValueError: naming the argument; no text, or a layer that is not there.
+        """
+        from fastsmc.editing import contrast
+
+        return cls(layer, contrast(llm, positive, negative, layer))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Affine(LayerIntervention):
+    """Makes A x + b of what a layer puts out, x: A is (H, H), b (H,)."""
+
+    TENSORS = ("A", "b")
+    A: Tensor
+    b: Tensor
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        a, b = self._put_tensor("A", 2), self._put_tensor("b", 1)
+        if a.shape != (len(b), len(b)):
+            raise ValueError(f"A: is {tuple(a.shape)}, must be ({len(b)}, {len(b)}), as b has {len(b)} elements")
+
+    @property
+    def width(self) -> int:
+        return len(self.b)
+
+    def step(self) -> Step:
+        """Makes the map of A − I, of the rank that it has: factors of no weight beside the largest are left out."""
+        u, s, vt = torch.linalg.svd(self.A.double() - torch.eye(self.width, dtype=torch.float64))
+        rank = int((s > 1e-7 * max(1.0, float(s[0]))).sum())
+        return Step(vt[:rank], (u * s).T[:rank], self.b.double())
+
+    @classmethod
+    def mimic(cls, x0: Any, x1: Any, layer: int, shrink: float = 1e-4) -> Affine:
+        """Fits the affine map that carries samples x0 (n, H) to the mean and covariance of x1 (m, H), with least moves.
+
+        It is the optimal transport between two normal distributions (MiMiC, arXiv 2402.09631). `shrink` times the mean
+        variance is added to the diagonals of both covariances, which few samples leave singular.
+
+        Raises:
+            ValueError: fewer than two samples, or samples of different widths.
+        """
+        from fastsmc.editing import transport
+
+        return cls(layer, *transport(read_tensor("x0", x0, 2), read_tensor("x1", x1, 2), shrink))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Project(LayerIntervention):
+    """Takes the part in a subspace out of what a layer puts out, or sets it.
+
+    Args:
+        basis: (k, H), orthonormal rows; (H,), a single one.
+        value: (k,), the coordinates that x gets there; None: 0.
+    """
+
+    TENSORS = ("basis", "value")
+    basis: Tensor
+    value: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = self.basis
+        if not isinstance(given, Tensor):
+            given = read_tensor("basis", given, None)
+        self._put("basis", given[None] if given.ndim == 1 else given)
+        basis = self._put_tensor("basis", 2)
+        off = (basis.double() @ basis.double().T - torch.eye(len(basis))).abs()
+        if len(basis) > basis.shape[1] or float(off.max()) > ORTHONORMAL:
+            raise ValueError(
+                f"basis: its rows are not orthonormal, BBᵀ is off the identity by up to {float(off.max()):.3g}; at "
+                f"most {ORTHONORMAL:g} is allowed"
+            )
+        if self.value is not None and self._put_tensor("value", 1).shape != (len(basis),):
+            raise ValueError(f"value: has {len(self.value)} elements, must have {len(basis)}, one per row of the basis")
+
+    @property
+    def width(self) -> int:
+        return self.basis.shape[1]
+
+    def step(self) -> Step:
+        basis = self.basis.double()
+        value = basis.new_zeros(len(basis)) if self.value is None else self.value.double()
+        return Step(basis, -basis, basis.T @ value)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RankOne(LayerIntervention):
+    """Adds u vᵀ to the weight of a layer's down_proj, the last of its MLP.
+
+    Args:
+        u: (H,); v: (K,), K the width within the MLP.
+        site: "down_proj".
+    """
+
+    TENSORS = ("u", "v")
+    u: Tensor
+    v: Tensor
+    site: str = DOWN_PROJ
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._put_tensor("u", 1), self._put_tensor("v", 1)
+        check_choice("site", self.site, (DOWN_PROJ,))
+
+    @property
+    def place(self) -> str:
+        return self.site
+
+    @property
+    def width(self) -> int:
+        return len(self.u)
+
+    def step(self) -> Step:
+        return Step(self.v.double()[None], self.u.double()[None], torch.zeros(self.width, dtype=torch.float64))
+
+    def check(self, sizes: Sizes) -> None:
+        super().check(sizes)
+        if sizes.inner is None:
+            raise ValueError("RankOne: the layers of this model have no mlp.down_proj")
+        if len(self.v) != sizes.inner:
+            raise ValueError(f"v: has {len(self.v)} elements, the down_proj of this model reads {sizes.inner}")
+
+    @classmethod
+    def edit(
+        cls, llm: Any, prompt: Any, subject: str, target: Any, layer: int, texts: Sequence[Any], steps: int = 25
+    ) -> RankOne:
+        """Writes one fact into a layer: after `prompt` the model says `target`. ROME (arXiv 2202.05262), closed form.
+
+        With k what down_proj reads at the subject's last token, C the mean of such outer products over `texts`, and t
+        the output there that makes the target likely (found by gradient): v = C⁻¹k, u = (t − W k) / (vᵀ k).
+
+        Args:
+            llm: `HFEngine`, or an `LLM`, whose weights are loaded once more, by transformers.
+            prompt: a text that holds `subject`.
+            target: a text, or token ids.
+            texts: what keys are common; some thousands of tokens, so that C has an inverse worth the name.
+            steps: of the search for t.
+
+        Raises:
+            ValueError: naming the argument and what is wrong with it.
+        """
+        from fastsmc.editing import rank_one
+
+        return cls(layer, *rank_one(llm, prompt, subject, target, layer, texts, steps))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prompt(Intervention):
+    """Puts another prompt in the place of the prompt."""
+
+    token_ids: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        ids = token_list("token_ids", self.token_ids)
+        if not ids:
+            raise ValueError("token_ids=[]: a prompt needs at least one token")
+        self._put("token_ids", tuple(ids))
+
+    def check(self, sizes: Sizes) -> None:
+        token_list("token_ids", self.token_ids, sizes.vocab)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Temperature(Intervention):
+    """Puts another temperature in the place of the temperature, as `SMCParams` takes it."""
+
+    t: float
+
+    def __post_init__(self) -> None:
+        self._put("t", check_float("t", self.t, 0.01, 1e6))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Facts(Intervention):
+    """Holds what another model said along a text, so that a pair of models can be compared without both in one process.
+
+    Args:
+        logits: (T, V), row t before token t of the text; −inf is allowed, at most 2**28 elements.
+        token_ids: the text, T tokens, at least one.
+        prompt_token_ids: what it followed.
+        p0: settings of the draw that made the text, as `SMCParams.p0` gives them; {}: temperature 1 and nothing else.
+        tokenizer: `fastsmc.twists.tokenizer_hash` of the model's tokenizer; None: unknown.
+    """
+
+    TENSORS = ("logits",)
+    logits: Tensor
+    token_ids: tuple[int, ...]
+    prompt_token_ids: tuple[int, ...]
+    p0: dict[str, Any] = dataclasses.field(default_factory=dict)
+    tokenizer: str | None = None
+
+    def __post_init__(self) -> None:
+        logits = self._put_tensor("logits", 2)
+        n, vocab = logits.shape
+        if logits.numel() > FACTS_ELEMENTS:
+            raise ValueError(f"logits: {n} rows of {vocab} tokens are over {FACTS_ELEMENTS} elements")
+        for name in ("token_ids", "prompt_token_ids"):
+            ids = token_list(name, getattr(self, name), vocab)
+            if not ids:
+                raise ValueError(f"{name}=[]: must hold at least one token")
+            self._put(name, tuple(ids))
+        if len(self.token_ids) != n:
+            raise ValueError(f"token_ids: {len(self.token_ids)} tokens for {n} rows of logits")
+        self._check_possible()
+
+    def _check_possible(self) -> None:
+        """Refuses a token that the stated draw cannot have made."""
+        from fastsmc.smc.p0 import P0, restrict
+
+        try:
+            params = SMCParams(max_tokens=len(self.token_ids), **{"temperature": 1.0, **self.p0})
+        except TypeError:
+            raise ValueError(f"p0={self.p0!r}: must hold settings that SMCParams.p0 gives") from None
+        settings, n = P0(params, (), self.logits.device), len(self.token_ids)
+        logits = restrict(self.logits.clone(), [settings], [0, n], torch.arange(n))
+        for t, token in enumerate(self.token_ids):
+            if logits[t, token] == -torch.inf:
+                raise ValueError(f"token_ids[{t}]={token}: is impossible there under p0={params.p0()}")
+
+    def check(self, sizes: Sizes) -> None:
+        if self.logits.shape[1] != sizes.vocab:
+            raise ValueError(
+                f"facts: are of a vocabulary of {self.logits.shape[1]} tokens, this model's is {sizes.vocab}"
+            )
+
+    def check_tokenizer(self, tokenizer: str | None) -> None:
+        """Refuses facts of another tokenizer, where both hashes are known."""
+        if tokenizer != self.tokenizer and None not in (tokenizer, self.tokenizer):
+            raise ValueError(
+                f"facts: are of another tokenizer, {str(self.tokenizer)[:12]}…; this model's is {str(tokenizer)[:12]}…"
+            )
+
+
+KINDS: dict[str, type[Intervention]] = {
+    kind.__name__: kind for kind in (Steer, Affine, Project, RankOne, Prompt, Temperature, Facts)
+}
+
+
+def read_tensor(name: str, value: Any, n_dims: int | None) -> Tensor:
+    """Copies numbers into a float32 tensor of so many dimensions, none of them empty; logits alone may be −inf.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    try:
+        tensor = torch.as_tensor(value).detach().to("cpu", torch.float32, copy=True).contiguous()
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{name}={short(value)}: must be numbers") from None
+    if (n_dims is not None and tensor.ndim != n_dims) or 0 in tensor.shape:
+        what = {1: "a vector", 2: "a matrix"}.get(n_dims or 0, "a vector or a matrix")
+        raise ValueError(f"{name}: has the shape {tuple(tensor.shape)}, must be {what}")
+    bad = tensor.isnan() | (tensor == torch.inf) | ((tensor == -torch.inf) & (name != "logits"))
+    if bad.any():
+        at = tuple(bad.nonzero()[0].tolist())
+        raise ValueError(f"{name}[{', '.join(map(str, at))}]={float(tensor[at])}: must be finite")
+    return tensor
+
+
+# ------------------------------------------------------------------------------------------- the arguments of a call
+class Reading(NamedTuple):
+    """Is an intervention of one prompt, taken apart: the layers' part, and what becomes of prompt and parameters."""
+
+    layers: tuple[LayerIntervention, ...]
+    prompt: list[int]
+    params: SMCParams
+
+
+def read_interventions(given: Any, n_prompts: int, sizes: Sizes) -> list[tuple[Intervention, ...]]:
+    """Reads the intervention of each prompt of a call of `smc`.
+
+    Args:
+        given: None; an intervention or a list of them, which is one, for all prompts; or a list of one of these for
+            each prompt, at least one of which is None or a list.
+
+    Raises:
+        ValueError: naming the argument, its value and what is allowed.
+    """
+    several = isinstance(given, (list, tuple)) and any(not isinstance(one, Intervention) for one in given)
+    if several and len(given) != n_prompts:
+        raise ValueError(f"intervention: {len(given)} interventions for {n_prompts} prompts")
+    each = [_read_one(one, f"intervention[{i}]") for i, one in enumerate(given)] if several else None
+    each = [_read_one(given, "intervention")] * n_prompts if each is None else each
+    for one in {id(one): one for one in each}.values():
+        for part in one:
+            part.check(sizes)
+            if isinstance(part, Facts):
+                raise ValueError("intervention: Facts are a text to ask about, and change no draw")
+        for kind in (Prompt, Temperature):
+            if sum(isinstance(part, kind) for part in one) > 1:
+                raise ValueError(f"intervention: has more than one {kind.__name__}")
+    return each
+
+
+def _read_one(given: Any, name: str) -> tuple[Intervention, ...]:
+    parts = () if given is None else given if isinstance(given, (list, tuple)) else (given,)
+    for part in parts:
+        if not isinstance(part, Intervention) or type(part).__name__ not in KINDS:
+            raise ValueError(f"{name}={short(part)}: must be one of {', '.join(KINDS)}, or a list of them")
+    return tuple(parts)
+
+
+def take_apart(parts: Sequence[Intervention], prompt: list[int], params: SMCParams) -> Reading:
+    """Applies `Prompt` and `Temperature` to what they change, and leaves what the model must do."""
+    for part in parts:
+        if isinstance(part, Prompt):
+            prompt = list(part.token_ids)
+        elif isinstance(part, Temperature):
+            params = dataclasses.replace(params, temperature=part.t)
+    return Reading(tuple(part for part in parts if isinstance(part, LayerIntervention)), prompt, params)
+
+
+# ------------------------------------------------------------------------------------------------------ kept and sent
+def to_bytes(parts: Sequence[Intervention]) -> bytes:
+    """Makes one safetensors file in memory: tensors, and the rest as JSON in its metadata."""
+    from safetensors.torch import save
+
+    tensors, entries = {}, []
+    for i, part in enumerate(_read_one(list(parts), "parts")):
+        entry: dict[str, Any] = {"kind": type(part).__name__}
+        for field in dataclasses.fields(part):
+            value = getattr(part, field.name)
+            if isinstance(value, Tensor):
+                tensors[f"{i}.{field.name}"] = value.clone()  # one object may stand twice in a list
+            else:
+                entry[field.name] = value
+        entries.append(entry)
+    return save(tensors, {"interventions": json.dumps({"format": FORMAT, "version": VERSION, "list": entries})})
+
+
+def from_bytes(data: bytes, source: str = "interventions") -> list[Intervention]:
+    """Reads what `to_bytes` made.
+
+    Raises:
+        ValueError: naming `source` and what is wrong with it.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        tensors = load(data)
+        size = int.from_bytes(data[:8], "little")
+        meta = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["interventions"])
+        if (meta["format"], meta["version"]) != (FORMAT, VERSION):
+            raise ValueError(f"its format is {meta['format']!r} {meta['version']!r}, not {FORMAT!r} {VERSION}")
+        out = []
+        for i, entry in enumerate(meta["list"]):
+            kind = KINDS[entry.pop("kind")]
+            entry |= {name: tensors[f"{i}.{name}"] for name in kind.TENSORS if f"{i}.{name}" in tensors}
+            out.append(kind(**entry))
+        return out
+    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{source}: holds no interventions ({type(error).__name__}: {error})") from None
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
+
+
+def save(parts: Sequence[Intervention], path: str | os.PathLike) -> None:
+    """Writes one file at exactly `path`. OSError if that cannot be done."""
+    data = to_bytes(parts)
+    with open(path, "wb") as file:
+        file.write(data)
+
+
+def load(path: str | os.PathLike) -> list[Intervention]:
+    """Reads what `save` wrote. OSError if the file cannot be opened, ValueError naming it if it is not one."""
+    with open(path, "rb") as file:
+        return from_bytes(file.read(), os.fspath(path))

@@ -1,0 +1,80 @@
+"""Interventions that tests put models of `tiny` under, and log-probs under them by hooks and edited weights."""
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from fastsmc.interventions import Affine, Project, RankOne, Sizes, Steer
+
+VOCAB, H, K = 8, 64, 128
+SIZES = Sizes(2, H, K, VOCAB)
+
+
+def noise(*shape, seed=0, scale=1.0):
+    return scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def orthonormal(k, seed=0):
+    return torch.linalg.qr(noise(H, k, seed=seed)).Q.T
+
+
+#: one of each that a layer makes, each strong enough to change what is said
+EACH = {
+    "steer": Steer(0, noise(H), 2.0),
+    "steer prompt": Steer(1, noise(H, seed=1), 3.0, "prompt"),
+    "steer generated": Steer(0, noise(H, seed=2), 3.0, "generated"),
+    "steer positions": Steer(0, noise(H, seed=3), 4.0, [2, 7, 9]),
+    "affine": Affine(0, noise(H, H, seed=4, scale=0.2) + torch.eye(H), noise(H, seed=5)),
+    "project": Project(0, orthonormal(5)),
+    "project to": Project(1, orthonormal(3, seed=1), [3.0, -2.0, 5.0]),
+    "rank one": RankOne(0, noise(H, seed=6), noise(K, seed=7)),
+}
+LISTS = {
+    **{name: [one] for name, one in EACH.items()},
+    "all": list(EACH.values()),
+    "at one site": [
+        EACH["steer"],
+        EACH["project"],
+        EACH["affine"],
+        EACH["steer generated"],
+        EACH["rank one"],
+        EACH["rank one"],
+    ],
+}
+
+
+def change(one, x, positions, prompt_len):
+    """What an intervention makes of x (n, H) at positions, in plain words: the oracle."""
+    reached = torch.tensor([one.reaches(int(p), prompt_len) for p in positions])[:, None]
+    if isinstance(one, Steer):
+        y = x + one.scale * one.vector
+    elif isinstance(one, Affine):
+        y = x @ one.A.T + one.b
+    else:
+        inside = x @ one.basis.T
+        value = torch.zeros(len(one.basis)) if one.value is None else one.value
+        y = x + (value - inside) @ one.basis
+    return torch.where(reached, y, x)
+
+
+def hooked_log_probs(path, prompt, sequences, parts, temperature=1.0):
+    """log p of each token of each sequence after the prompt under interventions, by hooks and edited weights."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    for one in parts:
+        layer = model.get_submodule("model.layers")[one.layer]
+        if isinstance(one, RankOne):
+            layer.mlp.down_proj.weight.data += torch.outer(one.u, one.v)
+            continue
+
+        def hook(module, inputs, output, one=one):
+            x = output[0] if isinstance(output, tuple) else output
+            y = torch.stack([change(one, row, range(len(row)), len(prompt)) for row in x])
+            return (y, *output[1:]) if isinstance(output, tuple) else y
+
+        layer.register_forward_hook(hook)
+    out = []
+    with torch.inference_mode():
+        for tokens in sequences:
+            ids = torch.tensor([prompt + tokens])
+            logits = model(ids, use_cache=False).logits[0, len(prompt) - 1 : -1].double() / temperature
+            out.append(logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0].numpy())
+    return out
