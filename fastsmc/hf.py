@@ -1,7 +1,7 @@
 """fastsmc without vLLM: groups over a Hugging Face model in this process. What twists are trained with.
 
     TrunkRows  the `RowModel` of one group over a `Trunk` (fastsmc/trunk.py)
-    HFEngine   `smc` as `fastsmc.LLM` has it, one group after the other
+    HFEngine   `smc` as `fastsmc.LLM` has it, one group after the other; `counterfactual`
 
 Slower than vLLM by far for long sequences and many particles, but it needs no server process, and weights that are
 being trained can be sampled with at every step.
@@ -9,6 +9,7 @@ being trained can be sampled with at every step.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from collections.abc import Sequence
@@ -20,7 +21,8 @@ from torch import Tensor
 
 from fastsmc import twists
 from fastsmc.arguments import Prompt, Prompts, read_each, read_prompts
-from fastsmc.interventions import Intervention, LayerIntervention, read_interventions, take_apart
+from fastsmc.counterfactuals import Counterfactuals, read_params, read_text
+from fastsmc.interventions import Facts, Intervention, LayerIntervention, read_interventions, take_apart
 from fastsmc.maps import Maps, blame, lay_out
 from fastsmc.params import SMCParams
 from fastsmc.population import Population
@@ -28,9 +30,11 @@ from fastsmc.potentials import Potential
 from fastsmc.potentials.tokens import short, token_list
 from fastsmc.smc import Group, GroupEngine, SMCError, set_up
 from fastsmc.smc.driving import take_step
-from fastsmc.smc.p0 import P0, token_log_probs
+from fastsmc.smc.evidence import Evidence
+from fastsmc.smc.p0 import P0, restrict, token_log_probs
 from fastsmc.texts import population_texts
 from fastsmc.trunk import Trunk, fork
+from fastsmc.values import check_choice
 
 #: logits elements that scoring may hold at once
 SCORE_ELEMENTS = 1 << 25
@@ -70,6 +74,18 @@ class TrunkRows:
         self._length += 1
         self._row_of[slots] = torch.arange(len(slots), device=slots.device)
         return self._trunk.logits(hidden), hidden
+
+    def follow(self, text: Sequence[int]) -> Tensor:
+        """Gives the logits (T, V) before each token of a text after the prompt. The slots are used up by it.
+
+        One token goes through the model at a time, as in a group whose particles are all the text: the numbers of a row
+        depend on how many are beside it in their last place, and where nothing changes there must be no difference.
+        """
+        logits, _ = self.first()
+        rows, slot = [logits], torch.zeros(1, dtype=torch.int64, device=logits.device)
+        for token in text[:-1]:
+            rows.append(self.next(torch.tensor([token], device=logits.device), slot)[0])
+        return torch.cat(rows)
 
     def reindex(self, ancestors: Tensor) -> None:
         self._row_of = self._row_of[ancestors]
@@ -242,6 +258,121 @@ class HFEngine:
         done = [population for population in populations if population is not None]
         return done[0] if single else done
 
+    @torch.no_grad()
+    def facts(self, prompt: Any, text: Any, params: SMCParams | None = None) -> Facts:
+        """Makes the facts of a text, for counterfactuals of it under another model of the same vocabulary.
+
+        Args:
+            prompt, text: as in `counterfactual`.
+            params: whose settings of p0 drew the text; None: temperature 1, and nothing else.
+
+        Raises:
+            ValueError: an argument that cannot be, or a token that these settings rule out.
+        """
+        ids, params = self.encode(prompt), SMCParams() if params is None else params
+        tokens = read_text(text, self.engine.tokenizer, self.trunk.vocab_size, self.stops(params))
+        tokenizer = None if self.engine.tokenizer is None else twists.tokenizer_hash(self.engine.tokenizer)
+        logits = TrunkRows(self.trunk, ids, 1).follow(tokens)
+        return Facts(logits, tuple(tokens), tuple(ids), params.p0(), tokenizer)
+
+    @torch.no_grad()
+    def counterfactual(
+        self,
+        prompt: Any,
+        text: Any = None,
+        intervention: Any = None,
+        *,
+        n: int | None = None,
+        max_tokens: int | None = None,
+        params: SMCParams | None = None,
+        potential: Potential | None = None,
+        twist: str | os.PathLike | None = None,
+        noise: str = "exact",
+        top_k: int | None = None,
+        top_p: float | None = None,
+        ignore_eos: bool | None = None,
+        seed: int | None = None,
+    ) -> Counterfactuals:
+        """Draws N texts that the noise that gave `text` would have given under an intervention, or by this model.
+
+        Gumbel-max counterfactuals (arXiv 2411.07180), by `ops.redraw`: no noise is made, and where the text is left is
+        known exactly (`Counterfactuals.survival`). Beyond the text's end there is no evidence, and draws are plain.
+
+        Args:
+            prompt: one prompt, in any form that `smc` takes; or `Facts`, what another model said of a text, which has
+                its own prompt and text.
+            text: what was drawn after the prompt: token ids, or a str, whose tokens must be those that were drawn;
+                None draws one, with the same seed.
+            intervention: as `smc` takes it for one prompt; None: nothing changes, unless `Facts` are given.
+            n: particles, 64 unless `params` is given.
+            max_tokens: at most so many tokens each; by default as many as the text has.
+            params: in the place of n, max_tokens, top_k, top_p, ignore_eos and seed. Its settings of p0 are those that
+                drew the text, and that the intervened model draws with (but for a `Temperature`); with `Facts` they are
+                the intervened model's alone.
+            potential: a target: log Ẑ then is that of the potential's mean over counterfactuals.
+            twist: of the potential, as in `smc`.
+            noise: "exact" draws by the law of counterfactuals; "gumbel" by the noise itself, which particle i of a seed
+                has under every intervention, so that their texts can be compared one by one. That takes longer, and no
+                potential, whose resampling would give particles other numbers.
+
+        Raises:
+            ValueError: an argument that cannot be.
+            SMCError: the group failed.
+        """
+        check_choice("noise", noise, ("exact", "gumbel"))
+        if noise == "gumbel" and (potential is not None or twist is not None):
+            raise ValueError("noise='gumbel': takes no potential, whose resampling would give particles other numbers")
+        facts = prompt if isinstance(prompt, Facts) else None
+        if facts is not None:
+            if text is not None:
+                raise ValueError(f"text={short(text)}: Facts have their own; leave it out")
+            facts.check(self.trunk.sizes)
+            if self.engine.tokenizer is not None:
+                facts.check_tokenizer(twists.tokenizer_hash(self.engine.tokenizer))
+            ids, text = list(facts.prompt_token_ids), list(facts.token_ids)
+        else:
+            ids = self.encode(prompt)
+        stops = self.stops(SMCParams(ignore_eos=bool(ignore_eos)) if params is None else params)
+        tokens = None
+        if text is not None:
+            tokens = read_text(text, self.engine.tokenizer, self.trunk.vocab_size, stops)
+        asked = read_params(
+            params, tokens and len(tokens), n=n, max_tokens=max_tokens, top_k=top_k, top_p=top_p,
+            ignore_eos=ignore_eos, seed=seed,
+        )  # fmt: skip
+        if twist is not None and potential is None:
+            potential = twists.card_potential(twist)
+        (asked,), (potential,), _ = read_each(1, True, asked, potential, None, self.engine.vocab_size)
+        (layers,), (changed,), (under,) = self._intervene(intervention, [ids], [asked])
+        guide = None if twist is None else twists.Twist.load(twist)
+        ready = None
+        if potential is not None:
+            ready = self._set_up(potential if guide is None else guide.guide(potential))
+        if tokens is None:
+            drawn = self.smc(ids, dataclasses.replace(asked, n_particles=1))
+            tokens = drawn.token_ids[0]
+        self._check_context(changed, dataclasses.replace(under, max_tokens=max(len(tokens), under.max_tokens)), ready)
+        if facts is None:
+            self._check_context(ids, dataclasses.replace(asked, max_tokens=len(tokens)), None)
+            facts = Facts(TrunkRows(self.trunk, ids, 1).follow(tokens), tuple(tokens), tuple(ids), asked.p0())
+        evidence = self._evidence(facts, stops, noise)
+        rows = TrunkRows(self.trunk, changed, 1, layers).follow(tokens)
+        evidence.compare(self._restricted(rows, under, stops), under.temperature)
+        population = self._run(changed, under, ready, None, layers, None, evidence)
+        assert isinstance(population, Counterfactuals)  # the group had evidence
+        return population
+
+    def _evidence(self, facts: Facts, stops: frozenset[int], noise: str) -> Evidence:
+        params = SMCParams(max_tokens=len(facts.token_ids), **facts.p0)
+        logits = self._restricted(facts.logits.to(self.trunk.device), params, stops)
+        return Evidence(logits, facts.token_ids, params.temperature, noise)
+
+    def _restricted(self, logits: Tensor, params: SMCParams, stops: frozenset[int]) -> Tensor:
+        """Rules out of logits (T, V), which follow one another after a prompt, what p0 does."""
+        p0 = P0(params, stops | self.stop_token_ids, logits.device)
+        n = len(logits)
+        return restrict(logits.clone(), [p0], [0, n], torch.arange(n, device=logits.device))
+
     def _set_up(self, potential: Potential) -> Potential:
         try:
             potential.prepare(self.engine.tokenizer)
@@ -280,12 +411,13 @@ class HFEngine:
         exact: Any,
         layers: tuple[LayerIntervention, ...],
         bar: Any,
+        evidence: Evidence | None = None,
     ) -> Population:
         rows = TrunkRows(self.trunk, prompt, params.n_particles, layers)
         stops = self.stops(params)
         group = Group(
             params, potential, prompt, stops, self.trunk.device, self.engine, exact,
-            all_stop_token_ids=stops | self.stop_token_ids,
+            all_stop_token_ids=stops | self.stop_token_ids, evidence=evidence,
         )  # fmt: skip
         if layers:
             group.blame = rows.blame

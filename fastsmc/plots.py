@@ -15,6 +15,7 @@ import numpy as np
 from fastsmc.values import check_int
 
 if TYPE_CHECKING:
+    from fastsmc.counterfactuals import Counterfactuals
     from fastsmc.population import Population
 
 Path: TypeAlias = str | os.PathLike | None
@@ -184,3 +185,19 @@ def training(history: Sequence[dict[str, Any]], path: Path = None) -> Any:
     right.set(xlabel="step", ylabel="log Z")
     right.legend(frameon=False)
     return _written(figure, path, 110)
+
+
+def survival(counterfactuals: Counterfactuals, path: Path = None) -> Any:
+    """Draws the probability that the first tokens of a text stay, exactly and among the particles: a Figure."""
+    from matplotlib.figure import Figure
+
+    tokens = np.arange(1, len(counterfactuals.stay) + 1)
+    kept = (counterfactuals.common_prefix[None, :] >= tokens[:, None]) @ counterfactuals.weights
+    figure = Figure(figsize=(7, 3.6), layout="constrained")
+    axes = figure.subplots()
+    axes.step(tokens, counterfactuals.survival, where="mid", color="C0", label="exact")
+    axes.plot(tokens, kept, "o", ms=3, color="C1", label=f"{counterfactuals.n_particles} counterfactuals")
+    title = f"{counterfactuals.expected_common_prefix:.2f} of {len(tokens)} tokens stay"
+    axes.set(ylim=(0, 1.02), xlabel="first tokens of the text", ylabel="probability that they stay", title=title)
+    axes.legend(frameon=False, fontsize="small")
+    return _written(figure, path, 120)

@@ -19,7 +19,8 @@ import math
 import operator
 import os
 import zipfile
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -27,20 +28,8 @@ from fastsmc import plots
 from fastsmc.params import SMCParams
 from fastsmc.values import check_choice, check_int, json_safe
 
-FORMAT = "fastsmc.population"
 VERSION = 1
 FINISH_REASONS = ("stop", "length", "dead")
-
-_ARRAYS = {  # field: (dtype, shape in words of N and T)
-    "log_weights": (np.float64, "N"),
-    "log_probs": (np.float64, "N"),
-    "token_log_probs": (np.float64, "NT"),
-    "ess": (np.float64, "T"),
-    "resampled": (np.bool_, "T"),
-    "ancestors": (np.int32, "TN"),
-    "tokens": (np.int32, "TN"),
-    "step_log_weights": (np.float64, "TN"),
-}
 
 
 class _Texts:
@@ -85,6 +74,19 @@ class Population:
         ValueError: naming the field that has a wrong shape or dtype, a NaN or a +inf, or an ancestor out of range.
     """
 
+    FORMAT: ClassVar[str] = "fastsmc.population"
+    #: field: (dtype, shape in words of N and T)
+    ARRAYS: ClassVar[dict[str, tuple[type, str]]] = {
+        "log_weights": (np.float64, "N"),
+        "log_probs": (np.float64, "N"),
+        "token_log_probs": (np.float64, "NT"),
+        "ess": (np.float64, "T"),
+        "resampled": (np.bool_, "T"),
+        "ancestors": (np.int32, "TN"),
+        "tokens": (np.int32, "TN"),
+        "step_log_weights": (np.float64, "TN"),
+    }
+
     token_ids: list[list[int]]
     log_weights: np.ndarray
     log_z: float
@@ -101,10 +103,10 @@ class Population:
     texts: list[str] | None = _Texts()  # type: ignore[assignment]  # a descriptor, typed as what it gives
 
     def __post_init__(self) -> None:
-        sizes = {"N": len(self.token_ids), "T": len(self.ess)}
+        sizes = self._sizes()
         if sizes["N"] == 0:
             raise ValueError("token_ids: a population has at least one particle")
-        for name, (dtype, letters) in _ARRAYS.items():
+        for name, (dtype, letters) in self.ARRAYS.items():
             array = _as_array(name, getattr(self, name), dtype)
             shape = tuple(sizes[c] for c in letters)
             if array.shape != shape:
@@ -132,6 +134,10 @@ class Population:
             if len(self.finish_reasons) != sizes["N"]:
                 raise ValueError(f"finish_reasons: {len(self.finish_reasons)} of them for {sizes['N']} particles")
 
+    def _sizes(self) -> dict[str, int]:
+        """Says what the letters of ARRAYS stand for."""
+        return {"N": len(self.token_ids), "T": len(self.ess)}
+
     @classmethod
     def from_record(
         cls,
@@ -154,12 +160,7 @@ class Population:
             token_log_probs: (T, N), as `tokens`.
             stopped: (N,) bool, final particles that ended otherwise than by their length.
         """
-        steps, n = tokens.shape
-        rows = np.arange(n)
-        traced, log_probs = np.empty((n, steps), np.int32), np.empty((n, steps))
-        for t in reversed(range(steps)):
-            traced[:, t], log_probs[:, t] = tokens[t, rows], token_log_probs[t, rows]
-            rows = ancestors[t, rows]
+        traced, log_probs = trace([tokens, token_log_probs], ancestors)
         token_ids = [row[row >= 0].tolist() for row in traced]
         full = [len(ids) == params.max_tokens for ids in token_ids]
         return cls(
@@ -303,20 +304,30 @@ class Population:
         """Makes an .npz archive in memory (no pickles inside); `from_bytes` reads it back exactly."""
         lengths = np.array([len(ids) for ids in self.token_ids], dtype=np.int64)
         flat = np.fromiter((v for ids in self.token_ids for v in ids), dtype=np.int64, count=int(lengths.sum()))
-        arrays = {name: getattr(self, name) for name in _ARRAYS}
+        arrays = {name: getattr(self, name) for name in self.ARRAYS}
         arrays |= {"log_z": np.float64(self.log_z), "flat_token_ids": flat, "lengths": lengths}
         meta = {
-            "format": FORMAT,
+            "format": self.FORMAT,
             "version": VERSION,
             "params": dataclasses.asdict(self.params),
             "prompt_token_ids": self.prompt_token_ids,
             "texts": self.texts,
             "finish_reasons": self.finish_reasons,
             "digest": _digest(arrays),
+            **self._more(),
         }
         out = io.BytesIO()
         np.savez(out, meta=np.frombuffer(json.dumps(meta).encode(), dtype=np.uint8), **arrays)
         return out.getvalue()
+
+    def _more(self) -> dict[str, Any]:
+        """Gives what a subclass keeps beside arrays, as JSON values."""
+        return {}
+
+    @classmethod
+    def _read_more(cls, meta: dict[str, Any]) -> dict[str, Any]:
+        """Reads what `_more` gave: arguments of the class."""
+        return {}
 
     @classmethod
     def from_bytes(cls, data: bytes, source: str = "population bytes") -> Population:
@@ -328,11 +339,11 @@ class Population:
         try:
             members = _members(data)
             meta = json.loads(_array(members, "meta", np.uint8).tobytes()) if "meta" in members else None
-            if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+            if not isinstance(meta, dict) or meta.get("format") != cls.FORMAT:
                 raise ValueError("it is not a fastsmc population")
             if meta.get("version") != VERSION:
                 raise ValueError(f"its format version is {meta.get('version')!r}; this fastsmc reads {VERSION}")
-            kinds = {name: dtype for name, (dtype, _) in _ARRAYS.items()}
+            kinds: dict[str, Any] = {name: dtype for name, (dtype, _) in cls.ARRAYS.items()}
             kinds |= {"log_z": np.float64, "flat_token_ids": np.int64, "lengths": np.int64}
             arrays = {name: _array(members, name, dtype) for name, dtype in kinds.items()}
             good = meta.get("digest") in (None, _digest(arrays))  # older files have none
@@ -349,6 +360,7 @@ class Population:
                 texts=meta["texts"],
                 finish_reasons=meta.get("finish_reasons"),
                 **arrays,
+                **cls._read_more(meta),
             )
             if not good:
                 raise ValueError("its arrays are not those that were written")
@@ -386,6 +398,18 @@ class Population:
             max_lines: at most so many grey and so many coloured lines are drawn, evenly spaced; at least 1.
         """
         return plots.genealogy(self, path, max_lines)
+
+
+def trace(values: Sequence[np.ndarray], ancestors: np.ndarray) -> list[np.ndarray]:
+    """Follows arrays (T, N) back through ancestors (T, N) from the last step: (N, T) each, a row per final particle."""
+    steps, n = ancestors.shape
+    rows = np.arange(n)
+    traced = [np.empty((n, steps), array.dtype) for array in values]
+    for t in reversed(range(steps)):
+        for to, array in zip(traced, values, strict=True):
+            to[:, t] = array[t, rows]
+        rows = ancestors[t, rows]
+    return traced
 
 
 def draw_indices(weights: np.ndarray, uniforms: np.ndarray) -> np.ndarray:

@@ -30,6 +30,7 @@ from fastsmc.potentials.tokens import token_list
 from fastsmc.smc import faults
 from fastsmc.smc.asking import Asker, GroupState
 from fastsmc.smc.engine import SMCError
+from fastsmc.smc.evidence import Factual
 from fastsmc.smc.p0 import restrict
 from fastsmc.smc.particles import Layout, Particles
 from fastsmc.smc.record import Log
@@ -216,6 +217,7 @@ class Cohort:
             self.log.put("ess", torch.zeros_like(step.log_z))
             self.log.put("tokens", torch.full_like(self.layout.all, -1))
             self.log.put("token_log_probs", torch.zeros_like(particles.log_w))
+            self.log.put("token_log_kernels", torch.zeros_like(particles.log_w))
             self.log.close()
             group.done = True
 
@@ -274,7 +276,10 @@ class Cohort:
         sizes = [run.part.stop - run.part.start for run in self._asked]
         told = together(answers, sizes, self.particles.log_w.device) if any(answers) else None
         first = step.step == 0 if any(group.t == 0 for group in self.groups) else None
-        ended, change = step.draw(logits, told if shaped else None, None if shaped else told, first, self._forced())
+        factual = self._factual(logits.device) if step.kind.noise is not None else None
+        ended, change = step.draw(
+            logits, told if shaped else None, None if shaped else told, first, self._forced(), factual
+        )
         moving = step.resampled if step.kind.twisted else None
         if any(group.ends_itself for group in self.groups):
             bad, moved = self._read(self._bad(), moving)
@@ -310,6 +315,20 @@ class Cohort:
             assert group.exact is not None  # of this kind all have some
             parts.append(group.exact[:, min(group.t, group.params.max_tokens - 1)].expand(group.n))
         return torch.cat(parts)
+
+    def _factual(self, device: torch.device) -> Factual:
+        """Collects what counterfactual groups are compared with at this step."""
+        rows, tokens, temperatures = [], [], []
+        for group in self.groups:
+            assert group.evidence is not None  # of this kind all have some
+            row, token = group.evidence.at(group.t)
+            rows.append(row)
+            tokens.append(token)
+            temperatures.append(group.evidence.temperature)
+        counts = torch.tensor([b - a for a, b in itertools.pairwise(self._bounds)], device=device)
+        group_of = torch.arange(len(rows), device=device).repeat_interleave(counts, output_size=self._bounds[-1])
+        temperature = torch.tensor(temperatures, dtype=torch.float64, device=device)
+        return Factual(torch.stack(rows), torch.stack(tokens), temperature, group_of)
 
     def _end_step(self) -> None:
         """Brings the groups up to date, and finds out what they want next."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastsmc import ops
 from fastsmc.arguments import read_exact
+from fastsmc.counterfactuals import Counterfactuals
 from fastsmc.params import SMCParams
 from fastsmc.population import Population, draw_indices
 from fastsmc.potentials import Potential, answered
@@ -20,6 +21,7 @@ from fastsmc.smc import faults
 from fastsmc.smc.asking import Asker
 from fastsmc.smc.cohort import Cohort
 from fastsmc.smc.engine import GroupEngine, SMCError
+from fastsmc.smc.evidence import Evidence
 from fastsmc.smc.p0 import P0
 from fastsmc.smc.record import Lineages, make_population
 from fastsmc.smc.step import CHOOSE, Kind
@@ -47,6 +49,7 @@ class Setup:
         exact: a list of one complete sequence of token ids, which makes the group conditional, or of N, to be weighed.
         all_stop_token_ids: what min_tokens rules out at first: beside `stop_token_ids` what would end a particle
             without ignore_eos; None: nothing.
+        evidence: a text, whose counterfactuals the particles then are.
         copy_on_write: False copies the potential's tensors at once, so that their addresses stay.
 
     Attributes:
@@ -75,6 +78,7 @@ class Setup:
         *,
         all_stop_token_ids: frozenset[int] | set[int] | None = None,
         copy_on_write: bool = True,
+        evidence: Evidence | None = None,
     ) -> None:
         self.params, self.prompt, self.n = params, list(prompt), params.n_particles
         self.stop_token_ids, self.device = frozenset(stop_token_ids), torch.device(device)
@@ -116,7 +120,8 @@ class Setup:
         if exact is not None:
             self.exact = self._read_exact(exact, (engine and engine.vocab_size) or None)
         scheme = params.resampling if self.exact is None else "multinomial"
-        self.kind = Kind(twisted, guided, self.exact is not None, scheme)
+        self.evidence = evidence
+        self.kind = Kind(twisted, guided, self.exact is not None, scheme, evidence and evidence.noise)
 
     def _read_exact(self, exact: Sequence[Sequence[int]], vocab: int | None) -> Tensor:
         steps = self.params.max_tokens
@@ -219,7 +224,7 @@ class Group(Setup):
     def population(self) -> Population:
         """Gives the weighted particles, traced back through the genealogy."""
         names = ("tokens", "token_log_probs", "ancestors", "resampled", "ess", "step_log_w")
-        return make_population(
+        population = make_population(
             {name: self.lineages.stacked(name) for name in names},
             self.log_w,
             self.log_z,
@@ -228,6 +233,16 @@ class Group(Setup):
             stopped=self.cohort.particles.stopped[self.cohort.layout.part(self.index)],
             prompt=self.prompt,
             params=self.params,
+        )
+        if self.evidence is None:
+            return population
+        kernels = self.lineages.stacked("token_log_kernels")
+        return Counterfactuals.of(
+            population,
+            factual_ids=self.evidence.token_ids,
+            factual_log_probs=self.evidence.log_probs.cpu().numpy(),
+            stay=self.evidence.stay.cpu().numpy(),
+            token_log_kernels=kernels,
         )
 
 

@@ -22,11 +22,12 @@ from torch import Tensor
 from fastsmc import ops
 from fastsmc.params import SMCParams
 from fastsmc.potentials.answers import NextRows
+from fastsmc.smc.evidence import Factual
 from fastsmc.smc.faults import MASK_INDEX, MODEL, NEXT, NEXT_ROW, NO_WEIGHT, PSI_INDEX, RULED_OUT, Fault
 from fastsmc.smc.particles import Layout, Particles
 
 # Philox streams: one per purpose, so that no random number serves twice.
-DRAW, RESAMPLE, CHOOSE, RETAIN = 0, 1, 2, 3
+DRAW, RESAMPLE, CHOOSE, RETAIN, MOVE = 0, 1, 2, 3, 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,12 +39,14 @@ class Kind:
         guided: draws from p0·ψ of a proposal-only potential, and weighs afterwards.
         retains: holds exact samples.
         scheme: of resampling.
+        noise: of counterfactual groups, `Evidence.noise`; None: of others.
     """
 
     twisted: bool
     guided: bool
     retains: bool
     scheme: str
+    noise: str | None = None
 
 
 class Record(Protocol):
@@ -127,6 +130,7 @@ class Step:
         by_next: NextRows | None,
         first: Tensor | None,
         forced: Tensor | None,
+        factual: Factual | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Weighs and draws; with the twisted proposal it resamples in between.
 
@@ -136,6 +140,7 @@ class Step:
             by_next: a row per particle, what the drawn token changes log ψ by; None: `prefix` says it.
             first: (G,) bool, groups at their first step; None: none is.
             forced: (M,) int64, what a particle that retains an exact sample draws, −1 after its end; None: nobody does.
+            factual: what counterfactual groups are compared with.
 
         Returns:
             (M,) bool, the particles that end with their token; (M,) float64, what log ψ changes by beside that.
@@ -145,6 +150,9 @@ class Step:
         inputs: dict[str, Any] = {} if shaped is None else shaped.rounded()._asdict()
         rows = torch.where(active, particles.rows, -1)
         inputs |= {"logit_rows": rows, "temperature": self._temperature}
+        model, by_law = logits, shaped is not None or forced is not None or self.kind.noise == "gumbel"
+        if factual is not None and by_law:
+            logits = self._law(logits, factual)
         weighed = ops.weigh(logits, **inputs)
         self.check(weighed.lse.isnan(), MODEL, rows)
         if twist is not None:
@@ -160,9 +168,16 @@ class Step:
         elif first is not None and not self.kind.retains:
             self._take_for_siblings(first, particles.log_w == particles.log_w[self.layout.start])
         u = ops.stratify(self.uniforms(DRAW), particles.rank, particles.count)
-        drawn = ops.draw(logits, weighed, parents, u, **inputs)
+        if factual is None or (by_law and self.kind.noise == "exact"):
+            drawn = ops.draw(logits, weighed, parents, u, **inputs)
+        elif by_law:
+            drawn = self._by_noise(model, logits, factual, rows)
+        else:
+            drawn = self._redraw(logits, factual, rows, u)
         if forced is not None:
             drawn = self._force(drawn, forced, active, logits, weighed, parents, shaped)
+        if factual is not None and by_law:
+            drawn = self._under_model(drawn, model)
         if twist is not None:
             psi = drawn.log_psi.nan_to_num(nan=-math.inf, neginf=-math.inf)
         if self.kind.guided:  # p0 / q of what was drawn
@@ -176,6 +191,51 @@ class Step:
             values = by_next.of_tokens(self.layout.all, drawn.tokens.clamp(min=0))
             change = self.checked(values, active & (drawn.tokens >= 0), NEXT)
         return self._append(drawn, active), change
+
+    # ------------------------------------------------------------------------------------------------- counterfactuals
+    def _redraw(self, logits: Tensor, factual: Factual, rows: Tensor, u: Tensor) -> ops.Drawn:
+        """Draws with the noise that gave the text (`ops.redraw`): log-probs are the model's."""
+        group_of = self.layout.group_of
+        again = ops.redraw(
+            logits, factual.logits, factual.tokens, torch.stack([u, self.uniforms(MOVE)], 1), logit_rows=rows,
+            factual_rows=group_of, temperature=self._temperature, factual_temperature=factual.temperature[group_of],
+        )  # fmt: skip
+        self._put_kernel(again.tokens, again.log_kernel)
+        return ops.Drawn(again.tokens, again.log_prob, torch.zeros_like(again.log_prob))
+
+    def _by_noise(self, logits: Tensor, law: Tensor, factual: Factual, rows: Tensor) -> ops.Drawn:
+        """Draws by the noise itself (`ops.gumbel`), that of each particle's number: log-probs are the law's."""
+        of = self.layout.group_of
+        tokens = ops.gumbel(
+            logits, factual.logits, factual.tokens, seed=self._seed[of], group=self._key[of], step=self.step[of],
+            particles=self.layout.local, logit_rows=rows, factual_rows=of, temperature=self._temperature,
+            factual_temperature=factual.temperature[of],
+        )  # fmt: skip
+        log_prob = law[rows.clamp(min=0), tokens.clamp(min=0)].double() / self._temperature
+        return ops.Drawn(tokens, log_prob, torch.zeros_like(log_prob))
+
+    def _law(self, logits: Tensor, factual: Factual) -> Tensor:
+        """Makes of the model's rows (R, V) those that counterfactual tokens are drawn from, by their law."""
+        of, places = factual.group_of, torch.arange(len(factual.logits), device=self.device)
+        temperature = self._temperature[self.layout.offsets[:-1]][of]
+        law = ops.redraw_logits(
+            logits, factual.logits, factual.tokens, factual_rows=places[of], temperature=temperature,
+            factual_temperature=factual.temperature[of],
+        )  # fmt: skip
+        none = ops.weigh(logits, temperature=temperature).lse == -math.inf  # which have no law
+        law = law.masked_fill_(none[:, None], -math.inf)
+        return law.mul_(temperature[:, None])  # as the draw will divide by it
+
+    def _under_model(self, drawn: ops.Drawn, model: Tensor) -> ops.Drawn:
+        """Puts the model's log-probs in the place of those of the law that tokens were drawn from."""
+        self._put_kernel(drawn.tokens, drawn.log_prob)
+        rows = self.particles.rows.clamp(min=0)
+        lse = ops.weigh(model, logit_rows=rows, temperature=self._temperature).lse
+        z = model[rows, drawn.tokens.clamp(min=0)].double() / self._temperature
+        return ops.Drawn(drawn.tokens, z - lse, drawn.log_psi)
+
+    def _put_kernel(self, tokens: Tensor, log_kernel: Tensor) -> None:
+        self.record.put("token_log_kernels", torch.where(self.active & (tokens >= 0), log_kernel, 0.0))
 
     def _must_stop(self, twist: NextRows | None, vocab: int) -> NextRows:
         """Restricts the last draw of groups that are forced to stop to their stop tokens, whatever `twist` says."""
