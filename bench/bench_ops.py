@@ -4,7 +4,7 @@
     resample    five schemes, N = 64 to 16384, and 16 groups of 256 in one launch
     reindex     caches as SmolLM2 has them (30 layers of bfloat16 blocks), 40 % of the rows moved
     redraw      counterfactual tokens where few of N rows move, and where most do; hindsight is the published procedure,
-                NumPy's noise and argmax (peers/hindsight.py)
+                NumPy's noise and argmax (hindsight.py)
     settle      particles that come from half as many histories and have drawn again; eager is its PyTorch operations
     intervene   N rows of SmolLM2's width, each under one of 1 or 64 maps of rank 1; eager: all rows under the same
     step        all of a captured step but the model: as CapturedGroup runs it, on a GPU as one CUDA graph
@@ -28,11 +28,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import hindsight
 import numpy as np
 import torch
 from baselines import BASELINES
 from machine import write_result
-from peers import hindsight
 from torch import Tensor
 
 from fastsmc import Potential, SMCParams, ops

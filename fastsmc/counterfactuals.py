@@ -107,7 +107,7 @@ class Counterfactuals(Population):
     def diff(self) -> list[list[tuple[str, list[int], list[int]]]]:
         """Lists for each particle what becomes of the text: ("equal" | "replace" | "delete" | "insert", its tokens,
         the particle's tokens)."""
-        out = []
+        out: list[list[tuple[str, list[int], list[int]]]] = []
         for ids in self.token_ids:
             matcher = difflib.SequenceMatcher(None, self.factual_ids, ids, autojunk=False)
             out.append([(op, self.factual_ids[a:b], ids[c:d]) for op, a, b, c, d in matcher.get_opcodes()])
@@ -145,7 +145,7 @@ def read_params(
     Raises:
         ValueError: naming the argument.
     """
-    given = {
+    given: dict[str, Any] = {
         "n_particles": n, "max_tokens": max_tokens, "top_k": top_k, "top_p": top_p, "ignore_eos": ignore_eos,
         "seed": seed,
     }  # fmt: skip
@@ -157,7 +157,8 @@ def read_params(
         return params
     if length is None and max_tokens is None:
         raise ValueError("max_tokens=None: without a text it must be said, here or in params")
-    return SMCParams(**({"n_particles": 64, "max_tokens": length} | said))
+    defaults: dict[str, Any] = {"n_particles": 64, "max_tokens": length}
+    return SMCParams(**defaults | said)
 
 
 def read_text(text: Any, tokenizer: Any, vocab_size: int, stop_token_ids: frozenset[int]) -> list[int]:

@@ -337,7 +337,7 @@ class HFEngine:
         if text is not None:
             tokens = read_text(text, self.engine.tokenizer, self.trunk.vocab_size, stops)
         asked = read_params(
-            params, tokens and len(tokens), n=n, max_tokens=max_tokens, top_k=top_k, top_p=top_p,
+            params, None if tokens is None else len(tokens), n=n, max_tokens=max_tokens, top_k=top_k, top_p=top_p,
             ignore_eos=ignore_eos, seed=seed,
         )  # fmt: skip
         if twist is not None and potential is None:

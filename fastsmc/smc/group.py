@@ -121,7 +121,8 @@ class Setup:
             self.exact = self._read_exact(exact, (engine and engine.vocab_size) or None)
         scheme = params.resampling if self.exact is None else "multinomial"
         self.evidence = evidence
-        self.kind = Kind(twisted, guided, self.exact is not None, scheme, evidence and evidence.noise)
+        noise = None if evidence is None else evidence.noise
+        self.kind = Kind(twisted, guided, self.exact is not None, scheme, noise)
 
     def _read_exact(self, exact: Sequence[Sequence[int]], vocab: int | None) -> Tensor:
         steps = self.params.max_tokens

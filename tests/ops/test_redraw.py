@@ -119,7 +119,7 @@ def test_law(v, backend, monkeypatch):
     n, few = (60, range(1)) if slow(backend) else (20_000, range(v))
     if v > 2:
         logits[0, 1] = factual[0, 2] = -inf
-    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[2] / "bench" / "peers")
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[2] / "bench")
     from hindsight import hindsight
 
     rng = np.random.default_rng(v)
