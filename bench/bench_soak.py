@@ -106,8 +106,9 @@ def group_body(route: str, task: dict[str, Any], stream: bool) -> dict[str, Any]
     """Returns the body that asks for a group: `task` has fields of /v1/smc."""
     if route == "/v1/smc":
         return {"model": MODEL, **task, "stream": stream}
-    shared = ("max_tokens", "seed")
-    body: dict[str, Any] = {"model": MODEL, "stream": stream, **{name: task[name] for name in shared}}
+    shared = ("max_tokens", "seed", "ignore_eos")
+    body: dict[str, Any] = {"model": MODEL, "stream": stream}
+    body |= {name: task[name] for name in shared if name in task}
     if route == "/v1/completions":
         body["prompt"] = task["prompt"]
     else:
@@ -137,7 +138,8 @@ class Soak:
     def __init__(self, server: Any, requests: int, seed: int, setup_timeout_s: float, seconds: float) -> None:
         self.seconds, self.made, self.n_bad = seconds, 0, 0
         headers = {"Authorization": f"Bearer {KEY}"}
-        limits = httpx.Limits(max_connections=None)
+        # the server closes a connection that was idle for 5 s, at which a request on it would be lost
+        limits = httpx.Limits(max_connections=None, keepalive_expiry=2.0)
         self.client = httpx.AsyncClient(base_url=server.url, headers=headers, timeout=300, limits=limits)
         self.server, self.seed, self.setup_timeout_s = server, seed, setup_timeout_s
         self.ends = schedule(requests, seed)
@@ -161,6 +163,7 @@ class Soak:
         status = 200
         if end in POTENTIALS:
             task["potential"], status = POTENTIALS[end]
+            task["ignore_eos"] = True  # some of them do what they do at step 2
             if end == "hangs":
                 task["potential_args"] = {"key": i}
         elif rng.random() < 0.3:

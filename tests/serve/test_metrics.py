@@ -135,7 +135,11 @@ def test_each_kind_of_error_is_an_outcome(scrape, monkeypatch):
         async def stock(client, prompt, params, request_id):
             payload = {"smc": {"step": 1}}  # as of a captured group
             yield SimpleNamespace(kv_transfer_params=payload, finished=False)
-            if error is not None:
+            if error == "abort":  # the operator's; with the steps that nobody has taken away yet
+                step = {"step": 1, "ess": 2.0, "log_z": 0.0, "resampled": True, "finished": 0, "distinct": 4}
+                left = [SimpleNamespace(finish_reason="abort")]
+                yield SimpleNamespace(kv_transfer_params={"smc": {"progress": [step]}}, finished=True, outputs=left)
+            elif error is not None:
                 raise error
 
         plain = {"data_parallel_size": 1, "data_parallel_external_lb": False, "data_parallel_hybrid_lb": False}
@@ -155,6 +159,10 @@ def test_each_kind_of_error_is_an_outcome(scrape, monkeypatch):
         assert scrape(model)["particles_running",] == 4
         if error is None:
             await stream.aclose()
+        elif error == "abort":
+            await anext(stream)
+            assert record.payload == {}  # there is no population
+            await stream.aclose()
         else:
             with pytest.raises(type(error) if isinstance(error, EngineDeadError) else GroupError):
                 await anext(stream)
@@ -162,12 +170,13 @@ def test_each_kind_of_error_is_an_outcome(scrape, monkeypatch):
 
     for error, outcome, status in (
         (None, "aborted", None),
+        ("abort", "aborted", None),
         (EngineDeadError(), "engine", None),
         (VLLMValidationError("no", parameter="logit_bias"), "refused", 400),
         (QueueOverflowError(), "busy", 503),
     ):
-        known = asyncio.run(end(f"ends {outcome}", error))
-        samples = scrape(f"ends {outcome}")
+        known = asyncio.run(end(f"ends {error}", error))
+        samples = scrape(f"ends {error}")
         assert {name: samples["groups_total", name] for name in OUTCOMES} == dict.fromkeys(OUTCOMES, 0) | {outcome: 1}
         assert samples["groups_running",] == 0 and (known and known.http_status) == status
         assert status != 400 or known.param == "logit_bias"

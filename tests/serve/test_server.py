@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import subprocess
+import sys
 import threading
 import time
 
 import pytest
 
 from .conftest import KEY, LETTERS, MAX_GROUPS, MODEL_ARGS, httpx
+from .process import running
 
 pytestmark = pytest.mark.engine
 PROMPT = "theprompt"
@@ -216,6 +219,34 @@ def test_streamed_completions_are_the_others(server):
     assert chunks[-1]["smc"] == whole["smc"][:1]
 
 
+#: `vllm bench serve`, also where the `vllm` script cannot start
+BENCH = """
+import argparse
+from vllm.benchmarks.serve import add_cli_args, main
+parser = argparse.ArgumentParser()
+add_cli_args(parser)
+main(parser.parse_args())
+"""
+
+
+def test_vllm_bench_serve(server, letters_model, environment, tmp_path):
+    """vLLM's own client of load runs against groups."""
+    body = {"vllm_xargs": {"smc_n_particles": 4, "smc_ignore_generation_config": "true"}, "temperature": 1.0}
+    flags = {
+        "backend": "openai", "base-url": server.url, "model": "tiny", "tokenizer": str(letters_model),
+        "dataset-name": "random", "random-input-len": 8, "random-output-len": 6, "num-prompts": 5,
+        "extra-body": json.dumps(body), "result-dir": str(tmp_path), "result-filename": "bench.json",
+        "header": f"Authorization=Bearer {KEY}",
+    }  # fmt: skip
+    arguments = [f"--{name}={value}" for name, value in flags.items()] + ["--save-result", "--ignore-eos"]
+    before = server.metric("fastsmc:groups_total", 'outcome="finished"')
+    done = subprocess.run([sys.executable, "-c", BENCH, *arguments], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads((tmp_path / "bench.json").read_text())
+    assert result["completed"] == 5 and result["total_output_tokens"] == 30
+    assert server.metric("fastsmc:groups_total", 'outcome="finished"') - before >= 5
+
+
 def test_openai_client(server):
     openai = pytest.importorskip("openai", reason="the package openai is not installed")
     task = xargs(**LEXICON, n=3)
@@ -234,6 +265,16 @@ def test_openai_client(server):
     chunks = asyncio.run(draw())
     texts = {i: "".join(c.text for chunk in chunks for c in chunk.choices if c.index == i) for i in range(3)}
     assert list(texts.values()) == [choice.text for choice in answer.choices] and chunks[-1].smc == answer.smc
+
+
+def test_replicas(server, letters_model, environment, tmp_path):
+    """Two engines of a dense model behind one front end: either gives what the server with one gives."""
+    want = server.smc(**TASK)
+    with running(letters_model, environment, tmp_path / "log", [], ["--data-parallel-size=2"]) as pair:
+        for rank in ("0", "1"):
+            answer = pair.client.post("/v1/smc", json=TASK, headers={"X-data-parallel-rank": rank}).json()
+            assert [answer[key] for key in ("log_z", "particles")] == [want[key] for key in ("log_z", "particles")]
+            assert pair.metric("vllm:request_success_total", f'engine="{rank}"') == 1
 
 
 def test_defaults_of_the_server(server):

@@ -156,9 +156,11 @@ async def _generate(
             if "error" in payload:
                 raise GroupError.of_payload(payload)
             if output.finished:
-                record.payload, reason = payload, output.outputs[0].finish_reason
                 # by the operator, not because the client left, or by vLLM for want of something
-                outcome = {"abort": "aborted", "error": "engine"}.get(reason or "", "finished")
+                ended = {"abort": "aborted", "error": "engine"}
+                outcome = ended.get(output.outputs[0].finish_reason or "", "finished")
+                if outcome == "finished":  # else the last output may hold steps, and no population
+                    record.payload = payload
             choices = choices or Choices(params.n, client.renderer.tokenizer, asked, output)
             choices.extend(output)
             if output.finished or params.output_kind != RequestOutputKind.FINAL_ONLY:
