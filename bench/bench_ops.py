@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,13 +32,15 @@ import numpy as np
 import torch
 from baselines import BASELINES
 from machine import write_result
-from peers import hindsight
 from torch import Tensor
 
 from fastsmc import Potential, SMCParams, ops
 from fastsmc.ops._tensors import pick_backend
 from fastsmc.params import RESAMPLING_SCHEMES
 from fastsmc.smc.captured import CapturedGroup
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "peers"))
+import hindsight
 
 TEMPERATURE = 0.8
 LAYERS, BLOCKS, BLOCK_SHAPE = 30, 300, (3, 64, 64)  # block: heads, slots, dimensions
