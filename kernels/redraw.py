@@ -129,10 +129,10 @@ def redraw_one(
             masses = tl.where(index == tile, mass, masses)
             total += mass
             beside += tl.sum(tl.where(within, es, 0.0)).to(tl.float64)
-        following = ((beside + over) / tl.where(total > 0.0, total, 1.0)).to(tl.float32)
-        lower = (total > 0.0) & (state == 0) & (following < alpha)
+        following = (beside + over) / tl.where(total > 0.0, total, 1.0)
+        lower = (total > 0.0) & (state == 0) & (following.to(tl.float32) < alpha)
         state = tl.where(total > 0.0, tl.where(lower, 0, 2), 1)
-        alpha = tl.where(lower, following, tl.where(total > 0.0, alpha, alpha * (1.0 + 2.0**-20)))
+        alpha = tl.where(lower, following.to(tl.float32), tl.where(total > 0.0, alpha, alpha * (1.0 + 2.0**-20)))
     tile, u = invert_cdf(masses, index, tl.load(uniforms + 2 * r + 1), BLOCK)
     es, fs = tile_pair(logits, mask, masked, factual, tile, vocab, scale, top, q_k, factual_scale, factual_top, p_k)
     mass = tl.reshape(tl.where(alpha * fs - es > 0.0, fs, 0.0).to(tl.float64), (TILE,))
@@ -164,10 +164,10 @@ def redraw_one(
         found = (fs > least) & (at >= begin) & (at < 1.0)
         b = bin_of(at)
         end = begin_of(b - 1)
-        mass, ahead = fs.to(tl.float64) * UNIT, (end - at).to(tl.float64) / end
-        tl.atomic_add(bins + b * 3, (mass + 0.5).to(tl.int64), mask=found)
-        tl.atomic_add(bins + b * 3 + 1, (mass * ahead + 0.5).to(tl.int64), mask=found)
-        tl.atomic_add(bins + b * 3 + 2, (mass * ahead * ahead + 0.5).to(tl.int64), mask=found)
+        units, ahead = fs.to(tl.float64) * UNIT, (end - at).to(tl.float64) / end
+        tl.atomic_add(bins + b * 3, (units + 0.5).to(tl.int64), mask=found)
+        tl.atomic_add(bins + b * 3 + 1, (units * ahead + 0.5).to(tl.int64), mask=found)
+        tl.atomic_add(bins + b * 3 + 2, (units * ahead * ahead + 0.5).to(tl.int64), mask=found)
     left += r * LEFT
     tl.store(left, c)
     tl.store(left + 1, start)
@@ -236,5 +236,5 @@ def redraw(c: Contrast, uniforms: Tensor) -> tuple[Tensor, Tensor, Tensor, Tenso
             log_kernel, bins, left,
             BLOCK=triton.next_power_of_2(n_tiles), enable_fp_fusion=False, **config("redraw", m),
         )  # fmt: skip
-        integrate[(n,)](stay, log_kernel, bins, left, num_warps=8, enable_fp_fusion=False)
+        integrate[(n,)](stay, log_kernel, bins, left, enable_fp_fusion=False, **config("integrate", m))
     return tokens, stay, log_prob, log_kernel

@@ -309,8 +309,8 @@ def gumbel(c: Contrast, lse: Tensor, seeds: Tensor, groups: Tensor, steps: Tenso
 
     def rows(r: Tensor) -> tuple[Tensor]:
         w = _couple(c, r)
-        keys = (x[r, None] for x in (particles, steps, groups))
-        clocks = -(-_philox(*keys, NOISE_STREAM + tokens, seeds[r, None])).log1p()
+        particle, step, group, seed = (x[r, None] for x in (particles, steps, groups, seeds))
+        clocks = -(-_philox(particle, step, group, NOISE_STREAM + tokens, seed)).log1p()
         at_k = w.k[:, None]
         log_tau = torch.empty_like(w.log_q).scatter_(1, w.order, w.alpha.log()) + w.per_alpha.log()
         own = clocks.gather(1, at_k)

@@ -134,16 +134,16 @@ def test_redraw(dtype, masked):
     given |= dict.fromkeys(("lse", "factual_lse", "uniforms", "stay", "log_prob", "log_kernel", "left"), "*fp64")
     given |= {"max_psi": "*fp32", "factual_max": "*fp32"} | dict.fromkeys(("token_of", "tokens", "bins"), "*i64")
     registers, spilled, sass = compiled(redraw.redraw_one, given, {"BLOCK": 128}, "redraw")
-    assert registers <= 128 and spilled == 0
-    # both rows, in each of four passes and for the token's tile
+    assert registers <= 168 and spilled == 0  # 12 warps of a multiprocessor
+    # both rows, in each of three passes and for the token's tile
     num_warps = launch._configs()["default"]["redraw"]["*"]["num_warps"]
-    assert loads(sass, 128) >= 5 * 2 * least_loads(dtype, None, num_warps)
+    assert loads(sass, 128) >= 4 * 2 * least_loads(dtype, None, num_warps)
 
 
 def test_integrate():
     given = dict.fromkeys(("stay", "log_kernel", "left"), "*fp64") | {"bins": "*i64"}
-    registers, spilled, _ = compiled(redraw.integrate, given, {}, None)
-    assert spilled == 0 and registers <= 255
+    registers, spilled, _ = compiled(redraw.integrate, given, {}, "integrate")
+    assert registers <= 255 and spilled == 0
 
 
 @dtypes

@@ -145,12 +145,12 @@ def test_law(v, backend, monkeypatch):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_only_tokens_whose_odds_rose(backend):
     """In 10^6 draws (fewer where they are slow), also where logits are shifted by what is rounded away."""
-    n, v = (20, 64) if slow(backend) else (1_000_000 if backend == "cpu" else 20_000, 64)
+    n, v = (60, 64) if slow(backend) else (1_000_000 if backend == "cpu" else 20_000, 64)
     wide, factual, tokens, _ = rows(200, v, seed=1)
     wide[:20] = factual[:20] + 1000.3
     wide[20:40] = factual[20:40] * (1.0 + 2.0**-22)
     for temperature in (1.0, 0.7):
-        at = torch.arange(n // 2) % 200
+        at = torch.arange(n // 2) * 7 % 200
         u = ops.uniforms(2 * len(at), seed=2, group=0, step=0, stream=0, device="cpu").view(-1, 2)
         d = redraw(
             wide, factual, tokens, u, logit_rows=at, factual_rows=at, temperature=temperature, backend=backend
@@ -259,7 +259,9 @@ def test_any_rows(backend, v, seed, alive, scale, change, u):
     assert allowed[0, 0, j]
     rise = (logits[0, j].double() - logits[0, k]) - (factual[0, j].double() - factual[0, k])
     assert j == k or rise > 0
-    assert 0.0 <= d.stay.item() <= 1.0 and d.log_prob.item() <= 1e-5 and -inf < d.log_kernel.item() <= 1e-5
+    # Triton's scores are rounded before their maximum is subtracted, as in weigh
+    slack = 1e-5 + (2.0**-20 * max(scale, change) if backend == "triton" else 0.0)
+    assert 0.0 <= d.stay.item() <= 1.0 and d.log_prob.item() <= slack and -inf < d.log_kernel.item() <= slack
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
