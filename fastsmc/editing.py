@@ -10,15 +10,17 @@ The models' weights are only read.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fastsmc.arguments import read_prompts
 from fastsmc.potentials.tokens import short
-from fastsmc.trunk import Trunk
 from fastsmc.values import check_float, check_int
+
+if TYPE_CHECKING:
+    from fastsmc.trunk import Trunk  # which is made of interventions itself
 
 #: share of the mean variance that is added to the diagonal of the keys' covariance
 KEY_SHRINK = 1e-3
@@ -27,11 +29,10 @@ FARTHEST, STRIDE = 4.0, 0.1
 
 
 def trunk_of(llm: Any) -> tuple[Trunk, Any]:
-    """Finds the Hugging Face model and the tokenizer of an engine; of vLLM's, it loads the weights once more."""
-    if isinstance(getattr(llm, "trunk", None), Trunk):
+    """Finds the Hugging Face model and the tokenizer of an engine (`HFEngine`, `LLM`)."""
+    if hasattr(llm, "trunk"):
         return llm.trunk, llm.get_tokenizer()
-    config = llm.model_config
-    return Trunk.load(config.model), None if config.skip_tokenizer_init else llm.get_tokenizer()
+    return llm.load_trunk(), None if llm.model_config.skip_tokenizer_init else llm.get_tokenizer()
 
 
 def _encode(name: str, texts: Sequence[Any], trunk: Trunk, tokenizer: Any) -> list[list[int]]:

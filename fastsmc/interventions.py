@@ -34,6 +34,8 @@ BLOCK, DOWN_PROJ = "block", "down_proj"
 REACHES = ("all", "prompt", "generated")
 #: entries of |BBᵀ − I| that a basis B may have
 ORTHONORMAL = 1e-4
+#: the largest rank of A − I for which `Affine` is factored
+FEW = 64
 #: elements of `Facts.logits`
 FACTS_ELEMENTS = 1 << 28
 FORMAT, VERSION = "fastsmc interventions", 1
@@ -212,10 +214,20 @@ class Affine(LayerIntervention):
         return len(self.b)
 
     def step(self) -> Step:
-        """Makes the map of A − I, of the rank that it has: factors of no weight beside the largest are left out."""
-        u, s, vt = torch.linalg.svd(self.A.double() - torch.eye(self.width, dtype=torch.float64))
-        rank = int((s > 1e-7 * max(1.0, float(s[0]))).sum())
-        return Step(vt[:rank], (u * s).T[:rank], self.b.double())
+        """Makes the map of A − I, of the rank that it has up to `FEW`, else of H factors.
+
+        A random projection finds the rank; all of the matrix then says whether it is that to float32's last digits.
+        """
+        unit = torch.eye(self.width, dtype=torch.float64)
+        matrix = self.A.double() - unit
+        scale = max(1.0, float(matrix.abs().max()))
+        sketch = torch.randn(self.width, FEW + 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        u, s, _ = torch.linalg.svd(matrix @ sketch, full_matrices=False)
+        basis = u[:, s > 1e-6 * scale * self.width**0.5]  # the span of A − I without what rounding A has put there
+        down = basis.T @ matrix
+        if basis.shape[1] <= FEW and float((matrix - basis @ down).abs().max()) <= 2.0**-22 * scale:
+            return Step(down, basis.T, self.b.double())
+        return Step(unit, matrix.T, self.b.double())
 
     @classmethod
     def mimic(cls, x0: Any, x1: Any, layer: int, shrink: float = 1e-4) -> Affine:

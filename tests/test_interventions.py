@@ -173,6 +173,17 @@ def test_composed_maps_do_one_after_the_other():
     assert len(Affine(0, torch.eye(H), noise(H)).step().down) == 0
 
 
+@pytest.mark.parametrize(("rank", "n_factors"), [(0, 0), (3, 3), (64, 64), (65, 100), (100, 100)])
+def test_an_affine_map_of_any_rank(rank, n_factors):
+    """Up to 64 factors, or as many as there are elements; the map is the same."""
+    left, right = noise(100, rank, scale=0.1), noise(rank, 100, seed=1)
+    affine = Affine(0, torch.eye(100) + left @ right, noise(100, seed=2))
+    step, x = affine.step(), noise(7, 100, seed=3).double()
+    assert len(step.down) == len(step.up) == n_factors
+    mapped = x + (x @ step.down.T) @ step.up + step.shift
+    torch.testing.assert_close(mapped, x @ affine.A.double().T + affine.b, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("prompt_len", [1, 2, 5, 8, 20])
 def test_variants_of_positions(prompt_len):
     parts = LISTS["all"]

@@ -34,6 +34,7 @@ from fastsmc.potentials import Potential
 from fastsmc.potentials.tokens import short
 from fastsmc.smc import SMCError
 from fastsmc.texts import population_texts
+from fastsmc.trunk import Trunk
 from fastsmc.vllm import compat, machine, options
 from fastsmc.vllm.capacity import Limits, check_fits
 from fastsmc.vllm.compat import get_logger
@@ -419,6 +420,10 @@ class LLM(vllm.LLM):
     def drop_intervention(self, name: str) -> None:
         """Makes the workers forget a registered intervention; a group that still runs under it ends with an error."""
         self.collective_rpc("smc_drop_intervention", args=(name,))
+
+    def load_trunk(self) -> Trunk:
+        """Loads the model's weights once more, by transformers, in float32: what interventions are fitted with."""
+        return Trunk.load(self.model_config.model)
 
     # ---------------------------------------------------------------------------------------------- vLLM's own face
     def generate(self, prompts: Any, sampling_params: Any = None, **kwargs: Any) -> list[RequestOutput]:

@@ -166,23 +166,56 @@ class Member(NamedTuple):
     variants: Tensor | None = None
 
 
-def write_prompt(model: PagedCalls, start: GroupStart, begin: int, variants: Tensor) -> None:
-    """Writes keys and values of a group's prompt from position `begin` on, where a block begins, under interventions.
+class Unwritten(NamedTuple):
+    """Is the part of a group's prompt that has yet to be written under its interventions.
 
-    The prompt's blocks from there on are the group's own; those before are only read.
+    Attributes:
+        begin: position, where a block begins; blocks from there on are the group's own, those before are only read.
+        variants: (P,) int64, as of a `Member`.
     """
-    size, device = model.block_size, model.device
-    table = torch.tensor([start.prompt_blocks], dtype=torch.int32, device=device)
-    tokens = torch.tensor(start.prompt, device=device)
-    for low in range(begin, len(tokens), model.max_tokens):
-        high = min(low + model.max_tokens, len(tokens))
-        at = torch.arange(low, high, device=device)
-        slots = table[0, at // size].long() * size + at % size
-        length = torch.tensor([high], dtype=torch.int32, device=device)
-        adapters = None if start.adapter is None else (start.adapter,)
+
+    start: GroupStart
+    begin: int
+    variants: Tensor
+
+
+def write_prompts(model: PagedCalls, prompts: Sequence[Unwritten]) -> None:
+    """Writes keys and values of prompts under interventions, in as few passes as the model's limit allows."""
+    size, device, left = model.block_size, model.device, list(prompts)
+    columns = max(len(prompt.start.prompt_blocks) for prompt in left)
+    while left:
+        taken: list[tuple[Unwritten, int]] = []
+        room = model.max_tokens
+        for prompt in left:
+            if room > 0:
+                taken.append((prompt, min(room, len(prompt.start.prompt) - prompt.begin)))
+                room -= taken[-1][1]
+        queries = tuple(n for _, n in taken)
+        ends = [prompt.begin + n for prompt, n in taken]
+        rows = [prompt.start.prompt_blocks for prompt, _ in taken]
+        table = torch.tensor([row + [0] * (columns - len(row)) for row in rows], dtype=torch.int32, device=device)
+        tokens = [
+            v for (prompt, _), end in zip(taken, ends, strict=True) for v in prompt.start.prompt[prompt.begin : end]
+        ]
+        at = torch.cat([torch.arange(end - n, end, device=device) for end, n in zip(ends, queries, strict=True)])
+        row_of = torch.arange(len(taken), device=device).repeat_interleave(torch.tensor(queries, device=device))
+        variants = [prompt.variants[prompt.begin : end] for (prompt, _), end in zip(taken, ends, strict=True)]
+        adapters = tuple(prompt.start.adapter for prompt, _ in taken)
         model.hidden(
-            Batch(tokens[at], at, slots, table, length, high, (high - low,), adapters=adapters, variants=variants[at])
+            Batch(
+                torch.tensor(tokens, device=device),
+                at,
+                table[row_of, at // size].long() * size + at % size,
+                table,
+                torch.tensor(ends, dtype=torch.int32, device=device),
+                max(ends),
+                queries,
+                adapters=adapters if any(adapter is not None for adapter in adapters) else None,
+                variants=torch.cat(variants),
+            )
         )
+        begun = [prompt._replace(begin=end) for (prompt, _), end in zip(taken, ends, strict=True)]
+        left = [prompt for prompt in begun if prompt.begin < len(prompt.start.prompt)] + left[len(taken) :]
 
 
 class Pass:

@@ -29,7 +29,7 @@ from fastsmc.vllm.compat import get_logger
 from fastsmc.vllm.messages import GroupResult, GroupStart, GroupStep, StepOrder
 from fastsmc.vllm.model import Model
 from fastsmc.vllm.options import EngineOptions
-from fastsmc.vllm.passes import Member, PagedCalls, Pass, Ride, write_prompt
+from fastsmc.vllm.passes import Member, PagedCalls, Pass, Ride, Unwritten, write_prompts
 from fastsmc.vllm.shelf import Shelf
 
 logger = get_logger(__name__)
@@ -66,6 +66,7 @@ class ParticleRunner:
         self.interventions = self._model.interventions
         # groups whose potential is being prepared: what they are to start with, and the blocks that they have got
         self._waiting: dict[str, tuple[GroupStart, list[int]]] = {}
+        self._unwritten: dict[str, Unwritten] = {}  # within `_take_up`
         self._half: tuple[Pass, set[str]] | None = None
 
     @torch.inference_mode()
@@ -129,7 +130,20 @@ class ParticleRunner:
             return results, half
         for part in order.groups:
             self._admit(part, results[part.request_id])
+        self._write_prompts(results)
         return results, None
+
+    def _write_prompts(self, results: dict[str, GroupResult]) -> None:
+        """Writes the prompts of groups that have just begun under interventions."""
+        prompts, self._unwritten = self._unwritten, {}
+        sets: dict[int, list[str]] = {}  # with LoRA one adapter per pass, since an engine may hold no more
+        for request_id, prompt in prompts.items():
+            sets.setdefault(adapters.ids([prompt.start.adapter])[0], []).append(request_id)
+        for ids in sets.values():
+            try:
+                write_prompts(self.model, [prompts[request_id] for request_id in ids])
+            except Exception as error:
+                self._fail(ids, results, error)
 
     def _end_without_interventions(self, results: dict[str, GroupResult]) -> bool:
         """Ends groups whose interventions were dropped, which else would go on as others; says if there are any."""
@@ -288,7 +302,8 @@ class ParticleRunner:
             if n := start.n_intervened_blocks:
                 ours, blocks = blocks[:n], blocks[n:]
                 start = replace(start, prompt_blocks=[*start.prompt_blocks[:-n], *ours])
-                write_prompt(self.model, start, (len(start.prompt_blocks) - n) * self.model.block_size, variants)
+                begin = (len(start.prompt_blocks) - n) * self.model.block_size
+                self._unwritten[request_id] = Unwritten(start, begin, variants)
         paging = Paging(
             group.n, len(start.prompt), start.prompt_blocks, self.model.block_size, last, start.lookahead, device
         )

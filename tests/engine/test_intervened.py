@@ -13,6 +13,7 @@ from vllm import SamplingParams
 from vllm.lora.request import LoRARequest
 
 from fastsmc import SMCError, SMCParams
+from fastsmc.hf import HFEngine
 from fastsmc.interventions import Prompt, RankOne, Steer, Temperature
 from fastsmc.potentials import Infill
 from fastsmc.vllm import compat, interventions
@@ -117,6 +118,24 @@ def test_a_process_of_its_own_and_a_prompt_in_chunks(process_engine, tiny_path):
     prompts, lists = [prompt_of(200), prompt_of(33)], [LISTS["at one site"], LISTS["steer positions"]]
     populations = process_engine.smc(prompts, PARAMS, POTENTIAL, intervention=lists)
     check(tiny_path, populations, prompts, lists)
+
+
+def test_prompts_are_written_together(engine, tiny_path, all_blocks_back, passes, monkeypatch):
+    """Of groups that begin together, in chunks of what a pass holds, none of them twice."""
+    monkeypatch.setattr(runner_of(engine).model, "max_tokens", 100)
+    prompts = [prompt_of(n, n) for n in (5, 250, 40, 33, 100)]
+    lists = [LISTS[name] for name in ("steer", "all", "project", "steer generated", "rank one")]
+    populations = engine.smc(prompts, PARAMS, POTENTIAL, intervention=lists)
+    check(tiny_path, populations, prompts, lists)
+    # all of the first reach their prompt from position 0, the fourth does not
+    assert [len(variants) for variants in passes[:4]] == [100, 100, 100, 95] and sum(map(len, passes[:4])) == 395
+
+
+def test_contrast_over_the_engines_own_weights(engine, tiny_path):
+    positive, negative = [[1, 2, 3], [4, 5]], [[6, 6, 1]]
+    assert Steer.from_contrast(engine, positive, negative, 1) == Steer.from_contrast(
+        HFEngine(tiny_path), positive, negative, 1
+    )
 
 
 def test_prompt_and_temperature(engine, tiny_path):
