@@ -135,7 +135,7 @@ def test_kernels_that_are_missing_are_named():
     assert re.search("without CUDA.*nvcc.*uniforms, resample, reindex run on a GPU as PyTorch operations", without)
     assert "triton" not in without
     assert re.search(
-        "triton is not installed: weigh, draw, redraw run on a GPU", missing_on_gpu(["cpu", "torch", "cuda"])
+        "triton is not installed: weigh, draw, redraw, intervene run on a GPU", missing_on_gpu(["cpu", "torch", "cuda"])
     )
     picked = {}
     for path in (ROOT / "fastsmc" / "ops").glob("[!_]*.py"):
