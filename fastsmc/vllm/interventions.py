@@ -29,6 +29,7 @@ from fastsmc import interventions
 from fastsmc.interventions import BLOCK, DOWN_PROJ, LayerIntervention, Sizes, Step
 from fastsmc.maps import Maps, Site, SiteMaps, blame, lay_out
 from fastsmc.smc import SMCError
+from fastsmc.vllm.options import EngineOptions
 
 #: in `additional_config`, which is part of what names a compiled model on disk: one without places is another
 CACHE_KEY, CACHE_VALUE = "fastsmc_places", 1
@@ -95,11 +96,18 @@ class Places(NamedTuple):
 
 
 def install(model: Any, config: Any) -> None:
-    """Puts places into a model that was loaded and never called; what cannot have any stays as it is, and says why."""
+    """Puts places into a model that was loaded and never called, if the engine's options ask for them.
+
+    What cannot have any stays as it is, and says why.
+    """
     layers = _find_layers(model, config.compilation_config.static_forward_context)
     forms = {_form(type(layer)) for layer in layers.values()}
     model_config = config.model_config
     sizes = Sizes(len(layers), model_config.get_hidden_size(), None, model_config.get_vocab_size())
+    if not EngineOptions.of(config.additional_config).interventions:
+        why = "this engine has no places for interventions; start it with interventions=True"
+        model.fastsmc_places = Places((), (), sizes, why)
+        return
     if not layers or None in forms or [*layers] != list(range(len(layers))):
         why = "its decoder layers are not of a kind that is known"
         model.fastsmc_places = Places((), (), sizes, f"{type(model).__name__}: {why}")

@@ -135,6 +135,8 @@ class LLM(vllm.LLM):
             as take three to four ordinary decode steps (`fastsmc.vllm.options.EngineOptions`).
         captured_steps: groups for which that holds take steps without a wait for the device; its conditions and what
             else it changes are in `fastsmc.vllm.options.EngineOptions`.
+        interventions: whether groups may run under interventions (`smc(…, intervention=…)`), which costs something
+            even where none does; see there.
         kwargs: any argument of `vllm.LLM` but `scheduler_cls` and `worker_cls`.
 
     Raises:
@@ -150,6 +152,7 @@ class LLM(vllm.LLM):
         shared_forward: str | None = None,
         max_particle_rows_per_step: int | str | None = None,
         captured_steps: bool | None = None,
+        interventions: bool | None = None,
         **kwargs: Any,
     ) -> None:
         compat.check_version()
@@ -162,6 +165,7 @@ class LLM(vllm.LLM):
             "shared_forward": shared_forward,
             "max_particle_rows_per_step": max_particle_rows_per_step,
             "captured_steps": captured_steps,
+            "interventions": interventions,
         }
         arguments = engine_args(kwargs | {name: value for name, value in options.items() if value is not None})
         settings = surroundings(arguments.get("tensor_parallel_size") or 1)

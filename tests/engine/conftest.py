@@ -56,7 +56,7 @@ def make_engine(path, in_process: bool = True, env: dict[str, str] | None = None
 
     envs.disable_envs_cache()  # an engine that started earlier in this process has frozen them
     with environment(VLLM_ENABLE_V1_MULTIPROCESSING="0" if in_process else "1", **(env or {})):
-        _ENGINES.append(LLM(str(path), **{**TINY_ARGS, **args}))
+        _ENGINES.append(LLM(str(path), **{"interventions": True, **TINY_ARGS, **args}))
     assert _ENGINES[-1]._in_process() == in_process
     return _ENGINES[-1]
 

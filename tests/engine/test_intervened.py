@@ -392,7 +392,11 @@ def test_a_model_without_places_serves_as_ever(tiny_path):
     config = SimpleNamespace(
         compilation_config=SimpleNamespace(static_forward_context=["layers.0.attn", "layers.1.attn"]),
         model_config=SimpleNamespace(get_hidden_size=lambda: 4, get_vocab_size=lambda: 8),
+        additional_config={"fastsmc": {"interventions": True}},
     )
     interventions.install(model, config)
     assert model.fastsmc_places.why_not == "Module: its decoder layers are not of a kind that is known"
+    config.additional_config = {}
+    interventions.install(model, config)
+    assert "start it with interventions=True" in model.fastsmc_places.why_not
     assert type(model.layers[0]) is Odd
