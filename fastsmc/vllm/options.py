@@ -41,8 +41,8 @@ class EngineOptions:
             `max_particle_rows_per_step` says, and it keeps its blocks to its end. No group then shares a pass. Not
             with tensor parallelism.
         interventions: the model's layers have places for interventions (`fastsmc.vllm.interventions`), which `LLM.smc`
-            and others then take. In a compiled engine on a CPU a decode step of ordinary requests takes about 5 % more
-            with them, whether there are interventions or not. Not in a server.
+            and others then take. Each is an op in the layer, whether there are interventions or not, which may cost a
+            decode step a few per cent (not measured well yet). Not in a server.
         potentials: the potentials that requests may name: registered names (a list, or a string with commas), or
             {name: "module:attr"}, code of the operator's; None: all registered names.
         twists: {name: directory} of the learned twists that requests may name; None: none.
