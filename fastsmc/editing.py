@@ -30,9 +30,8 @@ FARTHEST, STRIDE = 4.0, 0.1
 
 def trunk_of(llm: Any) -> tuple[Trunk, Any]:
     """Finds the Hugging Face model and the tokenizer of an engine (`HFEngine`, `LLM`)."""
-    if hasattr(llm, "trunk"):
-        return llm.trunk, llm.get_tokenizer()
-    return llm.load_trunk(), None if llm.model_config.skip_tokenizer_init else llm.get_tokenizer()
+    engine = llm if hasattr(llm, "trunk") else llm.load_hf()
+    return engine.trunk, engine.get_tokenizer()
 
 
 def _encode(name: str, texts: Sequence[Any], trunk: Trunk, tokenizer: Any) -> list[list[int]]:

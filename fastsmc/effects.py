@@ -67,8 +67,8 @@ def effect(
         twist: of the potential, for both arms.
 
     Raises:
-        ValueError: no runs, or no exact samples in one of the two lists.
-        SMCError: a run failed, or an arm has no weight in any run.
+        ValueError: no runs, no exact samples in one of the two lists, or an arm without any weight in all its runs.
+        SMCError: a run failed.
     """
     check_int("runs", runs, 1)
     kept = None if exact is None else [read_samples(f"exact[{i}]", one) for i, one in enumerate(exact)]
@@ -81,7 +81,10 @@ def effect(
     do, base = (np.array(arm) for arm in arms)
     estimate = _log_mean(do) - _log_mean(base)
     if not math.isfinite(estimate):
-        raise ValueError("params.n_particles: no run of one of the arms has any weight; more particles may find some")
+        arm = "under the intervention" if math.isinf(_log_mean(do)) else "without the intervention"
+        raise ValueError(
+            f"params.n_particles={params.n_particles}: no run {arm} has any weight; more particles may find some"
+        )
     left_out = [_log_mean(np.delete(do, r)) - _log_mean(np.delete(base, r)) for r in range(runs)] if runs > 1 else []
     se = (
         math.sqrt((runs - 1) / runs * np.square(np.array(left_out) - np.mean(left_out)).sum()) if runs > 1 else math.nan
@@ -105,11 +108,11 @@ def necessity(
 
     Args:
         llm: an engine that has `facts` and `counterfactual`.
-        prompt, text: as `counterfactual` takes them; or `Facts`, and None.
+        prompt, text: as `counterfactual` takes them; or `Facts` of this model, and None.
         potential: φ, of values 0 and 1.
 
     Raises:
-        ValueError: φ(text) is not 1.
+        ValueError: φ(text) is not 1, or the facts are another model's.
     """
     estimate, se = _share(llm, prompt, text, potential, intervention, params, runs, 1.0)
     return Effect(1.0 - estimate, se, None, None, runs, False)
@@ -142,6 +145,11 @@ def _share(
         params, n_particles=1, max_tokens=len(facts.token_ids), proposal="base", ess_threshold=0.0
     )
     itself = llm.counterfactual(facts, params=alone, potential=potential)  # under nothing: the text, and its weight
+    seen = itself.token_ids[0]  # less than the text where no weight is left before its end
+    if seen != list(facts.token_ids[: len(seen)]):
+        raise ValueError(
+            "prompt: these Facts are of another model than the engine's, which cannot look at φ of the text"
+        )
     phi = math.exp(itself.log_weights[0])
     if abs(phi - wanted) > 1e-9:
         raise ValueError(f"text: its potential is {phi:.6g}, must be {wanted:.0f}; of values 0 and 1 altogether")

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from fastsmc import twists
-from fastsmc.arguments import Prompt, Prompts, read_each, read_prompts
-from fastsmc.counterfactuals import Counterfactuals, read_params, read_text
+from fastsmc.arguments import Prompt, Prompts, read_counterfactual, read_each, read_prompts, read_text
+from fastsmc.counterfactuals import Counterfactuals
 from fastsmc.interventions import Facts, Intervention, LayerIntervention, read_interventions, take_apart
 from fastsmc.maps import Maps, blame, lay_out
 from fastsmc.params import SMCParams
@@ -271,9 +271,13 @@ class HFEngine:
         """
         ids, params = self.encode(prompt), SMCParams() if params is None else params
         tokens = read_text(text, self.engine.tokenizer, self.trunk.vocab_size, self.stops(params))
-        tokenizer = None if self.engine.tokenizer is None else twists.tokenizer_hash(self.engine.tokenizer)
-        logits = TrunkRows(self.trunk, ids, 1).follow(tokens)
-        return Facts(logits, tuple(tokens), tuple(ids), params.p0(), tokenizer)
+        return self._facts(ids, tokens, params)
+
+    def _facts(self, prompt: list[int], text: list[int], params: SMCParams) -> Facts:
+        self._check_context(prompt, dataclasses.replace(params, max_tokens=max(len(text), params.min_tokens)), None)
+        logits = TrunkRows(self.trunk, prompt, 1).follow(text)
+        tokenizer = twists.tokenizer_hash(self.engine.tokenizer)
+        return Facts(logits, tuple(text), tuple(prompt), params.p0(), tokenizer)
 
     @torch.no_grad()
     def counterfactual(
@@ -323,20 +327,19 @@ class HFEngine:
         if noise == "gumbel" and (potential is not None or twist is not None):
             raise ValueError("noise='gumbel': takes no potential, whose resampling would give particles other numbers")
         facts = prompt if isinstance(prompt, Facts) else None
-        if facts is not None:
+        if facts is None:
+            ids = self.encode(prompt)
+        else:
             if text is not None:
                 raise ValueError(f"text={short(text)}: Facts have their own; leave it out")
             facts.check(self.trunk.sizes)
-            if self.engine.tokenizer is not None:
-                facts.check_tokenizer(twists.tokenizer_hash(self.engine.tokenizer))
+            facts.check_tokenizer(twists.tokenizer_hash(self.engine.tokenizer))
             ids, text = list(facts.prompt_token_ids), list(facts.token_ids)
-        else:
-            ids = self.encode(prompt)
         stops = self.stops(SMCParams(ignore_eos=bool(ignore_eos)) if params is None else params)
         tokens = None
         if text is not None:
             tokens = read_text(text, self.engine.tokenizer, self.trunk.vocab_size, stops)
-        asked = read_params(
+        asked = read_counterfactual(
             params, None if tokens is None else len(tokens), n=n, max_tokens=max_tokens, top_k=top_k, top_p=top_p,
             ignore_eos=ignore_eos, seed=seed,
         )  # fmt: skip
@@ -349,13 +352,9 @@ class HFEngine:
         if potential is not None:
             ready = self._set_up(potential if guide is None else guide.guide(potential))
         if tokens is None:
-            drawn = self.smc(ids, dataclasses.replace(asked, n_particles=1))
-            tokens = drawn.token_ids[0]
+            tokens = self.smc(ids, dataclasses.replace(asked, n_particles=1)).token_ids[0]
         self._check_context(changed, dataclasses.replace(under, max_tokens=max(len(tokens), under.max_tokens)), ready)
-        if facts is None:
-            self._check_context(ids, dataclasses.replace(asked, max_tokens=len(tokens)), None)
-            facts = Facts(TrunkRows(self.trunk, ids, 1).follow(tokens), tuple(tokens), tuple(ids), asked.p0())
-        evidence = self._evidence(facts, stops, noise)
+        evidence = self._evidence(self._facts(ids, tokens, asked) if facts is None else facts, stops, noise)
         rows = TrunkRows(self.trunk, changed, 1, layers).follow(tokens)
         evidence.compare(self._restricted(rows, under, stops), under.temperature)
         population = self._run(changed, under, ready, None, layers, None, evidence)

@@ -168,6 +168,22 @@ def test_beyond_the_text_draws_are_plain(engine, tiny, steered):
     assert {len(ids) for ids in short.token_ids} == {1} and len(short.stay) == STEPS
 
 
+def test_a_text_drawn_with_the_same_seed(engine, tiny, steered):
+    """The numbers that drew a text do not draw its counterfactuals: over seeds these are the intervened model's draws,
+    and stay as often as they should."""
+    n, stays, expected, counts = 600, 0, [], Counter()
+    for seed in range(n):
+        found = engine.counterfactual(PROMPT, None, STEER, n=1, max_tokens=1, seed=seed)
+        counts[found.token_ids[0][0]] += 1
+        stays += found.token_ids[0] == found.factual_ids
+        expected.append(found.stay[0])
+    spread = math.sqrt(sum(p * (1 - p) for p in expected))
+    assert abs(stays - sum(expected)) < 4 * spread
+    assert (
+        chisquare([counts[v] for v in range(VOCAB)], n * np.exp(steered[()]) / np.exp(steered[()]).sum()).pvalue > 1e-4
+    )
+
+
 def test_settings_of_both_draws(engine, tiny, steered):
     """top_k is the text's mechanism and the other's; Temperature is the other's alone; ends come with stop tokens."""
     params = SMCParams(n_particles=3000, max_tokens=STEPS, top_k=4, temperature=0.8)
@@ -298,5 +314,11 @@ def test_effect(engine, tiny, steered):
     want = log_z[0] - log_z[1]
     assert abs(found.estimate - want) < 4.5 * found.se and 0 < found.se < 0.1 and found.shared_seeds
     assert found.lower - 4 * found.se < want < found.upper + 4 * found.se and found.lower < found.upper
+    with pytest.raises(ValueError, match="of another model than the engine's"):
+        sure = 20 * torch.nn.functional.one_hot(torch.tensor(TEXT), VOCAB).float()
+        effects.necessity(engine, Facts(sure, TEXT, PROMPT), None, potential, STEER, params)
+    never = TableTwist(np.full((STEPS, VOCAB), -np.inf))
+    with pytest.raises(ValueError, match="n_particles=32: no run under the intervention has any weight"):
+        effects.effect(engine, PROMPT, params, never, STEER, runs=2)
     alone = effects.effect(engine, PROMPT, params, potential, STEER, runs=1)
     assert math.isnan(alone.se) and alone.lower is None

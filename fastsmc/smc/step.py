@@ -27,7 +27,7 @@ from fastsmc.smc.faults import MASK_INDEX, MODEL, NEXT, NEXT_ROW, NO_WEIGHT, PSI
 from fastsmc.smc.particles import Layout, Particles
 
 # Philox streams: one per purpose, so that no random number serves twice.
-DRAW, RESAMPLE, CHOOSE, RETAIN, MOVE = 0, 1, 2, 3, 4
+DRAW, RESAMPLE, CHOOSE, RETAIN, REDRAW, MOVE = 0, 1, 2, 3, 4, 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +152,7 @@ class Step:
         inputs |= {"logit_rows": rows, "temperature": self._temperature}
         model, by_law = logits, shaped is not None or forced is not None or self.kind.noise == "gumbel"
         if factual is not None and by_law:
-            logits = self._law(logits, factual)
+            logits = self._law(model, factual)
         weighed = ops.weigh(logits, **inputs)
         self.check(weighed.lse.isnan(), MODEL, rows)
         if twist is not None:
@@ -167,17 +167,19 @@ class Step:
             active = self.active & (self.of(self.ess) > 0)  # without any weight nothing is drawn
         elif first is not None and not self.kind.retains:
             self._take_for_siblings(first, particles.log_w == particles.log_w[self.layout.start])
-        u = ops.stratify(self.uniforms(DRAW), particles.rank, particles.count)
-        if factual is None or (by_law and self.kind.noise == "exact"):
-            drawn = ops.draw(logits, weighed, parents, u, **inputs)
-        elif by_law:
+        # what is given is a text, which numbers of DRAW may have drawn: its counterfactuals have their own
+        u = ops.stratify(self.uniforms(DRAW if factual is None else REDRAW), particles.rank, particles.count)
+        if self.kind.noise == "gumbel" and factual is not None:
             drawn = self._by_noise(model, logits, factual, rows)
+        elif factual is not None and not by_law:
+            drawn = self._redraw(model, factual, rows, u)
         else:
-            drawn = self._redraw(logits, factual, rows, u)
+            drawn = ops.draw(logits, weighed, parents, u, **inputs)
         if forced is not None:
             drawn = self._force(drawn, forced, active, logits, weighed, parents, shaped)
-        if factual is not None and by_law:
-            drawn = self._under_model(drawn, model)
+        kernel = None if factual is None else drawn.log_prob
+        if factual is not None:
+            drawn = self._under_model(drawn, model, None if by_law else weighed)
         if twist is not None:
             psi = drawn.log_psi.nan_to_num(nan=-math.inf, neginf=-math.inf)
         if self.kind.guided:  # p0 / q of what was drawn
@@ -190,18 +192,17 @@ class Step:
         elif by_next is not None:
             values = by_next.of_tokens(self.layout.all, drawn.tokens.clamp(min=0))
             change = self.checked(values, active & (drawn.tokens >= 0), NEXT)
-        return self._append(drawn, active), change
+        return self._append(drawn, active, kernel), change
 
     # ------------------------------------------------------------------------------------------------- counterfactuals
     def _redraw(self, logits: Tensor, factual: Factual, rows: Tensor, u: Tensor) -> ops.Drawn:
-        """Draws with the noise that gave the text (`ops.redraw`): log-probs are the model's."""
+        """Draws with the noise that gave the text (`ops.redraw`): log-probs are the law's."""
         group_of = self.layout.group_of
         again = ops.redraw(
             logits, factual.logits, factual.tokens, torch.stack([u, self.uniforms(MOVE)], 1), logit_rows=rows,
             factual_rows=group_of, temperature=self._temperature, factual_temperature=factual.temperature[group_of],
         )  # fmt: skip
-        self._put_kernel(again.tokens, again.log_kernel)
-        return ops.Drawn(again.tokens, again.log_prob, torch.zeros_like(again.log_prob))
+        return ops.Drawn(again.tokens, again.log_kernel, torch.zeros_like(again.log_kernel))
 
     def _by_noise(self, logits: Tensor, law: Tensor, factual: Factual, rows: Tensor) -> ops.Drawn:
         """Draws by the noise itself (`ops.gumbel`), that of each particle's number: log-probs are the law's."""
@@ -226,16 +227,13 @@ class Step:
         law = law.masked_fill_(none[:, None], -math.inf)
         return law.mul_(temperature[:, None])  # as the draw will divide by it
 
-    def _under_model(self, drawn: ops.Drawn, model: Tensor) -> ops.Drawn:
-        """Puts the model's log-probs in the place of those of the law that tokens were drawn from."""
-        self._put_kernel(drawn.tokens, drawn.log_prob)
+    def _under_model(self, drawn: ops.Drawn, model: Tensor, weighed: ops.Weighed | None) -> ops.Drawn:
+        """Puts the model's log-probs in the place of those of the law; `weighed` are its rows, if they are known."""
         rows = self.particles.rows.clamp(min=0)
-        lse = ops.weigh(model, logit_rows=rows, temperature=self._temperature).lse
+        if weighed is None:
+            weighed = ops.weigh(model, logit_rows=rows, temperature=self._temperature)
         z = model[rows, drawn.tokens.clamp(min=0)].double() / self._temperature
-        return ops.Drawn(drawn.tokens, z - lse, drawn.log_psi)
-
-    def _put_kernel(self, tokens: Tensor, log_kernel: Tensor) -> None:
-        self.record.put("token_log_kernels", torch.where(self.active & (tokens >= 0), log_kernel, 0.0))
+        return ops.Drawn(drawn.tokens, z - weighed.lse, drawn.log_psi)
 
     def _must_stop(self, twist: NextRows | None, vocab: int) -> NextRows:
         """Restricts the last draw of groups that are forced to stop to their stop tokens, whatever `twist` says."""
@@ -292,8 +290,10 @@ class Step:
         self.check(at & ((log_prob + psi == -math.inf) | (forced >= logits.shape[1])), RULED_OUT, forced)
         return ops.Drawn(torch.where(at, forced, drawn.tokens), log_prob, psi)
 
-    def _append(self, drawn: ops.Drawn, active: Tensor) -> Tensor:
+    def _append(self, drawn: ops.Drawn, active: Tensor, kernel: Tensor | None) -> Tensor:
         """Records a draw of the particles in `active` (M,) bool. Returns (M,) bool, those that end with it.
+
+        `kernel` (M,) are log-probs given a text, of counterfactual groups.
 
         A particle whose every next token has weight zero draws none. It has weight zero too, so it ends unasked.
         """
@@ -302,6 +302,8 @@ class Step:
         tokens = torch.where(drew, drawn.tokens, -1)
         self.record.put("tokens", tokens)
         self.record.put("token_log_probs", torch.where(drew, drawn.log_prob, 0.0))
+        if kernel is not None:
+            self.record.put("token_log_kernels", torch.where(drew, kernel, 0.0))
         particles.last_tokens.copy_(torch.where(particles.paused, particles.last_tokens, tokens))
         particles.lengths += drew
         by_token = drew & (tokens[:, None] == self._stop).any(1)

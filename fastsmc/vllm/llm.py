@@ -27,6 +27,7 @@ from vllm.utils.cpu_resource_utils import get_allowed_cpu_list, get_visible_memo
 
 from fastsmc import interventions, models, twists
 from fastsmc.arguments import read_each, read_exact, read_prompts
+from fastsmc.hf import HFEngine
 from fastsmc.interventions import Intervention, LayerIntervention, Sizes, read_interventions, take_apart
 from fastsmc.params import PREFIX, SMCParams
 from fastsmc.population import Population
@@ -34,7 +35,6 @@ from fastsmc.potentials import Potential
 from fastsmc.potentials.tokens import short
 from fastsmc.smc import SMCError
 from fastsmc.texts import population_texts
-from fastsmc.trunk import Trunk
 from fastsmc.vllm import compat, machine, options
 from fastsmc.vllm.capacity import Limits, check_fits
 from fastsmc.vllm.compat import get_logger
@@ -425,9 +425,9 @@ class LLM(vllm.LLM):
         """Makes the workers forget a registered intervention; a group that still runs under it ends with an error."""
         self.collective_rpc("smc_drop_intervention", args=(name,))
 
-    def load_trunk(self) -> Trunk:
+    def load_hf(self) -> HFEngine:
         """Loads the model's weights once more, by transformers, in float32: what interventions are fitted with."""
-        return Trunk.load(self.model_config.model)
+        return HFEngine(self.model_config.model)
 
     # ---------------------------------------------------------------------------------------------- vLLM's own face
     def generate(self, prompts: Any, sampling_params: Any = None, **kwargs: Any) -> list[RequestOutput]:

@@ -114,9 +114,14 @@ class Server:
 
 @contextlib.contextmanager
 def running(
-    model: Path, environment: Mapping[str, str], log: Path, options: Sequence[str], flags: Sequence[str] = ()
+    model: Path,
+    environment: Mapping[str, str],
+    log: Path,
+    options: Sequence[str],
+    flags: Sequence[str] = (),
+    stock: bool = False,
 ) -> Iterator[Server]:
-    """Runs `fastsmc serve` while the context lasts.
+    """Runs `fastsmc serve` while the context lasts, or with `stock` vLLM's own server, which VLLM_PLUGINS tells of us.
 
     Args:
         options: flags that set the operator's options.
@@ -128,10 +133,26 @@ def running(
     engine = [
         f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}") for name, value in MODEL_ARGS.items()
     ]
-    command = [sys.executable, "-m", "fastsmc.cli", "serve", str(model), "--served-model-name", "tiny"]
+    command = [sys.executable, "-m", "fastsmc.cli", "serve", str(model)]
+    if stock:
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+        environment = {**environment, "VLLM_PLUGINS": "fastsmc"}
     with open(log, "w") as file:
         process = subprocess.Popen(
-            [*command, "--port", str(port), "--host", "127.0.0.1", "--api-key", KEY, *options, *engine, *flags],
+            [
+                *command,
+                "--served-model-name",
+                "tiny",
+                "--port",
+                str(port),
+                "--host",
+                "127.0.0.1",
+                "--api-key",
+                KEY,
+                *options,
+                *engine,
+                *flags,
+            ],
             env=dict(environment),
             cwd=log.parent,  # where no other metadata of the package lies
             stdout=file,

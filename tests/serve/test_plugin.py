@@ -47,10 +47,11 @@ def test_settings(monkeypatch, letters_model):
     with pytest.raises(ValueError, match="unknown option; max_groups"):
         plugin.put_settings(EngineArgs(**model, additional_config={"fastsmc": {"max_group": 1}}))
     plugin.put_settings(EngineArgs(**model, data_parallel_size=2))
-    offline = {**model, "additional_config": {"fastsmc": {"offline": True}}}  # opens directories to whoever asks
-    plugin.put_settings(EngineArgs(**offline))
-    with pytest.raises(ValueError, match=r"fastsmc.offline=True: is fastsmc.LLM's alone"):
-        plugin.put_settings(AsyncEngineArgs(**offline))
+    for name in ("offline", "interventions"):  # one opens directories to whoever asks, the other is of no use there
+        own = {**model, "additional_config": {"fastsmc": {name: True}}}
+        plugin.put_settings(EngineArgs(**own))
+        with pytest.raises(ValueError, match=rf"fastsmc.{name}=True: is fastsmc.LLM's alone"):
+            plugin.put_settings(AsyncEngineArgs(**own))
 
 
 def test_names_of_the_front_end_are_probed_where_there_is_one(monkeypatch, letters_model):

@@ -268,9 +268,10 @@ def test_openai_client(server):
 
 
 def test_replicas(server, letters_model, environment, tmp_path):
-    """Two engines of a dense model behind one front end: either gives what the server with one gives."""
+    """Two engines of a dense model behind one front end, vLLM's own server with the switch: either gives what the
+    server with one gives."""
     want = server.smc(**TASK)
-    with running(letters_model, environment, tmp_path / "log", [], ["--data-parallel-size=2"]) as pair:
+    with running(letters_model, environment, tmp_path / "log", [], ["--data-parallel-size=2"], stock=True) as pair:
         for rank in ("0", "1"):
             answer = pair.client.post("/v1/smc", json=TASK, headers={"X-data-parallel-rank": rank}).json()
             assert [answer[key] for key in ("log_z", "particles")] == [want[key] for key in ("log_z", "particles")]
