@@ -193,12 +193,40 @@ def test_settings_of_both_draws(engine, tiny, steered):
     for prefix, row in steered.items():
         other[prefix] = np.where(row >= np.sort(row)[-4], row, -np.inf)
     exact, stay = law(cut.table, other, text, t_q=1.5)
-    found = engine.counterfactual(PROMPT, text, [STEER, Temperature(1.5)], params=params)
-    assert np.abs(np.exp(found.log_kernel) - [exact[tuple(s)] for s in found.token_ids]).max() < 1e-5
-    assert np.abs(found.stay - stay).max() < 1e-5 and found.params.temperature == 1.5
+    for noise in ("exact", "gumbel"):
+        found = engine.counterfactual(PROMPT, text, [STEER, Temperature(1.5)], params=params, noise=noise)
+        assert np.abs(np.exp(found.log_kernel) - [exact[tuple(s)] for s in found.token_ids]).max() < 1e-5
+        assert np.abs(found.stay - stay).max() < 1e-5 and found.params.temperature == 1.5
     ends = SMCParams(n_particles=200, max_tokens=STEPS, stop_token_ids=[TEXT[1]])
     stopped = engine.counterfactual(PROMPT, TEXT[:2], STEER, params=ends)
     assert "stop" in stopped.finish_reasons and len(stopped.stay) == 2
+
+
+def test_min_tokens_of_both_draws(path, tiny, steered):
+    """It rules out the model's end of sequence, also with ignore_eos."""
+    params = SMCParams(n_particles=300, max_tokens=STEPS, min_tokens=2, ignore_eos=True)
+    p, q = ({prefix: row.copy() for prefix, row in table.items()} for table in (tiny.table, steered))
+    for table in (p, q):
+        for prefix, row in table.items():
+            if len(prefix) < 2:
+                row[7] = -np.inf
+                row -= np.logaddexp.reduce(row)
+    found = HFEngine(path, stop_token_ids=[7]).counterfactual(PROMPT, TEXT, STEER, params=params)
+    exact, stay = law(p, q, TEXT)
+    assert np.abs(np.exp(found.log_kernel) - [exact[tuple(s)] for s in found.token_ids]).max() < 1e-5
+    assert np.abs(found.stay - stay).max() < 1e-5
+    want = [p[tuple(TEXT[:t])][v] for t, v in enumerate(TEXT)]
+    assert np.abs(found.factual_log_probs - want).max() < 2e-4
+
+
+def test_a_model_that_rules_everything_out(engine):
+    """Its particles are dead, by either way to draw; that is no fault of the model."""
+    facts = engine.facts(PROMPT, TEXT)
+    params = SMCParams(n_particles=4, max_tokens=STEPS, allowed_token_ids=[5], stop_token_ids=[5], min_tokens=1)
+    for potential in (None, TableTwist(value_table(STEPS, VOCAB))):
+        found = engine.counterfactual(facts, params=params, potential=potential)
+        assert found.log_z == -math.inf and found.finish_reasons == ["dead"] * 4 and found.stay[0] == 0.0
+        assert not found.token_log_kernels.any()
 
 
 def test_facts_of_another_model(engine, path, tmp_path):
