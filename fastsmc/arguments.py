@@ -1,4 +1,4 @@
-"""The arguments of `smc` and `counterfactual`, read alike for every engine, and refused before anything runs.
+"""The arguments of `smc`, read alike for every engine, and refused before anything runs.
 
 Prompts come in the forms that vLLM and tokenizers give them, and leave as lists of token ids:
 
@@ -165,57 +165,3 @@ def read_each(
             for i, rows in enumerate(exact)
         ]
     return [dataclasses.replace(params, group=params.group + i) for i in range(n_prompts)], chosen, kept
-
-
-def read_counterfactual(
-    params: SMCParams | None,
-    length: int | None,
-    *,
-    n: int | None,
-    max_tokens: int | None,
-    top_k: int | None,
-    top_p: float | None,
-    ignore_eos: bool | None,
-    seed: int | None,
-) -> SMCParams:
-    """Makes the parameters of a counterfactual group from those that were given, none of them twice.
-
-    Args:
-        length: tokens of the text, as many as are made unless max_tokens says it; None: not known.
-
-    Raises:
-        ValueError: naming the argument.
-    """
-    given: dict[str, Any] = {
-        "n_particles": n, "max_tokens": max_tokens, "top_k": top_k, "top_p": top_p, "ignore_eos": ignore_eos,
-        "seed": seed,
-    }  # fmt: skip
-    said = {name: value for name, value in given.items() if value is not None}
-    if params is not None:
-        if said:
-            name = "n" if "n_particles" in said else next(iter(said))
-            raise ValueError(f"{name}={next(iter(said.values()))!r}: params says it already; give one of the two")
-        return params
-    if length is None and max_tokens is None:
-        raise ValueError("max_tokens=None: without a text it must be said, here or in params")
-    defaults: dict[str, Any] = {"n_particles": 64, "max_tokens": length}
-    return SMCParams(**defaults | said)
-
-
-def read_text(text: Any, tokenizer: Any, vocab_size: int, stop_token_ids: frozenset[int]) -> list[int]:
-    """Reads the text that counterfactuals are asked of: token ids, or what a tokenizer makes of a str.
-
-    Raises:
-        ValueError: it is empty, holds no tokens of the vocabulary, or goes on after a stop token.
-    """
-    if isinstance(text, str):
-        if tokenizer is None:
-            raise ValueError(f"text={short(text)}: this engine has no tokenizer; give token ids")
-        text = tokenizer.encode(text, add_special_tokens=False)
-    ids = token_list("text", text, vocab_size)
-    if not ids:
-        raise ValueError("text: is empty; there is nothing to ask about")
-    for at, token in enumerate(ids[:-1]):
-        if token in stop_token_ids:
-            raise ValueError(f"text: goes on after its token {at}, {token}, which is a stop token")
-    return ids

@@ -12,29 +12,31 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 
 from fastsmc import twists
-from fastsmc.arguments import Prompt, Prompts, read_counterfactual, read_each, read_prompts, read_text
+from fastsmc.arguments import Prompt, Prompts, read_each, read_prompts
+from fastsmc.cases import Case, read_cases, read_text
 from fastsmc.counterfactuals import Counterfactuals
-from fastsmc.interventions import Facts, Intervention, LayerIntervention, read_interventions, take_apart
+from fastsmc.effects import Effects
+from fastsmc.interventions import Facts, Intervention, LayerIntervention, Reading, read_interventions, take_apart
 from fastsmc.maps import Maps, blame, lay_out
+from fastsmc.p0 import P0, token_log_probs
 from fastsmc.params import SMCParams
 from fastsmc.population import Population
 from fastsmc.potentials import Potential
 from fastsmc.potentials.tokens import short, token_list
 from fastsmc.smc import Group, GroupEngine, SMCError, set_up
-from fastsmc.smc.driving import take_step
+from fastsmc.smc.driving import run_group, take_step
 from fastsmc.smc.evidence import Evidence
-from fastsmc.smc.p0 import P0, restrict, token_log_probs
 from fastsmc.texts import population_texts
 from fastsmc.trunk import Trunk, fork
-from fastsmc.values import check_choice
 
 #: logits elements that scoring may hold at once
 SCORE_ELEMENTS = 1 << 25
@@ -58,6 +60,10 @@ class TrunkRows:
         of = self._maps.of_positions(len(self._prompt), self._length + n)[self._length :]
         return self._trunk.under(self._sites, torch.tensor(of, device=self._trunk.device))
 
+    @property
+    def is_intervened(self) -> bool:
+        return bool(self._maps.variants)
+
     def blame(self) -> str:
         """Says what has become of numbers under the interventions."""
         return blame(self._sites, self._maps, range(len(self._maps.variants)))
@@ -74,18 +80,6 @@ class TrunkRows:
         self._length += 1
         self._row_of[slots] = torch.arange(len(slots), device=slots.device)
         return self._trunk.logits(hidden), hidden
-
-    def follow(self, text: Sequence[int]) -> Tensor:
-        """Gives the logits (T, V) before each token of a text after the prompt. The slots are used up by it.
-
-        One token goes through the model at a time, as in a group whose particles are all the text: the numbers of a row
-        depend on how many are beside it in their last place, and where nothing changes there must be no difference.
-        """
-        logits, _ = self.first()
-        rows, slot = [logits], torch.zeros(1, dtype=torch.int64, device=logits.device)
-        for token in text[:-1]:
-            rows.append(self.next(torch.tensor([token], device=logits.device), slot)[0])
-        return torch.cat(rows)
 
     def reindex(self, ancestors: Tensor) -> None:
         self._row_of = self._row_of[ancestors]
@@ -107,7 +101,7 @@ class TrunkRows:
         return torch.cat(out)
 
 
-class HFEngine:
+class HFEngine(Effects):
     """Runs groups over a Hugging Face model in this process.
 
     Args:
@@ -240,22 +234,14 @@ class HFEngine:
             from tqdm.auto import tqdm
 
             bar = tqdm(total=sum(asked.max_tokens for asked in each), desc="particle steps", file=sys.stderr)
-        populations: list[Population | None] = []
-        failures = []
-        for i, (prompt, asked, target, samples) in enumerate(zip(ids, each, chosen, kept, strict=True)):
-            try:
-                populations.append(self._run(prompt, asked, ready[id(target)], samples, layers[i], bar))
-            except SMCError as error:
-                error.populations = [None]
-                if single:
-                    raise
-                populations.append(None)
-                failures.append((f"prompt {i}: {error}", error))
-        if failures:
-            failure = SMCError("; ".join(text for text, _ in failures))
-            failure.populations = populations
-            raise failure from failures[0][1]
-        done = [population for population in populations if population is not None]
+        jobs = zip(ids, each, chosen, kept, layers, strict=True)
+        done = _run_each(
+            [
+                partial(self._run, prompt, asked, ready[id(target)], samples, parts, bar=bar)
+                for prompt, asked, target, samples, parts in jobs
+            ],
+            single,
+        )
         return done[0] if single else done
 
     @torch.no_grad()
@@ -271,13 +257,14 @@ class HFEngine:
         """
         ids, params = self.encode(prompt), SMCParams() if params is None else params
         tokens = read_text(text, self.engine.tokenizer, self.trunk.vocab_size, self.stops(params))
-        return self._facts(ids, tokens, params)
-
-    def _facts(self, prompt: list[int], text: list[int], params: SMCParams) -> Facts:
-        self._check_context(prompt, dataclasses.replace(params, max_tokens=max(len(text), params.min_tokens)), None)
-        logits = TrunkRows(self.trunk, prompt, 1).follow(text)
+        plain = SMCParams(n_particles=1, max_tokens=len(tokens), ignore_eos=True)
+        self._check_context(ids, plain, None)
+        group = Group(plain, None, ids, self.stops(params), self.trunk.device, exact=[tokens])
+        logits: list[Tensor] = []
+        group.watch = logits.append
+        run_group(group, TrunkRows(self.trunk, ids, 1))
         tokenizer = twists.tokenizer_hash(self.engine.tokenizer)
-        return Facts(logits, tuple(text), tuple(prompt), params.p0(), tokenizer)
+        return Facts(torch.stack(logits), tuple(tokens), tuple(ids), params.p0(), tokenizer)
 
     @torch.no_grad()
     def counterfactual(
@@ -296,18 +283,18 @@ class HFEngine:
         top_p: float | None = None,
         ignore_eos: bool | None = None,
         seed: int | None = None,
-    ) -> Counterfactuals:
+    ) -> Any:
         """Draws N texts that the noise that gave `text` would have given under an intervention, or by this model.
 
         Gumbel-max counterfactuals (arXiv 2411.07180), by `ops.redraw`: no noise is made, and where the text is left is
         known exactly (`Counterfactuals.survival`). Beyond the text's end there is no evidence, and draws are plain.
 
         Args:
-            prompt: one prompt, in any form that `smc` takes; or `Facts`, what another model said of a text, which has
-                its own prompt and text.
+            prompt: one prompt or several, in any form that `smc` takes; or `Facts`, what another model said of a text,
+                which have their own prompt and text, or a list of these.
             text: what was drawn after the prompt: token ids, or a str, whose tokens must be those that were drawn;
-                None draws one, with the same seed.
-            intervention: as `smc` takes it for one prompt; None: nothing changes, unless `Facts` are given.
+                None draws one, with the same seed. With several prompts a list of these, or None for all.
+            intervention: as `smc` takes it; None: nothing changes, unless `Facts` are given.
             n: particles, 64 unless `params` is given.
             max_tokens: at most so many tokens each; by default as many as the text has.
             params: in the place of n, max_tokens, top_k, top_p, ignore_eos and seed. Its settings of p0 are those that
@@ -319,58 +306,64 @@ class HFEngine:
                 has under every intervention, so that their texts can be compared one by one. That takes longer, and no
                 potential, whose resampling would give particles other numbers.
 
+        Returns:
+            `Counterfactuals`; of several prompts, a list of them.
+
         Raises:
-            ValueError: an argument that cannot be.
-            SMCError: the group failed.
+            ValueError: an argument that cannot be, or a token of the text that its settings rule out.
+            SMCError: the group failed; with several prompts its attribute `populations` has those that did not.
         """
-        check_choice("noise", noise, ("exact", "gumbel"))
-        if noise == "gumbel" and (potential is not None or twist is not None):
-            raise ValueError("noise='gumbel': takes no potential, whose resampling would give particles other numbers")
-        facts = prompt if isinstance(prompt, Facts) else None
-        if facts is None:
-            ids = self.encode(prompt)
-        else:
-            if text is not None:
-                raise ValueError(f"text={short(text)}: Facts have their own; leave it out")
-            facts.check(self.trunk.sizes)
-            facts.check_tokenizer(twists.tokenizer_hash(self.engine.tokenizer))
-            ids, text = list(facts.prompt_token_ids), list(facts.token_ids)
-        stops = self.stops(SMCParams(ignore_eos=bool(ignore_eos)) if params is None else params)
-        tokens = None
-        if text is not None:
-            tokens = read_text(text, self.engine.tokenizer, self.trunk.vocab_size, stops)
-        asked = read_counterfactual(
-            params, None if tokens is None else len(tokens), n=n, max_tokens=max_tokens, top_k=top_k, top_p=top_p,
-            ignore_eos=ignore_eos, seed=seed,
-        )  # fmt: skip
         if twist is not None and potential is None:
             potential = twists.card_potential(twist)
-        (asked,), (potential,), _ = read_each(1, True, asked, potential, None, self.engine.vocab_size)
-        (layers,), (changed,), (under,) = self._intervene(intervention, [ids], [asked])
+        cases, single = read_cases(
+            prompt, text, params, potential, noise, self.engine.tokenizer, self.trunk.sizes,
+            twists.tokenizer_hash(self.engine.tokenizer), self.stops,
+            n=n, max_tokens=max_tokens, top_k=top_k, top_p=top_p, ignore_eos=ignore_eos, seed=seed,
+        )  # fmt: skip
+        if not cases:
+            return []
+        each = self._intervene(intervention, [case.prompt for case in cases], [case.params for case in cases])
+        readings = [Reading(*one) for one in zip(*each, strict=True)]
         guide = None if twist is None else twists.Twist.load(twist)
-        ready = None
-        if potential is not None:
-            ready = self._set_up(potential if guide is None else guide.guide(potential))
-        if tokens is None:
-            tokens = self.smc(ids, dataclasses.replace(asked, n_particles=1)).token_ids[0]
-        self._check_context(changed, dataclasses.replace(under, max_tokens=max(len(tokens), under.max_tokens)), ready)
-        evidence = self._evidence(self._facts(ids, tokens, asked) if facts is None else facts, stops, noise)
-        rows = TrunkRows(self.trunk, changed, 1, layers).follow(tokens)
-        evidence.compare(self._restricted(rows, under, stops), under.temperature)
-        population = self._run(changed, under, ready, None, layers, None, evidence)
+        ready: dict[int, Potential | None] = {}
+        for target in (case.potential for case in cases):
+            if id(target) not in ready:
+                guided = target if target is None or guide is None else guide.guide(target)
+                ready[id(target)] = None if guided is None else self._set_up(guided)
+        for case, under in zip(cases, readings, strict=True):
+            longest = max(under.params.max_tokens, len(case.text or ()))
+            self._check_context(
+                under.prompt, dataclasses.replace(under.params, max_tokens=longest), ready[id(case.potential)]
+            )
+            self._check_context(case.prompt, dataclasses.replace(under.params, max_tokens=longest), None)
+        jobs = [
+            partial(self._run_case, case, under, ready[id(case.potential)], noise)
+            for case, under in zip(cases, readings, strict=True)
+        ]
+        try:
+            done = _run_each(jobs, single)
+        except SMCError as error:
+            if single and error.kind == "refused":
+                raise ValueError(str(error)) from None
+            raise
+        return done[0] if single else done
+
+    def _run_case(self, case: Case, under: Reading, potential: Potential | None, noise: str) -> Counterfactuals:
+        text = case.text
+        if text is None:
+            alone = dataclasses.replace(case.params, n_particles=1)
+            text = self._run(case.prompt, alone, None, None, ()).token_ids[0]
+        device, stops = self.trunk.device, self.stops(case.params) | self.stop_token_ids
+        if case.facts is None:
+            evidence = Evidence(text, case.params.temperature, noise, device)
+        else:
+            evidence = Evidence.of_facts(case.facts, stops, device, noise)
+        population = self._run(
+            under.prompt, under.params, potential, None, under.layers, evidence=evidence,
+            drawn=None if case.facts is not None else (case.params, case.prompt),
+        )  # fmt: skip
         assert isinstance(population, Counterfactuals)  # the group had evidence
         return population
-
-    def _evidence(self, facts: Facts, stops: frozenset[int], noise: str) -> Evidence:
-        params = SMCParams(max_tokens=len(facts.token_ids), **facts.p0)
-        logits = self._restricted(facts.logits.to(self.trunk.device), params, stops)
-        return Evidence(logits, facts.token_ids, params.temperature, noise)
-
-    def _restricted(self, logits: Tensor, params: SMCParams, stops: frozenset[int]) -> Tensor:
-        """Rules out of logits (T, V), which follow one another after a prompt, what p0 does."""
-        p0 = P0(params, stops | self.stop_token_ids, logits.device)
-        n = len(logits)
-        return restrict(logits.clone(), [p0], [0, n], torch.arange(n, device=logits.device))
 
     def _set_up(self, potential: Potential) -> Potential:
         try:
@@ -409,22 +402,57 @@ class HFEngine:
         potential: Potential | None,
         exact: Any,
         layers: tuple[LayerIntervention, ...],
-        bar: Any,
+        *,
+        bar: Any = None,
         evidence: Evidence | None = None,
+        drawn: tuple[SMCParams, list[int]] | None = None,
     ) -> Population:
+        """Runs a group, one of counterfactuals beside those that follow its text.
+
+        Args:
+            drawn: the settings that drew the text, and its prompt, where this model drew it.
+        """
         rows = TrunkRows(self.trunk, prompt, params.n_particles, layers)
         stops = self.stops(params)
         group = Group(
             params, potential, prompt, stops, self.trunk.device, self.engine, exact,
             all_stop_token_ids=stops | self.stop_token_ids, evidence=evidence,
         )  # fmt: skip
-        if layers:
-            group.blame = rows.blame
-        while not group.done:
-            take_step(group, rows)
+        parts = [(group, rows)]
+        if evidence is not None:
+            *factual, followed = group.followers(*drawn or (None,))
+            parts.insert(0, (followed, TrunkRows(self.trunk, prompt, 1, layers)))
+            if drawn is not None:
+                parts.insert(0, (factual[0], TrunkRows(self.trunk, drawn[1], 1)))
+        for one, its_rows in parts:
+            one.blame = its_rows.blame if its_rows.is_intervened else None
+        while not all(one.done for one, _ in parts):
+            for one, its_rows in parts:
+                if not one.done:
+                    take_step(one, its_rows)
             if bar is not None:
                 bar.update(1)
         population = group.population()
         if self.engine.tokenizer is not None:
             population.texts = population_texts(self.engine.tokenizer, population)
         return population
+
+
+def _run_each(jobs: Sequence[Callable[[], Any]], single: bool) -> list[Any]:
+    """Runs groups one after the other; those that fail do not keep the others from it."""
+    populations: list[Population | None] = []
+    failures = []
+    for i, run in enumerate(jobs):
+        try:
+            populations.append(run())
+        except SMCError as error:
+            error.populations = [None]
+            if single:
+                raise
+            populations.append(None)
+            failures.append((f"prompt {i}: {error}", error))
+    if failures:
+        failure = SMCError("; ".join(text for text, _ in failures))
+        failure.populations = populations
+        raise failure from failures[0][1]
+    return populations

@@ -24,6 +24,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from fastsmc.p0 import P0, restrict
 from fastsmc.params import SMCParams
 from fastsmc.potentials.tokens import short, token_list
 from fastsmc.values import check_choice, check_float, check_int
@@ -392,8 +393,7 @@ class Facts(Intervention):
     def __post_init__(self) -> None:
         logits = self._put_tensor("logits", 2)
         n, vocab = logits.shape
-        if logits.numel() > FACTS_ELEMENTS:
-            raise ValueError(f"logits: {n} rows of {vocab} tokens are over {FACTS_ELEMENTS} elements")
+        check_facts_size(n, vocab)
         for name in ("token_ids", "prompt_token_ids"):
             ids = token_list(name, getattr(self, name), vocab)
             if not ids:
@@ -405,8 +405,6 @@ class Facts(Intervention):
 
     def _check_possible(self) -> None:
         """Refuses a token that the stated draw cannot have made."""
-        from fastsmc.smc.p0 import P0, restrict
-
         try:
             params = SMCParams(max_tokens=len(self.token_ids), **{"temperature": 1.0, **self.p0})
         except TypeError:
@@ -429,6 +427,12 @@ class Facts(Intervention):
             raise ValueError(
                 f"facts: are of another tokenizer, {str(self.tokenizer)[:12]}…; this model's is {str(tokenizer)[:12]}…"
             )
+
+
+def check_facts_size(n_tokens: int, vocab: int) -> None:
+    """Refuses facts of more than 2**28 elements. ValueError: they are."""
+    if n_tokens * vocab > FACTS_ELEMENTS:
+        raise ValueError(f"facts: {n_tokens} rows of {vocab} logits are over {FACTS_ELEMENTS} elements")
 
 
 KINDS: dict[str, type[Intervention]] = {

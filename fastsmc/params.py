@@ -158,13 +158,14 @@ class SMCParams:
 #: `smc_*` keys of a group request that are not SMCParams: the potential's name, its JSON arguments, the directory of a
 #: learned twist, exact samples of the target (lists of token ids), whether the whole population comes back (in
 #: `RequestOutput.kv_transfer_params`) or only a summary, whether the group's rows are in no other group's pass, whether
-#: outputs say how each step went, whether tokens come as soon as they are final, how many samples are drawn, and an
-#: intervention's name.
+#: outputs say how each step went, whether tokens come as soon as they are final, how many samples are drawn, an
+#: intervention's name, the text whose counterfactuals are asked for, the temperature that drew it, how they are drawn,
+#: the name of what another model said of it, and the name under which logits are kept.
 REQUEST_KEYS = frozenset(
     PREFIX + name
     for name in (
         "potential", "potential_args", "twist", "exact", "return_population", "alone", "progress", "stream_tokens",
-        "n_samples", "intervention",
+        "n_samples", "intervention", "counterfactual", "factual_temperature", "noise", "facts", "keep_logits",
     )
 )  # fmt: skip
 

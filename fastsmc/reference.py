@@ -54,7 +54,7 @@ def restrict(
     logits, before=0, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, logit_bias=None, allowed_token_ids=None,
     min_tokens=0, stop_token_ids=(),
 ) -> Array:  # fmt: skip
-    """Rules tokens out of one row (V,) by sorting all of it: what fastsmc.smc.p0 does to rows; settings of SMCParams.
+    """Rules tokens out of one row (V,) by sorting all of it: what fastsmc.p0 does to rows; settings of SMCParams.
 
     `before` tokens were generated before the one that the row is about.
     """

@@ -13,12 +13,13 @@ from intervened import EACH, hooked_log_probs
 from scipy.stats import chisquare
 from tiny import PROMPT, Guide, TableTwist, TinyLlama, hf_log_probs, make_llama, value_table
 
-from fastsmc import Population, SMCParams, effects
+from fastsmc import Population, SMCParams
 from fastsmc.counterfactuals import Counterfactuals, _levenshtein
-from fastsmc.hf import HFEngine, TrunkRows
+from fastsmc.hf import HFEngine
 from fastsmc.interventions import Facts, Prompt, Steer, Temperature, load, save
 from fastsmc.potentials import Lexicon
 from fastsmc.reference import Coupling
+from fastsmc.smc.evidence import Evidence
 
 VOCAB, STEPS = 8, 3
 TEXT = [3, 1, 6]
@@ -145,15 +146,14 @@ def test_estimates_are_unbiased(engine, tiny, steered, kind, scheme):
 
 
 def ratio(engine, params, potential, group, exact, log_z):
-    """Ẑ/Z of one group; the engine's own pieces, since its call makes facts anew."""
+    """Ẑ/Z of one group; the engine's own pieces, since its call takes no exact samples."""
     params = dataclasses.replace(params, group=group)
-    if not hasattr(engine, "evidence"):
-        facts = engine.facts(PROMPT, TEXT)
-        engine.evidence = engine._evidence(facts, frozenset(), "exact")
-        engine.evidence.compare(TrunkRows(engine.trunk, PROMPT, 1, (STEER,)).follow(TEXT).detach(), 1.0)
     with torch.no_grad():
         kept = None if exact is None else [list(map(int, ids)) for ids in exact]
-        found = engine._run(PROMPT, params, engine._set_up(potential), kept, (STEER,), None, engine.evidence)
+        found = engine._run(
+            PROMPT, params, engine._set_up(potential), kept, (STEER,), evidence=Evidence(TEXT, 1.0),
+            drawn=(SMCParams(max_tokens=STEPS), PROMPT),
+        )  # fmt: skip
     return math.exp(found.log_z - log_z)
 
 
@@ -316,14 +316,14 @@ def test_necessity_and_sufficiency(engine, tiny, steered, proposal):
     """Against enumeration; φ is that the second token is among some."""
     params = SMCParams(n_particles=200, max_tokens=STEPS, proposal=proposal)
     exact, _ = law(tiny.table, steered, TEXT)
-    for tokens, ask, flip in (([1, 2, 5], effects.necessity, True), ([0, 2, 4], effects.sufficiency, False)):
+    for tokens, ask, flip in (([1, 2, 5], engine.necessity, True), ([0, 2, 4], engine.sufficiency, False)):
         potential = Holds(tokens)
         share = sum(p * (s[1] in tokens) for s, p in exact.items())
-        found = ask(engine, PROMPT, TEXT, potential, STEER, params, runs=12)
+        found = ask(PROMPT, TEXT, potential, STEER, params, runs=12)
         assert abs(found.estimate - (1 - share if flip else share)) < 4.5 * found.se + 1e-6 and 0 < found.se < 0.03
-        other = effects.sufficiency if flip else effects.necessity
+        other = engine.sufficiency if flip else engine.necessity
         with pytest.raises(ValueError, match="its potential is"):
-            other(engine, PROMPT, TEXT, potential, STEER, params)
+            other(PROMPT, TEXT, potential, STEER, params)
 
 
 def test_effect(engine, tiny, steered):
@@ -338,15 +338,15 @@ def test_effect(engine, tiny, steered):
         weights = np.exp(np.array(list(target.values())) - z)
         exact.append([list(list(target)[i]) for i in rng.choice(len(weights), 40, p=weights / weights.sum())])
     params = SMCParams(n_particles=32, max_tokens=STEPS)
-    found = effects.effect(engine, PROMPT, params, potential, STEER, runs=40, exact=tuple(exact))
+    found = engine.effect(PROMPT, params, potential, STEER, runs=40, exact=tuple(exact))
     want = log_z[0] - log_z[1]
     assert abs(found.estimate - want) < 4.5 * found.se and 0 < found.se < 0.1 and found.shared_seeds
     assert found.lower - 4 * found.se < want < found.upper + 4 * found.se and found.lower < found.upper
     with pytest.raises(ValueError, match="of another model than the engine's"):
         sure = 20 * torch.nn.functional.one_hot(torch.tensor(TEXT), VOCAB).float()
-        effects.necessity(engine, Facts(sure, TEXT, PROMPT), None, potential, STEER, params)
+        engine.necessity(Facts(sure, TEXT, PROMPT), None, potential, STEER, params)
     never = TableTwist(np.full((STEPS, VOCAB), -np.inf))
     with pytest.raises(ValueError, match="n_particles=32: no run under the intervention has any weight"):
-        effects.effect(engine, PROMPT, params, never, STEER, runs=2)
-    alone = effects.effect(engine, PROMPT, params, potential, STEER, runs=1)
+        engine.effect(PROMPT, params, never, STEER, runs=2)
+    alone = engine.effect(PROMPT, params, potential, STEER, runs=1)
     assert math.isnan(alone.se) and alone.lower is None

@@ -11,14 +11,14 @@ import torch
 from tiny import PROMPT, TableRows, TableTwist, TinyLlama, make_llama, value_table
 
 from fastsmc import Population, Potential, SMCParams, reference
+from fastsmc import p0 as p0_module
 from fastsmc.hf import HFEngine
+from fastsmc.p0 import P0, restrict, token_log_probs
 from fastsmc.params import GROUP_KEY
 from fastsmc.potentials import Infill
 from fastsmc.smc import Group, GroupEngine, SMCError, arrange, finish
-from fastsmc.smc import p0 as p0_module
 from fastsmc.smc.captured import why_not_captured
 from fastsmc.smc.driving import run_group
-from fastsmc.smc.p0 import P0, restrict, token_log_probs
 
 VOCAB, STEPS, STOP = 6, 3, 5
 CPU = torch.device("cpu")

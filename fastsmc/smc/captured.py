@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from fastsmc import ops
+from fastsmc.p0 import P0
 from fastsmc.params import SMCParams
 from fastsmc.population import Population
 from fastsmc.potentials import Potential
@@ -32,7 +33,6 @@ from fastsmc.smc import faults
 from fastsmc.smc.asking import GroupState
 from fastsmc.smc.engine import GroupEngine, SMCError
 from fastsmc.smc.group import Setup
-from fastsmc.smc.p0 import P0
 from fastsmc.smc.particles import Particles
 from fastsmc.smc.record import make_population
 from fastsmc.smc.step import Step

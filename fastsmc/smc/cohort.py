@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from fastsmc import ops
+from fastsmc.p0 import restrict
 from fastsmc.potentials import joint
 from fastsmc.potentials.answers import NextRows, together
 from fastsmc.potentials.tokens import token_list
@@ -31,7 +32,6 @@ from fastsmc.smc import faults
 from fastsmc.smc.asking import Asker, GroupState
 from fastsmc.smc.engine import SMCError
 from fastsmc.smc.evidence import Factual
-from fastsmc.smc.p0 import restrict
 from fastsmc.smc.particles import Layout, Particles
 from fastsmc.smc.record import Log
 from fastsmc.smc.step import Step
@@ -272,6 +272,9 @@ class Cohort:
             rows = torch.tensor([b - a for a, b in itertools.pairwise(self._bounds)], device=logits.device)
             before = step.step.repeat_interleave(rows, output_size=self._bounds[-1])
             logits = restrict(logits, [group.p0 for group in self.groups], self._bounds, before)
+        for group, row in zip(self.groups, self._bounds, strict=False):
+            if group.watch is not None and self._own(group):
+                group.watch(logits[row])
         shaped = step.kind.twisted or step.kind.guided
         sizes = [run.part.stop - run.part.start for run in self._asked]
         told = together(answers, sizes, self.particles.log_w.device) if any(answers) else None
@@ -325,6 +328,8 @@ class Cohort:
             rows.append(row)
             tokens.append(token)
             temperatures.append(group.evidence.temperature)
+        if len({row.dtype for row in rows}) > 1:  # of another model, beside others
+            rows = [row.float() for row in rows]
         counts = torch.tensor([b - a for a, b in itertools.pairwise(self._bounds)], device=device)
         group_of = torch.arange(len(rows), device=device).repeat_interleave(counts, output_size=self._bounds[-1])
         temperature = torch.tensor(temperatures, dtype=torch.float64, device=device)

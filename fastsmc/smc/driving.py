@@ -7,10 +7,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fastsmc.p0 import P0
 from fastsmc.population import Population
 from fastsmc.smc.cohort import Scores, arrange, finish
 from fastsmc.smc.group import Group
-from fastsmc.smc.p0 import P0
 
 
 class RowModel(Protocol):

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastsmc import ops
+from fastsmc.interventions import Facts
+from fastsmc.p0 import P0, restrict
+from fastsmc.params import SMCParams
+
+#: how counterfactual tokens are drawn, see `Evidence`
+NOISES = ("exact", "gumbel")
 
 
 class Factual(NamedTuple):
@@ -29,54 +35,96 @@ class Factual(NamedTuple):
 
 
 class Evidence:
-    """Holds a text and the rows that it was drawn from.
+    """Holds a text, and at each step the logits that its next token was drawn from.
 
-    Beyond its end there is no evidence. That is said by one row more, all of whose mass is on one token: given that a
+    These are shown by a group that follows the text (`Group.followers`) as the model makes them; or all are there from
+    the beginning, as another model made them.
+
+    Beyond the text's end there is no evidence. That is said by a row all of whose mass is on one token: given that a
     draw without choice gave its only token, the noise is as it was, so `redraw` draws from the other row alone.
 
     Args:
-        logits: (T, V), before each token of the text; −inf where its mechanism rules a token out.
         token_ids: the text, T > 0 tokens.
         temperature: at which they were drawn.
         noise: "exact": counterfactual tokens are drawn by their law; "gumbel": by the noise itself, which particle i of
             a seed has under every intervention.
+        device: where the groups live.
+        rows: (T, V), before each token of the text; −inf where its mechanism rules a token out. None: they are shown.
 
     Attributes:
         token_ids: the text.
-        log_probs: (T,) float64, of its tokens when they were drawn.
-        stay: (T,) float64: of each token, the probability that it stays where all before it did. NaN until whoever has
-            run the intervened model along the text puts it in (`compare`).
 
     Raises:
-        ValueError: a token has no probability, or a row holds NaN or +inf.
+        ValueError: `rows` give a token no probability, or hold NaN or +inf.
     """
 
-    def __init__(self, logits: Tensor, token_ids: Sequence[int], temperature: float, noise: str = "exact") -> None:
+    def __init__(
+        self,
+        token_ids: Sequence[int],
+        temperature: float,
+        noise: str = "exact",
+        device: torch.device | str = "cpu",
+        rows: Tensor | None = None,
+    ) -> None:
         self.token_ids, self.temperature, self.noise = list(token_ids), temperature, noise
-        ids = torch.tensor([*self.token_ids, 0], device=logits.device)
-        lse = ops.weigh(logits, temperature=temperature).lse
-        if bool(lse.isnan().any()):
-            at = int(lse.isnan().byte().argmax())
-            raise ValueError(f"factual logits: those of token {at} of the text hold NaN or +inf")
-        self.log_probs: Tensor = logits.gather(1, ids[:-1, None])[:, 0].double() / temperature - lse
-        if bool((self.log_probs == -math.inf).any()) or bool((lse == -math.inf).any()):
-            at = int((~(self.log_probs > -math.inf)).byte().argmax())
-            raise ValueError(f"text: its token {at}, {self.token_ids[at]}, cannot have been drawn there")
-        no_choice = torch.full_like(logits[:1], -math.inf)
-        no_choice[0, 0] = 0.0
-        self._logits, self._ids = torch.cat([logits, no_choice]), ids
-        self.stay = torch.full_like(self.log_probs, math.nan)
+        self._ids = torch.tensor([*self.token_ids, 0], device=device)
+        self.is_shown = rows is None
+        self._rows: list[Tensor] = []  # (V,) each; of those that are shown only the last
+        self._log_probs: list[Tensor] = []
+        self._stay: list[Tensor] = []
+        if rows is not None:
+            self._rows = [*rows.to(device)]
+            self._log_probs = [self._log_prob(t, row) for t, row in enumerate(self._rows)]
+            for t, value in enumerate(self.log_probs.tolist()):
+                if math.isnan(value):
+                    raise ValueError(f"factual logits: those of token {t} of the text hold NaN or +inf")
+                if value == -math.inf:
+                    raise ValueError(f"text: its token {t}, {self.token_ids[t]}, cannot have been drawn there")
+
+    @classmethod
+    def of_facts(cls, facts: Facts, stop_token_ids: Collection[int], device: torch.device, noise: str) -> Evidence:
+        """Makes what `Facts` say of a text into evidence; `stop_token_ids` are what min_tokens rules out."""
+        n = len(facts.token_ids)
+        params = SMCParams(**{**facts.p0, "max_tokens": max(n, facts.p0.get("min_tokens", 0))})
+        p0, steps = P0(params, stop_token_ids, device), torch.arange(n, device=device)
+        rows = restrict(facts.logits.to(device, copy=True), [p0], [0, n], steps)
+        return cls(facts.token_ids, params.temperature, noise, device, rows)
+
+    def _log_prob(self, t: int, row: Tensor) -> Tensor:
+        """Computes the log-probability of token t of the text, a 0-dim float64 tensor."""
+        lse = ops.weigh(row[None], temperature=self.temperature).lse[0]
+        value = row[self._ids[t]].double() / self.temperature - lse
+        return torch.where(lse == -math.inf, -math.inf, value)
+
+    def show(self, row: Tensor) -> None:
+        """Takes the logits (V,), as the text's mechanism restricts them, before the next token of the text."""
+        self._log_probs.append(self._log_prob(len(self._log_probs), row))
+        self._rows = [row.clone()]
+
+    def compare(self, row: Tensor, temperature: float) -> None:
+        """Takes the intervened model's logits (V,) before the next token of the text, if all before it have stayed."""
+        factual, token = self.at(len(self._stay))
+        u = torch.zeros((1, 2), dtype=torch.float64, device=row.device)
+        again = ops.redraw(
+            row[None], factual[None], token[None], u, temperature=temperature, factual_temperature=self.temperature
+        )
+        self._stay.append(again.stay[0].nan_to_num(nan=0.0))
 
     def at(self, step: int) -> tuple[Tensor, Tensor]:
-        """Gives the row (V,) and the token (0-dim) of a step."""
+        """Gives the row (V,) and the token (0-dim) of a step; of rows that are shown, it is the last one's."""
         t = min(step, len(self.token_ids))
-        return self._logits[t], self._ids[t]
+        if t == len(self.token_ids):
+            no_choice = torch.full_like(self._rows[-1], -math.inf)
+            no_choice[0] = 0.0
+            return no_choice, self._ids[t]
+        return self._rows[-1 if self.is_shown else t], self._ids[t]
 
-    def compare(self, logits: Tensor, temperature: float) -> None:
-        """Puts `stay` in, from the intervened model's logits (T, V) before each token of the text."""
-        n = len(self.token_ids)
-        u = torch.zeros((n, 2), dtype=torch.float64, device=logits.device)
-        again = ops.redraw(
-            logits, self._logits[:n], self._ids[:n], u, temperature=temperature, factual_temperature=self.temperature
-        )
-        self.stay = again.stay.nan_to_num(nan=0.0)
+    @property
+    def log_probs(self) -> Tensor:
+        """Gives (T,) float64, log p of the text's tokens when they were drawn."""
+        return torch.stack(self._log_probs)
+
+    @property
+    def stay(self) -> Tensor:
+        """Gives (T,) float64: of each token, the probability that it stays where all before it did."""
+        return torch.stack(self._stay)

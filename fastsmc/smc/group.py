@@ -13,6 +13,7 @@ from torch import Tensor
 from fastsmc import ops
 from fastsmc.arguments import read_exact
 from fastsmc.counterfactuals import Counterfactuals
+from fastsmc.p0 import P0, restrict
 from fastsmc.params import SMCParams
 from fastsmc.population import Population, draw_indices
 from fastsmc.potentials import Potential, answered
@@ -22,7 +23,6 @@ from fastsmc.smc.asking import Asker
 from fastsmc.smc.cohort import Cohort
 from fastsmc.smc.engine import GroupEngine, SMCError
 from fastsmc.smc.evidence import Evidence
-from fastsmc.smc.p0 import P0
 from fastsmc.smc.record import Lineages, make_population
 from fastsmc.smc.step import CHOOSE, Kind
 from fastsmc.smc.stop_strings import StopStrings
@@ -61,6 +61,8 @@ class Setup:
         kind: of the group.
         weighs_by_next: base proposal: unfinished particles are weighed by `logw_next`, since there is no `prefix`.
         exact: (K, T) int64 tokens of the exact samples, −1 after the end, or None.
+        watch: of a group that follows a text (`Group.followers`): is shown the logits (V,) of its only row at each
+            step, as p0 restricts them.
 
     Raises:
         SMCError: the potential or `exact` is refused.
@@ -85,7 +87,8 @@ class Setup:
         if params.force_stop and not self.stop_token_ids:
             none = "force_stop=True: needs a stop token, and there is none; give stop_token_ids"
             raise SMCError(none, kind="refused")
-        self.p0 = P0(params, self.stop_token_ids | (all_stop_token_ids or frozenset()), self.device)
+        self.all_stop_token_ids = self.stop_token_ids | (all_stop_token_ids or frozenset())
+        self.p0 = P0(params, self.all_stop_token_ids, self.device)
         self.stop_strings: StopStrings | None = None
         if params.stop is not None:
             if engine is None or engine.tokenizer is None:
@@ -93,6 +96,7 @@ class Setup:
                     f"stop={list(params.stop)}: this engine has no tokenizer; give stop_token_ids", kind="refused"
                 )
             self.stop_strings = StopStrings(engine.tokenizer, params, self.prompt, self.device)
+        self.watch: Callable[[Tensor], None] | None = None
         self.blame: Callable[[], str] | None = None  # says what of the model's call may have made a NaN
         self.asker: Asker | None = None
         methods: set[str] = set()
@@ -153,6 +157,8 @@ class Setup:
             return SMCError(f"model at step {at}: logits of row {int(value)} hold NaN or +inf{where}", kind="engine")
         if kind == faults.POOL:
             return SMCError(f"pool: its {int(value)} blocks were not enough at step {at}", kind="engine")
+        if kind == faults.RULED_OUT and self.watch is not None:
+            return SMCError(f"text: its token {at}, {int(value)}, is impossible under the settings", kind="refused")
         if kind == faults.RULED_OUT:
             ruled_out = f"the model or the twist rules out one of its tokens at step {at}"
             outside = f"token {int(value)} is outside the vocabulary of {vocab}"
@@ -206,6 +212,41 @@ class Group(Setup):
             return (id(self),)
         origin, same = (id(asker.origin), id(asker.engine)), (self.weighs_by_next, self.stop_token_ids)
         return *origin, *same, self.t, self.params.max_tokens
+
+    def followers(self, drawn: SMCParams | None, prompt: Sequence[int] | None = None) -> list[Group]:
+        """Makes the groups of one particle that follow the text of a counterfactual group: they are to take each step
+        just before it, and show its evidence what the model says along the text.
+
+        Args:
+            drawn: the settings that drew the text, for the first of them, which is to run as the model was; None: there
+                is none, as the evidence has all it needs. The last one is to run as this group does.
+            prompt: what the text followed, where that is not this group's prompt.
+        """
+        evidence, device = self.evidence, self.device
+        assert evidence is not None  # of a counterfactual group
+
+        def restricted(row: Tensor, step: int) -> Tensor:
+            return restrict(row[None].clone(), [self.p0], [0, 1], torch.tensor([step], device=device))[0]
+
+        n = len(evidence.token_ids)
+        plain = SMCParams(n_particles=1, max_tokens=n)
+        intervened = self._follower(plain, self.prompt)
+        intervened.watch = lambda row: evidence.compare(restricted(row, intervened.t), self.params.temperature)
+        if drawn is None:
+            return [intervened]
+        drawn = dataclasses.replace(
+            drawn, n_particles=1, max_tokens=n, min_tokens=min(n, drawn.min_tokens), force_stop=False, stop=None
+        )
+        factual = self._follower(drawn, self.prompt if prompt is None else prompt)
+        factual.watch = evidence.show
+        return [factual, intervened]
+
+    def _follower(self, params: SMCParams, prompt: Sequence[int]) -> Group:
+        assert self.evidence is not None
+        return Group(
+            params, None, prompt, self.stop_token_ids, self.device, exact=[self.evidence.token_ids],
+            all_stop_token_ids=self.all_stop_token_ids,
+        )  # fmt: skip
 
     def become_base(self) -> None:
         """Goes on with the base proposal, since the potential does not shape the first draw."""

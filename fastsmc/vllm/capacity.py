@@ -164,7 +164,13 @@ class Limits:
 
 
 def check_fits(
-    params: SMCParams, prompt_len: int, lookahead: int, limits: Limits, first_reached: int = NOWHERE
+    params: SMCParams,
+    prompt_len: int,
+    lookahead: int,
+    limits: Limits,
+    first_reached: int = NOWHERE,
+    text_len: int = 0,
+    n_followers: int = 0,
 ) -> None:
     """Refuses a group that this engine can never run.
 
@@ -173,11 +179,23 @@ def check_fits(
 
     Args:
         first_reached: position of the prompt from which on an intervention gives it KV of its own; `NOWHERE`: none.
+        text_len: tokens of the text that a counterfactual group is asked about.
+        n_followers: histories of this text beside the particles.
 
     Raises:
         ValueError: naming the argument, its value and the limit.
     """
     n, size = params.n_particles, limits.block_size
+    if n_followers and n >= limits.max_num_seqs:
+        raise ValueError(
+            f"n_particles={n}: counterfactuals need a row for their text, so at most {limits.max_num_seqs - 1} with "
+            f"max_num_seqs={limits.max_num_seqs} of this engine"
+        )
+    if prompt_len + text_len > limits.max_model_len:
+        raise ValueError(
+            f"text: {text_len} tokens after a prompt of {prompt_len} are over max_model_len={limits.max_model_len} "
+            "positions"
+        )
     if n > limits.max_num_seqs:
         raise ValueError(f"n_particles={n}: at most max_num_seqs={limits.max_num_seqs} of this engine")
     if n > limits.max_num_batched_tokens:
@@ -189,11 +207,13 @@ def check_fits(
             f"most max_model_len={limits.max_model_len} positions"
         )
     prompt_blocks = -(-prompt_len // size)
-    columns = last_position(params, prompt_len, lookahead) // size + 1 - prompt_len // size
+    columns = last_position(params.max_tokens, prompt_len, lookahead) // size + 1 - prompt_len // size
     private = first_columns(params, prompt_len, lookahead, size)
     never = params.ess_threshold == 0.0
     blocks = prompt_blocks + n * (columns if never else private) + (0 if never else columns - private)
     blocks += (again := intervened_blocks(first_reached, prompt_len, size))
+    if n_followers:
+        blocks += n_followers * text_blocks(text_len, prompt_len, size)
     if blocks > limits.num_blocks:
         what = "never resampling, so sharing nothing" if never else "at the least"
         what += f", {again} of them for the prompt under its intervention" * (again > 0)
@@ -211,12 +231,17 @@ def intervened_blocks(first_reached: int, prompt_len: int, block_size: int) -> i
     return -(-prompt_len // block_size) - first_reached // block_size
 
 
-def last_position(params: SMCParams, prompt_len: int, lookahead: int) -> int:
+def text_blocks(text_len: int, prompt_len: int, block_size: int) -> int:
+    """Counts the blocks that one history of a text of `text_len` tokens has for itself."""
+    return last_position(text_len, prompt_len, 0) // block_size + 1 - prompt_len // block_size
+
+
+def last_position(max_tokens: int, prompt_len: int, lookahead: int) -> int:
     """Returns the last position whose KV a group writes: the last token is written only to score what follows it."""
-    return max(prompt_len, prompt_len + params.max_tokens - 2 + lookahead)
+    return max(prompt_len, prompt_len + max_tokens - 2 + lookahead)
 
 
 def first_columns(params: SMCParams, prompt_len: int, lookahead: int, block_size: int) -> int:
     """Counts the columns of private blocks that a group opens before its first token."""
-    last = min(prompt_len + lookahead, last_position(params, prompt_len, lookahead))
+    last = min(prompt_len + lookahead, last_position(params.max_tokens, prompt_len, lookahead))
     return last // block_size + 1 - prompt_len // block_size

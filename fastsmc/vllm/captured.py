@@ -84,7 +84,7 @@ def holds(potential: Potential | None, start: GroupStart) -> bool:
     """Says whether the captured driver can run a group, and knows all that it is asked for."""
     if start.exact is not None or start.adapter is not None or start.progress or start.stream_tokens:
         return False
-    if start.intervention is not None:
+    if start.intervention is not None or start.factual is not None or start.keep_logits is not None:
         return False
     scores = potential is not None and potential.lookahead > 0
     return not scores and why_not_captured(start.params, potential) is None

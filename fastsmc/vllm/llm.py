@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, overload
 import cloudpickle
 import torch
 import vllm
+from safetensors.torch import load as load_tensors
 from vllm import EngineArgs, RequestOutput, SamplingParams
 from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
@@ -27,8 +28,20 @@ from vllm.utils.cpu_resource_utils import get_allowed_cpu_list, get_visible_memo
 
 from fastsmc import interventions, models, twists
 from fastsmc.arguments import read_each, read_exact, read_prompts
+from fastsmc.cases import Case, read_cases
+from fastsmc.counterfactuals import Counterfactuals
+from fastsmc.effects import Effects
 from fastsmc.hf import HFEngine
-from fastsmc.interventions import Intervention, LayerIntervention, Sizes, read_interventions, take_apart
+from fastsmc.interventions import (
+    Facts,
+    Intervention,
+    LayerIntervention,
+    Reading,
+    Sizes,
+    check_facts_size,
+    read_interventions,
+    take_apart,
+)  # fmt: skip
 from fastsmc.params import PREFIX, SMCParams
 from fastsmc.population import Population
 from fastsmc.potentials import Potential
@@ -36,9 +49,16 @@ from fastsmc.potentials.tokens import short
 from fastsmc.smc import SMCError
 from fastsmc.texts import population_texts
 from fastsmc.vllm import compat, machine, options
-from fastsmc.vllm.capacity import Limits, check_fits
+from fastsmc.vllm.capacity import Limits
 from fastsmc.vllm.compat import get_logger
-from fastsmc.vllm.request import OBJECT, GroupRequest, is_group_request, name_intervention, with_token_ids
+from fastsmc.vllm.request import (
+    COUNTERFACTUAL,
+    OBJECT,
+    GroupRequest,
+    is_group_request,
+    name_intervention,
+    with_token_ids,
+)
 
 if TYPE_CHECKING:
     from fastsmc.arguments import Prompt, Prompts
@@ -124,7 +144,7 @@ def _environment(settings: Mapping[str, str]) -> Iterator[None]:
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
-class LLM(vllm.LLM):
+class LLM(Effects, vllm.LLM):
     """A `vllm.LLM` whose `smc` runs Sequential Monte Carlo; `generate` and the rest work as ever.
 
     Args:
@@ -261,8 +281,7 @@ class LLM(vllm.LLM):
                 attribute `populations` has those that did not, None for the others.
         """
         config = self.model_config
-        tokenizer = None if config.skip_tokenizer_init else self.get_tokenizer()
-        ids, single = read_prompts(prompts, tokenizer, config.get_vocab_size())
+        ids, single = read_prompts(prompts, self._tokenizer(), config.get_vocab_size())
         if twist is not None and potential is None:
             potential = twists.card_potential(twist)
         each, chosen, retained = read_each(len(ids), single, params, potential, exact, config.get_vocab_size())
@@ -270,13 +289,39 @@ class LLM(vllm.LLM):
             return []
         adapters = self._read_adapters(lora_request, len(ids))
         intervened = [()] * len(ids) if intervention is None else self._read_interventions(intervention, len(ids))
-        read = [take_apart(*one) for one in zip(intervened, ids, each, strict=True)]
-        each = [one.params for one in read]
-        inputs = [self._prompt(one.prompt) for one in read]
+        populations = self._sample(
+            [take_apart(*one) for one in zip(intervened, ids, each, strict=True)],
+            chosen,
+            single,
+            use_tqdm,
+            twist=twist,
+            alone=alone,
+            each=[{"exact": samples} for samples in retained],
+            adapters=adapters,
+        )
+        return populations[0] if single else populations
+
+    def _sample(
+        self,
+        readings: Sequence[Reading],
+        chosen: Sequence[Potential | None],
+        single: bool,
+        use_tqdm: bool,
+        *,
+        each: Sequence[dict[str, Any]] | None = None,
+        adapters: list[LoRARequest | None] | None = None,
+        **common: Any,
+    ) -> list[Any]:
+        """Runs groups side by side.
+
+        Args:
+            readings, chosen: what each is to do, and its potential.
+            each, common: further arguments of `lead_params`, of each group and of all.
+        """
         names: dict[int, str] = {}  # by id; None has none
         kept: dict[tuple[int, ...], str] = {}  # names of interventions, by the ids of their parts
         try:
-            for layers in (one.layers for one in read):
+            for layers in (one.layers for one in readings):
                 if layers and (key := tuple(map(id, layers))) not in kept:
                     kept[key] = self.register_intervention(layers)
             for phi in chosen:
@@ -286,27 +331,199 @@ class LLM(vllm.LLM):
                 self.lead_params(
                     one.params,
                     names.get(id(phi)),
-                    twist=twist,
-                    exact=samples,
-                    alone=alone,
                     intervention=kept.get(tuple(map(id, one.layers))),
                     return_population=True,
+                    **common,
+                    **more,
                 )
-                for one, phi, samples in zip(read, chosen, retained, strict=True)
+                for one, phi, more in zip(readings, chosen, each or [{}] * len(readings), strict=True)
             ]
-            outputs = self._run_groups(inputs, requests, adapters, each[0].max_tokens, use_tqdm)
+            inputs = [self._prompt(one.prompt) for one in readings]
+            outputs = self._run_groups(inputs, requests, adapters or [None] * len(inputs), use_tqdm)
         finally:
             for name in names.values():
                 self.drop_potential(name)
             for name in kept.values():
                 self.drop_intervention(name)
-        populations = self._populations(outputs, single)
-        return populations[0] if single else populations
+        return self._populations(outputs, single)
+
+    def facts(self, prompt: Any, text: Any, params: SMCParams | None = None) -> Facts:
+        """Makes the facts of a text, for counterfactuals of it under another model of the same vocabulary.
+
+        Args:
+            prompt, text: as in `counterfactual`, one of each.
+            params: whose settings of p0 drew the text; None: temperature 1, and nothing else.
+
+        Raises:
+            ValueError: an argument that cannot be, or a token that these settings rule out.
+            SMCError: the model failed.
+        """
+        params = SMCParams() if params is None else params
+        given = {"n": None, "max_tokens": None, "top_k": None, "top_p": None, "ignore_eos": None, "seed": None}
+        (case,), single = self._read_cases(prompt, text, params, None, "exact", **given)
+        if not single or case.text is None or case.facts is not None:
+            raise ValueError(f"text={short(text)}: facts are of one prompt and its text")
+        return self._make_facts([case])[0]
+
+    def _make_facts(self, cases: Sequence[Case]) -> list[Facts]:
+        """Runs the model along texts, side by side."""
+        config, names = self.model_config, [uuid.uuid4().hex for _ in cases]
+        requests, inputs = [], []
+        for case, name in zip(cases, names, strict=True):
+            assert case.text is not None
+            check_facts_size(len(case.text), config.get_vocab_size())
+            plain = SMCParams(n_particles=1, max_tokens=len(case.text), ignore_eos=True)
+            requests.append(self.lead_params(plain, exact=[case.text], return_population=True))
+            (requests[-1].extra_args or {})[PREFIX + "keep_logits"] = name
+            inputs.append(self._prompt(case.prompt))
+        try:
+            self._populations(self._run_groups(inputs, requests, [None] * len(cases)), len(cases) == 1)
+        finally:
+            kept = [self.collective_rpc("smc_take_logits", args=(name,))[0] for name in names]
+        tokenizer = twists.tokenizer_hash(self._tokenizer())
+        return [
+            Facts(load_tensors(data)["logits"], tuple(case.text), tuple(case.prompt), case.params.p0(), tokenizer)
+            for case, data in zip(cases, kept, strict=True)
+            if case.text is not None
+        ]
+
+    def counterfactual(
+        self,
+        prompt: Any,
+        text: Any = None,
+        intervention: Any = None,
+        *,
+        n: int | None = None,
+        max_tokens: int | None = None,
+        params: SMCParams | None = None,
+        potential: Potential | Sequence[Potential | None] | None = None,
+        twist: str | os.PathLike | None = None,
+        noise: str = "exact",
+        top_k: int | None = None,
+        top_p: float | None = None,
+        ignore_eos: bool | None = None,
+        seed: int | None = None,
+        alone: bool = False,
+        use_tqdm: bool = False,
+    ) -> Any:
+        """Draws N texts that the noise that gave `text` would have given under an intervention, or by this model.
+
+        Gumbel-max counterfactuals (arXiv 2411.07180), by `ops.redraw`: no noise is made, and where the text is left is
+        known exactly (`Counterfactuals.survival`). Beyond the text's end there is no evidence, and draws are plain.
+
+        Args:
+            prompt: one prompt or several, in any form that `smc` takes; or `Facts`, what another model said of a text,
+                which have their own prompt and text, or a list of these. Several run side by side.
+            text: what was drawn after the prompt: token ids, or a str, whose tokens must be those that were drawn;
+                None draws one, with the same seed. With several prompts a list of these, or None for all.
+            intervention: as `smc` takes it; None: nothing changes, unless `Facts` are given. One of layers needs an
+                engine with `interventions=True`.
+            n: particles, 64 unless `params` is given. Beside them the text itself has a row of the engine.
+            max_tokens: at most so many tokens each; by default as many as the text has.
+            params: in the place of n, max_tokens, top_k, top_p, ignore_eos and seed. Its settings of p0 are those that
+                drew the text, and that the intervened model draws with (but for a `Temperature`); with `Facts` they are
+                the intervened model's alone.
+            potential: a target: log Ẑ then is that of the potential's mean over counterfactuals.
+            twist: of the potential, as in `smc`.
+            noise: "exact" draws by the law of counterfactuals; "gumbel" by the noise itself, which particle i of a seed
+                has under every intervention, so that their texts can be compared one by one. That takes longer, and no
+                potential, whose resampling would give particles other numbers.
+            alone, use_tqdm: as in `smc`.
+
+        Returns:
+            `Counterfactuals`; of several prompts, a list of them.
+
+        Raises:
+            ValueError: an argument that cannot be, or a token of the text that its settings rule out.
+            SMCError: the group failed; with several prompts its attribute `populations` has those that did not.
+        """
+        if twist is not None and potential is None:
+            potential = twists.card_potential(twist)
+        cases, single = self._read_cases(
+            prompt, text, params, potential, noise, n=n, max_tokens=max_tokens, top_k=top_k, top_p=top_p,
+            ignore_eos=ignore_eos, seed=seed,
+        )  # fmt: skip
+        if not cases:
+            return []
+        parts = read_interventions(intervention, len(cases), self._model_sizes())
+        under = [take_apart(each, case.prompt, case.params) for each, case in zip(parts, cases, strict=True)]
+        for case, reading in zip(cases, under, strict=True):  # before anything runs
+            self._check_text(case, reading)
+        cases = self._with_texts(cases)
+        apart = [i for i, case in enumerate(cases) if case.facts is None and under[i].prompt != case.prompt]
+        for i, made in zip(apart, self._make_facts([cases[i] for i in apart]) if apart else (), strict=True):
+            cases[i] = cases[i]._replace(facts=made)
+        facts_names: dict[int, str] = {}  # by id
+        try:
+            for facts in (case.facts for case in cases):
+                if facts is not None and id(facts) not in facts_names:
+                    facts_names[id(facts)] = name = uuid.uuid4().hex
+                    self.collective_rpc("smc_put_facts", args=(name, interventions.to_bytes([facts])))
+            found = self._sample(
+                under,
+                [case.potential for case in cases],
+                single,
+                use_tqdm,
+                twist=twist,
+                alone=alone,
+                each=[
+                    {
+                        "counterfactual": case.text,
+                        "factual_temperature": case.params.temperature,
+                        "noise": noise,
+                        "facts": None if case.facts is None else facts_names[id(case.facts)],
+                    }
+                    for case in cases
+                ],
+            )
+        except SMCError as error:
+            if single and error.kind == "refused":
+                raise ValueError(str(error)) from None
+            raise
+        finally:
+            for name in facts_names.values():
+                self.collective_rpc("smc_drop_facts", args=(name,))
+        return found[0] if single else found
+
+    def _read_cases(
+        self, prompts: Any, texts: Any, params: Any, potential: Any, noise: str, **given: Any
+    ) -> tuple[list[Case], bool]:
+        tokenizer = self._tokenizer()
+        return read_cases(
+            prompts, texts, params, potential, noise, tokenizer, self._model_sizes(), twists.tokenizer_hash(tokenizer),
+            self._stops, **given,
+        )  # fmt: skip
+
+    def _stops(self, params: SMCParams) -> frozenset[int]:
+        """Lists the tokens that end a particle, as vLLM completes them."""
+        wish = SamplingParams(stop_token_ids=list(params.stop_token_ids or ()), ignore_eos=params.ignore_eos)
+        wish.update_from_generation_config(
+            self.model_config.try_get_generation_config(), self.renderer.get_eos_token_id()
+        )
+        own = frozenset(params.stop_token_ids or ())
+        return own if params.ignore_eos else own | wish.all_stop_token_ids
+
+    def _check_text(self, case: Case, under: Reading) -> None:
+        """Refuses a text that has no room in this engine."""
+        length = case.params.max_tokens if case.text is None else len(case.text)
+        wish = self.lead_params(under.params, counterfactual=case.text or [0] * length)
+        self._check_group(wish, max(len(case.prompt), len(under.prompt)))
+
+    def _with_texts(self, cases: list[Case]) -> list[Case]:
+        """Draws the texts that are not given."""
+        drawn = [i for i, case in enumerate(cases) if case.text is None]
+        alone = [dataclasses.replace(cases[i].params, n_particles=1) for i in drawn]
+        readings = [Reading((), cases[i].prompt, params) for i, params in zip(drawn, alone, strict=True)]
+        found = self._sample(readings, [None] * len(drawn), False, False) if drawn else []
+        out = list(cases)
+        for i, population in zip(drawn, found, strict=True):
+            out[i] = cases[i]._replace(text=population.token_ids[0])
+        return out
 
     def _populations(self, outputs: Sequence[RequestOutput | None], single: bool) -> list[Population]:
         """Reads what the group requests of one call gave. SMCError: one has failed; it holds what the others gave."""
         populations: list[Population | None] = []
-        errors = []
+        errors, kind = [], "engine"
         for i, output in enumerate(outputs):
             payload = (output.kv_transfer_params or {}).get("smc", {}) if output is not None else {}
             if output is not None and "population" in payload:
@@ -314,8 +531,9 @@ class LLM(vllm.LLM):
             else:
                 populations.append(None)
                 errors.append(f"prompt {i}: " * (not single) + payload.get("error", "the request was aborted"))
+                kind = payload.get("error_kind", kind)
         if errors:
-            error = SMCError("; ".join(errors))
+            error = SMCError("; ".join(errors), kind=kind)
             error.populations = populations
             raise error
         return [population for population in populations if population is not None]  # all: there is no error
@@ -330,6 +548,10 @@ class LLM(vllm.LLM):
         exact: Sequence[Sequence[int]] | None = None,
         alone: bool = False,
         intervention: str | None = None,
+        counterfactual: Sequence[int] | None = None,
+        factual_temperature: float | None = None,
+        noise: str = "exact",
+        facts: str | None = None,
         return_population: bool = False,
     ) -> SamplingParams:
         """Makes a group request's SamplingParams, for `generate`: the request's text is then one posterior sample.
@@ -341,6 +563,10 @@ class LLM(vllm.LLM):
             exact: exact samples of the target: one, or n_particles of them.
             alone: the group's rows share no forward pass with those of other groups.
             intervention: a name that `register_intervention` gave.
+            counterfactual: a text after this prompt, as token ids: the particles are its counterfactuals.
+            factual_temperature: at which it was drawn; None: at that of `params`.
+            noise: as of `counterfactual`.
+            facts: name of what another model said of the text, where the workers have it.
             return_population: the whole population comes back with the output, for `population(output)`.
         """
         extra = params.to_extra_args()
@@ -355,6 +581,12 @@ class LLM(vllm.LLM):
             extra[PREFIX + "alone"] = alone
         if intervention is not None:
             extra[PREFIX + "intervention"] = intervention
+        if counterfactual is not None:
+            extra[COUNTERFACTUAL], extra[PREFIX + "noise"] = list(counterfactual), noise
+        if factual_temperature is not None:
+            extra[PREFIX + "factual_temperature"] = factual_temperature
+        if facts is not None:
+            extra[PREFIX + "facts"] = facts
         if return_population:
             extra[PREFIX + "return_population"] = True
         return SamplingParams(**params.to_shared(), extra_args=extra)
@@ -366,7 +598,7 @@ class LLM(vllm.LLM):
             raise SMCError(payload["error"])
         if "population" not in payload:
             raise ValueError("output: holds no population; ask for it with smc_return_population")
-        return read_population(payload, None if self.model_config.skip_tokenizer_init else self.get_tokenizer())
+        return read_population(payload, self._tokenizer())
 
     def register_potential(self, potential: Potential) -> str:
         """Sends a potential to the workers and sets it up there; returns the name to give to `lead_params`.
@@ -441,9 +673,8 @@ class LLM(vllm.LLM):
         if not is_group_request(wish):
             return wish
         allowed = options.EngineOptions.of(self.llm_engine.vllm_config.additional_config)
-        tokenizer = None if self.model_config.skip_tokenizer_init else self.get_tokenizer()
         wish = wish.clone()
-        wish.extra_args = with_token_ids(wish.extra_args, allowed, tokenizer)
+        wish.extra_args = with_token_ids(wish.extra_args, allowed, self._tokenizer())
         self._check_group(wish)
         return wish
 
@@ -461,6 +692,9 @@ class LLM(vllm.LLM):
         core = getattr(self.llm_engine.engine_core, "engine_core", None)
         return core is not None and hasattr(core.model_executor, "driver_worker")
 
+    def _tokenizer(self) -> Any:
+        return None if self.model_config.skip_tokenizer_init else self.get_tokenizer()
+
     def _prompt(self, ids: list[int]) -> Any:  # vLLM's renderer has no type either
         return self.renderer.render_cmpl([{"prompt_token_ids": ids}])[0]
 
@@ -474,10 +708,13 @@ class LLM(vllm.LLM):
             raise ValueError(f"lora_request={adapters!r}: this engine was started without enable_lora=True")
         return each
 
-    def _read_interventions(self, given: Any, n_prompts: int) -> list[tuple[Intervention, ...]]:
+    def _model_sizes(self) -> Sizes:
         if self._sizes is None:
             self._sizes = Sizes(*self.collective_rpc("smc_sizes")[0])  # between processes a tuple is a list
-        return read_interventions(given, n_prompts, self._sizes)
+        return self._sizes
+
+    def _read_interventions(self, given: Any, n_prompts: int) -> list[tuple[Intervention, ...]]:
+        return read_interventions(given, n_prompts, self._model_sizes())
 
     def _check_group(self, sampling_params: SamplingParams, prompt_len: int = 1) -> None:
         config = self.llm_engine.vllm_config
@@ -485,15 +722,14 @@ class LLM(vllm.LLM):
         asked = GroupRequest.parse(sampling_params)
         asked.check_allowed(allowed)
         asked.check_ids(self.model_config.get_vocab_size(), not self.model_config.skip_tokenizer_init)
-        check_fits(asked.params, prompt_len, asked.lookahead(allowed), Limits.of(config), asked.first_reached())
+        asked.check_fits(prompt_len, asked.lookahead(allowed), Limits.of(config))
 
     def _run_groups(
         self,
         inputs: list[Any],
         requests: list[SamplingParams],
         adapters: list[LoRARequest | None],
-        max_tokens: int,
-        use_tqdm: bool,
+        use_tqdm: bool = False,
     ) -> list[RequestOutput | None]:
         for prompt, request in zip(inputs, requests, strict=True):
             self._check_group(request, len(prompt["prompt_token_ids"]))
@@ -504,7 +740,7 @@ class LLM(vllm.LLM):
         if use_tqdm:
             from tqdm.auto import tqdm
 
-            bar = tqdm(total=len(requests) * max_tokens, desc="particle steps", file=sys.stderr)
+            bar = tqdm(total=sum(map(_steps, requests)), desc="particle steps", file=sys.stderr)
         left = len(requests)
         try:
             for number, (prompt, request) in enumerate(zip(inputs, requests, strict=True)):
@@ -523,7 +759,7 @@ class LLM(vllm.LLM):
                     assert isinstance(output, RequestOutput)  # of one of our groups
                     payload = (output.kv_transfer_params or {}).get("smc", {})
                     if bar is not None:
-                        step = max_tokens if output.finished else payload.get("step", steps[i])
+                        step = _steps(requests[i]) if output.finished else payload.get("step", steps[i])
                         bar.update(step - steps[i])
                         steps[i] = step
                     if output.finished:
@@ -540,10 +776,16 @@ class LLM(vllm.LLM):
 
 def read_population(payload: Mapping[str, Any], tokenizer: Any) -> Population:
     """Reads the population that came with a finished group request; with a tokenizer it has texts."""
-    population = Population.from_bytes(base64.b64decode(payload["population"]))
+    kind = Counterfactuals if "counterfactual" in payload else Population
+    population = kind.from_bytes(base64.b64decode(payload["population"]))
     if tokenizer is not None:
         population.texts = population_texts(tokenizer, population)
     return population
+
+
+def _steps(request: SamplingParams) -> int:
+    assert request.max_tokens is not None  # of a group
+    return request.max_tokens
 
 
 def _pickled(potential: Potential, by_value: bool) -> bytes:

@@ -11,6 +11,28 @@ from typing import Any
 from fastsmc.params import SMCParams
 
 
+@dataclasses.dataclass(frozen=True)
+class Factual:
+    """Says what text a counterfactual group is asked about.
+
+    Attributes:
+        token_ids: the text.
+        temperature: at which it was drawn; the other settings are the group's.
+        noise: as of `Evidence`.
+        facts: name under which a worker keeps what another model said of it; None: the engine's model is asked.
+    """
+
+    token_ids: list[int]
+    temperature: float
+    noise: str = "exact"
+    facts: str | None = None
+
+    @property
+    def n_followers(self) -> int:
+        """Counts the groups of one particle beside the counterfactual group (`Group.followers`)."""
+        return 2 if self.facts is None else 1
+
+
 @dataclasses.dataclass
 class GroupStart:
     """Holds all that a worker needs to begin a group.
@@ -21,6 +43,7 @@ class GroupStart:
         progress: its results say how each step went.
         stream_tokens: they hold tokens as soon as these are final.
         n_samples: how many particles are drawn by weight at its end.
+        keep_logits: name under which the worker keeps the logits along the exact sample of a group of one particle.
     """
 
     params: SMCParams
@@ -40,6 +63,8 @@ class GroupStart:
     adapter: Any = None  #: vLLM's LoRARequest; None: the model as it is
     intervention: str | None = None  #: name under which the workers keep it
     n_intervened_blocks: int = 0  #: of the blocks it gets, so many first ones are for the last columns of its prompt
+    factual: Factual | None = None
+    keep_logits: str | None = None
 
 
 @dataclasses.dataclass

@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from fastsmc import ops
+from fastsmc.p0 import P0, token_log_probs
 from fastsmc.smc import Cohort, Group, Scores, Wants, arrange
 from fastsmc.smc.cohort import Flow
-from fastsmc.smc.p0 import P0, token_log_probs
 from fastsmc.smc.paging import BlockTables, Paging
 from fastsmc.smc.record import CommonTokens
 from fastsmc.vllm.messages import GroupStart
@@ -156,6 +156,7 @@ class Member(NamedTuple):
         common: finds its tokens that are final, where these are asked for.
         variants: (P,) int64, what its interventions do at each position (`Interventions.of_positions`); None: it has
             none.
+        followers: the groups that follow its text, if it has one (`Group.followers`).
     """
 
     group: Group
@@ -164,6 +165,25 @@ class Member(NamedTuple):
     start: GroupStart
     common: CommonTokens | None = None
     variants: Tensor | None = None
+    followers: tuple[Member, ...] = ()
+
+    @property
+    def parts(self) -> tuple[Member, ...]:
+        """Lists the groups that a request stands for, in the order in which they take a step."""
+        return (*self.followers, self)
+
+    @property
+    def done(self) -> bool:
+        return all(part.group.done for part in self.parts)
+
+    def grant(self, blocks: list[int]) -> None:
+        """Adds blocks of the engine: to each part what it needs, the rest to the particles."""
+        at = 0
+        for part in self.followers:
+            need = 0 if part.group.done else part.paging.need()
+            part.paging.grant(blocks[at : at + need])
+            at += need
+        self.paging.grant(blocks[at:])
 
 
 class Unwritten(NamedTuple):

@@ -20,7 +20,11 @@ from fastsmc.maps import NOWHERE, first_reached
 from fastsmc.params import GROUP_KEY, PREFIX, SMCParams
 from fastsmc.potentials import registry
 from fastsmc.potentials.tokens import short
-from fastsmc.values import check_int
+from fastsmc.smc.evidence import NOISES
+from fastsmc.values import check_choice, check_float, check_int
+from fastsmc.vllm import capacity
+from fastsmc.vllm.capacity import Limits
+from fastsmc.vllm.messages import Factual
 from fastsmc.vllm.options import EngineOptions
 
 #: fields of SamplingParams that would change p0 or the output in ways a group does not know: name → accepted values
@@ -40,6 +44,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 _ARGS = PREFIX + "potential_args"
+#: the key of the text, as token ids, whose counterfactuals a group's particles are
+COUNTERFACTUAL = PREFIX + "counterfactual"
 #: the settings of p0 in SamplingParams: name → off. The group applies them itself, so vLLM's sampler need not.
 P0_OFF: dict[str, Any] = {
     "top_p": 1.0,
@@ -112,6 +118,8 @@ class GroupRequest:
     stream_tokens: bool
     n_samples: int
     intervention: str | None = None
+    factual: Factual | None = None
+    keep_logits: str | None = None
 
     @classmethod
     def parse(cls, sampling_params: Any) -> GroupRequest:
@@ -168,7 +176,13 @@ class GroupRequest:
         intervention = extra.get(PREFIX + "intervention")
         if intervention is not None and not isinstance(intervention, str):
             raise ValueError(f"smc_intervention={intervention!r}: must be a name")
-        return cls(params, potential, args, twist, exact, **flags, n_samples=n_samples, intervention=intervention)
+        keep = extra.get(PREFIX + "keep_logits")
+        if keep is not None and (not isinstance(keep, str) or params.n_particles > 1 or exact is None):
+            raise ValueError(f"smc_keep_logits={short(keep)}: must be a name, of one particle that is an exact sample")
+        return cls(
+            params, potential, args, twist, exact, **flags, n_samples=n_samples, intervention=intervention,
+            factual=_read_factual(extra, params, potential), keep_logits=keep,
+        )  # fmt: skip
 
     def check_ids(self, vocab_size: int, has_tokenizer: bool = True) -> None:
         """Refuses token ids that no row of logits has, and stop strings without a tokenizer.
@@ -181,6 +195,8 @@ class GroupRequest:
         check_ids(self.params, vocab_size)
         for i, ids in enumerate(self.exact or ()):
             potentials.token_list(f"smc_exact[{i}]", ids, vocab_size)
+        if self.factual is not None:
+            potentials.token_list(COUNTERFACTUAL, self.factual.token_ids, vocab_size)
 
     def check_allowed(self, options: EngineOptions) -> None:
         """Refuses what the engine's operator does not allow.
@@ -199,6 +215,9 @@ class GroupRequest:
             raise ValueError(f"smc_twist={short(self.twist)}: unknown; known are {_listed(twists)}")
         if self.intervention is not None and not options.offline:
             raise ValueError(f"smc_intervention={short(self.intervention)}: unknown; known are none")
+        for name, value in (("facts", self.factual and self.factual.facts), ("keep_logits", self.keep_logits)):
+            if value is not None and not options.offline:
+                raise ValueError(f"{PREFIX}{name}={short(value)}: is for fastsmc.LLM alone")
         n, length = self.params.n_particles, self.params.max_tokens
         if options.max_particles is not None and n > options.max_particles:
             raise OverLimit(f"n_particles={n}: at most max_particles={options.max_particles}", "max_particles")
@@ -208,6 +227,17 @@ class GroupRequest:
                 f"max_particle_tokens={options.max_particle_tokens}",
                 "max_particle_tokens",
             )
+
+    @property
+    def n_followers(self) -> int:
+        return 0 if self.factual is None else self.factual.n_followers
+
+    def check_fits(self, prompt_len: int, lookahead: int, limits: Limits) -> None:
+        """Refuses a group that an engine of these limits can never run. ValueError: as `capacity.check_fits`."""
+        text_len = 0 if self.factual is None else len(self.factual.token_ids)
+        capacity.check_fits(
+            self.params, prompt_len, lookahead, limits, self.first_reached(), text_len, self.n_followers
+        )
 
     def first_reached(self) -> int:
         """Returns the first position that the intervention reaches in the prompt, from its name; `NOWHERE`: none.
@@ -237,6 +267,29 @@ class GroupRequest:
             return int(name[1])
         args = json.loads(self.potential_args)
         return int(potentials.resolve(self.potential, args, options.known_potentials()).lookahead)
+
+
+def _read_factual(extra: Mapping[str, Any], params: SMCParams, potential: str | None) -> Factual | None:
+    """Reads what text a group is asked about. ValueError: naming the key, its value and what is allowed."""
+    ids, facts = extra.get(COUNTERFACTUAL), extra.get(PREFIX + "facts")
+    others = [name for name in ("factual_temperature", "noise", "facts") if extra.get(PREFIX + name) is not None]
+    if ids is None:
+        if others:
+            name = PREFIX + others[0]
+            raise ValueError(f"{name}={short(extra[name])}: needs {COUNTERFACTUAL} beside it")
+        return None
+    ids = potentials.token_list(COUNTERFACTUAL, ids)
+    if not ids:
+        raise ValueError(f"{COUNTERFACTUAL}=[]: is empty; there is nothing to ask about")
+    temperature = extra.get(PREFIX + "factual_temperature", params.temperature)
+    temperature = check_float("smc_factual_temperature", temperature, 0.01, 1e6)
+    noise = extra.get(PREFIX + "noise", "exact")
+    check_choice("smc_noise", noise, NOISES)
+    if noise == "gumbel" and potential is not None:
+        raise ValueError("smc_noise='gumbel': takes no potential, whose resampling would give particles other numbers")
+    if facts is not None and not isinstance(facts, str):
+        raise ValueError(f"smc_facts={short(facts)}: must be a name")
+    return Factual(ids, temperature, noise, facts)
 
 
 def name_intervention(number: str, layers: Iterable[LayerIntervention]) -> str:

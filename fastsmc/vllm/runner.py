@@ -16,8 +16,12 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from fastsmc.counterfactuals import Counterfactuals
+from fastsmc.interventions import Facts
 from fastsmc.smc import Group, GroupEngine, SMCError
+from fastsmc.smc.evidence import Evidence
 from fastsmc.smc.group import choose
 from fastsmc.smc.paging import BlockTables, Paging
 from fastsmc.smc.record import CommonTokens
@@ -68,6 +72,8 @@ class ParticleRunner:
         self._waiting: dict[str, tuple[GroupStart, list[int]]] = {}
         self._unwritten: dict[str, Unwritten] = {}  # within `_take_up`
         self._half: tuple[Pass, set[str]] | None = None
+        self.facts: dict[str, Facts] = {}  # what other models said of texts, by name
+        self.kept_logits: dict[str, list[Tensor]] = {}  # along texts, (V,) float32 of the CPU each
 
     @torch.inference_mode()
     def run(self, order: StepOrder) -> list[GroupResult]:
@@ -209,7 +215,8 @@ class ParticleRunner:
         if not ready or any(results[part.request_id].need for part in parts):
             return None
         try:
-            return Pass(self.model, self.tables, [self.groups[request_id] for request_id in ready]), set(ready)
+            members = [member for request_id in ready for member in self.groups[request_id].parts]
+            return Pass(self.model, self.tables, [m for m in members if not m.group.done]), set(ready)
         except Exception as error:
             self._fail(ready, results, error)
             return None
@@ -253,7 +260,7 @@ class ParticleRunner:
                 self.captured[part.request_id].group.grant(part.blocks)
                 return
             if part.request_id not in self._waiting:
-                self.groups[part.request_id].paging.grant(part.blocks)
+                self.groups[part.request_id].grant(part.blocks)
                 return
             start, blocks = self._waiting[part.request_id]
             blocks += part.blocks
@@ -290,31 +297,65 @@ class ParticleRunner:
             return
         group = Group(
             start.params, potential, start.prompt, start.stop_token_ids, device, engine, start.exact,
-            all_stop_token_ids=start.all_stop_token_ids,
+            all_stop_token_ids=start.all_stop_token_ids, evidence=self._evidence(start),
         )  # fmt: skip
         group.progress = [] if start.progress else None
+        if start.keep_logits is not None:
+            kept = self.kept_logits[start.keep_logits] = []
+            group.watch = lambda row: kept.append(row.to("cpu", torch.float32, copy=True))
         common = CommonTokens(group.lineages) if start.stream_tokens else None
-        last = last_position(start.params, len(start.prompt), start.lookahead)
-        variants = None
+        as_it_was, variants = start, None
         if start.intervention is not None:
-            variants = self.interventions.of_positions(start.intervention, len(start.prompt), last + 1)
+            longest = max(start.params.max_tokens, len(start.factual.token_ids) if start.factual is not None else 0)
+            end = last_position(longest, len(start.prompt), start.lookahead) + 1
+            variants = self.interventions.of_positions(start.intervention, len(start.prompt), end)
             group.blame = partial(self.interventions.blame, start.intervention)
             if n := start.n_intervened_blocks:
                 ours, blocks = blocks[:n], blocks[n:]
                 start = replace(start, prompt_blocks=[*start.prompt_blocks[:-n], *ours])
                 begin = (len(start.prompt_blocks) - n) * self.model.block_size
                 self._unwritten[request_id] = Unwritten(start, begin, variants)
+        followers: list[Member] = []
+        if start.factual is not None:
+            drawn = replace(start.params, temperature=start.factual.temperature)
+            followed = group.followers(drawn if start.factual.facts is None else None)
+            followed[-1].blame = group.blame
+            for one in followed[:-1]:
+                followers.append(self._member(one, as_it_was, [blocks.pop()]))
+            followers.append(self._member(followed[-1], start, [blocks.pop()], variants))
+        member = self._member(group, start, blocks, variants)
+        self.groups[request_id] = member._replace(common=common, followers=tuple(followers))
+
+    def _member(self, group: Group, start: GroupStart, blocks: list[int], variants: Tensor | None = None) -> Member:
+        """Gives a group its place in the block tables, and its first blocks."""
+        ahead = start.lookahead if group.asker is not None else 0
+        last = last_position(group.params.max_tokens, len(start.prompt), ahead)
         paging = Paging(
-            group.n, len(start.prompt), start.prompt_blocks, self.model.block_size, last, start.lookahead, device
+            group.n, len(start.prompt), start.prompt_blocks, self.model.block_size, last, ahead, self.model.device
         )
         paging.grant(blocks)
-        self.groups[request_id] = Member(group, paging, self.tables.add(paging), start, common, variants)
+        return Member(group, paging, self.tables.add(paging), start, variants=variants)
+
+    def _evidence(self, start: GroupStart) -> Evidence | None:
+        """Makes what is known of the text of a counterfactual group; None: it is no such group."""
+        factual, device = start.factual, self.model.device
+        if factual is None:
+            return None
+        if factual.facts is None:
+            return Evidence(factual.token_ids, factual.temperature, factual.noise, device)
+        if factual.facts not in self.facts:
+            raise SMCError(
+                f"smc_facts={factual.facts!r}: unknown; they were not registered, or dropped", kind="refused"
+            )
+        return Evidence.of_facts(self.facts[factual.facts], start.all_stop_token_ids, device, factual.noise)
 
     def _open_columns(self, ids: Sequence[str], results: dict[str, GroupResult]) -> list[str]:
         """Opens what the next position needs, and lists the groups that can take a step; the others need blocks."""
-        going = [i for i in ids if i in self.groups and not self.groups[i].group.done and results[i].error is None]
+        going = [i for i in ids if i in self.groups and not self.groups[i].done and results[i].error is None]
         going = [i for i in going if not results[i].need]
-        must = [self.groups[i] for i in going if self.groups[i].paging.must_open]
+        parts = [(results[i], part) for i in going for part in self.groups[i].parts if not part.group.done]
+        opening = [(result, part) for result, part in parts if part.paging.must_open]
+        must = [part for _, part in opening]
         if must:
             used = [m.paging.live(m.group.cohort.readers(m.group.index)) | g << 32 for g, m in enumerate(must)]
             live: list[list[int]] = [[] for _ in must]
@@ -323,13 +364,12 @@ class ParticleRunner:
                     live[value >> 32].append(value & 0xFFFFFFFF)
             for member, blocks in zip(must, live, strict=True):
                 member.paging.sweep(blocks)
-        for i in going:
-            paging, result = self.groups[i].paging, results[i]
-            if paging.must_open:
-                result.need = paging.need()
-                if not result.need:
-                    paging.open_columns()
-                    result.surplus += paging.surplus()
+        for result, part in opening:
+            result.need += part.paging.need()
+        for result, part in opening:
+            if not result.need:
+                part.paging.open_columns()
+                result.surplus += part.paging.surplus()
         return [i for i in going if not results[i].need]
 
     def _conclude(self, request_id: str, result: GroupResult) -> None:
@@ -338,12 +378,14 @@ class ParticleRunner:
         if member is not None and result.error is None and not result.partial:
             group = member.group
             result.step, result.done = group.t, group.done
+            errors = [group.error]
             if isinstance(member, Member):
+                result.done, errors = member.done, [part.group.error for part in member.parts]
                 with self._ending(result, "failed"):
                     self._tell(member, result)
-            if group.error is not None:
-                result.error, result.error_kind, result.done = str(group.error), group.error.kind, False
-            elif group.done:
+            if (error := next((each for each in errors if each is not None), None)) is not None:
+                result.error, result.error_kind, result.done = str(error), error.kind, False
+            elif result.done:
                 result.need = 0
                 with self._ending(result, "failed"):
                     self._finish(member, result)
@@ -387,15 +429,24 @@ class ParticleRunner:
         }
         if not samples:
             result.summary["log_z_is_minus_inf"] = True
+        if isinstance(population, Counterfactuals):
+            result.summary["counterfactual"] = {
+                "token_ids": population.factual_ids,
+                "log_probs": population.factual_log_probs.tolist(),
+                "stay": population.stay.tolist(),
+                "expected_common_prefix": population.expected_common_prefix,
+                "sample_common_prefixes": [int(population.common_prefix[i]) for i in samples],
+            }
         if start.return_population:
             result.population = base64.b64encode(population.to_bytes()).decode()
 
     def _clear(self, member: Member) -> None:
         """Makes the blocks of a group zero that may have written NaN to them, before others have them."""
-        error, start = member.group.error, member.start
-        if (error is not None and error.kind == "engine") or self.interventions.broke(start.intervention):
-            n = start.n_intervened_blocks
-            self.model.clear([*member.paging.owned, *start.prompt_blocks[len(start.prompt_blocks) - n :]])
+        errors, start = [part.group.error for part in member.parts], member.start
+        failed = any(error is not None and error.kind == "engine" for error in errors)
+        if failed or self.interventions.broke(start.intervention):
+            owned, n = [block for part in member.parts for block in part.paging.owned], start.n_intervened_blocks
+            self.model.clear([*owned, *start.prompt_blocks[len(start.prompt_blocks) - n :]])
 
     def drop(self, request_ids: list[str]) -> None:
         """Forgets groups that have ended, or were aborted or preempted; a pass that is half done with one is undone."""
@@ -405,6 +456,7 @@ class ParticleRunner:
             self._waiting.pop(request_id, None)
             self.captured.pop(request_id, None)
             if (member := self.groups.pop(request_id, None)) is not None:
-                self.tables.remove(member.first_row)
+                for part in member.parts:
+                    self.tables.remove(part.first_row)
                 self._clear(member)
         self.shelf.forget(start for start, _ in self._waiting.values())

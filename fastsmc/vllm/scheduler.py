@@ -37,14 +37,15 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.request import Request, RequestStatus
 
+from fastsmc.cases import read_text
 from fastsmc.potentials import token_list
 from fastsmc.vllm import adapters, compat
-from fastsmc.vllm.capacity import Limits, check_fits, first_columns, intervened_blocks
+from fastsmc.vllm.capacity import Limits, first_columns, intervened_blocks
 from fastsmc.vllm.compat import get_logger
 from fastsmc.vllm.messages import GroupResult, GroupStart, GroupStep, StepOrder
 from fastsmc.vllm.options import EngineOptions
 from fastsmc.vllm.pace import Pace
-from fastsmc.vllm.request import P0_OFF, GroupRequest, OverLimit, is_group_request
+from fastsmc.vllm.request import COUNTERFACTUAL, P0_OFF, GroupRequest, OverLimit, is_group_request
 
 logger = get_logger(__name__)
 
@@ -80,7 +81,8 @@ class _Group:
 
     @property
     def n(self) -> int:
-        return self.asked.params.n_particles
+        """Counts the rows that it has in a forward pass at most."""
+        return self.asked.params.n_particles + self.asked.n_followers
 
 
 if TYPE_CHECKING:
@@ -136,7 +138,10 @@ class _SMCMixin(_Scheduler):
             asked.check_ids(vocab_size, not model_config.skip_tokenizer_init)
             token_list("prompt", request.prompt_token_ids, vocab_size)
             lookahead = asked.lookahead(self._options)
-            check_fits(asked.params, request.num_prompt_tokens, lookahead, self._limits, asked.first_reached())
+            asked.check_fits(request.num_prompt_tokens, lookahead, self._limits)
+            if asked.factual is not None:
+                stop, _ = _stop_token_ids(asked, params)
+                read_text(asked.factual.token_ids, None, vocab_size, stop, COUNTERFACTUAL)
             self._check_waiting()
             tokens = self._limits.max_num_batched_tokens
             if request.lora_request is not None and 2 * (lookahead + 1) > tokens:  # a row may stand twice
@@ -188,30 +193,34 @@ class _SMCMixin(_Scheduler):
         free = self._pool.get_num_free_blocks() - sum(
             self._prompt_blocks(g) for g in self._groups.values() if g.phase == "prefill" and not self._has_blocks(g)
         )
-        rows = self._limits.max_num_seqs - sum(g.n for g in self._groups.values() if g.phase in ("prefill", "running"))
+        admitted = [g for g in self._groups.values() if g.phase in ("prefill", "running")]
+        rows = self._limits.max_num_seqs - sum(self._rows(g) for g in admitted)
         passed: list[_Group] = []
         credit = math.inf  # particles that may still overtake those that are passed
         for group in queued:
             if rows == 0 or credit <= 0:
                 return
-            if group.n <= rows:
-                prompt_len = group.request.num_prompt_tokens
-                first = group.n * first_columns(
-                    group.asked.params, prompt_len, group.lookahead, self._limits.block_size
-                )
-                first += self._intervened_blocks(group)
+            if self._rows(group) <= rows:
+                prompt_len, params = group.request.num_prompt_tokens, group.asked.params
+                columns = first_columns(params, prompt_len, group.lookahead, self._limits.block_size)
+                # a text's histories begin with one block each, the one that the prompt's end is in
+                first = params.n_particles * columns + group.asked.n_followers + self._intervened_blocks(group)
                 group.short = first + self._prompt_blocks(group) > free
-            if group.n > rows or group.short:
+            if self._rows(group) > rows or group.short:
                 passed.append(group)
                 credit = min(credit, group.n - group.overtaken)
                 continue
             for other in passed:
                 other.overtaken += group.n
             credit -= group.n
-            rows -= group.n
+            rows -= self._rows(group)
             free -= first + self._prompt_blocks(group)
             self._grant(group, first)
             group.phase = "prefill"
+
+    def _rows(self, group: _Group) -> int:
+        """Counts the rows that a group has of those of the engine: all of them, if it has one more."""
+        return min(group.n, self._limits.max_num_seqs)
 
     def _prompt_blocks(self, group: _Group) -> int:
         return -(-group.request.num_prompt_tokens // self._limits.block_size)
@@ -354,7 +363,7 @@ class _SMCMixin(_Scheduler):
         taken: list[_Group] = []
         rows, longest = 0, math.inf
         for group in groups:
-            if rows + group.n > self._limits.max_num_batched_tokens or group.turn > longest:
+            if (taken and rows + group.n > self._limits.max_num_batched_tokens) or group.turn > longest:
                 break
             if self._holds_adapters([*taken, group]):
                 taken.append(group)
@@ -389,13 +398,12 @@ class _SMCMixin(_Scheduler):
             prompt_len = request.num_prompt_tokens
             blocks = self.kv_cache_manager.get_block_ids(request.request_id)[0]
             assert request.sampling_params is not None and request.prompt_token_ids is not None  # see add_request
-            stop = frozenset(group.asked.params.stop_token_ids or ())
-            every = stop | request.sampling_params.all_stop_token_ids
+            stop, every = _stop_token_ids(group.asked, request.sampling_params)
             start = GroupStart(
                 params=group.asked.params,
                 prompt=list(request.prompt_token_ids),
                 prompt_blocks=list(blocks[: -(-prompt_len // self._limits.block_size)]),
-                stop_token_ids=stop if group.asked.params.ignore_eos else every,
+                stop_token_ids=stop,
                 all_stop_token_ids=every,
                 potential=group.asked.potential,
                 potential_args=group.asked.potential_args,
@@ -409,6 +417,8 @@ class _SMCMixin(_Scheduler):
                 adapter=request.lora_request,
                 intervention=group.asked.intervention,
                 n_intervened_blocks=self._intervened_blocks(group),
+                factual=group.asked.factual,
+                keep_logits=group.asked.keep_logits,
             )
             group.started = True
         granted, group.to_grant = group.to_grant, []
@@ -606,6 +616,13 @@ class _SMCMixin(_Scheduler):
             group.epoch += 1
             group.phase, group.common = "queued", []
         super()._preempt_request(request, *args, **kwargs)
+
+
+def _stop_token_ids(asked: GroupRequest, params: Any) -> tuple[frozenset[int], frozenset[int]]:
+    """Lists the tokens that end a group's particles, and those that would without ignore_eos."""
+    own = frozenset(asked.params.stop_token_ids or ())
+    every = own | params.all_stop_token_ids
+    return own if asked.params.ignore_eos else every, every
 
 
 def _with_order(output: SchedulerOutput, order: StepOrder) -> SchedulerOutput:

@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import cloudpickle
 import torch
+from safetensors.torch import save
 from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec, replace_as
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.worker.gpu_worker import Worker
 
-from fastsmc.interventions import Sizes
+from fastsmc.interventions import Facts, Sizes, from_bytes
 from fastsmc.ops._tensors import built_backends, missing_on_gpu
 from fastsmc.vllm import attention, capacity, compat, interventions
 from fastsmc.vllm.compat import get_logger
@@ -125,6 +126,24 @@ class SMCWorkerMixin(_Worker):
 
     def smc_drop_intervention(self, name: str) -> None:
         self.smc_runner.interventions.drop(name)
+
+    def smc_put_facts(self, name: str, data: bytes) -> None:
+        """Keeps what another model said of a text: `Facts`, by `fastsmc.interventions.to_bytes`."""
+        if isinstance(self.smc_runner, ParticleRunner):
+            [facts] = from_bytes(data)
+            assert isinstance(facts, Facts)  # which nobody else sends
+            self.smc_runner.facts[name] = facts
+
+    def smc_drop_facts(self, name: str) -> None:
+        if isinstance(self.smc_runner, ParticleRunner):
+            self.smc_runner.facts.pop(name, None)
+
+    def smc_take_logits(self, name: str) -> bytes | None:
+        """Hands out the logits (T, V) along a text that are kept under a name, as safetensors; None: there are none."""
+        if not isinstance(self.smc_runner, ParticleRunner):
+            return None
+        rows = self.smc_runner.kept_logits.pop(name, None)
+        return None if rows is None else save({"logits": torch.stack(rows)})
 
 
 def keep_behind_windows(specs: dict[str, Any], block_size: int) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 
 from fastsmc.params import GROUP_KEY, PREFIX
 from fastsmc.potentials import token_list
-from fastsmc.vllm.capacity import Limits, check_fits
+from fastsmc.vllm.capacity import Limits
 from fastsmc.vllm.options import EngineOptions
 from fastsmc.vllm.request import GroupRequest, OverLimit, is_group_request, with_token_ids
 from fastsmc.vllm.serve.errors import GroupError
@@ -66,7 +66,7 @@ def check(request: Any, config: Any, tokenizer: Any) -> None:
             raise ValueError("prompt: a group of particles needs at least one prompt token, and no embeddings")
         asked.check_ids(vocab_size, not config.model_config.skip_tokenizer_init)
         token_list("prompt", request.prompt_token_ids, vocab_size)
-        check_fits(asked.params, len(request.prompt_token_ids), asked.lookahead(options), Limits.of(config))
+        asked.check_fits(len(request.prompt_token_ids), asked.lookahead(options), Limits.of(config))
     except OverLimit as error:
         raise GroupError(413, str(error), error.limit, outcome="limit") from None
     except ValueError as error:
