@@ -277,10 +277,10 @@ def _log_law(w: _Coupling) -> Tensor:
 def _redraw_rows(c: Contrast, r: Tensor, u: Tensor) -> tuple[Tensor, ...]:
     w = _couple(c, r)
     target = (1.0 / u[:, 0] - 1.0)[:, None]
-    below = ((w.h[:, :-1] < target) & (w.q > 0)).sum(1, keepdim=True).clamp_(min=1)  # kinks before the root
-    rank = torch.empty_like(w.order).scatter_(
-        1, w.order, torch.arange(w.order.shape[1], device=r.device).expand_as(w.order)
-    )
+    number = torch.arange(w.order.shape[1], device=r.device).expand_as(w.order)
+    before = (w.h[:, :-1] < target) & (w.q > 0)  # kinks before the root; without mass there may be more among them
+    below = torch.where(before, number + 1, 1).amax(1, keepdim=True)
+    rank = torch.empty_like(w.order).scatter_(1, w.order, number)
     token, _ = _invert_cdf(torch.where(w.rising & (rank < below), w.log_q.exp(), 0.0), u[:, 1])
     stay = w.log_stay.exp()
     token = torch.where(u[:, 0] < stay, w.k, token)

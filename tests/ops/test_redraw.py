@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from backends import BACKENDS, random_mask, redraw, slow, to
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -238,6 +238,7 @@ def test_extreme_uniforms(backend):
 
 
 @settings(max_examples=30, deadline=None)
+@example(v=238, seed=3934, alive=0.75, scale=1e4, change=1e-7, u=[0.0, 0.0])  # tokens that rose, but without mass
 @given(
     v=st.integers(1, 1100), seed=st.integers(0, 2**31), alive=st.floats(0.01, 1.0),
     scale=st.sampled_from([0.0, 1e-6, 1.0, 50.0, 1e4]), change=st.sampled_from([1e-7, 1e-3, 1.0, 100.0]),
