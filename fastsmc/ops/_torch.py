@@ -253,7 +253,7 @@ def _couple(c: Contrast, r: Tensor) -> _Coupling:
     unit = (log_p - log_q).gather(1, at_k)
     endless = ~(unit < 600.0)
     q = torch.where(there, log_q.gather(1, order).exp(), 0.0)
-    last = torch.where(q > 0, log_tau, -math.inf).amax(1, keepdim=True).clamp_(min=-600.0)
+    last = torch.where(q > 0, log_tau, -math.inf).amax(1, keepdim=True).clamp_(-600.0, 600.0)
     unit = torch.where(endless, last, unit)
     alpha = torch.where(there, (log_tau - unit).exp().clamp(max=1.0), 1.0)
     slope, per_alpha = q.cumsum(1), unit.exp()
