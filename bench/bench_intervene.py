@@ -19,6 +19,7 @@ holds fusions which the ops prevent.
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import statistics
 import time
@@ -32,11 +33,13 @@ from trees import OtherEngine, serve
 PROMPT = "Once upon a time, in a small village"
 PARTICLES, LAYER = 64, 15
 #: case → (groups, interventions; None: without any); the name begins with their kind
-CASES = {
+CASES: dict[str, tuple[int, int | None]] = {
     "none": (1, None), "none, groups": (PARTICLES, None), "project": (1, 1), "rank one": (1, 1),
     "project, groups": (PARTICLES, PARTICLES), "rank one, groups": (PARTICLES, PARTICLES),
 }  # fmt: skip
-SETTINGS = {"dtype": "bfloat16", "max_num_seqs": PARTICLES, "max_model_len": 512, "kv_cache_memory_bytes": 1 << 28}
+SETTINGS: dict[str, Any] = {
+    "dtype": "bfloat16", "max_num_seqs": PARTICLES, "max_model_len": 512, "kv_cache_memory_bytes": 1 << 28,
+}  # fmt: skip
 OPS = ("fastsmc::after_layer", "fastsmc::after_down_proj")
 Times: TypeAlias = dict[str, float]
 
@@ -76,7 +79,7 @@ class Engine:
         from fastsmc import SMCParams
 
         groups, n = CASES[case]
-        lists = n and [[one] for one in self._interventions(case.partition(",")[0], n)]
+        lists = None if n is None else [[one] for one in self._interventions(case.partition(",")[0], n)]
         params = SMCParams(n_particles=PARTICLES // groups, max_tokens=self.max_tokens, ignore_eos=True)
         self.clock.spent.clear()
         start = time.perf_counter()
@@ -118,9 +121,9 @@ def run(json_path: str | None = None, model: str = "smollm2", max_tokens: int = 
     calls: dict[tuple[str, str], Callable[[], Times]] = {}
     for case, (_, n) in CASES.items():
         if n is None:
-            calls[case, "without places"] = lambda case=case: plain.seconds(case)
-        calls[case, "with"] = lambda case=case: engine.seconds(case)
-        calls[case, "profiled"] = lambda case=case: engine.profile(case)
+            calls[case, "without places"] = functools.partial(plain.seconds, case)
+        calls[case, "with"] = functools.partial(engine.seconds, case)
+        calls[case, "profiled"] = functools.partial(engine.profile, case)
     runs = in_turn(calls, repeats)
     empty, records = engine.empty_call(), []
     for case, (groups, n) in CASES.items():
