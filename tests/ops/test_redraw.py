@@ -1,6 +1,8 @@
 """redraw, redraw_logits and gumbel of every backend: against the reference, in law, and on hostile rows."""
 
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -353,6 +355,37 @@ def test_a_row_does_not_depend_on_the_batch(backend):
     assert (together.tokens != tokens).sum() > 2
     if backend != "torch":
         assert all(torch.equal(a[at], b) for a, b in zip(together, moved, strict=True))
+
+
+MEMORY = """
+import re, sys
+import torch
+from fastsmc import ops
+
+def mib(name):
+    return int(re.search(name + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
+
+n, vocab = 256, 49_152
+factual, token, at = torch.randn(1, vocab), torch.tensor([3]), torch.zeros(n, dtype=torch.int64)
+logits, u = torch.randn(n, vocab).add_(factual), torch.rand(n, 2, dtype=torch.float64)
+particles = torch.arange(n)
+before = mib("VmRSS")
+for _ in range(16):
+    ops.redraw(logits, factual, token, u, factual_rows=at)
+ops.redraw(logits, factual.expand(n, -1), token.expand(n), u)
+ops.gumbel(logits, factual, token, seed=0, group=0, step=0, particles=particles, factual_rows=at)
+print(mib("VmHWM") - before)
+law = ops.redraw_logits(logits, factual, token, factual_rows=at)
+print(mib("VmHWM") - before - law.nbytes / 2**20)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_memory():
+    """Beside logits and the answer it is a few rows per thread: far below 64 MiB at N = 256, V = 49,152."""
+    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
+    growth = [float(line) for line in done.stdout.split()]
+    assert len(growth) == 2 and max(growth) < 64, growth
 
 
 # ------------------------------------------------------------------------------------------------------------- gumbel
