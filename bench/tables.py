@@ -1,6 +1,6 @@
-"""Writes the tables of README files from the result files, each with the set-up that it is of.
+"""Writes the tables of README files and docs from the result files, each with the set-up that it is of.
 
-    python bench/tables.py [--check] [FILE…]         default: bench/README.md and README.md
+    python bench/tables.py [--check] [FILE…]         default: `FILES`
 
 A table stands between `<!-- NAME -->` and `<!-- /NAME -->`, NAME being that of a file in bench/results, with `:rows`
 after it where only the rows are wanted. `--check` changes nothing and fails where a table is not what results say.
@@ -18,7 +18,7 @@ from typing import Any
 from machine import ROOT
 
 RESULTS = ROOT / "bench" / "results"
-FILES = ("bench/README.md", "README.md")
+FILES = ("bench/README.md", "README.md", "docs/counterfactuals.md")
 Result = dict[str, Any]
 
 
