@@ -16,6 +16,7 @@
 # infill        25    training and divergences: numbers that a busy machine does not change, only their time
 # order          2    orders of ancestors: the same
 # p0             4    steps with top_k, top_p, min_p against steps without
+# intervene      6    what interventions cost a step; two engines in turn, with places for them and without
 # serve         15    a server against the engine in process, and against a stock server
 # soak          30    10,000 requests of random end: what is counted, not timed
 # groups        35    several groups against stock, a step by their number, a group beside ordinary requests
@@ -26,14 +27,14 @@
 set -u
 cd "$(dirname "$0")/.."
 if [ $# -eq 0 ]; then
-  sed -n '2,25s/^# \{0,1\}//p' "$0" >&2
+  sed -n '2,26s/^# \{0,1\}//p' "$0" >&2
   exit 2
 fi
 python=${PYTHON:-.venv/bin/python}
 peer=${PEER:-bench/peers/.venv/bin/python}
 out=$1
 shift
-parts=${*:-smc step attend_steps smc_one_core ops twist attend_ops p0 peers}
+parts=${*:-smc step attend_steps smc_one_core ops twist attend_ops p0 intervene peers}
 mkdir -p "$out"
 openmp="$("$python" -c 'import sys; print(sys.prefix)')/lib/libiomp5.so"
 if [ -e "$openmp" ]; then export LD_PRELOAD="$openmp"; fi  # as `make` does: keeps OpenMP threads on cores of their own
@@ -72,6 +73,7 @@ for part in $parts; do
     attend_ops) bench attend_ops_cpu bench_attend.py ops --seconds 0.1 ${COSTS:+--costs} ;;
     ops) bench ops_cpu bench_ops.py --seconds 0.8 ;;
     p0) bench p0_cpu bench_p0.py ;;
+    intervene) bench intervene_cpu bench_intervene.py ;;
     serve) bench serve_cpu bench_serve.py ;;
     soak) bench soak_cpu bench_soak.py ;;
     twist) bench twist_cpu bench_twist.py ;;

@@ -1,6 +1,6 @@
-"""Writes the tables of README files from the result files, each with the set-up that it is of.
+"""Writes the tables of README files and docs from the result files, each with the set-up that it is of.
 
-    python bench/tables.py [--check] [FILE…]         default: bench/README.md and README.md
+    python bench/tables.py [--check] [FILE…]         default: `FILES`
 
 A table stands between `<!-- NAME -->` and `<!-- /NAME -->`, NAME being that of a file in bench/results, with `:rows`
 after it where only the rows are wanted. `--check` changes nothing and fails where a table is not what results say.
@@ -18,7 +18,7 @@ from typing import Any
 from machine import ROOT
 
 RESULTS = ROOT / "bench" / "results"
-FILES = ("bench/README.md", "README.md")
+FILES = ("bench/README.md", "README.md", "docs/counterfactuals.md")
 Result = dict[str, Any]
 
 
@@ -210,6 +210,30 @@ def ops(result: Result) -> list[str]:
     ]
 
 
+def intervene(result: Result) -> list[str]:
+    records = result["records"]
+    return [
+        *table(
+            "case | ms in the ops | of a step (ms) | of the model (ms)",
+            (
+                (
+                    r["case"], f"{r['ops_ms']:.3f}", f"**{r['share']:.2%}** ({r['step_ms']:.1f})",
+                    f"{r['share_of_model']:.2%} ({r['model_ms']:.1f})",
+                )
+                for r in records
+            ),
+        ),
+        "",
+        "A whole step with places, under no intervention, takes "
+        + ", ".join(
+            f"{r['ratio']['median']:.2f} ({min(r['ratio']['pairs']):.2f} to {max(r['ratio']['pairs']):.2f}; "
+            f"{r['groups']} group{'s' * (r['groups'] > 1)})"
+            for r in records if "ratio" in r
+        )
+        + " of one without.",
+    ]  # fmt: skip
+
+
 def attend_steps(result: Result) -> list[str]:
     records = result["records"]
     lines = table(
@@ -316,7 +340,7 @@ def order(result: Result) -> list[str]:
 
 TABLES: dict[str, Callable[[Result], list[str]]] = {
     "smc": smc, "step": step, "ops": ops, "attend steps": attend_steps, "attend ops": attend_ops, "twist": twist,
-    "peers": peers, "order": order, "groups": groups,
+    "peers": peers, "order": order, "groups": groups, "intervene": intervene,
 }  # fmt: skip
 
 

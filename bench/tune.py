@@ -1,10 +1,10 @@
 """Chooses the Triton kernels' configurations on this GPU: `python bench/tune.py` (some minutes; needs a GPU).
 
-For each set of data types, the usual ones first, weigh and draw are timed with every candidate at two sizes; the lowest
-product of the two medians goes to kernels/configs.json, or to another file, under the GPU's architecture. The file is
-written after each set, so that a run that is cut short keeps what it has found. num_warps sets the order of sums, hence
-the last bits of results: it may differ between architectures and data types, never between sizes. A candidate that is
-not 2 % better than the default does not replace it.
+For each set of data types, the usual ones first, weigh and draw, and without log ψ redraw and its kernel integrate, are
+timed with every candidate at two sizes; the lowest product of the two medians goes to kernels/configs.json, or to
+another file, under the GPU's architecture. The file is written after each set, so that a run that is cut short keeps
+what it has found. num_warps sets the order of sums, hence the last bits of results: it may differ between architectures
+and data types, never between sizes. A candidate that is not 2 % better than the default does not replace it.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ SIZES = [(256, 49152), (1024, 128256)]
 CANDIDATES = {
     "weigh": [{"num_warps": w, "tiles": t} for w, t in itertools.product((1, 2, 4), (1, 2, 4, 8, 16, 32))],
     "draw": [{"num_warps": w} for w in (1, 2, 4, 8)],
+    "redraw": [{"num_warps": w} for w in (2, 4, 8, 16)],
+    "integrate": [{"num_warps": w} for w in (2, 4, 8, 16)],
 }
 #: of logits, and of log ψ
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -60,13 +62,21 @@ def tune(dtype: torch.dtype, psi_dtype: torch.dtype | None, masked: bool, file: 
         kw: dict[str, Any] = {"log_psi": psi, "mask": mask, "backend": "triton"}
         rows, u = torch.arange(n, device="cuda"), torch.rand(n, dtype=torch.float64, device="cuda")
         weighed = ops.weigh(logits, **kw)
-        cases.append({
+        case: dict[str, Callable[[], object]] = {
             "weigh": functools.partial(ops.weigh, logits, **kw),
             "draw": functools.partial(ops.draw, logits, weighed, rows, u, **kw),
-        })  # fmt: skip
+        }
+        if psi is None:  # of rows that are far from the factual one, so that most move
+            factual, token = torch.randn(1, vocab, device="cuda").to(dtype), torch.zeros(1, dtype=torch.int64).cuda()
+            case["redraw"] = case["integrate"] = functools.partial(
+                ops.redraw, logits, factual, token, torch.rand(n, 2, dtype=torch.float64, device="cuda"),
+                factual_rows=torch.zeros_like(rows), mask=mask, backend="triton",
+            )  # fmt: skip
+        cases.append(case)
     types = launch.data_types(check_matrices(logits, psi, None, None, mask, None))
     configs = launch._configs()  # what the kernels read
-    for op, candidates in CANDIDATES.items():
+    for op in cases[0]:
+        candidates = CANDIDATES[op]
         chosen = configs.setdefault(architecture, {}).setdefault(op, {})
         default = configs["default"][op]["*"]
 
@@ -78,7 +88,7 @@ def tune(dtype: torch.dtype, psi_dtype: torch.dtype | None, masked: bool, file: 
         best = min(range(len(scores)), key=scores.__getitem__)
         usual = score(default)
         chosen[types] = candidates[best] if scores[best] < 0.98 * usual else default
-        print(f"{op:6} {types:28} {chosen[types]}  {min(scores[best], usual) * 1e6:8.1f} µs", flush=True)
+        print(f"{op:9} {types:28} {chosen[types]}  {min(scores[best], usual) * 1e6:8.1f} µs", flush=True)
     file["configs"] = configs
 
 

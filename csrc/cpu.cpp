@@ -13,6 +13,7 @@
 #include <memory>
 #include <stdexcept>
 #include <tuple>
+#include <utility>
 
 #include "cpu_weigh.hpp"
 #include "fastsmc/redraw.cuh"
@@ -163,48 +164,148 @@ class Comparer {
 
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 
-// log P(· | k) of one row in float64: H is walked from kink to kink, and the integrals are summed backwards. α is in
-// units of that at τ_k, or where q_k is nothing of the last kink of a token with mass.
-void redraw_logits_row(const Versus& v, int64_t vocab, std::vector<std::pair<double, int64_t>>& kinks,
-                       std::vector<double>& h, float* out) {
-  std::fill_n(out, vocab, kNegInf);
-  kinks.clear();
-  for (int64_t i = 0; i < vocab; ++i) {
-    const double rise = v.q.log2_over(i, v.q.logit[v.k]) - v.p.log2_over(i, v.p.logit[v.k]);
-    if (rise > 0.0) kinks.push_back({v.p.log2(i) - v.q.log2(i), i});
-  }
-  std::sort(kinks.begin(), kinks.end());
-  const double at_k = v.p.log2(v.k) - v.q.log2(v.k);
-  const bool endless = !(at_k < 900.0);
-  const auto mass = [&](int64_t i) { return exp2_nonpositive(v.q.relative(v.q.logit[i], v.q.max)); };
-  double unit = endless ? -900.0 : at_k;
-  if (endless)
-    for (const auto& [kink, i] : kinks) unit = mass(i) > 0.0f && kink > unit ? kink : unit;
-  const double c = exp2(unit) / v.e_sum;
-  double slope = 0.0, x = 0.0;
-  h.assign(kinks.size() + 1, 0.0);
-  const auto alpha = [&](size_t m) { return exp2(std::min(0.0, kinks[m].first - unit)); };
-  const auto advance = [&](size_t m) {  // to kink m, or to the end
-    const double to = m < kinks.size() ? alpha(m) : 1.0;
-    h[m] = (m > 0 ? h[m - 1] : 0.0) + slope * (to - x);
-    x = to;
-  };
-  for (size_t m = 0; m < kinks.size(); ++m) {
-    advance(m);
-    slope += mass(kinks[m].second);
-  }
-  advance(kinks.size());
-  double value = endless ? 1.0 / ((1.0 + c * h.back()) * c * slope) : 0.0;
-  x = 1.0;
-  for (size_t m = kinks.size(); m-- > 0;) {
-    const double from = alpha(m);
-    value += (x - from) / ((1.0 + c * h[m]) * (1.0 + c * h[m + 1]));
-    x = from;
-    const int64_t i = kinks[m].second;
-    out[i] = static_cast<float>(v.log_q(i) + std::log(v.q_sum * c * value));
-  }
-  if (!endless) out[v.k] = static_cast<float>(0.0 - std::log1p(c * h.back()));
+// 2^t for t <= 0 in float64, to 1e-15: as exp2_nonpositive, but below 2^-1000 the result is that.
+double exp2_nonpositive64(double t) {
+  const double magic = 0x1.8p52 + 1023.0;
+  const double c = t < -1000.0 ? -1000.0 : t, shifted = c + magic;
+  const double f = kLog2 * (c - (shifted - magic));
+  double p = 1.0 / 39916800.0;
+  for (const double inverse : {1.0 / 3628800.0, 1.0 / 362880.0, 1.0 / 40320.0, 1.0 / 5040.0, 1.0 / 720.0, 1.0 / 120.0,
+                               1.0 / 24.0, 1.0 / 6.0, 1.0 / 2.0, 1.0, 1.0})
+    p = p * f + inverse;
+  uint64_t bits;
+  std::memcpy(&bits, &shifted, sizeof bits);
+  bits <<= 52;
+  double power;
+  std::memcpy(&power, &bits, sizeof power);
+  return p * power;
 }
+
+// log2 of a positive number, to 1e-9; of 0, −inf.
+double log2_of(double x) {
+  uint64_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  const uint64_t root = 0x3fe6a09e667f3bcdu;  // √½: the mantissa is put into [√½, √2)
+  const int64_t exponent = static_cast<int64_t>(bits - root) >> 52;
+  bits -= static_cast<uint64_t>(exponent) << 52;
+  double m;
+  std::memcpy(&m, &bits, sizeof m);
+  const double s = (m - 1.0) / (m + 1.0), square = s * s;
+  const double series = 1.0 + square * (1.0 / 3.0 + square * (0.2 + square * (1.0 / 7.0 + square * (1.0 / 9.0))));
+  return x > 0.0 ? static_cast<double>(exponent) + 2.0 / kLog2 * s * series : kNegInf;
+}
+
+// Sorts by the upper halves, ascending; `other` is of the same size.
+void sort_by_key(std::vector<uint64_t>& items, std::vector<uint64_t>& other) {
+  constexpr int kBits = 11, kDigits = 1 << kBits, kPasses = 3;
+  std::vector<uint32_t> counts(kPasses * kDigits);
+  for (const uint64_t item : items)
+    for (int pass = 0; pass < kPasses; ++pass) ++counts[pass * kDigits + (item >> (32 + kBits * pass) & (kDigits - 1))];
+  for (int pass = 0; pass < kPasses; ++pass) {
+    uint32_t* at = counts.data() + pass * kDigits;
+    for (uint32_t digit = 0, before = 0; digit < kDigits; ++digit) before += std::exchange(at[digit], before);
+    for (const uint64_t item : items) other[at[item >> (32 + kBits * pass) & (kDigits - 1)]++] = item;
+    items.swap(other);
+  }
+}
+
+// log P(· | k) of a row in float64: H is walked from kink to kink, and the integrals are summed backwards. α is in units
+// of that at τ_k, or where q_k is nothing of the last kink of a token with mass.
+//
+// Kinks are sorted by their logarithms as float32: neighbours may change places that are nearer to each other than one
+// part in a million. H beyond them is the same, and the integral, to the square of that.
+class LawWriter {
+ public:
+  explicit LawWriter(int64_t vocab)
+      : vocab_(vocab), items_(vocab), other_(vocab), fall_(vocab), alpha_(vocab + 1), h_(vocab + 1), mass_(vocab) {}
+
+  void write(const Versus& v, float* out) {
+    const double per_p = 1.0 / (v.p.temperature * kLog2), per_q = 1.0 / (v.q.temperature * kLog2);
+    const double p_k = v.p.logit[v.k], q_k = v.q.logit[v.k];
+    const double at_k = (p_k - v.p.max) * per_p - (q_k - v.q.max) * per_q;
+    const bool endless = !(at_k < 900.0);
+    std::fill_n(out, vocab_, kNegInf);
+    const int64_t n = find_kinks(v, per_p, per_q, p_k, q_k);
+    const double unit = endless ? measure_from_last(v, per_p, per_q, n) : at_k, c = exp2(unit) / v.e_sum;
+    items_.resize(n), other_.resize(n);
+    for (uint64_t& item : items_)  // the furthest first: α ascends
+      item |= static_cast<uint64_t>(~as_bits(static_cast<float>(fall_[item]))) << 32;
+    sort_by_key(items_, other_);
+    double value = integrate(v, c, endless);
+    for (int64_t m = n; m-- > 0;) h_[m] = value += h_[m];
+    const double q_max = v.q.max;
+#pragma omp simd
+    for (int64_t m = 0; m < n; ++m) {
+      const double log2_q = (v.q.logit[static_cast<uint32_t>(items_[m])] - q_max) * per_q;
+      alpha_[m] = kLog2 * (log2_q + log2_of(c * h_[m]));
+    }
+    for (int64_t m = 0; m < n; ++m) out[static_cast<uint32_t>(items_[m])] = static_cast<float>(alpha_[m]);
+    if (!endless) out[v.k] = static_cast<float>(0.0 - std::log1p(c * h_end_));
+  }
+
+ private:
+  int64_t vocab_;
+  std::vector<uint64_t> items_, other_;  // tokens whose odds rose; over them the key that they are sorted by
+  std::vector<double> fall_;             // by token: log2 of how far below 1 its α is
+  std::vector<double> alpha_, h_;        // by kink, and at the end
+  std::vector<float> mass_;
+  double h_end_ = 0.0;
+
+  // Fills `items_` and, as where the unit is α at τ_k, `fall_`; returns how many there are.
+  int64_t find_kinks(const Versus& v, double per_p, double per_q, double p_k, double q_k) {
+    const float *p = v.p.logit, *q = v.q.logit;
+    items_.resize(vocab_);
+#pragma omp simd
+    for (int64_t i = 0; i < vocab_; ++i) {  // the difference may be fused, and does not say which is larger
+      const double up = (q[i] - q_k) * per_q, from = (p[i] - p_k) * per_p;
+      fall_[i] = up > from ? std::max(up - from, 1e-300) : 0.0;
+    }
+    int64_t n = 0;
+    for (int64_t i = 0; i < vocab_; ++i) {  // without a branch per token
+      items_[n] = i;
+      n += fall_[i] > 0.0;
+    }
+    return n;
+  }
+
+  // Fills `fall_` where τ_k is infinite; returns log2 of the unit.
+  double measure_from_last(const Versus& v, double per_p, double per_q, int64_t n) {
+    const double p_max = v.p.max, q_max = v.q.max;
+    double unit = -900.0;
+    for (int64_t m = 0; m < n; ++m) {
+      const int64_t i = items_[m];
+      fall_[i] = (v.q.logit[i] - q_max) * per_q - (v.p.logit[i] - p_max) * per_p;
+      if (exp2_nonpositive(v.q.relative(v.q.logit[i], v.q.max)) > 0.0f) unit = std::max(unit, -fall_[i]);
+    }
+    for (int64_t m = 0; m < n; ++m) fall_[items_[m]] = std::max(0.0, fall_[items_[m]] + unit);
+    return unit;
+  }
+
+  // Leaves in h_ the integral from each kink to the next, of the last one to α = 1; returns that beyond.
+  double integrate(const Versus& v, double c, bool endless) {
+    const int64_t n = items_.size();
+    const Scores q = v.q;
+#pragma omp simd
+    for (int64_t m = 0; m < n; ++m) {
+      const uint32_t i = static_cast<uint32_t>(items_[m]);
+      alpha_[m] = exp2_nonpositive64(-fall_[i]);
+      mass_[m] = exp2_nonpositive(q.relative(q.logit[i], q.max));
+    }
+    alpha_[n] = 1.0;
+    double slope = 0.0, h = 0.0, x = 0.0;
+    for (int64_t m = 0; m < n; ++m) {
+      h += slope * (alpha_[m] - x);
+      h_[m] = h, x = alpha_[m];
+      slope += mass_[m];
+    }
+    h_[n] = h_end_ = h + slope * (1.0 - x);
+    const double end = endless ? 1.0 / ((1.0 + c * h_end_) * c * slope) : 0.0;
+#pragma omp simd
+    for (int64_t m = 0; m <= n; ++m) h_[m] = 1.0 / (1.0 + c * h_[m]);
+    for (int64_t m = 0; m < n; ++m) h_[m] = (alpha_[m + 1] - alpha_[m]) * h_[m] * h_[m + 1];
+    return end;
+  }
+};
 
 }  // namespace
 
@@ -232,15 +333,14 @@ void redraw_logits(const Contrast& of, float* out) {
 #pragma omp parallel if (of.n_rows * of.vocab > kSerial)
   {
     Comparer comparer(of);
-    std::vector<std::pair<double, int64_t>> kinks;
-    std::vector<double> h;
+    LawWriter writer(of.vocab);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t r = 0; r < of.n_rows; ++r) {
       Versus v;
       float* row = out + r * of.vocab;
       if (!comparer.load(r, &v)) std::fill_n(row, of.vocab, kNegInf);
       else if (!v.compare()) std::fill_n(row, of.vocab, static_cast<float>(kNan));
-      else redraw_logits_row(v, of.vocab, kinks, h, row);
+      else writer.write(v, row);
     }
   }
 }

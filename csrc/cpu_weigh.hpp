@@ -73,14 +73,6 @@ inline Four load64(const bf16* p) {
            _mm512_castsi512_ps(_mm512_slli_epi32(second, 16)), _mm512_castsi512_ps(_mm512_and_si512(second, odd))}};
 }
 
-// Asks for 64 elements of the next tile while this one is summed: hardware prefetchers stop at the end of a page, and
-// all of a tile asked for at once would be more than can be on its way. Past the end of a row it is harmless.
-template <typename T>
-inline void prefetch64(const T* p) {
-  for (size_t i = 0; i < 64 * sizeof(T); i += 64) __builtin_prefetch(reinterpret_cast<const char*>(p) + i);
-}
-inline void prefetch64(const NoTwist*) {}
-
 constexpr float kRestShift = 1.4375f;                      // h
 constexpr double kRestScale = 0.24109945;                  // c
 constexpr float kRestOffset = 2.0812597274780273f;         // k = 1/c − h²

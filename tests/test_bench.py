@@ -301,7 +301,7 @@ def test_a_name_that_is_gone_is_said():
     assert clock.spent["describe"] > 0
 
 
-@pytest.mark.parametrize("name", ("bench/README.md", "README.md"))
+@pytest.mark.parametrize("name", ("bench/README.md", "README.md", "docs/counterfactuals.md"))
 def test_tables_say_what_the_results_say(name):
     import tables
 

@@ -253,7 +253,7 @@ def _couple(c: Contrast, r: Tensor) -> _Coupling:
     unit = (log_p - log_q).gather(1, at_k)
     endless = ~(unit < 600.0)
     q = torch.where(there, log_q.gather(1, order).exp(), 0.0)
-    last = torch.where(q > 0, log_tau, -math.inf).amax(1, keepdim=True).clamp_(min=-600.0)
+    last = torch.where(q > 0, log_tau, -math.inf).amax(1, keepdim=True).clamp_(-600.0, 600.0)
     unit = torch.where(endless, last, unit)
     alpha = torch.where(there, (log_tau - unit).exp().clamp(max=1.0), 1.0)
     slope, per_alpha = q.cumsum(1), unit.exp()
@@ -277,10 +277,10 @@ def _log_law(w: _Coupling) -> Tensor:
 def _redraw_rows(c: Contrast, r: Tensor, u: Tensor) -> tuple[Tensor, ...]:
     w = _couple(c, r)
     target = (1.0 / u[:, 0] - 1.0)[:, None]
-    below = ((w.h[:, :-1] < target) & (w.q > 0)).sum(1, keepdim=True).clamp_(min=1)  # kinks before the root
-    rank = torch.empty_like(w.order).scatter_(
-        1, w.order, torch.arange(w.order.shape[1], device=r.device).expand_as(w.order)
-    )
+    number = torch.arange(w.order.shape[1], device=r.device).expand_as(w.order)
+    before = (w.h[:, :-1] < target) & (w.q > 0)  # kinks before the root; without mass there may be more among them
+    below = torch.where(before, number + 1, 1).amax(1, keepdim=True)
+    rank = torch.empty_like(w.order).scatter_(1, w.order, number)
     token, _ = _invert_cdf(torch.where(w.rising & (rank < below), w.log_q.exp(), 0.0), u[:, 1])
     stay = w.log_stay.exp()
     token = torch.where(u[:, 0] < stay, w.k, token)

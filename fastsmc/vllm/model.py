@@ -106,7 +106,10 @@ class Model:
         """Compiles what the first steps of groups would compile; every rank does, as logits are gathered."""
         config = self._config.model_config
         hidden = torch.zeros(2, config.get_hidden_size(), dtype=config.dtype, device=self.device)
-        warm_up.call_ops(self.logits(hidden, slice(None)))
+        logits, places = self.logits(hidden, slice(None)), self.interventions.places
+        warm_up.call_ops(logits)
+        if places.why_not is None:
+            warm_up.call_intervened(logits, hidden, places.sizes.inner if places.products else None)
         if self.attend.why_not is None and self.attend.costs is not None:
             self.attend.warm_up(layer)
 

@@ -1,8 +1,8 @@
 """What groups would compile at their first steps is compiled at start-up: Triton's kernels on a GPU.
 
 Triton compiles a kernel anew for other data types, for what is given and what is None, for rows that are read once or
-more often, and for addresses and strides that are or are not divisible by 16. `call_ops` and `Attend.warm_up` make the
-calls that differ in these; the numbers of rows, columns and parts are none of them.
+more often, and for addresses and strides that are or are not divisible by 16. `call_ops`, `call_intervened` and
+`Attend.warm_up` make the calls that differ in these; the numbers of rows, columns and parts are none of them.
 """
 
 from __future__ import annotations
@@ -42,3 +42,31 @@ def call_ops(logits: Tensor) -> None:
             twists += [twist, twist | masked, twist | {"log_psi": values.half()}]
         for twist in twists:
             call(rows, logit_rows=rows.clamp(max=1), **twist)
+
+
+@torch.inference_mode()
+def call_intervened(logits: Tensor, hidden: Tensor, inner: int | None) -> None:
+    """Calls `intervene` and `redraw` in all the ways in which groups under interventions and their counterfactuals do.
+
+    Args:
+        logits: as in `call_ops`.
+        hidden: (2, H), hidden states, with their data type.
+        inner: width of what a down_proj reads; None: there are no places at these.
+    """
+    device, width, rows = logits.device, hidden.shape[1], torch.arange(2, device=logits.device)
+    offsets, shift = torch.tensor([0, 1], device=device), torch.zeros(1, width, device=device)
+    finite = torch.ones(1, dtype=torch.bool, device=device)
+    for source in (hidden, None if inner is None else hidden.new_zeros(2, inner)):
+        if source is not None:
+            down = torch.zeros(1, source.shape[1], device=device)
+            ops.intervene(hidden, rows - 1, offsets, down, shift, shift, source=source, finite=finite)
+    floats: dict[str, Any] = {"dtype": torch.float64, "device": device}
+    for dtype in (logits.dtype, torch.float32):
+        factual = torch.zeros(2, logits.shape[1], dtype=dtype, device=device)
+        ops.redraw(logits, factual, rows, torch.zeros(2, 2, **floats))  # along the text itself
+        for n in (2, 3):  # as many rows as logits, or more
+            at = torch.arange(n, device=device).clamp_(max=1)
+            ops.redraw(
+                logits, factual, rows, torch.zeros(n, 2, **floats), logit_rows=at, factual_rows=at,
+                temperature=torch.ones(n, **floats),
+            )  # fmt: skip

@@ -18,11 +18,14 @@ from triton._C.libtriton import native_specialize_impl  # noqa: E402
 from triton.backends.compiler import BaseBackend  # noqa: E402
 
 from fastsmc import Potential, SMCParams, ops  # noqa: E402
-from fastsmc.kernels import attend, draw, weigh  # noqa: E402
+from fastsmc.interventions import BLOCK, DOWN_PROJ, Project, RankOne, Steer  # noqa: E402
+from fastsmc.kernels import attend, draw, intervene, redraw, weigh  # noqa: E402
+from fastsmc.maps import Maps, lay_out  # noqa: E402
 from fastsmc.ops import _torch  # noqa: E402
 from fastsmc.potentials import Rows  # noqa: E402
 from fastsmc.smc import Group  # noqa: E402
 from fastsmc.smc.driving import run_group  # noqa: E402
+from fastsmc.smc.evidence import Evidence  # noqa: E402
 from fastsmc.vllm import warm_up  # noqa: E402
 
 
@@ -47,13 +50,17 @@ class Launches:
 
 @pytest.fixture
 def launches(monkeypatch):
-    """Of each kernel; `ops.weigh` and `ops.draw` launch them, and then answer as PyTorch operations."""
+    """Of each kernel; the ops launch them, and then answer as PyTorch operations."""
     found = {}
-    for module, names in ((weigh, ("scan", "join")), (draw, ("draw_one",)), (attend, ("tiles", "merge"))):
+    of_modules = {
+        weigh: ("scan", "join"), draw: ("draw_one",), attend: ("tiles", "merge"), intervene: ("intervene_row",),
+        redraw: ("redraw_one", "integrate"),
+    }  # fmt: skip
+    for module, names in of_modules.items():
         for name in names:
             found[name] = Launches(getattr(module, name))
             monkeypatch.setattr(module, name, found[name])
-    for module, op in ((weigh, "weigh"), (draw, "draw")):
+    for module, op in ((weigh, "weigh"), (draw, "draw"), (redraw, "redraw"), (intervene, "intervene")):
         kernel = getattr(module, op)
 
         def launch_then_compute(*args, kernel=kernel, op=op):
@@ -61,8 +68,8 @@ def launches(monkeypatch):
             return getattr(_torch, op)(*args)
 
         monkeypatch.setattr(module, op, launch_then_compute)
-    for name in ("weigh", "draw"):
-        monkeypatch.setitem(getattr(ops, name).__globals__, "pick_backend", lambda backend, device, gpu: "triton")
+    for name in ("weigh", "draw", "redraw", "intervene"):
+        monkeypatch.setitem(getattr(ops, name).__globals__, "pick_backend", lambda backend, device, gpu: gpu)
     return found
 
 
@@ -141,6 +148,34 @@ def test_the_warm_up_compiles_what_groups_launch(launches, dtype, vocab, stride,
     for temperature in (temperatures[:2], temperatures[1:3]):
         weighed = ops.weigh(logits, logit_rows=rows, temperature=temperature)
         ops.draw(logits, weighed, rows, u, logit_rows=rows, temperature=temperature)
+    assert {name: set(kernel.variants) for name, kernel in launches.items()} == warm
+
+
+# ------------------------------------------------------------------------------------------------ under interventions
+@pytest.mark.parametrize(("dtype", "vocab", "stride"), [(torch.bfloat16, 96, 128), (torch.float32, 1111, 1152)])
+def test_the_warm_up_compiles_what_interventions_and_counterfactuals_launch(launches, dtype, vocab, stride):
+    model, width, inner = Logits(dtype, vocab, stride), 64, 160
+    rows, hidden = model.next(torch.arange(2), None)[0], torch.zeros(2, width, dtype=dtype)
+    warm_up.call_ops(rows)
+    warm_up.call_intervened(rows, hidden, inner)
+    warm = {name: set(kernel.variants) for name, kernel in launches.items()}
+    n_dtypes = len({dtype, torch.float32})
+    assert [len(warm[name]) for name in ("intervene_row", "redraw_one", "integrate")] == [2, 2 * n_dtypes, 1]
+    basis, u, v = torch.eye(width)[:3], torch.ones(width), torch.ones(inner)
+    layers = (Project(0, basis), Steer(1, u), RankOne(2, u, v), Project(1, basis[:1]))
+    maps = Maps(layers)
+    sites = lay_out(dict(enumerate(maps.variants)), len(maps.variants), torch.device("cpu"))
+    for (_, place), of in sites.items():
+        for n in (1, 3, 16, 40):
+            x, variants = torch.zeros(n, width, dtype=dtype), torch.arange(n) % (len(maps.variants) + 1) - 1
+            assert place in (BLOCK, DOWN_PROJ)
+            for source in (x.new_zeros(n, inner),) if place == DOWN_PROJ else (None, x + x):
+                of.apply(x, variants, source)
+    for factual in (model.all[:4, :vocab], model.all[:4, :vocab].float()):
+        evidence = Evidence(factual, factual.argmax(1).tolist(), 0.9)
+        evidence.compare(model.all[1:5, :vocab], 1.0)
+        for n in (1, 2, 5, 33):
+            run_group(Group(SMCParams(n_particles=n, max_tokens=6), None, [1], [3], evidence=evidence), model)
     assert {name: set(kernel.variants) for name, kernel in launches.items()} == warm
 
 
