@@ -32,6 +32,12 @@ class Case(NamedTuple):
     params: SMCParams
     potential: Potential | None
 
+    def with_text(self, text: list[int]) -> Case:
+        """Puts in the text that was drawn. ValueError: it has no token."""
+        if not text:
+            raise ValueError("text=None: none can be drawn, since these settings rule every token out")
+        return self._replace(text=text)
+
 
 def read_cases(
     prompts: Any,
@@ -58,6 +64,8 @@ def read_cases(
         ValueError: naming the argument.
     """
     check_choice("noise", noise, NOISES)
+    if params is not None and not isinstance(params, SMCParams):
+        raise ValueError(f"params={short(params)}: must be SMCParams")
     if noise == "gumbel" and potential is not None:
         raise ValueError("noise='gumbel': takes no potential, whose resampling would give particles other numbers")
     facts, ids, single = _read_facts(prompts, sizes, tokenizer_hash)

@@ -141,13 +141,17 @@ class Effects:
         """Estimates φ's mean over counterfactuals, and its standard error, after a look at φ of the text itself."""
         check_int("runs", runs, 1)
         engine: Any = self
-        if isinstance(text, str):
-            text = engine.get_tokenizer().encode(text, add_special_tokens=False)
+        if isinstance(text, str) and (tokenizer := engine.get_tokenizer()) is not None:
+            text = tokenizer.encode(text, add_special_tokens=False)
         ids = prompt.token_ids if isinstance(prompt, Facts) else text
+        if ids is None:
+            raise ValueError("text=None: φ is asked of a text; give it")
         alone = dataclasses.replace(
             params, n_particles=1, max_tokens=max(1, len(ids)), proposal="base", ess_threshold=0.0
         )
         itself = engine.counterfactual(prompt, text, params=alone, potential=potential)  # under nothing: the text
+        if isinstance(itself, list):
+            raise ValueError(f"prompt: must be one prompt, got {len(itself)}")
         seen = itself.token_ids[0]  # less than the text where no weight is left before its end
         if seen != list(ids[: len(seen)]):
             raise ValueError(

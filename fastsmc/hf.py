@@ -303,8 +303,9 @@ class HFEngine(Effects):
             potential: a target: log Ẑ then is that of the potential's mean over counterfactuals.
             twist: of the potential, as in `smc`.
             noise: "exact" draws by the law of counterfactuals; "gumbel" by the noise itself, which particle i of a seed
-                has under every intervention, so that their texts can be compared one by one. That takes longer, and no
-                potential, whose resampling would give particles other numbers.
+                and `params.group` has under every intervention, so that texts of several calls can be compared one by
+                one; prompts of one call have other numbers each, as in `smc`. That takes longer, and no potential,
+                whose resampling would give particles other numbers.
 
         Returns:
             `Counterfactuals`; of several prompts, a list of them.
@@ -349,13 +350,12 @@ class HFEngine(Effects):
         return done[0] if single else done
 
     def _run_case(self, case: Case, under: Reading, potential: Potential | None, noise: str) -> Counterfactuals:
-        text = case.text
-        if text is None:
-            alone = dataclasses.replace(case.params, n_particles=1)
-            text = self._run(case.prompt, alone, None, None, ()).token_ids[0]
+        if case.text is None:  # p0 draws it, of which force_stop is no part
+            alone = dataclasses.replace(case.params, n_particles=1, force_stop=False)
+            case = case.with_text(self._run(case.prompt, alone, None, None, ()).token_ids[0])
         device, stops = self.trunk.device, self.stops(case.params) | self.stop_token_ids
         if case.facts is None:
-            evidence = Evidence(text, case.params.temperature, noise, device)
+            evidence = Evidence(case.text or (), case.params.temperature, noise, device)
         else:
             evidence = Evidence.of_facts(case.facts, stops, device, noise)
         population = self._run(

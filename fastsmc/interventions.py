@@ -125,6 +125,11 @@ class LayerIntervention(Intervention):
         """Gives the H that the intervention is for."""
         raise NotImplementedError
 
+    @property
+    def is_nothing(self) -> bool:
+        """Says whether it changes nothing, whatever x is, so that it need not be made."""
+        return False
+
     def step(self) -> Step:
         """Makes the map."""
         raise NotImplementedError
@@ -174,6 +179,10 @@ class Steer(LayerIntervention):
     @property
     def width(self) -> int:
         return len(self.vector)
+
+    @property
+    def is_nothing(self) -> bool:
+        return not (self.scale * self.vector).any()
 
     def step(self) -> Step:
         none = self.vector.new_zeros((0, self.width), dtype=torch.float64)
@@ -405,15 +414,24 @@ class Facts(Intervention):
 
     def _check_possible(self) -> None:
         """Refuses a token that the stated draw cannot have made."""
-        try:
-            params = SMCParams(max_tokens=len(self.token_ids), **{"temperature": 1.0, **self.p0})
-        except TypeError:
-            raise ValueError(f"p0={self.p0!r}: must hold settings that SMCParams.p0 gives") from None
+        params = self.params()
         settings, n = P0(params, (), self.logits.device), len(self.token_ids)
         logits = restrict(self.logits.clone(), [settings], [0, n], torch.arange(n))
         for t, token in enumerate(self.token_ids):
             if logits[t, token] == -torch.inf:
                 raise ValueError(f"token_ids[{t}]={token}: is impossible there under p0={params.p0()}")
+
+    def params(self) -> SMCParams:
+        """Makes parameters of `p0`, of as many tokens as the text has; of more, where `min_tokens` asks for them.
+
+        Raises:
+            ValueError: `p0` holds something else.
+        """
+        n = len(self.token_ids)
+        try:
+            return SMCParams(**{**self.p0, "max_tokens": max(n, self.p0.get("min_tokens", 0))})
+        except TypeError:
+            raise ValueError(f"p0={self.p0!r}: must hold settings that SMCParams.p0 gives") from None
 
     def check(self, sizes: Sizes) -> None:
         if self.logits.shape[1] != sizes.vocab:
@@ -504,13 +522,18 @@ def _read_one(given: Any, name: str) -> tuple[Intervention, ...]:
 
 
 def take_apart(parts: Sequence[Intervention], prompt: list[int], params: SMCParams) -> Reading:
-    """Applies `Prompt` and `Temperature` to what they change, and leaves what the model must do."""
+    """Applies `Prompt` and `Temperature` to what they change, and leaves what the model must do.
+
+    What changes nothing is left out: a prompt has no KV of its own then, which would have other last digits than that
+    which vLLM has written.
+    """
     for part in parts:
         if isinstance(part, Prompt):
             prompt = list(part.token_ids)
         elif isinstance(part, Temperature):
             params = dataclasses.replace(params, temperature=part.t)
-    return Reading(tuple(part for part in parts if isinstance(part, LayerIntervention)), prompt, params)
+    layers = tuple(part for part in parts if isinstance(part, LayerIntervention) and not part.is_nothing)
+    return Reading(layers, prompt, params)
 
 
 # ------------------------------------------------------------------------------------------------------ kept and sent

@@ -12,7 +12,6 @@ from torch import Tensor
 from fastsmc import ops
 from fastsmc.interventions import Facts
 from fastsmc.p0 import P0, restrict
-from fastsmc.params import SMCParams
 
 #: how counterfactual tokens are drawn, see `Evidence`
 NOISES = ("exact", "gumbel")
@@ -72,6 +71,7 @@ class Evidence:
         self._rows: list[Tensor] = []  # (V,) each; of those that are shown only the last
         self._log_probs: list[Tensor] = []
         self._stay: list[Tensor] = []
+        self._waiting: tuple[Tensor, float] | None = None  # what `compare` took before `show`
         if rows is not None:
             self._rows = [*rows.to(device)]
             self._log_probs = [self._log_prob(t, row) for t, row in enumerate(self._rows)]
@@ -84,8 +84,7 @@ class Evidence:
     @classmethod
     def of_facts(cls, facts: Facts, stop_token_ids: Collection[int], device: torch.device, noise: str) -> Evidence:
         """Makes what `Facts` say of a text into evidence; `stop_token_ids` are what min_tokens rules out."""
-        n = len(facts.token_ids)
-        params = SMCParams(**{**facts.p0, "max_tokens": max(n, facts.p0.get("min_tokens", 0))})
+        n, params = len(facts.token_ids), facts.params()
         p0, steps = P0(params, stop_token_ids, device), torch.arange(n, device=device)
         rows = restrict(facts.logits.to(device, copy=True), [p0], [0, n], steps)
         return cls(facts.token_ids, params.temperature, noise, device, rows)
@@ -100,15 +99,27 @@ class Evidence:
         """Takes the logits (V,), as the text's mechanism restricts them, before the next token of the text."""
         self._log_probs.append(self._log_prob(len(self._log_probs), row))
         self._rows = [row.clone()]
+        if self._waiting is not None:
+            self._compare(*self._waiting)
 
     def compare(self, row: Tensor, temperature: float) -> None:
-        """Takes the intervened model's logits (V,) before the next token of the text, if all before it have stayed."""
+        """Takes the intervened model's logits (V,) before the next token of the text, if all before it have stayed.
+
+        They wait for the row that they are compared with, if that is yet to be shown.
+        """
+        if len(self._stay) < len(self._log_probs):
+            self._compare(row, temperature)
+        else:
+            self._waiting = row, temperature
+
+    def _compare(self, row: Tensor, temperature: float) -> None:
         factual, token = self.at(len(self._stay))
         u = torch.zeros((1, 2), dtype=torch.float64, device=row.device)
         again = ops.redraw(
             row[None], factual[None], token[None], u, temperature=temperature, factual_temperature=self.temperature
         )
         self._stay.append(again.stay[0].nan_to_num(nan=0.0))
+        self._waiting = None
 
     def at(self, step: int) -> tuple[Tensor, Tensor]:
         """Gives the row (V,) and the token (0-dim) of a step; of rows that are shown, it is the last one's."""

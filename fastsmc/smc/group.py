@@ -215,7 +215,7 @@ class Group(Setup):
 
     def followers(self, drawn: SMCParams | None, prompt: Sequence[int] | None = None) -> list[Group]:
         """Makes the groups of one particle that follow the text of a counterfactual group: they are to take each step
-        just before it, and show its evidence what the model says along the text.
+        just before it, in any order, and show its evidence what the model says along the text.
 
         Args:
             drawn: the settings that drew the text, for the first of them, which is to run as the model was; None: there

@@ -360,16 +360,16 @@ class LLM(Effects, vllm.LLM):
         """
         params = SMCParams() if params is None else params
         given = {"n": None, "max_tokens": None, "top_k": None, "top_p": None, "ignore_eos": None, "seed": None}
-        (case,), single = self._read_cases(prompt, text, params, None, "exact", **given)
-        if not single or case.text is None or case.facts is not None:
+        cases, single = self._read_cases(prompt, text, params, None, "exact", **given)
+        if not single or cases[0].text is None or cases[0].facts is not None:
             raise ValueError(f"text={short(text)}: facts are of one prompt and its text")
-        return self._make_facts([case])[0]
+        return self._make_facts({"text": cases[0]})[0]
 
-    def _make_facts(self, cases: Sequence[Case]) -> list[Facts]:
-        """Runs the model along texts, side by side."""
+    def _make_facts(self, cases: Mapping[str, Case]) -> list[Facts]:
+        """Runs the model along texts, side by side; cases by the names that errors give their texts."""
         config, names = self.model_config, [uuid.uuid4().hex for _ in cases]
         requests, inputs = [], []
-        for case, name in zip(cases, names, strict=True):
+        for case, name in zip(cases.values(), names, strict=True):
             assert case.text is not None
             check_facts_size(len(case.text), config.get_vocab_size())
             plain = SMCParams(n_particles=1, max_tokens=len(case.text), ignore_eos=True)
@@ -380,12 +380,14 @@ class LLM(Effects, vllm.LLM):
             self._populations(self._run_groups(inputs, requests, [None] * len(cases)), len(cases) == 1)
         finally:
             kept = [self.collective_rpc("smc_take_logits", args=(name,))[0] for name in names]
-        tokenizer = twists.tokenizer_hash(self._tokenizer())
-        return [
-            Facts(load_tensors(data)["logits"], tuple(case.text), tuple(case.prompt), case.params.p0(), tokenizer)
-            for case, data in zip(cases, kept, strict=True)
-            if case.text is not None
-        ]
+        tokenizer, made = twists.tokenizer_hash(self._tokenizer()), []
+        for (where, case), data in zip(cases.items(), kept, strict=True):
+            logits, ids = load_tensors(data)["logits"], tuple(case.text or ())
+            try:
+                made.append(Facts(logits, ids, tuple(case.prompt), case.params.p0(), tokenizer))
+            except ValueError as error:  # a token is impossible
+                raise ValueError(f"{where}: {error}") from None
+        return made
 
     def counterfactual(
         self,
@@ -426,8 +428,9 @@ class LLM(Effects, vllm.LLM):
             potential: a target: log Ẑ then is that of the potential's mean over counterfactuals.
             twist: of the potential, as in `smc`.
             noise: "exact" draws by the law of counterfactuals; "gumbel" by the noise itself, which particle i of a seed
-                has under every intervention, so that their texts can be compared one by one. That takes longer, and no
-                potential, whose resampling would give particles other numbers.
+                and `params.group` has under every intervention, so that texts of several calls can be compared one by
+                one; prompts of one call have other numbers each, as in `smc`. That takes longer, and no potential,
+                whose resampling would give particles other numbers.
             alone, use_tqdm: as in `smc`.
 
         Returns:
@@ -449,12 +452,9 @@ class LLM(Effects, vllm.LLM):
         under = [take_apart(each, case.prompt, case.params) for each, case in zip(parts, cases, strict=True)]
         for case, reading in zip(cases, under, strict=True):  # before anything runs
             self._check_text(case, reading)
-        cases = self._with_texts(cases)
-        apart = [i for i, case in enumerate(cases) if case.facts is None and under[i].prompt != case.prompt]
-        for i, made in zip(apart, self._make_facts([cases[i] for i in apart]) if apart else (), strict=True):
-            cases[i] = cases[i]._replace(facts=made)
         facts_names: dict[int, str] = {}  # by id
         try:
+            cases = self._with_facts(self._with_texts(cases), under, single)
             for facts in (case.facts for case in cases):
                 if facts is not None and id(facts) not in facts_names:
                     facts_names[id(facts)] = name = uuid.uuid4().hex
@@ -479,6 +479,8 @@ class LLM(Effects, vllm.LLM):
         except SMCError as error:
             if single and error.kind == "refused":
                 raise ValueError(str(error)) from None
+            if len(error.populations) < len(cases):  # of texts to be drawn, or of their facts: nothing else has run
+                error.populations = [None] * len(cases)
             raise
         finally:
             for name in facts_names.values():
@@ -505,19 +507,34 @@ class LLM(Effects, vllm.LLM):
 
     def _check_text(self, case: Case, under: Reading) -> None:
         """Refuses a text that has no room in this engine."""
-        length = case.params.max_tokens if case.text is None else len(case.text)
-        wish = self.lead_params(under.params, counterfactual=case.text or [0] * length)
-        self._check_group(wish, max(len(case.prompt), len(under.prompt)))
+        text = case.text or [0] * case.params.max_tokens
+        apart = case.facts is not None or under.prompt != case.prompt
+        self._check_group(
+            self.lead_params(under.params, counterfactual=text, facts="" if apart else None), len(under.prompt)
+        )
+        if apart and case.facts is None:
+            self._check_group(
+                self.lead_params(SMCParams(n_particles=1), counterfactual=text, facts=""), len(case.prompt)
+            )
 
     def _with_texts(self, cases: list[Case]) -> list[Case]:
-        """Draws the texts that are not given."""
+        """Draws the texts that are not given: from p0, of which force_stop is no part."""
         drawn = [i for i, case in enumerate(cases) if case.text is None]
-        alone = [dataclasses.replace(cases[i].params, n_particles=1) for i in drawn]
+        alone = [dataclasses.replace(cases[i].params, n_particles=1, force_stop=False) for i in drawn]
         readings = [Reading((), cases[i].prompt, params) for i, params in zip(drawn, alone, strict=True)]
         found = self._sample(readings, [None] * len(drawn), False, False) if drawn else []
         out = list(cases)
         for i, population in zip(drawn, found, strict=True):
-            out[i] = cases[i]._replace(text=population.token_ids[0])
+            out[i] = cases[i].with_text(population.token_ids[0])
+        return out
+
+    def _with_facts(self, cases: list[Case], under: Sequence[Reading], single: bool) -> list[Case]:
+        """Makes the facts of texts that followed another prompt than their counterfactuals do."""
+        apart = [i for i, case in enumerate(cases) if case.facts is None and under[i].prompt != case.prompt]
+        names = {"text" if single else f"text[{i}]": cases[i] for i in apart}
+        out = list(cases)
+        for i, facts in zip(apart, self._make_facts(names) if apart else (), strict=True):
+            out[i] = cases[i]._replace(facts=facts)
         return out
 
     def _populations(self, outputs: Sequence[RequestOutput | None], single: bool) -> list[Population]:

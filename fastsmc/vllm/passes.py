@@ -7,6 +7,7 @@ two rows, and how a group attends is chosen by its own rows.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import dataclasses
 import itertools
@@ -261,8 +262,10 @@ class Pass:
         self.n_rows, self.n_run, self.seconds = len(self._rows), 0, 0.0
         self._next = 0  # where the chunk ends that is with the model
         self._plan: ops.AttendPlan | None = None  # of all rows, if some attend by it
+        self._spans: dict[Group, tuple[int, int]] = {}  # rows [begin, end) of each group
         self._batch = self._make_batch()
         self._order: Tensor | None = None  # (R,) int64, rows in the order of the batch, once the pass is cut
+        self._ends: Sequence[int] = ()  # where a part may end, ascending, once the pass is cut
         self._found: tuple[Tensor, ...] = ()  # logits (R, V) and hidden states (R, H), as far as they are there
 
     def _rows_of(self, cohort: Cohort) -> Tensor:
@@ -289,6 +292,7 @@ class Pass:
         members = [self._members[group] for want in self._wants for group in want.groups]
         counts = [n - m for want in self._wants for m, n in itertools.pairwise(want.bounds)]
         bounds = [0, *itertools.accumulate(counts)]
+        self._spans = dict(zip((m.group for m in members), itertools.pairwise(bounds), strict=True))
         first = {begin: m for m, begin in zip(members, bounds, strict=False) if m.group.t == 0}
         scratch = {row: self._open_first(member) for row, member in first.items()}
         positions = tables.position[self._rows].long()
@@ -366,10 +370,10 @@ class Pass:
 
     def run(self, max_rows: int | None = None) -> int:
         """Runs rows that have not run yet, at most so many, and returns how many they were."""
-        begin, end = self.n_run, self._cut(max_rows)
+        begin, end = self.n_run, self._whole(self._cut(max_rows))
         start = time.perf_counter()
         while self.n_run < end:
-            self.put(*self._model.forward(self._batch_to(min(end, self.n_run + self._model.max_tokens))))
+            self.put(*self._model.forward(self._batch_to(self._whole(min(end, self.n_run + self._model.max_tokens)))))
         if max_rows is not None and self._model.device.type == "cuda":
             torch.cuda.synchronize(self._model.device)  # else only launches would be timed
         self.seconds += time.perf_counter() - start
@@ -377,7 +381,7 @@ class Pass:
 
     def next_batch(self, max_rows: int | None) -> Batch:
         """Returns rows that have not run yet, at most so many; who runs them hands `put` what comes of them."""
-        return self._batch_to(self._cut(max_rows))
+        return self._batch_to(self._whole(self._cut(max_rows)))
 
     def _cut(self, max_rows: int | None) -> int:
         """Says where a part of at most so many rows ends, in as few parts as there must be, of equal size.
@@ -389,11 +393,24 @@ class Pass:
             return self.n_rows
         return self.n_run + math.ceil(left / math.ceil(left / max_rows))
 
+    def _whole(self, end: int) -> int:
+        """Says where a part that is to end at `end` ends, so that it parts no rows that are `_tied`.
+
+        That is before them, or behind them if they are its first rows, three at most.
+        """
+        if end == self.n_rows:
+            return end
+        if self._order is None:
+            self._order, self._ends = self._order_to_cut(), range(self.n_rows + 1)
+            shared = self._batch.shared
+            if tied := self._tied():
+                shared = self._tie(tied, self._order.argsort().tolist())
+            self._batch = self._batch.reordered(self._order)._replace(shared=shared)
+        before, behind = bisect.bisect_right(self._ends, end) - 1, bisect.bisect_left(self._ends, end)
+        return self._ends[before] if self._ends[before] > self.n_run else self._ends[behind]
+
     def _batch_to(self, end: int) -> Batch:
         self._next = end
-        if self._order is None and end < self.n_rows:
-            self._order = self._order_to_cut()
-            self._batch = self._batch.reordered(self._order)
         return self._batch.part(self.n_run, end)
 
     def _order_to_cut(self) -> Tensor:
@@ -407,6 +424,37 @@ class Pass:
         assert offsets is not None  # `_choose_attention` plans by group
         groups = torch.bucketize(order, offsets[1:], right=True)  # some of which may read the same prompt
         return order[groups.argsort(stable=True)].long()
+
+    def _tied(self) -> list[list[int]]:
+        """Lists rows that must be in one part of the pass: those that follow a text, and that of its counterfactuals as
+        long as there is one. Where nothing is changed they are equal, which kernels of other sizes do not promise.
+        """
+        tied = []
+        for member in self._members.values():
+            spans = [self._spans[part.group] for part in member.parts if part.group in self._spans]
+            tied.append([begin for begin, end in spans if end - begin == 1])
+        return [rows for rows in tied if len(rows) > 1]
+
+    def _tie(self, tied: list[list[int]], places: list[int]) -> tuple[tuple[int, int, int], ...]:
+        """Makes rows neighbours that are tied, and lets no part end between them.
+
+        Args:
+            places: where each row stands in the order so far.
+
+        Returns:
+            `shared` of the batch in the new order.
+        """
+        for rows in tied:
+            for row in rows:
+                places[row] = places[rows[0]]
+        order = sorted(range(self.n_rows), key=places.__getitem__)
+        after = {b: a for rows in tied for a, b in itertools.pairwise(rows)}
+        whole = [after.get(b) != a for a, b in itertools.pairwise(order)]
+        self._order = torch.tensor(order, device=self._rows.device)
+        self._ends = [0, *(end for end, is_whole in enumerate(whole, 1) if is_whole), self.n_rows]
+        place = {row: i for i, row in enumerate(order)}
+        spans = [(min(place[row] for row in range(a, b)), b - a, known) for a, b, known in self._batch.shared]
+        return tuple((begin, begin + n, known) for begin, n, known in sorted(spans))
 
     def put(self, logits: Tensor, hidden: Tensor) -> int:
         """Takes the logits and hidden states of the last `next_batch`, and returns how many rows it had."""

@@ -215,7 +215,9 @@ class ParticleRunner:
         if not ready or any(results[part.request_id].need for part in parts):
             return None
         try:
-            members = [member for request_id in ready for member in self.groups[request_id].parts]
+            groups = [self.groups[request_id] for request_id in ready]
+            # those that follow a text show its logits before anybody is compared with them, whatever the cohorts
+            members = [*(part for group in groups for part in group.followers), *groups]
             return Pass(self.model, self.tables, [m for m in members if not m.group.done]), set(ready)
         except Exception as error:
             self._fail(ready, results, error)

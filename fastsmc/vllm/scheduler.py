@@ -284,7 +284,8 @@ class _SMCMixin(_Scheduler):
             return None
         groups, max_rows = self._half or self._take_turns(ready, None, n_passes=1), self._pace.max_rows(n_tokens)
         room = self._limits.max_num_batched_tokens - n_tokens
-        fits = room > 1 if max_rows is not None else sum(g.n for g in groups) <= room  # a row may stand twice
+        # three rows may have to stand together (`Pass._whole`), or one twice
+        fits = room > 2 if max_rows is not None else sum(g.n for g in groups) <= room
         fits = fits and self._holds_adapters(groups, [self.requests[i] for i in output.num_scheduled_tokens])
         if not fits or any(g.alone and not g.waiting for g in groups):
             self._particle_turn = True

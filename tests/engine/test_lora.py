@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from intervened import EACH, hooked_log_probs
 from tiny import TableTwist, hf_log_probs, make_adapter, value_table
 from vllm import SamplingParams
 from vllm.lora.request import LoRARequest
@@ -74,6 +75,27 @@ def test_groups_with_adapters_and_without(lora, passes):
     assert np.abs(ours - base).max() > 0.1
     alone = engine.smc(PROMPT, dataclasses.replace(PARAMS, group=3), POTENTIAL, lora_request=requests[3])
     assert alone.token_ids == populations[3].token_ids
+
+
+def test_counterfactuals(lora):
+    """The adapter is part of the model: the text was drawn with it, and its counterfactuals are."""
+    engine, requests, merged = lora
+    text, steer = prompt_of(20, 2), EACH["steer"]
+    name = engine.register_intervention(steer)
+    leads = [
+        engine.lead_params(PARAMS, intervention=under, counterfactual=text, return_population=True)
+        for under in (name, name, None)
+    ]
+    outputs = engine.generate(
+        [{"prompt_token_ids": PROMPT}] * 3, leads, lora_request=[requests[i] for i in (1, 0, 2)], use_tqdm=False
+    )
+    engine.drop_intervention(name)
+    for output, i, parts in zip(outputs, (1, 0, 2), ([steer], [steer], []), strict=True):
+        found = engine.population(output)
+        assert np.abs(found.factual_log_probs - hf_log_probs(merged[i], PROMPT, [text])[0]).max() <= 5e-4
+        for ids, log_probs in zip(found.token_ids, found.token_log_probs, strict=True):
+            assert np.abs(log_probs - hooked_log_probs(merged[i], PROMPT, [ids], parts)[0]).max() <= 5e-4
+        assert (found.stay == 1.0).all() == (not parts)
 
 
 def test_beside_ordinary_requests(lora, passes, monkeypatch):

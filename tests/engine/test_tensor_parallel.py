@@ -84,6 +84,24 @@ def test_groups_under_interventions(parallel, tiny_path, all_blocks_back):
             assert np.abs(population.token_log_probs[i] - want).max() <= 5e-4
 
 
+def test_counterfactuals(parallel, tiny_path, all_blocks_back):
+    """Under interventions on whole states, and of facts, which each rank holds; an inside of an MLP is refused."""
+    params, text = SMCParams(n_particles=6, max_tokens=30, ignore_eos=True), prompt_of(40)
+    prompts, lists = [prompt_of(40 + i) for i in range(3)], [LISTS["steer"], None, LISTS["steer prompt"]]
+    found = parallel.counterfactual(prompts, [text] * 3, lists, params=params)
+    facts = [parallel.facts(prompt, text) for prompt in prompts]
+    again = parallel.counterfactual(facts, None, lists, params=params)
+    for one, other, prompt, parts in zip(found, again, prompts, lists, strict=True):
+        for each in (one, other):
+            assert np.abs(each.factual_log_probs - hf_log_probs(tiny_path, prompt, [text])[0]).max() <= 5e-4
+            assert np.abs(each.stay - one.stay).max() <= 5e-4
+            for ids, log_probs in zip(each.token_ids, each.token_log_probs, strict=True):
+                assert np.abs(log_probs - hooked_log_probs(tiny_path, prompt, [ids], parts or [])[0]).max() <= 5e-4
+    assert found[1].token_ids == [text[:30]] * 6 and (found[1].stay == 1.0).all() and (found[0].stay < 1).any()
+    with pytest.raises(ValueError, match="RankOne: its site down_proj is sharded with tensor_parallel_size=2"):
+        parallel.counterfactual(PROMPT, text, EACH["rank one"], params=params)
+
+
 # -------------------------------------------------------------------------------------- answers that differ by rank
 class Divergent(TableTwist):
     """Answers differently in every process, and puts down which processes have asked."""

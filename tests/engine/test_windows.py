@@ -64,6 +64,18 @@ def test_log_probs_equal_a_full_recompute_within_the_window(windowed, length):
     check_windows(engine, path, length)
 
 
+def test_counterfactuals_across_the_window(windowed):
+    _, path, engine = windowed
+    prompts, texts, parts = [prompt_of(30, i) for i in range(2)], [prompt_of(50, i) for i in (2, 3)], [EACH["steer"]]
+    params = SMCParams(n_particles=6, max_tokens=30, ignore_eos=True)
+    found = engine.counterfactual(prompts, texts, [parts, None], params=params)
+    for each, prompt, text in zip(found, prompts, texts, strict=True):
+        assert np.abs(each.factual_log_probs - hf_log_probs(path, prompt, [text])[0]).max() <= 5e-4
+    for i, ids in enumerate(found[0].token_ids):
+        assert np.abs(found[0].token_log_probs[i] - hooked_log_probs(path, prompts[0], [ids], parts)[0]).max() <= 5e-4
+    assert found[1].token_ids == [texts[1][:30]] * 6 and (found[1].stay == 1.0).all() and (found[0].stay < 1).any()
+
+
 def test_unbiased_across_the_window(windowed):
     """E[Ẑ] = Z by enumeration, where the second token leaves the window."""
     _, path, engine = windowed
