@@ -214,9 +214,9 @@ class GroupRequest:
         if self.twist is not None and self.twist not in twists and not options.offline:
             raise ValueError(f"smc_twist={short(self.twist)}: unknown; known are {_listed(twists)}")
         named = options.known_interventions()
-        if self.intervention is not None and self.intervention not in named:
-            if not (options.offline and _INTERVENTION_NAME.fullmatch(self.intervention)):
-                raise ValueError(f"smc_intervention={short(self.intervention)}: unknown; known are {_listed(named)}")
+        registered = options.offline and _INTERVENTION_NAME.fullmatch(self.intervention or "")
+        if self.intervention is not None and self.intervention not in named and not registered:
+            raise ValueError(f"smc_intervention={short(self.intervention)}: unknown; known are {_listed(named)}")
         for name, value in (("facts", self.factual and self.factual.facts), ("keep_logits", self.keep_logits)):
             if value is not None and not options.offline:
                 raise ValueError(f"{PREFIX}{name}={short(value)}: is for fastsmc.LLM alone")

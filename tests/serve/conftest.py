@@ -74,9 +74,9 @@ def environment(metadata):
 
 @pytest.fixture(scope="session")
 def server(letters_model, twist_path, calm, environment, tmp_path_factory):
-    """`fastsmc serve` with an operator's limits, potentials, twist and intervention, and a generation config of temperature, top_p,
-    penalty. vLLM's own switches for operators are there, too (/pause, /resume, /reset_prefix_cache), and its routes of
-    tokens."""
+    """`fastsmc serve` with an operator's limits, potentials, twist and intervention, and a generation config of
+    temperature, top_p, penalty. vLLM's own switches for operators are there, too (/pause, /resume,
+    /reset_prefix_cache), and its routes of tokens."""
     options = {
         "max_particles": MAX_PARTICLES,
         "max_particle_tokens": MAX_PARTICLE_TOKENS,
