@@ -398,7 +398,7 @@ def format_counterfactuals(found: Any, text: str, diffs: Sequence[str], k: int, 
     ]
     for ids in order[:k]:
         same = list(ids) == found.factual_ids
-        shown = "the text" if same else json.dumps(diffs[place[ids]], ensure_ascii=False)
+        shown = "the text" if same else json.dumps(_from_change(diffs[place[ids]]), ensure_ascii=False)
         lines.append(f"{share[ids]:6.3f}  {prefix[place[ids]]:5}  {_cut(shown, max(width - 15, 20))}")
     n, survival = len(found.factual_ids), found.survival
     lines += [
@@ -407,6 +407,12 @@ def format_counterfactuals(found: Any, text: str, diffs: Sequence[str], k: int, 
     ]
     lines.append(f"{len(share)} different ones of {found.n_particles} in {seconds:.2f} s")
     return "\n".join(lines)
+
+
+def _from_change(diff: str, before: int = 12) -> str:
+    """Cuts off what stays before the first change, but for a few characters."""
+    first = min((at for mark in ("[-", "{+") if (at := diff.find(mark)) >= 0), default=0)
+    return diff if first <= before else "…" + diff[first - before :]
 
 
 def _cut(line: str, width: int) -> str:

@@ -316,6 +316,14 @@ def test_counterfactual(tiny_model, tmp_path, capsys, monkeypatch, text):
     assert calls == [{"interventions": True, **EAGER}]
 
 
+def test_diffs_begin_shortly_before_their_first_change():
+    for diff, shown in (
+        ("a" * 12 + "[-b-]c", "a" * 12 + "[-b-]c"),
+        ("b" + "a" * 12 + "{+b+}[-c-]", "…" + "a" * 12 + "{+b+}[-c-]"),
+    ):
+        assert cli._from_change(diff) == shown
+
+
 def test_counterfactual_makes_room(fake, capsys):
     """A text has a row beside the particles; only interventions on layers need places."""
     fake.get_tokenizer = lambda self: None
