@@ -49,7 +49,8 @@ class EngineOptions:
             {name: "module:attr"}, code of the operator's; None: all registered names.
         twists: {name: directory} of the learned twists that requests may name; None: none.
         max_particles: the largest N of a group; None: as many as the engine has rows.
-        max_particle_tokens: the largest N · max_tokens of a group; None: no limit.
+        max_particle_tokens: the largest N · max_tokens of a group, with the tokens of the histories that follow a
+            counterfactual group's text; None: no limit.
         max_groups: groups that may wait to be admitted; None: no limit.
         setup_timeout_s: seconds after which the process that prepares a potential which a request names is killed.
         offline: `fastsmc.LLM` sets it: requests come from the program itself, and not from clients. They may name the

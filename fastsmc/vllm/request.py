@@ -223,9 +223,11 @@ class GroupRequest:
         n, length = self.params.n_particles, self.params.max_tokens
         if options.max_particles is not None and n > options.max_particles:
             raise OverLimit(f"n_particles={n}: at most max_particles={options.max_particles}", "max_particles")
-        if options.max_particle_tokens is not None and n * length > options.max_particle_tokens:
+        followed = 0 if self.factual is None else self.n_followers * len(self.factual.token_ids)
+        if options.max_particle_tokens is not None and n * length + followed > options.max_particle_tokens:
+            text = f" and {followed} tokens along the text" * (followed > 0)
             raise OverLimit(
-                f"n_particles={n}, max_tokens={length}: their product {n * length} is over "
+                f"n_particles={n}, max_tokens={length}: their product {n * length}{text} is over "
                 f"max_particle_tokens={options.max_particle_tokens}",
                 "max_particle_tokens",
             )

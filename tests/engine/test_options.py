@@ -106,6 +106,12 @@ LEXICON = dict(potential="lexicon", potential_args='{"token_ids": [1]}')
         ({"counterfactual": [1], "facts": "a"}, None, "smc_facts='a': is for fastsmc.LLM alone"),
         ({"n": 1, "exact": [[1]], "keep_logits": "a"}, None, "smc_keep_logits='a': is for fastsmc.LLM alone"),
         ({"n": 9}, "max_particles", "n_particles=9: at most max_particles=8"),
+        ({"counterfactual": [1] * 20}, None, None),
+        (
+            {"counterfactual": [1] * 21},
+            "max_particle_tokens",
+            "n_particles=4, max_tokens=5: their product 20 and 42 tok",
+        ),
         ({"n": 8, "max_tokens": 8}, "max_particle_tokens", "n_particles=8, max_tokens=8: their product 64 is over max"),
     ],
 )

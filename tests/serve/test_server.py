@@ -405,6 +405,8 @@ SMC_REFUSALS = [
     ({"model": "no"}, 404, "model"),
     ({"potential": "fails"}, 500, None),
     ({"potential": "never"}, 422, None),
+    # nothing changes, which the potential rules out at once; the text has three more tokens
+    ({"counterfactual": [5, 6, 7, 8], "potential": "regex", "potential_args": {"pattern": "Q"}}, 422, None),
 ]
 
 
