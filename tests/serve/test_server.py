@@ -560,6 +560,7 @@ def test_client_that_leaves(server, stream):
     """Its group and its blocks are gone within 2 s."""
     slow = {"n_particles": 16, "max_tokens": 200, "ignore_eos": True, "potential": "slow"}
     routes = [("/v1/smc", {"prompt": PROMPT, **slow}), ("/v1/completions", {**xargs(slow), "prompt": PROMPT})]
+    routes.append(("/v1/smc", {**routes[0][1], "counterfactual": [5] * 100, "intervention": "calm"}))
     routes[1][1]["vllm_xargs"].pop("smc_ignore_eos")
     chat = {name: value for name, value in routes[1][1].items() if name != "prompt"}
     routes.append(("/v1/chat/completions", chat | {"messages": [{"role": "user", "content": PROMPT}]}))
@@ -616,7 +617,9 @@ def test_aborted_by_the_operator(server, stream):
 def test_twelve_clients_at_once(server):
     """Each gets what it gets alone: groups that share no pass, ordinary requests, and refusals between them."""
     ordinary = {"model": "tiny", "prompt": PROMPT, "max_tokens": 16, "temperature": 0}
-    tasks = [("/v1/smc", {**TASK, **LEXICON, "seed": i, "alone": True}) for i in range(4)]
+    tasks = [("/v1/smc", {**TASK, **LEXICON, "seed": i, "alone": True}) for i in range(2)]
+    asked = {"counterfactual": [5, 6, 7, 8], "intervention": "calm"}
+    tasks += [("/v1/smc", {**TASK, **asked, "seed": i, "alone": True}) for i in range(2)]
     tasks += [("/v1/completions", xargs(**LEXICON, seed=i, alone=1, n=2)) for i in range(4)]
     tasks += [("/v1/completions", ordinary), ("/v1/completions", {**ordinary, "prompt": "xyz"})]
     tasks += [("/v1/smc", {**TASK, "n_particles": 0}), ("/v1/smc", {**TASK, "potential": "fails"})]
