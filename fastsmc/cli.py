@@ -1,4 +1,4 @@
-"""The command line: `fastsmc run`, `serve`, `train-twist`, `evaluate`, `bench`, `info`.
+"""The command line: `fastsmc run`, `counterfactual`, `serve`, `train-twist`, `evaluate`, `bench`, `info`.
 
 Everything that can be refused is refused before an engine starts, in one line on stderr and with exit status 2; a
 group that fails gives status 1. Nothing heavy is imported before it is needed.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import importlib.util
 import json
 import os
@@ -38,7 +39,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="fastsmc", description="Sequential Monte Carlo with language models, inside vLLM.")
     parser.add_argument("--version", action="version", version=f"fastsmc {__version__}")
     commands = parser.add_subparsers(
-        dest="command", required=True, metavar="{run,serve,train-twist,evaluate,bench,info}"
+        dest="command", required=True, metavar="{run,counterfactual,serve,train-twist,evaluate,bench,info}"
     )
 
     run = commands.add_parser("run", help="run one group of particles and show its best texts")
@@ -53,6 +54,11 @@ def make_parser() -> argparse.ArgumentParser:
     run.add_argument("--plot", metavar="FILE", help="draw weights there and the genealogy beside it")
     _add_engine(run)
     run.set_defaults(call=command_run)
+
+    what_if = commands.add_parser("counterfactual", help="what a text would have been, all chance being the same")
+    _add_counterfactual(what_if, default)
+    _add_engine(what_if)
+    what_if.set_defaults(call=command_counterfactual)
 
     serve = commands.add_parser("serve", help="serve a model over HTTP, with vLLM's server and its flags")
     serve.add_argument("model", metavar="MODEL", help="name or path, as for `vllm serve`")
@@ -97,16 +103,45 @@ def make_parser() -> argparse.ArgumentParser:
 
 def _add_task(parser: argparse.ArgumentParser, default: SMCParams) -> None:
     """Adds the options that say what is sampled: model, prompt, potential, length."""
+    _add_prompt(parser, default)
     add = parser.add_argument
-    add("--model", default="smollm2", help="name or path, as for vLLM (default: %(default)s)")
-    add("--prompt", required=True)
     add("--particles", type=int, default=default.n_particles, metavar="N", help="default: %(default)s")
     add("--max-tokens", type=int, default=default.max_tokens, metavar="T", help="default: %(default)s")
     add("--potential", metavar="NAME", help="a registered potential; `fastsmc info` lists them")
     add("--potential-args", metavar="JSON", default="{}", help='for instance \'{"pattern": "yes|no"}\'')
+
+
+def _add_prompt(parser: argparse.ArgumentParser, default: SMCParams) -> None:
+    """Adds the options that say what is drawn from, and by what numbers."""
+    add = parser.add_argument
+    add("--model", default="smollm2", help="name or path, as for vLLM (default: %(default)s)")
+    add("--prompt", required=True)
     add("--temperature", type=float, default=default.temperature, help="default: %(default)s")
     add("--ignore-eos", action="store_true", help="particles go on past the end-of-sequence token")
     add("--seed", type=int, default=default.seed, help="default: %(default)s")
+
+
+def _add_counterfactual(parser: argparse.ArgumentParser, default: SMCParams) -> None:
+    """Adds the options of `counterfactual`: what drew the text, what is otherwise, and what is made of it."""
+    _add_prompt(parser, default)
+    add = parser.add_argument
+    text = parser.add_mutually_exclusive_group()
+    text.add_argument("--text", help="what was drawn after the prompt, if its tokens are those that were drawn")
+    text.add_argument(
+        "--token-ids", metavar="JSON", help="its tokens, for instance '[12, 5]'; without either one is drawn"
+    )
+    add("--top-k", type=int, default=default.top_k, help="that drew it; 0, the default: off")
+    add("--top-p", type=float, default=default.top_p, help="that drew it; 1, the default: off")
+    add("--intervention", metavar="FILE", help="made by fastsmc.interventions.save")
+    add("--temperature-to", type=float, metavar="T", help="another temperature")
+    add("--prompt-to", metavar="TEXT", help="another prompt")
+    add("--n", type=int, default=default.n_particles, help="counterfactuals (default: %(default)s)")
+    add("--max-tokens", type=int, metavar="T", help=f"default: as the text, or {default.max_tokens} where it is drawn")
+    add("--noise", default="exact", help="exact or gumbel (default: %(default)s)")
+    add("--best", type=int, default=10, metavar="K", help="of the most frequent in the table (default: %(default)s)")
+    add("--json", metavar="FILE", help="write everything about the result there")
+    add("--save", metavar="FILE", help="write it there, for Counterfactuals.load")
+    add("--plot-survival", metavar="FILE", help="draw there how long the text stays")
 
 
 def _add_engine(parser: argparse.ArgumentParser) -> None:
@@ -141,7 +176,8 @@ def command_run(args: argparse.Namespace) -> int:
     potential, potential_args = _potential(args)
     more = {} if args.twist is None else {"twist": _twist(args.twist)}
 
-    with engine_log("run", args.verbose) as log, _engine(args.model, engine_args, params, log) as llm:
+    rows = params.n_particles
+    with engine_log("run", args.verbose) as log, _engine(args.model, engine_args, rows, log) as llm:
         start = time.perf_counter()
         with contextlib.redirect_stderr(log.err):  # where the bar goes
             population = llm.smc(args.prompt, params, potential=potential, use_tqdm=log.err.isatty(), **more)
@@ -178,8 +214,11 @@ def _write_run(
 
 
 @contextlib.contextmanager
-def _engine(model: str, engine_args: dict[str, Any], params: SMCParams, log: EngineLog) -> Iterator[Any]:
+def _engine(model: str, engine_args: dict[str, Any], rows: int, log: EngineLog) -> Iterator[Any]:
     """Starts `fastsmc.LLM` with what a command needs, and ends its processes while their words still go to the log.
+
+    Args:
+        rows: of a group.
 
     Raises:
         EngineError: it does not start, for whatever reason, or dies.
@@ -190,8 +229,8 @@ def _engine(model: str, engine_args: dict[str, Any], params: SMCParams, log: Eng
 
         from fastsmc import LLM, models
 
-        if params.n_particles > 1024:  # what the engine takes by itself
-            engine_args.setdefault("max_num_seqs", params.n_particles)
+        if rows > 1024:  # what the engine takes by itself
+            engine_args.setdefault("max_num_seqs", rows)
         if not torch.cuda.is_available():
             engine_args.setdefault("enforce_eager", True)  # compiling takes longer than most runs
         llm = LLM(models.resolve(model, log.progress), **engine_args)
@@ -212,9 +251,8 @@ def format_result(population: Any, k: int, seconds: float, width: int) -> str:
     """Sets the k heaviest texts as a table, below it log Ẑ, final ESS and tokens/s; lines of at most `width`."""
     lines = [f"{'weight':>8}  {'log p0':>9}  text"]
     for text, weight, log_prob in population.best(k):
-        shown = json.dumps(text, ensure_ascii=False)
-        room = max(width - 21, 20)
-        lines.append(f"{weight:8.4f}  {log_prob:9.3f}  {shown if len(shown) <= room else shown[: room - 1] + '…'}")
+        shown = _cut(json.dumps(text, ensure_ascii=False), max(width - 21, 20))
+        lines.append(f"{weight:8.4f}  {log_prob:9.3f}  {shown}")
     n, tokens = population.n_particles, sum(map(len, population.token_ids))
     lines.append("")
     if population.degenerate:
@@ -259,6 +297,126 @@ def _exact(path: str | None) -> list[list[int]] | None:
     if not isinstance(value, list) or not value:
         raise ValueError(f"--exact {path}: must be a list of lists of token ids")
     return [token_list(f"--exact {path}: entry {i}", ids) for i, ids in enumerate(value)]
+
+
+# -- counterfactual ----------------------------------------------------------------------------------------------------
+def command_counterfactual(args: argparse.Namespace) -> int:
+    ids, changes, engine_args = _read_counterfactual(args)
+    length = len(ids) if ids else SMCParams().max_tokens
+    params = SMCParams(
+        n_particles=args.n,
+        max_tokens=length if args.max_tokens is None else args.max_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        ignore_eos=args.ignore_eos,
+        seed=args.seed,
+    )
+    plot = None if args.plot_survival is None else _plot_path("--plot-survival", args.plot_survival)
+
+    from fastsmc.interventions import Prompt
+    from fastsmc.texts import spell_diffs, texts_after
+
+    log_name, rows = "counterfactual", params.n_particles + 1  # the text has one, too
+    with engine_log(log_name, args.verbose) as log, _engine(args.model, engine_args, rows, log) as llm:
+        tokenizer = llm.get_tokenizer()
+        if args.text is not None:
+            ids = tokenizer.encode(args.text, add_special_tokens=False)
+            if args.max_tokens is None:
+                params = dataclasses.replace(params, max_tokens=len(ids))
+        if args.prompt_to is not None:
+            changes.append(Prompt(tokenizer.encode(args.prompt_to)))
+        start = time.perf_counter()
+        found = llm.counterfactual(args.prompt, ids, changes, params=params, noise=args.noise)
+        seconds, diffs = time.perf_counter() - start, spell_diffs(tokenizer, found)
+        [text] = texts_after(tokenizer, found.prompt_token_ids, [found.factual_ids])
+        if args.save:
+            found.save(args.save)
+        if args.json:
+            asked = {name: getattr(args, name) for name in ("model", "prompt", "intervention", "noise")}
+            asked |= {"temperature_to": args.temperature_to, "prompt_to": args.prompt_to}
+            result = {**asked, "seconds": seconds, **found.to_dict(), "factual_text": text, "diffs": diffs}
+            Path(args.json).write_text(json.dumps(result, allow_nan=False) + "\n")
+        if plot is not None:
+            found.plot_survival(plot)
+        width = shutil.get_terminal_size().columns
+        log.say(format_counterfactuals(found, text, diffs, args.best, seconds, width))
+    return 0
+
+
+def _read_counterfactual(args: argparse.Namespace) -> tuple[list[int] | None, list[Any], dict[str, Any]]:
+    """Reads what needs no engine: the text's tokens, if they are given, the interventions, and the engine's arguments.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    from fastsmc.interventions import LayerIntervention, Temperature, load
+    from fastsmc.potentials import token_list
+    from fastsmc.smc.evidence import NOISES
+
+    for option in ("prompt", "text", "prompt_to"):
+        if getattr(args, option) == "":
+            raise ValueError(f"--{option.replace('_', '-')}: is empty")
+    if args.intervention is None and args.temperature_to is None and args.prompt_to is None:
+        raise ValueError("--intervention: is missing; give it, --temperature-to or --prompt-to, or nothing changes")
+    if args.best < 0:
+        raise ValueError(f"--best {args.best}: must be at least 0")
+    if args.noise not in NOISES:
+        raise ValueError(f"--noise {args.noise}: must be one of {', '.join(NOISES)}")
+    for option in ("json", "save", "plot_survival"):
+        _check_writable(f"--{option.replace('_', '-')}", getattr(args, option))
+    ids = None
+    if args.token_ids is not None:
+        try:
+            ids = token_list("--token-ids", json.loads(args.token_ids))
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"--token-ids: {args.token_ids!r} is not JSON: {error}") from None
+        if not ids:
+            raise ValueError("--token-ids: is empty")
+    changes: list[Any] = [] if args.intervention is None else load(args.intervention)
+    if args.temperature_to is not None:
+        changes.append(Temperature(args.temperature_to))
+    engine_args = _json_object("--engine-args", args.engine_args)
+    if any(isinstance(part, LayerIntervention) for part in changes):
+        engine_args.setdefault("interventions", True)
+    return ids, changes, engine_args
+
+
+def format_counterfactuals(found: Any, text: str, diffs: Sequence[str], k: int, seconds: float, width: int) -> str:
+    """Sets the text, and what becomes of it in the k most frequent counterfactuals; lines of at most `width`."""
+    share: dict[tuple[int, ...], float] = {}
+    place: dict[tuple[int, ...], int] = {}
+    for i, (ids, weight) in enumerate(zip(found.token_ids, found.weights, strict=True)):
+        share[tuple(ids)] = share.get(tuple(ids), 0.0) + float(weight)
+        place.setdefault(tuple(ids), i)
+    kernel, prefix = found.log_kernel, found.common_prefix
+    order = sorted(share, key=lambda ids: (-share[ids], -kernel[place[ids]]))
+    lines = [
+        _cut(f"text: {json.dumps(text, ensure_ascii=False)}", width),
+        "",
+        f"{'share':>6}  {'kept':>5}  counterfactual",
+    ]
+    for ids in order[:k]:
+        same = list(ids) == found.factual_ids
+        shown = "the text" if same else json.dumps(_from_change(diffs[place[ids]]), ensure_ascii=False)
+        lines.append(f"{share[ids]:6.3f}  {prefix[place[ids]]:5}  {_cut(shown, max(width - 15, 20))}")
+    n, survival = len(found.factual_ids), found.survival
+    lines += [
+        "",
+        f"{found.expected_common_prefix:.2f} of {n} tokens stay; all of them with probability {survival[-1]:.4f}",
+    ]
+    lines.append(f"{len(share)} different ones of {found.n_particles} in {seconds:.2f} s")
+    return "\n".join(lines)
+
+
+def _from_change(diff: str, before: int = 12) -> str:
+    """Cuts off what stays before the first change, but for a few characters."""
+    first = min((at for mark in ("[-", "{+") if (at := diff.find(mark)) >= 0), default=0)
+    return diff if first <= before else "…" + diff[first - before :]
+
+
+def _cut(line: str, width: int) -> str:
+    return line if len(line) <= width else line[: width - 1] + "…"
 
 
 # -- serve -------------------------------------------------------------------------------------------------------------
@@ -346,7 +504,8 @@ def command_evaluate(args: argparse.Namespace) -> int:
 
     from fastsmc import evaluate
 
-    with engine_log("evaluate", args.verbose) as log, _engine(args.model, engine_args, params, log) as llm:
+    rows = params.n_particles
+    with engine_log("evaluate", args.verbose) as log, _engine(args.model, engine_args, rows, log) as llm:
         if exact is None:
             exact = evaluate.rejection(llm, args.prompt, params, potential, args.rejection)
         result = evaluate.report(llm, args.prompt, params, potential, exact=exact, runs=args.runs, twist=twist)
@@ -381,12 +540,17 @@ def _check_writable(option: str, path: str | None) -> None:
 
 def _plot_paths(path: str) -> tuple[Path, Path]:
     """Names the plots: `path` (.png unless it has a suffix) for the weights, with '-genealogy' for the other."""
+    weights = _plot_path("--plot", path)
+    return weights, weights.with_stem(weights.stem + "-genealogy")
+
+
+def _plot_path(option: str, path: str) -> Path:
     from fastsmc import plots
 
-    weights, known = Path(path) if Path(path).suffix else Path(path + ".png"), plots.suffixes()
-    if weights.suffix[1:].lower() not in known:
-        raise ValueError(f"--plot {path}: unknown suffix; known are {', '.join(known)}")
-    return weights, weights.with_stem(weights.stem + "-genealogy")
+    out, known = Path(path) if Path(path).suffix else Path(path + ".png"), plots.suffixes()
+    if out.suffix[1:].lower() not in known:
+        raise ValueError(f"{option} {path}: unknown suffix; known are {', '.join(known)}")
+    return out
 
 
 # -- bench -------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import numpy as np
 
 from fastsmc import plots
 from fastsmc.population import Population, trace
+from fastsmc.values import json_safe
 
 
 @dataclasses.dataclass(eq=False, repr=False, kw_only=True)
@@ -122,6 +123,12 @@ class Counterfactuals(Population):
     def summary(self, k: int = 5) -> dict[str, Any]:
         """Adds the expected common prefix to that of a population."""
         return super().summary(k) | {"expected_common_prefix": self.expected_common_prefix}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Adds the text, where it is left, and what is known of each particle beside it."""
+        names = ("factual_log_probs", "stay", "survival", "common_prefix", "edit_distance", "log_kernel")
+        values = {name: json_safe(getattr(self, name)) for name in names}
+        return super().to_dict() | {"factual_ids": list(map(int, self.factual_ids)), **values}
 
 
 def _levenshtein(a: list[int], b: list[int]) -> int:

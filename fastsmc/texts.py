@@ -11,10 +11,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastsmc.counterfactuals import Counterfactuals
     from fastsmc.population import Population
 
 #: tokens of the prompt that are decoded with a continuation: enough for a character that began in the prompt
 CONTEXT = 8
+
+#: tokens of a sequence, from one place to another
+Span = tuple[Sequence[int], int, int]
 
 #: stands for bytes that are no whole character
 _PARTIAL = "\ufffd"
@@ -51,6 +55,33 @@ def texts_after(tokenizer: Any, prompt: Sequence[int], sequences: Sequence[Seque
     whole = decode(tokenizer, [[*tail, *sequence] for sequence in distinct])
     known = {sequence: _beyond(before, text) for sequence, text in zip(distinct, whole, strict=True)}
     return [known[tuple(sequence)] for sequence in sequences]
+
+
+def spell_diffs(tokenizer: Any, found: Counterfactuals) -> list[str]:
+    """Spells what becomes of the text in each particle, as [-what goes-] and {+what comes+}; no special tokens."""
+    spans: list[list[tuple[str, Span, Span]]] = []
+    for parts, ids in zip(found.diff(), found.token_ids, strict=True):
+        a = b = 0
+        spans.append([])
+        for op, old, new in parts:
+            spans[-1].append((op, (found.factual_ids, a, a + len(old)), (ids, b, b + len(new))))
+            a, b = a + len(old), b + len(new)
+    ends = {tuple(ids[:at]) for each in spans for _, *both in each for ids, *places in both for at in places}
+    known = dict(zip(ends, texts_after(tokenizer, found.prompt_token_ids, list(ends)), strict=True))
+
+    def spell(span: Span) -> str:
+        ids, begin, end = span
+        return _beyond(known[tuple(ids[:begin])], known[tuple(ids[:end])])
+
+    out = []
+    for each in spans:
+        texts = [(op, spell(old), spell(new)) for op, old, new in each]
+        out.append("".join(new if op == "equal" else _marked(old, new) for op, old, new in texts))
+    return out
+
+
+def _marked(old: str, new: str) -> str:
+    return f"[-{old}-]" * bool(old) + f"{{+{new}+}}" * bool(new)
 
 
 def is_whole(text: str) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -275,6 +276,92 @@ def test_train_twist_and_evaluate(tiny_model, tmp_path, capsys, monkeypatch):
     result = json.loads(report.read_text())
     assert result["exact_samples"] == 5 and set(result["samplers"]) == {"base", "twisted"}
     assert len(result["samplers"]["twisted"]["bounds"]["upper_runs"]) == 4
+
+
+@pytest.mark.parametrize("text", [["--text", "w3 w1 w6 w2"], ["--token-ids", "[3, 1, 6, 2]"], []])
+def test_counterfactual(tiny_model, tmp_path, capsys, monkeypatch, text):
+    """On a real, tiny model, over Hugging Face in the place of vLLM: what the call in Python gives, and its diffs."""
+    from fastsmc.counterfactuals import Counterfactuals
+    from fastsmc.hf import HFEngine
+    from fastsmc.interventions import Prompt, Steer, Temperature, save
+
+    calls, engine = [], HFEngine(tiny_model)
+    monkeypatch.setitem(vars(fastsmc), "LLM", lambda model, **kwargs: calls.append(kwargs) or engine)
+    steer, prompt = Steer(0, torch.ones(64), 0.5), ["--model", tiny_model, "--prompt", "w1 w2"]
+    save([steer], tmp_path / "steer")
+    files = {name: tmp_path / name for name in ("out.json", "out.npz", "curve.svg")}
+    arguments = ["counterfactual", *prompt, *text, "--intervention", str(tmp_path / "steer"), "--temperature-to", "1.3"]
+    arguments += ["--prompt-to", "w1 w5", "--n", "30", "--seed", "4", "--top-k", "7", "--json", str(files["out.json"])]
+    arguments += ["--best", "3", "--save", str(files["out.npz"]), "--plot-survival", str(files["curve.svg"])]
+    monkeypatch.setenv("COLUMNS", "60")
+    assert cli.main(arguments) == 0
+    params = SMCParams(n_particles=30, max_tokens=4 if text else 16, seed=4, top_k=7)
+    change = [steer, Temperature(1.3), Prompt([1, 5])]
+    want = engine.counterfactual("w1 w2", [3, 1, 6, 2] if text else None, change, params=params)
+    found, result = Counterfactuals.load(files["out.npz"]), json.loads(files["out.json"].read_text())
+    assert found.token_ids == want.token_ids == result["token_ids"] and result["factual_ids"] == want.factual_ids
+    assert result["survival"] == want.survival.tolist() and result["common_prefix"] == want.common_prefix.tolist()
+    assert result["expected_common_prefix"] == want.expected_common_prefix and files["curve.svg"].exists()
+    for diff, there in zip(result["diffs"], want.texts, strict=True):
+        gone, come = r"\[-(.*?)-\]", r"\{\+(.*?)\+\}"
+        assert re.sub(come, "", re.sub(gone, r"\1", diff)) == result["factual_text"]
+        assert re.sub(gone, "", re.sub(come, r"\1", diff)) == there
+    out = capsys.readouterr().out
+    lines = out.splitlines()
+    assert f"{want.expected_common_prefix:.2f} of {len(want.factual_ids)} tokens stay" in out and "[-" in out
+    assert lines[2].split() == ["share", "kept", "counterfactual"] and lines[6] == ""
+    assert all(len(line) <= 60 for line in lines[:6])
+    shares = [float(line.split()[0]) for line in lines[3:6]]
+    assert shares == sorted(shares, reverse=True) and f"{len(set(map(tuple, want.token_ids)))} different" in out
+    assert calls == [{"interventions": True, **EAGER}]
+
+
+def test_diffs_begin_shortly_before_their_first_change():
+    for diff, shown in (
+        ("a" * 12 + "[-b-]c", "a" * 12 + "[-b-]c"),
+        ("b" + "a" * 12 + "{+b+}[-c-]", "…" + "a" * 12 + "{+b+}[-c-]"),
+    ):
+        assert cli._from_change(diff) == shown
+
+
+def test_counterfactual_makes_room(fake, capsys):
+    """A text has a row beside the particles; only interventions on layers need places."""
+    fake.get_tokenizer = lambda self: None
+    fake.counterfactual = lambda self, *args, **kwargs: (_ for _ in ()).throw(ValueError("seen"))
+    for n, room in ((1023, {}), (1024, {"max_num_seqs": 1025})):
+        assert (
+            cli.main(["counterfactual", "--prompt", "x", "--model", "m", "--temperature-to", "2", "--n", str(n)]) == 2
+        )
+        assert fake.calls[-2] == ("init", "m", room | EAGER) and "seen" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        ([], "--intervention: is missing"),
+        (["--intervention", "nowhere"], "nowhere"),
+        (["--intervention", __file__], "holds no interventions"),
+        (["--temperature-to", "0"], "t=0.0: must be"),
+        (["--prompt-to", ""], "--prompt-to: is empty"),
+        (["--temperature-to", "2", "--text", ""], "--text: is empty"),
+        (["--temperature-to", "2", "--text", "a", "--token-ids", "[1]"], "not allowed with"),
+        (["--temperature-to", "2", "--token-ids", "[1"], "is not JSON"),
+        (["--temperature-to", "2", "--token-ids", "[]"], "--token-ids: is empty"),
+        (["--temperature-to", "2", "--token-ids", '["a"]'], "--token-ids"),
+        (["--temperature-to", "2", "--n", "0"], "n_particles=0"),
+        (["--temperature-to", "2", "--max-tokens", "0"], "max_tokens=0"),
+        (["--temperature-to", "2", "--noise", "loud"], "--noise loud"),
+        (["--temperature-to", "2", "--plot-survival", "x.docx"], "--plot-survival x.docx: unknown suffix"),
+        (["--temperature-to", "2", "--save", "no/such/x"], "no directory"),
+    ],
+)
+def test_counterfactual_refuses(fake, capsys, arguments, why):
+    try:
+        status = cli.main(["counterfactual", "--prompt", "p", *arguments])
+    except SystemExit as error:  # argparse
+        status = error.code
+    error = capsys.readouterr().err
+    assert status == 2 and why in error and error.count("\n") == 1 and fake.calls == []
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,6 @@ import torch
 from torch import Tensor
 from vllm.distributed import get_tp_group
 
-from fastsmc import interventions
 from fastsmc.interventions import BLOCK, DOWN_PROJ, LayerIntervention, Sizes, Step
 from fastsmc.maps import Maps, Site, SiteMaps, blame, lay_out
 from fastsmc.smc import SMCError
@@ -204,15 +203,14 @@ class Interventions:
         self._kept: dict[str, _Kept] = {}
         self._sites: dict[Site, SiteMaps] = {}
 
-    def put(self, name: str, data: bytes) -> None:
-        """Keeps a list of interventions, from `fastsmc.interventions.to_bytes`.
+    def put(self, name: str, layers: Sequence[LayerIntervention]) -> None:
+        """Keeps a list of interventions.
 
         Raises:
             ValueError: it does not fit the model, or the model has no places.
         """
         if self.places.why_not is not None:
             raise ValueError(f"intervention: {self.places.why_not}")
-        layers = [part for part in interventions.from_bytes(data) if isinstance(part, LayerIntervention)]
         n_ranks = get_tp_group().world_size
         for part in layers:
             if part.place == DOWN_PROJ and n_ranks > 1:
@@ -239,8 +237,11 @@ class Interventions:
             variants |= zip(kept.numbers, kept.maps.variants, strict=True)
         self._sites = lay_out(variants, max(variants, default=-1) + 1, self._device)
 
-    def of_positions(self, name: str, prompt_len: int, n: int) -> Tensor:
+    def of_positions(self, name: str, prompt_len: int, n: int, fresh: bool) -> Tensor:
         """Gives the numbers of the variants at positions 0 to n − 1 of a group that begins now, (n,) int64; −1: none.
+
+        Args:
+            fresh: no other group is under these interventions, of whose hidden states `broke` is yet to say something.
 
         Raises:
             SMCError: there is no intervention of that name.
@@ -248,7 +249,7 @@ class Interventions:
         if not self.knows(name):
             raise SMCError(f"smc_intervention={name!r}: unknown; it was not registered, or dropped", kind="refused")
         kept = self._kept[name]
-        for maps in self._sites.values():
+        for maps in self._sites.values() if fresh else ():
             maps.finite[kept.numbers] = True
         numbers = [*kept.numbers, -1]
         return torch.tensor([numbers[i] for i in kept.maps.of_positions(prompt_len, n)], device=self._device)

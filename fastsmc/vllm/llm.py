@@ -156,7 +156,7 @@ class LLM(Effects, vllm.LLM):
         captured_steps: groups for which that holds take steps without a wait for the device; its conditions and what
             else it changes are in `fastsmc.vllm.options.EngineOptions`.
         interventions: whether groups may run under interventions (`smc(…, intervention=…)`), which costs something
-            even where none does; see there.
+            even where none does; or {name: file} of those that requests may name (`lead_params`), too; see there.
         kwargs: any argument of `vllm.LLM` but `scheduler_cls` and `worker_cls`.
 
     Raises:
@@ -172,7 +172,7 @@ class LLM(Effects, vllm.LLM):
         shared_forward: str | None = None,
         max_particle_rows_per_step: int | str | None = None,
         captured_steps: bool | None = None,
-        interventions: bool | None = None,
+        interventions: bool | Mapping[str, str] | None = None,
         **kwargs: Any,
     ) -> None:
         compat.check_version()
@@ -579,7 +579,7 @@ class LLM(Effects, vllm.LLM):
             twist: directory of a learned twist, as the worker sees it.
             exact: exact samples of the target: one, or n_particles of them.
             alone: the group's rows share no forward pass with those of other groups.
-            intervention: a name that `register_intervention` gave.
+            intervention: a name that `register_intervention` gave, or one of the engine's option `interventions`.
             counterfactual: a text after this prompt, as token ids: the particles are its counterfactuals.
             factual_temperature: at which it was drawn; None: at that of `params`.
             noise: as of `counterfactual`.

@@ -10,10 +10,11 @@ import dataclasses
 import difflib
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import EntryPoint
 from typing import Any
 
+from fastsmc.interventions import LayerIntervention, load
 from fastsmc.potentials import GROUP, registry
 
 KEY = "fastsmc"
@@ -40,14 +41,16 @@ class EngineOptions:
             samples; the others as ever. Such a group's N rows go through the model at every step, together, whatever
             `max_particle_rows_per_step` says, and it keeps its blocks to its end. No group then shares a pass. Not
             with tensor parallelism.
-        interventions: the model's layers have places for interventions (`fastsmc.vllm.interventions`), which `LLM.smc`
-            and others then take. Each is an op in the layer, whether there are interventions or not, which may cost a
-            decode step a few per cent (not measured well yet). Not in a server.
+        interventions: the model's layers have places for interventions (`fastsmc.vllm.interventions`): True, for those
+            that `LLM.smc` and others take, which is not for a server; or {name: file}, of files that
+            `fastsmc.interventions.save` wrote, for those that requests name, too. A place is an op in the layer,
+            whether there are interventions or not, which may cost a decode step a few per cent (not measured well yet).
         potentials: the potentials that requests may name: registered names (a list, or a string with commas), or
             {name: "module:attr"}, code of the operator's; None: all registered names.
         twists: {name: directory} of the learned twists that requests may name; None: none.
         max_particles: the largest N of a group; None: as many as the engine has rows.
-        max_particle_tokens: the largest N · max_tokens of a group; None: no limit.
+        max_particle_tokens: the largest N · max_tokens of a group, with the tokens of the histories that follow a
+            counterfactual group's text; None: no limit.
         max_groups: groups that may wait to be admitted; None: no limit.
         setup_timeout_s: seconds after which the process that prepares a potential which a request names is killed.
         offline: `fastsmc.LLM` sets it: requests come from the program itself, and not from clients. They may name the
@@ -60,7 +63,7 @@ class EngineOptions:
     shared_forward: str = "auto"
     max_particle_rows_per_step: int | str | None = None
     captured_steps: bool = False
-    interventions: bool = False
+    interventions: bool | Mapping[str, str] = False
     potentials: Sequence[str] | Mapping[str, str] | str | None = None
     twists: Mapping[str, str] | None = None
     max_particles: int | None = None
@@ -72,7 +75,7 @@ class EngineOptions:
     def __post_init__(self) -> None:
         if self.shared_forward not in ("auto", "never"):
             raise ValueError(f"shared_forward={self.shared_forward!r}: must be 'auto' or 'never'")
-        for name in ("captured_steps", "interventions", "offline"):
+        for name in ("captured_steps", "offline"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be True or False")
         rows = self.max_particle_rows_per_step
@@ -114,6 +117,12 @@ class EngineOptions:
         for name, path in (twists or {}).items():
             if not _is_name(name) or not isinstance(path, str) or not path:
                 raise ValueError(f"twists[{name!r}]={path!r}: must be a name and the directory of a twist")
+        if not isinstance(self.interventions, bool | Mapping):
+            what = "True or False, or a mapping of names to files"
+            raise ValueError(f"interventions={self.interventions!r}: must be {what}")
+        for name, path in self.known_interventions().items():
+            if not _is_name(name) or not isinstance(path, str) or not path:
+                raise ValueError(f"interventions[{name!r}]={path!r}: must be a name and the file of interventions")
 
     def known_potentials(self) -> Mapping[str, EntryPoint]:
         """Returns the potentials that requests may name, by name."""
@@ -121,6 +130,30 @@ class EngineOptions:
             return {name: EntryPoint(name, code, GROUP) for name, code in self.potentials.items()}
         known = registry.registered()
         return known if self.potentials is None else {name: known[name] for name in self.potentials}
+
+    def known_interventions(self) -> Mapping[str, str]:
+        """Returns the files of the interventions that requests may name, by name."""
+        return self.interventions if isinstance(self.interventions, Mapping) else {}
+
+    def load_interventions(self, use: Callable[[str, list[LayerIntervention]], Any] | None = None) -> None:
+        """Loads these files, one after the other, and hands each to `use`, where it is given.
+
+        Raises:
+            ValueError: naming the option: a file cannot be read, or holds anything but interventions on layers, which
+                alone are the model's and not a request's; or `use` refuses it.
+        """
+        for name, path in self.known_interventions().items():
+            try:
+                parts = load(path)
+                layers = [part for part in parts if isinstance(part, LayerIntervention)]
+                if not layers or len(layers) < len(parts):
+                    held = ", ".join(type(part).__name__ for part in parts) or "nothing"
+                    raise ValueError(f"holds {held}; must hold interventions on layers alone, at least one")
+                if use is not None:
+                    use(name, layers)
+            except (OSError, ValueError) as error:
+                said = getattr(error, "strerror", None) or str(error).removeprefix(f"{path}: ")
+                raise ValueError(f"interventions[{name!r}]={path!r}: {said}") from None
 
     @classmethod
     def of(cls, additional_config: Any) -> EngineOptions:
@@ -167,5 +200,5 @@ def put_options(arguments: Mapping[str, Any]) -> dict[str, Any]:
             if name in standing:
                 raise ValueError(f"{name}={options[name]!r}: additional_config[{KEY!r}] holds it, too")
         additional = out["additional_config"] = {**(additional or {}), KEY: {**standing, **options}}
-    EngineOptions.of(additional)
+    EngineOptions.of(additional).load_interventions()  # here they are refused at once, in a worker after minutes
     return out

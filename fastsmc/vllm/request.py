@@ -213,17 +213,21 @@ class GroupRequest:
         twists = options.twists or {}
         if self.twist is not None and self.twist not in twists and not options.offline:
             raise ValueError(f"smc_twist={short(self.twist)}: unknown; known are {_listed(twists)}")
-        if self.intervention is not None and not options.offline:
-            raise ValueError(f"smc_intervention={short(self.intervention)}: unknown; known are none")
+        named = options.known_interventions()
+        registered = options.offline and _INTERVENTION_NAME.fullmatch(self.intervention or "")
+        if self.intervention is not None and self.intervention not in named and not registered:
+            raise ValueError(f"smc_intervention={short(self.intervention)}: unknown; known are {_listed(named)}")
         for name, value in (("facts", self.factual and self.factual.facts), ("keep_logits", self.keep_logits)):
             if value is not None and not options.offline:
                 raise ValueError(f"{PREFIX}{name}={short(value)}: is for fastsmc.LLM alone")
         n, length = self.params.n_particles, self.params.max_tokens
         if options.max_particles is not None and n > options.max_particles:
             raise OverLimit(f"n_particles={n}: at most max_particles={options.max_particles}", "max_particles")
-        if options.max_particle_tokens is not None and n * length > options.max_particle_tokens:
+        followed = 0 if self.factual is None else self.n_followers * len(self.factual.token_ids)
+        if options.max_particle_tokens is not None and n * length + followed > options.max_particle_tokens:
+            text = f" and {followed} tokens along the text" * (followed > 0)
             raise OverLimit(
-                f"n_particles={n}, max_tokens={length}: their product {n * length} is over "
+                f"n_particles={n}, max_tokens={length}: their product {n * length}{text} is over "
                 f"max_particle_tokens={options.max_particle_tokens}",
                 "max_particle_tokens",
             )
@@ -232,25 +236,32 @@ class GroupRequest:
     def n_followers(self) -> int:
         return 0 if self.factual is None else self.factual.n_followers
 
-    def check_fits(self, prompt_len: int, lookahead: int, limits: Limits) -> None:
-        """Refuses a group that an engine of these limits can never run. ValueError: as `capacity.check_fits`."""
-        text_len = 0 if self.factual is None else len(self.factual.token_ids)
-        capacity.check_fits(
-            self.params, prompt_len, lookahead, limits, self.first_reached(), text_len, self.n_followers
-        )
+    def check_fits(
+        self, prompt_len: int, lookahead: int, limits: Limits, named: Mapping[str, int] | None = None
+    ) -> None:
+        """Refuses a group that an engine of these limits can never run.
 
-    def first_reached(self) -> int:
-        """Returns the first position that the intervention reaches in the prompt, from its name; `NOWHERE`: none.
+        Args:
+            named: as of `first_reached`. Without it an operator's intervention counts as reaching no prompt.
 
         Raises:
-            ValueError: no such name.
+            ValueError: as `capacity.check_fits`.
+        """
+        text_len = 0 if self.factual is None else len(self.factual.token_ids)
+        capacity.check_fits(
+            self.params, prompt_len, lookahead, limits, self.first_reached(named), text_len, self.n_followers
+        )
+
+    def first_reached(self, named: Mapping[str, int] | None = None) -> int:
+        """Returns the first position that the intervention reaches in the prompt; `NOWHERE`: none.
+
+        Args:
+            named: of the operator's interventions, by name. Those that the program has registered say it themselves.
         """
         if self.intervention is None:
             return NOWHERE
-        name = _INTERVENTION_NAME.fullmatch(self.intervention)
-        if name is None:
-            raise ValueError(f"smc_intervention={self.intervention!r}: not a name of LLM.register_intervention")
-        return int(name[1])
+        registered = _INTERVENTION_NAME.fullmatch(self.intervention)
+        return int(registered[1]) if registered is not None else (named or {}).get(self.intervention, NOWHERE)
 
     def lookahead(self, options: EngineOptions) -> int:
         """Returns how many tokens beyond a particle's end its potential scores, from name and arguments alone.

@@ -310,7 +310,8 @@ class ParticleRunner:
         if start.intervention is not None:
             longest = max(start.params.max_tokens, len(start.factual.token_ids) if start.factual is not None else 0)
             end = last_position(longest, len(start.prompt), start.lookahead) + 1
-            variants = self.interventions.of_positions(start.intervention, len(start.prompt), end)
+            fresh = all(member.start.intervention != start.intervention for member in self.groups.values())
+            variants = self.interventions.of_positions(start.intervention, len(start.prompt), end, fresh)
             group.blame = partial(self.interventions.blame, start.intervention)
             if n := start.n_intervened_blocks:
                 ours, blocks = blocks[:n], blocks[n:]

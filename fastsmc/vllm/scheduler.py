@@ -38,6 +38,7 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.request import Request, RequestStatus
 
 from fastsmc.cases import read_text
+from fastsmc.maps import first_reached
 from fastsmc.potentials import token_list
 from fastsmc.vllm import adapters, compat
 from fastsmc.vllm.capacity import Limits, first_columns, intervened_blocks
@@ -102,6 +103,8 @@ class _SMCMixin(_Scheduler):
         compat.check_kv_cache(self.kv_cache_config)
         self._limits = Limits.of(self.vllm_config)
         options = self._options = EngineOptions.of(self.vllm_config.additional_config)
+        self._reached: dict[str, int] = {}  # of the operator's interventions, as `first_reached`
+        options.load_interventions(lambda name, layers: self._reached.update({name: first_reached(layers)}))
         self._never_shared = options.shared_forward == "never" or options.captured_steps
         lora = self.vllm_config.lora_config
         self._max_adapters = 0 if lora is None else lora.max_loras
@@ -138,7 +141,7 @@ class _SMCMixin(_Scheduler):
             asked.check_ids(vocab_size, not model_config.skip_tokenizer_init)
             token_list("prompt", request.prompt_token_ids, vocab_size)
             lookahead = asked.lookahead(self._options)
-            asked.check_fits(request.num_prompt_tokens, lookahead, self._limits)
+            asked.check_fits(request.num_prompt_tokens, lookahead, self._limits, self._reached)
             if asked.factual is not None:
                 stop, _ = _stop_token_ids(asked, params)
                 read_text(asked.factual.token_ids, None, vocab_size, stop, COUNTERFACTUAL)
@@ -227,7 +230,7 @@ class _SMCMixin(_Scheduler):
 
     def _intervened_blocks(self, group: _Group) -> int:
         """Counts the blocks for the part of a group's prompt that its intervention reaches."""
-        first, prompt_len = group.asked.first_reached(), group.request.num_prompt_tokens
+        first, prompt_len = group.asked.first_reached(self._reached), group.request.num_prompt_tokens
         return intervened_blocks(first, prompt_len, self._limits.block_size)
 
     def _has_blocks(self, group: _Group) -> bool:

@@ -22,11 +22,12 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec, rep
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.worker.gpu_worker import Worker
 
-from fastsmc.interventions import Facts, Sizes, from_bytes
+from fastsmc.interventions import Facts, LayerIntervention, Sizes, from_bytes
 from fastsmc.ops._tensors import built_backends, missing_on_gpu
 from fastsmc.vllm import attention, capacity, compat, interventions
 from fastsmc.vllm.compat import get_logger
 from fastsmc.vllm.messages import GroupResult
+from fastsmc.vllm.options import EngineOptions
 from fastsmc.vllm.ranks import Follower, make_runner
 from fastsmc.vllm.runner import ParticleRunner
 
@@ -61,6 +62,8 @@ class SMCWorkerMixin(_Worker):
 
     def compile_or_warm_up_model(self) -> Any:
         self.smc_runner = make_runner(self.model_runner)
+        options = EngineOptions.of(self.vllm_config.additional_config)
+        options.load_interventions(self.smc_runner.interventions.put)
         if isinstance(self.smc_runner, ParticleRunner):
             self.smc_runner.shelf.open()
         return super().compile_or_warm_up_model()
@@ -119,7 +122,8 @@ class SMCWorkerMixin(_Worker):
     def smc_put_intervention(self, name: str, data: bytes) -> str | None:
         """Keeps interventions (`fastsmc.interventions.to_bytes`) on every rank; returns None, or why it cannot."""
         try:
-            self.smc_runner.interventions.put(name, data)
+            layers = [part for part in from_bytes(data) if isinstance(part, LayerIntervention)]
+            self.smc_runner.interventions.put(name, layers)
         except ValueError as error:
             return str(error)
         return None

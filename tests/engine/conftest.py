@@ -13,7 +13,10 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
+from intervened import EACH
 from tiny import make_llama
+
+from fastsmc.interventions import save
 
 VOCAB = 8
 TINY_ARGS = dict(
@@ -75,15 +78,23 @@ def tiny_path(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def named(tmp_path_factory):
+    """The option `interventions`: "steer", which reaches prompts."""
+    path = tmp_path_factory.mktemp("named") / "steer.safetensors"
+    save([EACH["steer"], EACH["steer generated"]], path)
+    return {"steer": str(path)}
+
+
+@pytest.fixture(scope="session")
 def engine(tiny_path):
     """`fastsmc.LLM` with the engine core in this process."""
     return make_engine(tiny_path)
 
 
 @pytest.fixture(scope="session")
-def small_engine(tiny_path):
+def small_engine(tiny_path, named):
     """40 KV blocks and 64 rows."""
-    return make_engine(tiny_path, num_gpu_blocks_override=41, max_num_seqs=64)
+    return make_engine(tiny_path, num_gpu_blocks_override=41, max_num_seqs=64, interventions=named)
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from vllm.lora.request import LoRARequest
 
 from fastsmc import SMCError, SMCParams
 from fastsmc.hf import HFEngine
-from fastsmc.interventions import Prompt, RankOne, Steer, Temperature
+from fastsmc.interventions import Prompt, RankOne, Steer, Temperature, load, save
 from fastsmc.potentials import Infill
 from fastsmc.vllm import compat, interventions
 from fastsmc.vllm.attention import Attend
@@ -256,6 +256,63 @@ def test_a_restarted_group_writes_its_prompt_again(engine, tiny_path, scheduler,
     check(tiny_path, [engine.population(outputs[0])], [prompt], [LISTS["at one site"]])
 
 
+def test_named_ones_are_there_from_the_start(small_engine, tiny_path, named):
+    """A request that names one of the engine's option is as a group under it, its prompt's own blocks included."""
+    engine, prompts = small_engine, [prompt_of(n, i) for i, n in enumerate(LENGTHS)]
+    lead = engine.lead_params(PARAMS, intervention="steer", return_population=True)
+    populations = [engine.population(output) for output in engine.generate(prompts_of(prompts), lead, use_tqdm=False)]
+    check(tiny_path, populations, prompts, [load(named["steer"])] * len(prompts))
+    leads = [engine.lead_params(PARAMS, intervention=name) for name in ("steer", None)]
+    with pytest.raises(ValueError, match="known are 'steer'"):
+        engine.generate(prompts_of(prompts[:1]), engine.lead_params(PARAMS, intervention="no"), use_tqdm=False)
+    steered, plain = engine.generate(prompts_of(prompts[-1:] * 2), leads, use_tqdm=False)
+    assert steered.outputs[0].token_ids == populations[-1].token_ids[steered.kv_transfer_params["smc"]["chosen"]]
+    assert plain.outputs[0].token_ids != steered.outputs[0].token_ids
+    large = dataclasses.replace(PARAMS, n_particles=9, max_tokens=4)
+    [output] = engine.generate(
+        prompts_of([prompt_of(500)]), engine.lead_params(large, intervention="steer"), use_tqdm=False
+    )
+    error = output.kv_transfer_params["smc"]["error"]
+    assert "16 of them for the prompt under its intervention); the KV cache has 40 of 32 tokens" in error
+    assert blocks_of(engine).get_num_free_blocks() == 40
+
+
+def prompts_of(prompts):
+    return [{"prompt_token_ids": prompt} for prompt in prompts]
+
+
+def test_named_ones_that_do_not_fit_are_refused_by_name(engine, tmp_path):
+    path = tmp_path / "odd"
+    for part, message in (
+        (Steer(0, noise(K)), "Steer: is for hidden states of 128 elements, this model has 64"),
+        (Steer(2, noise(H)), r"layer=2: must be in \[0, 2\)"),
+    ):
+        save([EACH["steer"], part], path)
+        with pytest.raises(ValueError, match=rf"interventions\['odd'\]='{path}': {message}"):
+            EngineOptions(interventions={"odd": str(path)}).load_interventions(runner_of(engine).interventions.put)
+
+
+def test_what_broke_is_known_until_all_who_share_it_have_ended(engine, tiny_path, monkeypatch):
+    under, seen = runner_of(engine).interventions, []
+
+    def record(name, prompt_len, n, fresh):
+        seen.append(fresh)
+        return type(under).of_positions(under, name, prompt_len, n, fresh)
+
+    monkeypatch.setattr(under, "of_positions", record)
+    for _ in range(2):
+        engine.smc([PROMPT] * 2, PARAMS, POTENTIAL, intervention=EACH["steer"])
+    assert seen == [True, False] * 2
+    monkeypatch.undo()
+    name = engine.register_intervention(EACH["steer"])
+    for fresh in (True, False, True):
+        under.of_positions(name, 5, 9, fresh)
+        assert under.broke(name) != fresh
+        for maps in under._sites.values():
+            maps.finite[under._kept[name].numbers] = False
+    engine.drop_intervention(name)
+
+
 def test_an_intervention_dropped_ends_its_groups(engine, tiny_path, all_blocks_back, monkeypatch, scheduler):
     """In the middle of a pass that they share with others, which go on."""
     monkeypatch.setattr(scheduler, "_pace", Pace(5, scheduler._pace._logger))
@@ -325,7 +382,7 @@ def test_refusals_name_what_is_wrong(engine, monkeypatch):
         with pytest.raises(ValueError, match="(?s)intervention=.*: must be interventions on layers, at least one"):
             engine.register_intervention(given)
     for name, message in (
-        ("north", "smc_intervention='north': not a name of LLM.register_intervention"),
+        ("north", "smc_intervention='north': unknown; known are none"),
         (7, "smc_intervention=7: must be a name"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -6,13 +6,15 @@ import pytest
 from vllm import SamplingParams
 
 from fastsmc import SMCParams
+from fastsmc.interventions import Facts, Steer, Temperature, save
 from fastsmc.potentials import registry
-from fastsmc.vllm.options import EngineOptions
+from fastsmc.vllm.options import EngineOptions, put_options
 from fastsmc.vllm.request import GroupRequest, OverLimit, with_token_ids
 
 from .test_scheduler import engine_of, make  # noqa: F401  fixtures
 
 OBJECT = "object:" + 32 * "0" + ":0"
+INTERVENTION = "intervention:" + 32 * "0" + ":0"
 
 
 @pytest.mark.parametrize(
@@ -28,6 +30,10 @@ OBJECT = "object:" + 32 * "0" + ":0"
         ({"twists": ["/warm"]}, "twists=['/warm']: must be a mapping of names to directories"),
         ({"twists": {"/warm": "/warm"}}, "twists['/warm']='/warm': must be a name and the directory of a twist"),
         ({"twists": {"warm": 1}}, "twists['warm']=1: must be"),
+        ({"interventions": 1}, "interventions=1: must be True or False, or a mapping of names to files"),
+        ({"interventions": {"a/b": "/calm"}}, "interventions['a/b']='/calm': must be a name and the file of"),
+        ({"interventions": {"intervention:0": "/calm"}}, "interventions['intervention:0']='/calm': must be a name"),
+        ({"interventions": {"calm": True}}, "interventions['calm']=True: must be a name"),
         ({"max_particles": 0}, "max_particles=0: must be a positive integer, or None for no limit"),
         ({"max_particle_tokens": "9"}, "max_particle_tokens='9': must be a positive integer"),
         ({"max_groups": True}, "max_groups=True: must be a positive integer"),
@@ -56,6 +62,30 @@ def parse(n=4, max_tokens=5, **extra):
     return GroupRequest.parse(SamplingParams(max_tokens=max_tokens, extra_args=keys))
 
 
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        (None, "No such file"),
+        (b"{}", "holds no interventions"),
+        ([], "holds nothing; must hold interventions on layers alone, at least one"),
+        ([Steer(0, [1.0]), Temperature(2.0)], "holds Steer, Temperature; must hold interventions on layers alone"),
+        ([Facts([[0.0, 0.0]], [1], [1])], "holds Facts; must"),
+    ],
+)
+def test_files_of_interventions(tmp_path, parts, message):
+    """Those that no engine can have are refused as the options are put together, by name."""
+    path = tmp_path / "bad.safetensors"
+    if isinstance(parts, bytes):
+        path.write_bytes(parts)
+    elif parts is not None:
+        save(parts, path)
+    save([Steer(0, [1.0])], tmp_path / "good")
+    with pytest.raises(ValueError) as caught:
+        put_options({"interventions": {"good": str(tmp_path / "good"), "bad": str(path)}})
+    assert str(caught.value).startswith(f"interventions['bad']={str(path)!r}: ") and message in str(caught.value)
+    assert str(caught.value).count(str(path)) == 1
+
+
 ALLOWED = dict(potentials=["lexicon"], twists={"warm": "/warm"}, max_particles=8, max_particle_tokens=60)
 LEXICON = dict(potential="lexicon", potential_args='{"token_ids": [1]}')
 
@@ -71,7 +101,17 @@ LEXICON = dict(potential="lexicon", potential_args='{"token_ids": [1]}')
         ({"potential": OBJECT}, None, f"smc_potential={OBJECT!r}: unknown"),
         (LEXICON | {"twist": "/warm"}, None, "smc_twist='/warm': unknown; known are 'warm'"),
         (LEXICON | {"twist": "../warm"}, None, "smc_twist='../warm': unknown"),
+        ({"intervention": "calm"}, None, "smc_intervention='calm': unknown; known are none"),
+        ({"intervention": INTERVENTION}, None, f"smc_intervention={INTERVENTION!r}: unknown"),
+        ({"counterfactual": [1], "facts": "a"}, None, "smc_facts='a': is for fastsmc.LLM alone"),
+        ({"n": 1, "exact": [[1]], "keep_logits": "a"}, None, "smc_keep_logits='a': is for fastsmc.LLM alone"),
         ({"n": 9}, "max_particles", "n_particles=9: at most max_particles=8"),
+        ({"counterfactual": [1] * 20}, None, None),
+        (
+            {"counterfactual": [1] * 21},
+            "max_particle_tokens",
+            "n_particles=4, max_tokens=5: their product 20 and 42 tok",
+        ),
         ({"n": 8, "max_tokens": 8}, "max_particle_tokens", "n_particles=8, max_tokens=8: their product 64 is over max"),
     ],
 )

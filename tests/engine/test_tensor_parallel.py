@@ -14,7 +14,7 @@ from vllm import SamplingParams
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from fastsmc import Potential, SMCError, SMCParams, ops
-from fastsmc.interventions import Steer
+from fastsmc.interventions import Steer, load
 from fastsmc.potentials import Infill
 from fastsmc.vllm.messages import StepOrder
 from fastsmc.vllm.passes import Batch
@@ -34,13 +34,14 @@ ENV = {
 
 
 @pytest.fixture(scope="module")
-def parallel(tiny_path):
+def parallel(tiny_path, named):
     with environment(**ENV):
         yield make_engine(
             tiny_path,
             in_process=False,
             env=ENV,
             tensor_parallel_size=2,
+            interventions=named,
             max_num_seqs=64,
             num_gpu_blocks_override=161,
             kv_cache_memory_bytes=1 << 26,
@@ -64,12 +65,16 @@ def test_populations_are_those_of_one_rank(parallel, alone, all_blocks_back):  #
     check(parallel, alone)
 
 
-def test_groups_under_interventions(parallel, tiny_path, all_blocks_back):
+def test_groups_under_interventions(parallel, tiny_path, named, all_blocks_back):
     """The residual stream is whole on every rank, so all of them map it; the inside of an MLP is not."""
     lists = [LISTS["steer"], LISTS["affine"], None, LISTS["project"], [EACH["steer"], EACH["steer positions"]]]
     prompts = [prompt_of(40 + i) for i in range(5)]
     params = SMCParams(n_particles=6, max_tokens=12, ess_threshold=1.0, seed=3)
     populations = parallel.smc(prompts, params, POTENTIAL, intervention=lists)
+    lead = parallel.lead_params(params, intervention="steer", return_population=True)
+    [output] = parallel.generate([{"prompt_token_ids": prompts[0]}], lead, use_tqdm=False)
+    populations.append(parallel.population(output))
+    prompts, lists = [*prompts, prompts[0]], [*lists, load(named["steer"])]
     for population, prompt, parts in zip(populations, prompts, lists, strict=True):
         for i, want in enumerate(hooked_log_probs(tiny_path, prompt, population.token_ids, parts or [])):
             assert np.abs(population.token_log_probs[i] - want).max() <= 5e-4

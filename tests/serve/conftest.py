@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 httpx = pytest.importorskip("httpx", reason="httpx is not installed")
+
+from fastsmc.interventions import Steer  # noqa: E402
 
 from .process import (  # noqa: E402
     KEY,
@@ -20,6 +23,7 @@ from .process import (  # noqa: E402
 
 __all__ = ["KEY", "LETTERS", "MODEL_ARGS", "httpx"]
 #: limits of the server's operator
+CALM = [Steer(0, torch.randn(64, generator=torch.Generator().manual_seed(0)), 2.0), Steer(1, torch.ones(64), -1.0, [9])]
 MAX_PARTICLES, MAX_PARTICLE_TOKENS, MAX_GROUPS, SETUP_TIMEOUT_S = 128, 8192, 4, 5
 
 
@@ -49,6 +53,16 @@ def twist_path(letters_model, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def calm(tmp_path_factory):
+    """The file of an intervention, which the server knows as "calm"."""
+    from fastsmc.interventions import save
+
+    path = tmp_path_factory.mktemp("interventions") / "calm.safetensors"
+    save(CALM, path)
+    return path
+
+
+@pytest.fixture(scope="session")
 def metadata(tmp_path_factory):
     return make_metadata(tmp_path_factory.mktemp("metadata"))
 
@@ -59,10 +73,10 @@ def environment(metadata):
 
 
 @pytest.fixture(scope="session")
-def server(letters_model, twist_path, environment, tmp_path_factory):
-    """`fastsmc serve` with an operator's limits, potentials and twist, and a generation config of temperature, top_p,
-    penalty. vLLM's own switches for operators are there, too (/pause, /resume, /reset_prefix_cache), and its routes of
-    tokens."""
+def server(letters_model, twist_path, calm, environment, tmp_path_factory):
+    """`fastsmc serve` with an operator's limits, potentials, twist and intervention, and a generation config of
+    temperature, top_p, penalty. vLLM's own switches for operators are there, too (/pause, /resume,
+    /reset_prefix_cache), and its routes of tokens."""
     options = {
         "max_particles": MAX_PARTICLES,
         "max_particle_tokens": MAX_PARTICLE_TOKENS,
@@ -70,6 +84,7 @@ def server(letters_model, twist_path, environment, tmp_path_factory):
         "setup_timeout_s": SETUP_TIMEOUT_S,
         "potentials": ",".join(["lexicon", "regex", *SERVED]),
         "twists.small": str(twist_path),
+        "interventions.calm": str(calm),
     }
     flags = [f"--additional-config.fastsmc.{name}={value}" for name, value in options.items()]
     more = ["--enable-scale-out", "--override-generation-config", '{"top_p": 0.9, "repetition_penalty": 1.3}']

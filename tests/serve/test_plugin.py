@@ -25,7 +25,7 @@ def test_inert_unless_named(environment):
     assert done.stdout.splitlines()[-2:] == ["False False", "True True"], done.stderr
 
 
-def test_settings(monkeypatch, letters_model):
+def test_settings(monkeypatch, letters_model, calm):
     from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 
     from fastsmc.vllm.llm import engine_args
@@ -52,6 +52,11 @@ def test_settings(monkeypatch, letters_model):
         plugin.put_settings(EngineArgs(**own))
         with pytest.raises(ValueError, match=rf"fastsmc.{name}=True: is fastsmc.LLM's alone"):
             plugin.put_settings(AsyncEngineArgs(**own))
+    named = {**model, "additional_config": {"fastsmc": {"interventions": {"calm": str(calm)}}}}
+    plugin.put_settings(AsyncEngineArgs(**named))
+    named["additional_config"]["fastsmc"]["interventions"]["storm"] = "/no/such"
+    with pytest.raises(ValueError, match=r"interventions\['storm'\]='/no/such': .*No such file"):
+        plugin.put_settings(AsyncEngineArgs(**named))
 
 
 def test_names_of_the_front_end_are_probed_where_there_is_one(monkeypatch, letters_model):
@@ -106,6 +111,34 @@ def test_max_tokens_of_who_says_none():
     for most, default, expected in ((8, 16, 8), (256, 16, 16), (None, 300, 300)):
         params = SimpleNamespace(max_tokens=default)
         assert _Client(client, False, most).generate("a", params, "id") == expected
+
+
+def test_a_counterfactual_group_has_one_row_more():
+    """So says the front end, before an engine is asked."""
+    from types import SimpleNamespace
+
+    from vllm import SamplingParams
+
+    from fastsmc import SMCParams
+    from fastsmc.vllm.llm import LLM
+    from fastsmc.vllm.serve.errors import GroupError
+    from fastsmc.vllm.serve.outputs import check
+
+    config = SimpleNamespace(
+        additional_config={},
+        model_config=SimpleNamespace(get_vocab_size=lambda: 8, skip_tokenizer_init=False, max_model_len=64),
+        scheduler_config=SimpleNamespace(max_num_seqs=16, max_num_batched_tokens=64),
+        cache_config=SimpleNamespace(num_gpu_blocks=100, block_size=16),
+    )
+    for n, text, param in ((15, [5], None), (16, [5], "n_particles"), (16, None, None), (4, [9], "smc_counterfactual")):
+        params: SamplingParams = LLM.lead_params(SMCParams(n_particles=n), counterfactual=text)
+        request = SimpleNamespace(sampling_params=params, prompt_token_ids=[1])
+        if param is None:
+            check(request, config, None)
+            continue
+        with pytest.raises(GroupError) as caught:
+            check(request, config, None)
+        assert (caught.value.param, caught.value.http_status) == (param, 400)
 
 
 def test_restarted_group():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import math
 import subprocess
@@ -12,7 +13,7 @@ import time
 
 import pytest
 
-from .conftest import KEY, LETTERS, MAX_GROUPS, MODEL_ARGS, httpx
+from .conftest import CALM, KEY, LETTERS, MAX_GROUPS, MODEL_ARGS, httpx
 from .process import running
 
 pytestmark = pytest.mark.engine
@@ -39,11 +40,11 @@ def events(response):
 
 
 @pytest.fixture(scope="module")
-def llm(letters_model):
+def llm(letters_model, calm):
     """The same engine as the server's, in this process."""
     from fastsmc import LLM
 
-    llm = LLM(str(letters_model), disable_log_stats=True, **MODEL_ARGS)
+    llm = LLM(str(letters_model), disable_log_stats=True, interventions={"calm": str(calm)}, **MODEL_ARGS)
     yield llm
     llm.shutdown()
 
@@ -53,6 +54,7 @@ def test_schema_and_key(server):
     fields = schema["components"]["schemas"]["SMCRequest"]["properties"]
     assert "number of particles" in fields["n_particles"]["description"] and fields["n_particles"]["default"] == 64
     assert {"messages", "potential_args", "twist", "n_samples", "return_genealogy", "stream"} <= fields.keys()
+    assert {"intervention", "counterfactual", "factual_temperature", "noise"} <= fields.keys()
     posts = [path for path, methods in schema["paths"].items() if path.startswith("/v1") and "post" in methods]
     assert "/v1/smc" in posts and "/v1/completions" in posts
     for path in posts:
@@ -173,6 +175,80 @@ def test_settings_everywhere(server, llm, twist_path, settings):
         assert any(p["token_ids"][-1] != 1 and p["finish_reason"] == "stop" for p in particles)
     if params.force_stop:
         assert {p["finish_reason"] for p in particles} == {"stop"}
+
+
+def test_interventions_everywhere(server, llm):
+    """One that the operator has named is what the program gives, and what it names; plain groups know nothing of it."""
+    from fastsmc import SMCParams
+    from fastsmc.potentials import Lexicon
+
+    params = SMCParams(**{name: value for name, value in TASK.items() if name != "prompt"})
+    potential = Lexicon(**LEXICON["potential_args"])
+    want, plain = llm.smc(PROMPT, params, potential, intervention=CALM), llm.smc(PROMPT, params, potential)
+    answer, other = server.smc(**TASK, **LEXICON, intervention="calm"), server.smc(**TASK, **LEXICON)
+    assert [p["token_ids"] for p in answer["particles"]] == want.token_ids
+    assert answer["log_z"] == pytest.approx(want.log_z, abs=1e-4) and abs(want.log_z - plain.log_z) > 0.01
+    assert [p["token_ids"] for p in other["particles"]] == plain.token_ids
+    lead = llm.lead_params(params, "lexicon", intervention="calm")
+    lead.extra_args["smc_potential_args"] = json.dumps(LEXICON["potential_args"])
+    [output] = llm.generate([PROMPT], lead, use_tqdm=False)
+    [summary] = server.post(
+        "/v1/completions", **xargs(**LEXICON, intervention="calm", ignore_generation_config=1)
+    ).json()["smc"]
+    for log_z in (output.kv_transfer_params["smc"]["log_z"], summary["log_z"]):
+        assert log_z == pytest.approx(want.log_z, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"intervention": "calm"}, {"intervention": "calm", "noise": "gumbel", "top_k": 20, "temperature": 1.5},
+                 {"factual_temperature": 1.0, "temperature": 0.6}]
+)  # fmt: skip
+def test_counterfactuals_everywhere(server, llm, settings):
+    """What `LLM.counterfactual` gives, from every route; and the whole of it in `smc_return_population`."""
+    from fastsmc import SMCParams
+    from fastsmc.counterfactuals import Counterfactuals
+    from fastsmc.interventions import Temperature
+    from fastsmc.vllm.serve.schemas import SMCPopulation
+
+    drawn = {"temperature": settings.get("factual_temperature", settings.get("temperature", 1.0))}
+    drawn |= {name: settings[name] for name in ("top_k",) if name in settings}
+    [particle] = server.smc(prompt=PROMPT, n_particles=1, max_tokens=8, ignore_eos=True, seed=5, **drawn)["particles"]
+    text = particle["token_ids"]
+    params = SMCParams(n_particles=24, max_tokens=10, seed=7, ignore_eos=True, **drawn)
+    change = [*(CALM if "intervention" in settings else ()), Temperature(settings.get("temperature", 1.0))]
+    want = llm.counterfactual(PROMPT, text, change, params=params, noise=settings.get("noise", "exact"))
+    assert 0 < want.expected_common_prefix < 8
+
+    task = {**TASK, "max_tokens": 10, "ignore_eos": True, "counterfactual": text, **settings}
+    answer = server.smc(**task, n_samples=3)
+    SMCPopulation.model_validate(answer)
+    particles, about = answer["particles"], answer["counterfactual"]
+    assert [p["token_ids"] for p in particles] == want.token_ids
+    assert [p["common_prefix"] for p in particles] == want.common_prefix.tolist()
+    assert [p["log_kernel"] for p in particles] == pytest.approx(want.log_kernel.tolist(), abs=1e-3)
+    assert (about["token_ids"], about["text"]) == (text, "".join(LETTERS[t] for t in text if t > 1))
+    assert about["log_probs"] == pytest.approx(want.factual_log_probs.tolist(), abs=1e-4)
+    assert about["stay"] == pytest.approx(want.stay.tolist(), abs=1e-4)
+    assert about["survival"] == pytest.approx(want.survival.tolist(), abs=1e-4)
+    assert about["expected_common_prefix"] == pytest.approx(want.expected_common_prefix, abs=1e-4)
+
+    shared = {name: task.pop(name) for name in ("ignore_eos", "top_k", "temperature") if name in task}
+    body = {**xargs(task, n=3, ignore_generation_config=1, return_population=1), **shared}
+    chat = {**body, "messages": [{"role": "user", "content": PROMPT}]}
+    chat.pop("prompt")
+    for path, asked in (("/v1/completions", body), ("/v1/chat/completions", chat)):
+        [summary] = server.post(path, **asked).json()["smc"]
+        population = Counterfactuals.from_bytes(base64.b64decode(summary["population"]))
+        assert population.token_ids == want.token_ids and population.factual_ids == text
+        assert population.stay == pytest.approx(want.stay, abs=1e-4)
+        about = summary["counterfactual"]
+        assert about["token_ids"] == text and about["stay"] == population.stay.tolist()
+        assert about["sample_common_prefixes"] == [particles[i]["common_prefix"] for i in answer["samples"]]
+    *_, last = events(server.post("/v1/completions", **body, stream=True))
+    assert last["smc"][0]["counterfactual"]["stay"] == population.stay.tolist()
+    with server.client.stream("POST", "/v1/smc", json={**task, **shared, "stream": True}) as response:
+        *_, last = (json.loads(line) for line in response.iter_lines())
+    assert last["counterfactual"] == answer["counterfactual"] and last["particles"] == particles
 
 
 def test_stream_of_steps(server):
@@ -315,9 +391,22 @@ SMC_REFUSALS = [
     ({"prompt": [99]}, 400, None),  # vLLM's own words
     ({"prompt": None}, 400, "prompt"),
     ({"presence_penalty": 1.0}, 400, "presence_penalty"),
+    ({"intervention": "storm"}, 400, "intervention"),
+    ({"counterfactual": []}, 400, "counterfactual"),
+    ({"counterfactual": [5, 99]}, 400, "counterfactual"),
+    ({"counterfactual": [5, 1, 6]}, 400, "counterfactual"),  # on after a stop token
+    ({"counterfactual": [5] * 260}, 400, "counterfactual"),
+    ({"counterfactual": [5], "allowed_token_ids": [6]}, 400, "counterfactual"),  # which p0 gives no probability
+    ({"counterfactual": [5], "factual_temperature": 0}, 400, "factual_temperature"),
+    ({"counterfactual": [5], "noise": "loud"}, 400, "noise"),
+    ({"counterfactual": [5], "noise": "gumbel", **LEXICON}, 400, "noise"),
+    ({"noise": "gumbel"}, 400, "noise"),
+    ({"counterfactual": [5], "facts": "a"}, 400, "facts"),
     ({"model": "no"}, 404, "model"),
     ({"potential": "fails"}, 500, None),
     ({"potential": "never"}, 422, None),
+    # nothing changes, which the potential rules out at once; the text has three more tokens
+    ({"counterfactual": [5, 6, 7, 8], "potential": "regex", "potential_args": {"pattern": "Q"}}, 422, None),
 ]
 
 
@@ -391,6 +480,13 @@ COMPLETION_REFUSALS = [
     ({"vllm_xargs": {"smc_n_particles": 300}}, 413, "max_particles"),
     ({"vllm_xargs": {"smc_n_particles": 8, "smc_potential": "never"}}, 422, None),
     ({"vllm_xargs": {"smc_n_particles": 8, "smc_potential": "fails"}}, 500, None),
+    ({"vllm_xargs": {"smc_n_particles": 8, "smc_intervention": "/etc/passwd"}}, 400, "smc_intervention"),
+    ({"vllm_xargs": {"smc_n_particles": 8, "smc_counterfactual": "ab"}}, 400, "smc_counterfactual"),
+    ({"vllm_xargs": {"smc_n_particles": 8, "smc_counterfactual": [5, 99]}}, 400, "smc_counterfactual"),
+    ({"vllm_xargs": {"smc_n_particles": 8, "smc_counterfactual": [5, 1, 6]}}, 400, "smc_counterfactual"),
+    ({"vllm_xargs": {"smc_n_particles": 8, "smc_counterfactual": [5], "smc_noise": 1}}, 400, "smc_noise"),
+    ({"vllm_xargs": {"smc_n_particles": 8, "smc_counterfactual": [5], "smc_facts": "a"}}, 400, "smc_facts"),
+    ({"vllm_xargs": {"smc_n_particles": 8, "smc_keep_logits": "a"}}, 400, "smc_keep_logits"),
     ({"n": 9}, 400, "n"),
     ({"temperature": 0}, 400, "temperature"),
     ({"presence_penalty": 1.0}, 400, "presence_penalty"),
@@ -464,6 +560,7 @@ def test_client_that_leaves(server, stream):
     """Its group and its blocks are gone within 2 s."""
     slow = {"n_particles": 16, "max_tokens": 200, "ignore_eos": True, "potential": "slow"}
     routes = [("/v1/smc", {"prompt": PROMPT, **slow}), ("/v1/completions", {**xargs(slow), "prompt": PROMPT})]
+    routes.append(("/v1/smc", {**routes[0][1], "counterfactual": [5] * 100, "intervention": "calm"}))
     routes[1][1]["vllm_xargs"].pop("smc_ignore_eos")
     chat = {name: value for name, value in routes[1][1].items() if name != "prompt"}
     routes.append(("/v1/chat/completions", chat | {"messages": [{"role": "user", "content": PROMPT}]}))
@@ -520,7 +617,9 @@ def test_aborted_by_the_operator(server, stream):
 def test_twelve_clients_at_once(server):
     """Each gets what it gets alone: groups that share no pass, ordinary requests, and refusals between them."""
     ordinary = {"model": "tiny", "prompt": PROMPT, "max_tokens": 16, "temperature": 0}
-    tasks = [("/v1/smc", {**TASK, **LEXICON, "seed": i, "alone": True}) for i in range(4)]
+    tasks = [("/v1/smc", {**TASK, **LEXICON, "seed": i, "alone": True}) for i in range(2)]
+    asked = {"counterfactual": [5, 6, 7, 8], "intervention": "calm"}
+    tasks += [("/v1/smc", {**TASK, **asked, "seed": i, "alone": True}) for i in range(2)]
     tasks += [("/v1/completions", xargs(**LEXICON, seed=i, alone=1, n=2)) for i in range(4)]
     tasks += [("/v1/completions", ordinary), ("/v1/completions", {**ordinary, "prompt": "xyz"})]
     tasks += [("/v1/smc", {**TASK, "n_particles": 0}), ("/v1/smc", {**TASK, "potential": "fails"})]

@@ -22,6 +22,7 @@ from vllm.entrypoints.serve.exception_handling.utils import sanitize_message
 from vllm.exceptions import GracefulHTTPError
 
 from fastsmc.params import PREFIX
+from fastsmc.vllm.request import COUNTERFACTUAL
 
 #: HTTP status by what the scheduler calls the error, which is the outcome in the metrics, too
 STATUS = {"refused": 400, "limit": 413, "impossible": 422, "potential": 500, "engine": 500, "busy": 503}
@@ -54,7 +55,8 @@ class GroupError(GracefulHTTPError):
     @classmethod
     def refusal(cls, error: ValueError) -> GroupError:
         """Makes the error of what one of our checks refused, whose message begins with the argument's name."""
-        return cls(400, str(error), _blamed(str(error)))
+        message = _in_keys(str(error))
+        return cls(400, message, _blamed(message))
 
     @classmethod
     def of_vllm(cls, error: Exception) -> GroupError:
@@ -66,7 +68,7 @@ class GroupError(GracefulHTTPError):
     @classmethod
     def of_payload(cls, payload: Mapping[str, Any]) -> GroupError:
         """Makes the error of a group that ended with one (`{"error": text, "error_kind": kind}`)."""
-        kind, message = payload.get("error_kind", "engine"), payload["error"]
+        kind, message = payload.get("error_kind", "engine"), _in_keys(payload["error"])
         param = _blamed(message) if kind in ("refused", "limit") else None
         hidden = ("error", "error_kind", "population", "progress")
         summary = {key: value for key, value in payload.items() if key not in hidden}
@@ -87,8 +89,13 @@ class GroupError(GracefulHTTPError):
         return JSONResponse(self.body(), status_code=self.http_status.value, headers=headers)
 
 
+def _in_keys(message: str) -> str:
+    """Puts the key in the place of the argument that calls in Python know by another name."""
+    return f"{COUNTERFACTUAL}: {message.removeprefix('text: ')}" if message.startswith("text: ") else message
+
+
 def _blamed(message: str) -> str | None:
-    """Reads from what was refused the argument that is to blame: of a potential, its arguments."""
+    """Reads from what was refused the key that is to blame: of a potential, its arguments."""
     if message.startswith("potential "):
         return PREFIX + "potential_args"
     match = _ARGUMENT.match(message)

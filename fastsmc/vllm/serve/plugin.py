@@ -90,9 +90,11 @@ def put_settings(arguments: EngineArgs) -> None:
     compat.check_arguments(vars(arguments) | {"data_parallel_size": 1})
     compat.check_names(current_platform.device_type, server=isinstance(arguments, AsyncEngineArgs))
     options = EngineOptions.of(arguments.additional_config)
-    for name in ("offline", "interventions"):
-        if getattr(options, name) and isinstance(arguments, AsyncEngineArgs):
-            raise ValueError(f"{KEY}.{name}=True: is fastsmc.LLM's alone; a server's requests come from its clients")
+    for name, more in (("offline", ""), ("interventions", f", who name what {KEY}.interventions.NAME=FILE gives")):
+        if getattr(options, name) is True and isinstance(arguments, AsyncEngineArgs):
+            what = f"is fastsmc.LLM's alone; a server's requests come from its clients{more}"
+            raise ValueError(f"{KEY}.{name}=True: {what}")
+    options.load_interventions()  # what is no such file is refused before the model is loaded
     replicas = arguments.data_parallel_size_local or arguments.data_parallel_size or 1
     os.environ.update(surroundings((arguments.tensor_parallel_size or 1) * replicas))
 

@@ -29,7 +29,9 @@ from vllm.entrypoints.serve.utils.api_utils import load_aware_call, validate_jso
 from vllm.entrypoints.serve.utils.sse_keep_alive import with_sse_keep_alive
 from vllm.sampling_params import RequestOutputKind
 
+from fastsmc.counterfactuals import Counterfactuals
 from fastsmc.params import GROUP_KEY, PREFIX
+from fastsmc.texts import texts_after
 from fastsmc.vllm.llm import LLM, read_population
 from fastsmc.vllm.options import EngineOptions
 from fastsmc.vllm.serve.errors import GroupError, answer_error, with_own_names
@@ -70,9 +72,14 @@ async def smc(body: SMCRequest, raw_request: Request) -> Response:
         )
     except ValueError as error:
         raise GroupError.refusal(error) from None
-    more = {"n_samples": body.n_samples, "potential_args": json.dumps(body.potential_args), "progress": body.stream}
-    if body.twist is not None:
-        more["twist"] = body.twist
+    more: dict[str, Any] = {
+        "n_samples": body.n_samples,
+        "potential_args": json.dumps(body.potential_args),
+        "progress": body.stream,
+    }
+    for name in ("twist", "intervention", "counterfactual", "factual_temperature", "noise"):
+        if (value := getattr(body, name)) is not None:
+            more[name] = value
     params.extra_args = {**(params.extra_args or {}), **{PREFIX + name: value for name, value in more.items()}}
     params.output_kind = RequestOutputKind.CUMULATIVE if body.stream else RequestOutputKind.FINAL_ONLY
     # vLLM wants it with stop strings; the population's texts come at the end
@@ -187,6 +194,20 @@ def population_body(population: Any, payload: dict[str, Any], genealogy: bool, t
             "particle_tokens": payload["particle_tokens"],
         },
     }
+    if isinstance(population, Counterfactuals):
+        columns = zip(population.common_prefix.tolist(), population.log_kernel.tolist(), strict=True)
+        for particle, (prefix, kernel) in zip(body["particles"], columns, strict=True):
+            particle |= {"common_prefix": prefix, "log_kernel": _finite(kernel)}
+        ids = population.factual_ids
+        text = None if tokenizer is None else texts_after(tokenizer, population.prompt_token_ids, [ids])[0]
+        body["counterfactual"] = {
+            "token_ids": ids,
+            "text": text,
+            "log_probs": population.factual_log_probs.tolist(),
+            "stay": population.stay.tolist(),
+            "survival": population.survival.tolist(),
+            "expected_common_prefix": population.expected_common_prefix,
+        }
     if genealogy:
         body["genealogy"] = {
             "ancestors": population.ancestors.tolist(),

@@ -26,6 +26,12 @@ class _Request(BaseModel):
     potential_args: dict[str, Any] = Field({}, description="its arguments")
     twist: str | None = Field(None, description="name of a learned twist among the server's")
     exact: list[list[int]] | None = Field(None, description="exact samples of the target: one, or n_particles of them")
+    intervention: str | None = Field(None, description="name of an intervention among the server's; part of p0")
+    counterfactual: list[int] | None = Field(
+        None, description="a text that p0 without the intervention drew here: the particles are its counterfactuals"
+    )
+    factual_temperature: float | None = Field(None, description="at which it was drawn; null: at `temperature`")
+    noise: str | None = Field(None, description="how counterfactuals are drawn: exact (null) or gumbel")
     alone: bool = Field(False, description="the group's rows are in no other group's forward passes")
     n_samples: int = Field(1, ge=1, description="independent draws by weight: `samples` of the answer")
     return_genealogy: bool = Field(False, description="the answer holds ancestors and tokens of every step")
@@ -86,6 +92,21 @@ class Particle(BaseModel):
     log_weight: float | None = Field(description="as in `Population.log_weights`; null: -inf")
     log_prob: float | None = Field(description="log p0 of its tokens; null: -inf")
     finish_reason: Literal["stop", "length", "dead"]
+    common_prefix: int | None = Field(
+        None, description="tokens that it has in common with the text, of counterfactuals"
+    )
+    log_kernel: float | None = Field(None, description="log-probability given the text, of counterfactuals; null: -inf")
+
+
+class Factual(BaseModel):
+    """Says of the text whose counterfactuals the particles are where they leave it; exact, from no sample."""
+
+    token_ids: list[int]
+    text: str | None = Field(description="null without a tokenizer")
+    log_probs: list[float] = Field(description="log p0 of its tokens as the model is")
+    stay: list[float] = Field(description="probability that a token stays where all before it did")
+    survival: list[float] = Field(description="probability that a token and all before it stay")
+    expected_common_prefix: float = Field(description="tokens that stay before the first that does not, on average")
 
 
 class Genealogy(BaseModel):
@@ -122,3 +143,4 @@ class SMCPopulation(BaseModel):
     samples: list[int] = Field(description="indexes of particles that were drawn by weight")
     usage: Usage
     genealogy: Genealogy | None = None
+    counterfactual: Factual | None = Field(None, description="of the text, if the request had one")
