@@ -420,7 +420,7 @@ class HFEngine(Effects):
         )  # fmt: skip
         parts = [(group, rows)]
         if evidence is not None:
-            *factual, followed = group.followers(*drawn or (None,))
+            *factual, followed = group.companions(*drawn or (None,))
             parts.insert(0, (followed, TrunkRows(self.trunk, prompt, 1, layers)))
             if drawn is not None:
                 parts.insert(0, (factual[0], TrunkRows(self.trunk, drawn[1], 1)))

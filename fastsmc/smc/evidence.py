@@ -36,7 +36,7 @@ class Factual(NamedTuple):
 class Evidence:
     """Holds a text, and at each step the logits that its next token was drawn from.
 
-    These are shown by a group that follows the text (`Group.followers`) as the model makes them; or all are there from
+    These are shown by a group that follows the text (`Group.companions`) as the model makes them; or all are there from
     the beginning, as another model made them.
 
     Beyond the text's end there is no evidence. That is said by a row all of whose mass is on one token: given that a

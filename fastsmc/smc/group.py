@@ -61,7 +61,7 @@ class Setup:
         kind: of the group.
         weighs_by_next: base proposal: unfinished particles are weighed by `logw_next`, since there is no `prefix`.
         exact: (K, T) int64 tokens of the exact samples, −1 after the end, or None.
-        watch: of a group that follows a text (`Group.followers`): is shown the logits (V,) of its only row at each
+        watch: of a group that follows a text (`Group.companions`): is shown the logits (V,) of its only row at each
             step, as p0 restricts them.
 
     Raises:
@@ -213,7 +213,7 @@ class Group(Setup):
         origin, same = (id(asker.origin), id(asker.engine)), (self.weighs_by_next, self.stop_token_ids)
         return *origin, *same, self.t, self.params.max_tokens
 
-    def followers(self, drawn: SMCParams | None, prompt: Sequence[int] | None = None) -> list[Group]:
+    def companions(self, drawn: SMCParams | None, prompt: Sequence[int] | None = None) -> list[Group]:
         """Makes the groups of one particle that follow the text of a counterfactual group: they are to take each step
         just before it, in any order, and show its evidence what the model says along the text.
 
@@ -230,18 +230,18 @@ class Group(Setup):
 
         n = len(evidence.token_ids)
         plain = SMCParams(n_particles=1, max_tokens=n)
-        intervened = self._follower(plain, self.prompt)
+        intervened = self._companion(plain, self.prompt)
         intervened.watch = lambda row: evidence.compare(restricted(row, intervened.t), self.params.temperature)
         if drawn is None:
             return [intervened]
         drawn = dataclasses.replace(
             drawn, n_particles=1, max_tokens=n, min_tokens=min(n, drawn.min_tokens), force_stop=False, stop=None
         )
-        factual = self._follower(drawn, self.prompt if prompt is None else prompt)
+        factual = self._companion(drawn, self.prompt if prompt is None else prompt)
         factual.watch = evidence.show
         return [factual, intervened]
 
-    def _follower(self, params: SMCParams, prompt: Sequence[int]) -> Group:
+    def _companion(self, params: SMCParams, prompt: Sequence[int]) -> Group:
         assert self.evidence is not None
         return Group(
             params, None, prompt, self.stop_token_ids, self.device, exact=[self.evidence.token_ids],

@@ -170,7 +170,7 @@ def check_fits(
     limits: Limits,
     first_reached: int = NOWHERE,
     text_len: int = 0,
-    n_followers: int = 0,
+    n_companions: int = 0,
 ) -> None:
     """Refuses a group that this engine can never run.
 
@@ -180,13 +180,13 @@ def check_fits(
     Args:
         first_reached: position of the prompt from which on an intervention gives it KV of its own; `NOWHERE`: none.
         text_len: tokens of the text that a counterfactual group is asked about.
-        n_followers: histories of this text beside the particles.
+        n_companions: histories of this text beside the particles.
 
     Raises:
         ValueError: naming the argument, its value and the limit.
     """
     n, size = params.n_particles, limits.block_size
-    if n_followers and n >= limits.max_num_seqs:
+    if n_companions and n >= limits.max_num_seqs:
         raise ValueError(
             f"n_particles={n}: counterfactuals need a row for their text, so at most {limits.max_num_seqs - 1} with "
             f"max_num_seqs={limits.max_num_seqs} of this engine"
@@ -212,8 +212,8 @@ def check_fits(
     never = params.ess_threshold == 0.0
     blocks = prompt_blocks + n * (columns if never else private) + (0 if never else columns - private)
     blocks += (again := intervened_blocks(first_reached, prompt_len, size))
-    if n_followers:
-        blocks += n_followers * text_blocks(text_len, prompt_len, size)
+    if n_companions:
+        blocks += n_companions * text_blocks(text_len, prompt_len, size)
     if blocks > limits.num_blocks:
         what = "never resampling, so sharing nothing" if never else "at the least"
         what += f", {again} of them for the prompt under its intervention" * (again > 0)

@@ -12,7 +12,7 @@ from fastsmc.params import SMCParams
 
 
 @dataclasses.dataclass(frozen=True)
-class Factual:
+class FactualText:
     """Says what text a counterfactual group is asked about.
 
     Attributes:
@@ -28,8 +28,8 @@ class Factual:
     facts: str | None = None
 
     @property
-    def n_followers(self) -> int:
-        """Counts the groups of one particle beside the counterfactual group (`Group.followers`)."""
+    def n_companions(self) -> int:
+        """Counts the groups of one particle beside the counterfactual group (`Group.companions`)."""
         return 2 if self.facts is None else 1
 
 
@@ -63,7 +63,7 @@ class GroupStart:
     adapter: Any = None  #: vLLM's LoRARequest; None: the model as it is
     intervention: str | None = None  #: name under which the workers keep it
     n_intervened_blocks: int = 0  #: of the blocks it gets, so many first ones are for the last columns of its prompt
-    factual: Factual | None = None
+    factual: FactualText | None = None
     keep_logits: str | None = None
 
 

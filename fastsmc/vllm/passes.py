@@ -157,7 +157,7 @@ class Member(NamedTuple):
         common: finds its tokens that are final, where these are asked for.
         variants: (P,) int64, what its interventions do at each position (`Interventions.of_positions`); None: it has
             none.
-        followers: the groups that follow its text, if it has one (`Group.followers`).
+        companions: the groups that follow its text, if it has one (`Group.companions`).
     """
 
     group: Group
@@ -166,12 +166,12 @@ class Member(NamedTuple):
     start: GroupStart
     common: CommonTokens | None = None
     variants: Tensor | None = None
-    followers: tuple[Member, ...] = ()
+    companions: tuple[Member, ...] = ()
 
     @property
     def parts(self) -> tuple[Member, ...]:
         """Lists the groups that a request stands for, in the order in which they take a step."""
-        return (*self.followers, self)
+        return (*self.companions, self)
 
     @property
     def done(self) -> bool:
@@ -180,7 +180,7 @@ class Member(NamedTuple):
     def grant(self, blocks: list[int]) -> None:
         """Adds blocks of the engine: to each part what it needs, the rest to the particles."""
         at = 0
-        for part in self.followers:
+        for part in self.companions:
             need = 0 if part.group.done else part.paging.need()
             part.paging.grant(blocks[at : at + need])
             at += need

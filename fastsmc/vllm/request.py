@@ -24,7 +24,7 @@ from fastsmc.smc.evidence import NOISES
 from fastsmc.values import check_choice, check_float, check_int
 from fastsmc.vllm import capacity
 from fastsmc.vllm.capacity import Limits
-from fastsmc.vllm.messages import Factual
+from fastsmc.vllm.messages import FactualText
 from fastsmc.vllm.options import EngineOptions
 
 #: fields of SamplingParams that would change p0 or the output in ways a group does not know: name → accepted values
@@ -118,7 +118,7 @@ class GroupRequest:
     stream_tokens: bool
     n_samples: int
     intervention: str | None = None
-    factual: Factual | None = None
+    factual: FactualText | None = None
     keep_logits: str | None = None
 
     @classmethod
@@ -223,7 +223,7 @@ class GroupRequest:
         n, length = self.params.n_particles, self.params.max_tokens
         if options.max_particles is not None and n > options.max_particles:
             raise OverLimit(f"n_particles={n}: at most max_particles={options.max_particles}", "max_particles")
-        followed = 0 if self.factual is None else self.n_followers * len(self.factual.token_ids)
+        followed = 0 if self.factual is None else self.n_companions * len(self.factual.token_ids)
         if options.max_particle_tokens is not None and n * length + followed > options.max_particle_tokens:
             text = f" and {followed} tokens along the text" * (followed > 0)
             raise OverLimit(
@@ -233,8 +233,8 @@ class GroupRequest:
             )
 
     @property
-    def n_followers(self) -> int:
-        return 0 if self.factual is None else self.factual.n_followers
+    def n_companions(self) -> int:
+        return 0 if self.factual is None else self.factual.n_companions
 
     def check_fits(
         self, prompt_len: int, lookahead: int, limits: Limits, named: Mapping[str, int] | None = None
@@ -249,7 +249,7 @@ class GroupRequest:
         """
         text_len = 0 if self.factual is None else len(self.factual.token_ids)
         capacity.check_fits(
-            self.params, prompt_len, lookahead, limits, self.first_reached(named), text_len, self.n_followers
+            self.params, prompt_len, lookahead, limits, self.first_reached(named), text_len, self.n_companions
         )
 
     def first_reached(self, named: Mapping[str, int] | None = None) -> int:
@@ -280,7 +280,7 @@ class GroupRequest:
         return int(potentials.resolve(self.potential, args, options.known_potentials()).lookahead)
 
 
-def _read_factual(extra: Mapping[str, Any], params: SMCParams, potential: str | None) -> Factual | None:
+def _read_factual(extra: Mapping[str, Any], params: SMCParams, potential: str | None) -> FactualText | None:
     """Reads what text a group is asked about. ValueError: naming the key, its value and what is allowed."""
     ids, facts = extra.get(COUNTERFACTUAL), extra.get(PREFIX + "facts")
     others = [name for name in ("factual_temperature", "noise", "facts") if extra.get(PREFIX + name) is not None]
@@ -300,7 +300,7 @@ def _read_factual(extra: Mapping[str, Any], params: SMCParams, potential: str | 
         raise ValueError("smc_noise='gumbel': takes no potential, whose resampling would give particles other numbers")
     if facts is not None and not isinstance(facts, str):
         raise ValueError(f"smc_facts={short(facts)}: must be a name")
-    return Factual(ids, temperature, noise, facts)
+    return FactualText(ids, temperature, noise, facts)
 
 
 def name_intervention(number: str, layers: Iterable[LayerIntervention]) -> str:

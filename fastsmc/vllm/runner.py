@@ -217,7 +217,7 @@ class ParticleRunner:
         try:
             groups = [self.groups[request_id] for request_id in ready]
             # those that follow a text show its logits before anybody is compared with them, whatever the cohorts
-            members = [*(part for group in groups for part in group.followers), *groups]
+            members = [*(part for group in groups for part in group.companions), *groups]
             return Pass(self.model, self.tables, [m for m in members if not m.group.done]), set(ready)
         except Exception as error:
             self._fail(ready, results, error)
@@ -318,16 +318,16 @@ class ParticleRunner:
                 start = replace(start, prompt_blocks=[*start.prompt_blocks[:-n], *ours])
                 begin = (len(start.prompt_blocks) - n) * self.model.block_size
                 self._unwritten[request_id] = Unwritten(start, begin, variants)
-        followers: list[Member] = []
+        companions: list[Member] = []
         if start.factual is not None:
             drawn = replace(start.params, temperature=start.factual.temperature)
-            followed = group.followers(drawn if start.factual.facts is None else None)
+            followed = group.companions(drawn if start.factual.facts is None else None)
             followed[-1].blame = group.blame
             for one in followed[:-1]:
-                followers.append(self._member(one, as_it_was, [blocks.pop()]))
-            followers.append(self._member(followed[-1], start, [blocks.pop()], variants))
+                companions.append(self._member(one, as_it_was, [blocks.pop()]))
+            companions.append(self._member(followed[-1], start, [blocks.pop()], variants))
         member = self._member(group, start, blocks, variants)
-        self.groups[request_id] = member._replace(common=common, followers=tuple(followers))
+        self.groups[request_id] = member._replace(common=common, companions=tuple(companions))
 
     def _member(self, group: Group, start: GroupStart, blocks: list[int], variants: Tensor | None = None) -> Member:
         """Gives a group its place in the block tables, and its first blocks."""

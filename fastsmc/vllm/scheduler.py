@@ -83,7 +83,7 @@ class _Group:
     @property
     def n(self) -> int:
         """Counts the rows that it has in a forward pass at most."""
-        return self.asked.params.n_particles + self.asked.n_followers
+        return self.asked.params.n_particles + self.asked.n_companions
 
 
 if TYPE_CHECKING:
@@ -207,7 +207,7 @@ class _SMCMixin(_Scheduler):
                 prompt_len, params = group.request.num_prompt_tokens, group.asked.params
                 columns = first_columns(params, prompt_len, group.lookahead, self._limits.block_size)
                 # a text's histories begin with one block each, the one that the prompt's end is in
-                first = params.n_particles * columns + group.asked.n_followers + self._intervened_blocks(group)
+                first = params.n_particles * columns + group.asked.n_companions + self._intervened_blocks(group)
                 group.short = first + self._prompt_blocks(group) > free
             if self._rows(group) > rows or group.short:
                 passed.append(group)
