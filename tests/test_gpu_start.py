@@ -23,7 +23,7 @@ MODULES = "worker attention attention.gpu attention.costs scheduler llm model ra
 for name in MODULES.split() + ["warm_up", "riding", "batch_bits"]:
     importlib.import_module(f"fastsmc.vllm.{name}")
 from fastsmc.vllm import compat
-from fastsmc.vllm.llm import engine_args
+from fastsmc.vllm.starting import engine_args
 compat.check_names = lambda device: None  # it probes what the platform of this machine has
 from vllm.platforms import current_platform
 kind = type(current_platform)

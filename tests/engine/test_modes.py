@@ -140,7 +140,7 @@ def test_a_progress_bar_counts_particle_steps(engine, capfd, all_blocks_back):
 )
 def test_unsupported_arguments_are_refused_by_name(arguments, said):
     from fastsmc.vllm import compat
-    from fastsmc.vllm.llm import engine_args
+    from fastsmc.vllm.starting import engine_args
 
     with pytest.raises(compat.UnsupportedError, match=said):
         engine_args(arguments)
@@ -149,7 +149,7 @@ def test_unsupported_arguments_are_refused_by_name(arguments, said):
 def test_arguments_that_ask_for_nothing_are_taken():
     from vllm.config import AuxOutputConfig, CompilationConfig
 
-    from fastsmc.vllm.llm import engine_args
+    from fastsmc.vllm.starting import engine_args
 
     given = {"logits_processors": [], "watermark_config": None, "enable_prompt_embeds": False, "runner": "generate"}
     given |= {

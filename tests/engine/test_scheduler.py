@@ -21,11 +21,12 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from fastsmc import SMCParams
 from fastsmc.vllm import scheduler
-from fastsmc.vllm.llm import LLM, engine_args
+from fastsmc.vllm.llm import LLM
 from fastsmc.vllm.messages import GroupResult
 from fastsmc.vllm.options import EngineOptions
 from fastsmc.vllm.pace import DECODE_STEPS, FIRST_ROWS, LEAST_ROWS, PREFILL_SHARE, RIDES, Pace
 from fastsmc.vllm.scheduler import make_scheduler
+from fastsmc.vllm.starting import engine_args
 
 ROWS, BLOCKS, BLOCK_SIZE = 64, 60, 16
 init_none_hash(sha256)

@@ -28,8 +28,8 @@ def test_inert_unless_named(environment):
 def test_settings(monkeypatch, letters_model, calm):
     from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 
-    from fastsmc.vllm.llm import engine_args
     from fastsmc.vllm.serve import plugin
+    from fastsmc.vllm.starting import engine_args
 
     monkeypatch.setenv("VLLM_PLUGINS", "fastsmc")
     monkeypatch.setattr(plugin.os, "environ", {**plugin.os.environ})

@@ -72,8 +72,8 @@ def put_settings(arguments: EngineArgs) -> None:
     from vllm.platforms import current_platform
 
     from fastsmc.vllm import compat
-    from fastsmc.vllm.llm import group_settings, surroundings
     from fastsmc.vllm.options import KEY, EngineOptions
+    from fastsmc.vllm.starting import group_settings, surroundings
 
     settings = group_settings(arguments.max_num_batched_tokens)
     for name, stock in (("scheduler_cls", None), ("worker_cls", "auto")):
