@@ -67,6 +67,7 @@ class Model:
         elif self.attend.costs is None:
             self._measure_attend({name: context[name] for name in self.attending})
         self.interventions = Interventions(self._model, self.device)
+        EngineOptions.of(self._config.additional_config).load_interventions(self.interventions.put)
         self.riding = Riding(model_runner, self.layers, self.device, self.interventions)
         if self.riding.why_not is None:
             logger.info("rows of groups ride in ordinary steps that only decode")

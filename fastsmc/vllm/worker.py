@@ -27,7 +27,6 @@ from fastsmc.ops._tensors import built_backends, missing_on_gpu
 from fastsmc.vllm import attention, capacity, compat, interventions
 from fastsmc.vllm.compat import get_logger
 from fastsmc.vllm.messages import GroupResult
-from fastsmc.vllm.options import EngineOptions
 from fastsmc.vllm.ranks import Follower, make_runner
 from fastsmc.vllm.runner import ParticleRunner
 
@@ -62,8 +61,6 @@ class SMCWorkerMixin(_Worker):
 
     def compile_or_warm_up_model(self) -> Any:
         self.smc_runner = make_runner(self.model_runner)
-        options = EngineOptions.of(self.vllm_config.additional_config)
-        options.load_interventions(self.smc_runner.interventions.put)
         if isinstance(self.smc_runner, ParticleRunner):
             self.smc_runner.shelf.open()
         return super().compile_or_warm_up_model()
