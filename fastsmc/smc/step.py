@@ -149,10 +149,11 @@ class Step:
         shaped = twist if not any(self._stops) else self._must_stop(twist, logits.shape[1])
         inputs: dict[str, Any] = {} if shaped is None else shaped.rounded()._asdict()
         rows = torch.where(active, particles.rows, -1)
-        inputs |= {"logit_rows": rows, "temperature": self._temperature}
         model, by_law = logits, shaped is not None or forced is not None or self.kind.noise == "gumbel"
-        if factual is not None and by_law:
-            logits = self._law(model, factual)
+        temperature = self._temperature
+        if factual is not None and by_law:  # which holds it
+            logits, temperature = self._law(model, factual), torch.ones_like(temperature)
+        inputs |= {"logit_rows": rows, "temperature": temperature}
         weighed = ops.weigh(logits, **inputs)
         self.check(weighed.lse.isnan(), MODEL, rows)
         if twist is not None:
@@ -176,7 +177,7 @@ class Step:
         else:
             drawn = ops.draw(logits, weighed, parents, u, **inputs)
         if forced is not None:
-            drawn = self._force(drawn, forced, active, logits, weighed, parents, shaped)
+            drawn = self._force(drawn, forced, active, logits, temperature, weighed, parents, shaped)
         kernel = None if factual is None else drawn.log_prob
         if factual is not None:
             drawn = self._under_model(drawn, model, None if by_law else weighed)
@@ -212,11 +213,11 @@ class Step:
             particles=self.layout.local, logit_rows=rows, factual_rows=of, temperature=self._temperature,
             factual_temperature=factual.temperature[of],
         )  # fmt: skip
-        log_prob = law[rows.clamp(min=0), tokens.clamp(min=0)].double() / self._temperature
+        log_prob = law[rows.clamp(min=0), tokens.clamp(min=0)].double()
         return ops.Drawn(tokens, log_prob, torch.zeros_like(log_prob))
 
     def _law(self, logits: Tensor, factual: Factual) -> Tensor:
-        """Makes of the model's rows (R, V) those that counterfactual tokens are drawn from, by their law."""
+        """Makes of the model's rows (R, V) the law of counterfactual tokens, to be drawn from at temperature 1."""
         of, places = factual.group_of, torch.arange(len(factual.logits), device=self.device)
         temperature = self._temperature[self.layout.offsets[:-1]][of]
         law = ops.redraw_logits(
@@ -224,8 +225,7 @@ class Step:
             factual_temperature=factual.temperature[of],
         )  # fmt: skip
         none = ops.weigh(logits, temperature=temperature).lse == -math.inf  # which have no law
-        law = law.masked_fill_(none[:, None], -math.inf)
-        return law.mul_(temperature[:, None])  # as the draw will divide by it
+        return law.masked_fill_(none[:, None], -math.inf)
 
     def _under_model(self, drawn: ops.Drawn, model: Tensor, weighed: ops.Weighed | None) -> ops.Drawn:
         """Puts the model's log-probs in the place of those of the law; `weighed` are its rows, if they are known."""
@@ -275,12 +275,12 @@ class Step:
         particles.count.copy_(torch.where(siblings, self.of(size), particles.count))
 
     def _force(
-        self, drawn: ops.Drawn, forced: Tensor, active: Tensor, logits: Tensor, weighed: ops.Weighed, parents: Tensor,
-        twist: NextRows | None,
+        self, drawn: ops.Drawn, forced: Tensor, active: Tensor, logits: Tensor, temperature: Tensor,
+        weighed: ops.Weighed, parents: Tensor, twist: NextRows | None,
     ) -> ops.Drawn:  # fmt: skip
         """Puts the tokens of exact samples (M,) in the place of what the particles that retain them drew."""
         at, token = active & self.particles.retained & (forced >= 0), forced.clamp(0, logits.shape[1] - 1)
-        z = logits[self.particles.rows.clamp(min=0), token].double() / self._temperature
+        z = logits[self.particles.rows.clamp(min=0), token].double() / temperature
         log_prob = torch.where(at, z - weighed.lse[parents], drawn.log_prob)
         psi = drawn.log_psi
         if twist is not None:

@@ -114,6 +114,18 @@ def test_eager_and_compiled_greedy_tokens(engine, compiled, tiny_path):
     check(tiny_path, plain, prompts, [[]] * 5)
 
 
+def test_counterfactuals_by_a_compiled_model(engine, compiled):
+    """In passes of 64 tokens at most, which many texts fill; where nothing is changed nothing changes."""
+    params, n = SMCParams(n_particles=5, max_tokens=20, ignore_eos=True), 30
+    prompts, texts = [prompt_of(20 + i, i) for i in range(n)], [prompt_of(20, 50 + i) for i in range(n)]
+    changes = [[EACH["steer"]] if i % 3 == 0 else [Steer(0, noise(H), 0.0)] if i % 3 == 1 else None for i in range(n)]
+    want, found = (each.counterfactual(prompts, texts, changes, params=params) for each in (engine, compiled))
+    for i, (one, other) in enumerate(zip(want, found, strict=True)):
+        assert np.abs(one.stay - other.stay).max() < TOLERANCE
+        if i % 3:
+            assert other.token_ids == [texts[i]] * 5 and (other.stay == 1.0).all()
+
+
 def test_a_process_of_its_own_and_a_prompt_in_chunks(process_engine, tiny_path):
     prompts, lists = [prompt_of(200), prompt_of(33)], [LISTS["at one site"], LISTS["steer positions"]]
     populations = process_engine.smc(prompts, PARAMS, POTENTIAL, intervention=lists)
