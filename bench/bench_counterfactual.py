@@ -47,8 +47,8 @@ HIGHEST = {"edit": 1.5, "steering": 2.0}
 STRENGTHS = {"steering, half": 0.5, "steering": 1.0, "steering, twice": 2.0}
 #: particles and tokens per start of the texts whose keys are the common ones
 COMMON = (16, 40)
-#: texts that are sampled by the published procedure: an opening under an intervention each
-SAMPLED, SAMPLES = ((0, "steering"), (1, "temperature"), (15, "edit")), 200
+#: what is sampled by the published procedure: an opening under an intervention each, texts that are not left at once
+SAMPLED, SAMPLES = ((0, "steering"), (33, "temperature"), (15, "edit")), 200
 TOP_K, MISMATCHED = 50, 10
 RESAMPLES, FEW = 10_000, 5.0
 #: tokens after which survival is kept
