@@ -366,9 +366,9 @@ def counterfactual(result: Result) -> list[str]:
         "",
         f"Success without an intervention: {untouched}. The latter is at most {reach:.3f} at any temperature of "
         f"{', '.join(result['reach'])}.",
-        f"Texts drawn with top_k={result['top_k']}, hindsight by the whole softmax: the law of the first counterfactual token "
-        f"is {min(far):.2f} to {max(far):.2f} from the steered model's in total variation on {len(far)} openings, and as "
-        f"much as {most('published_from_top_k'):.2f} from its law with top_k; with the mechanism stated, at most "
+        f"Texts drawn with top_k={result['top_k']}, hindsight by the whole softmax: the law of the first "
+        f"counterfactual token is {min(far):.2f} to {max(far):.2f} from the steered model's in total variation on "
+        f"{len(far)} openings, and up to {most('published_from_top_k'):.2f} from its law with top_k; with the mechanism stated, at most "
         f"{max(most('stated_from_top_k'), most('stated_from_full')):.0e}.",
     ]
 
