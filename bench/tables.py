@@ -368,8 +368,8 @@ def counterfactual(result: Result) -> list[str]:
         f"{', '.join(result['reach'])}.",
         f"Texts drawn with top_k={result['top_k']}, hindsight by the whole softmax: the law of the first "
         f"counterfactual token is {min(far):.2f} to {max(far):.2f} from the steered model's in total variation on "
-        f"{len(far)} openings, and up to {most('published_from_top_k'):.2f} from its law with top_k; with the mechanism "
-        f"stated, at most {max(most('stated_from_top_k'), most('stated_from_full')):.0e}.",
+        f"{len(far)} openings, and up to {most('published_from_top_k'):.2f} from its law with top_k; with the "
+        f"mechanism stated, at most {max(most('stated_from_top_k'), most('stated_from_full')):.0e}.",
     ]
 
 
