@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Measures on a CPU what bench/results says of one, most telling first:
 #
-#   bash bench/cpu.sh OUTDIR [part…]         default: all parts but serve, soak, groups, infill and order
+#   bash bench/cpu.sh OUTDIR [part…]         default: all parts but serve, soak, groups, infill, order and counterfactual
 #   AGAINST=../old bash bench/cpu.sh OUTDIR against      steps of this tree and of another, in turn
 #
 # part           minutes on two quiet cores, and what for
@@ -15,6 +15,8 @@
 # peers          5    genlm-control in turn with fastsmc; PEER: its interpreter (bench/peers/.venv/bin/python)
 # infill        25    training and divergences: numbers that a busy machine does not change, only their time
 # order          2    orders of ancestors: the same
+# counterfactual 20   where texts are left under interventions: the same
+# counterfactual_time 10  counterfactuals against the published procedure and against smc, in turn
 # p0             4    steps with top_k, top_p, min_p against steps without
 # intervene      6    what interventions cost a step; two engines in turn, with places for them and without
 # serve         15    a server against the engine in process, and against a stock server
@@ -27,7 +29,7 @@
 set -u
 cd "$(dirname "$0")/.."
 if [ $# -eq 0 ]; then
-  sed -n '2,26s/^# \{0,1\}//p' "$0" >&2
+  sed -n '2,28s/^# \{0,1\}//p' "$0" >&2
   exit 2
 fi
 python=${PYTHON:-.venv/bin/python}
@@ -79,6 +81,8 @@ for part in $parts; do
     twist) bench twist_cpu bench_twist.py ;;
     peers) bench peers_cpu peers/fastsmc_bench.py --peer "$peer" ;;
     infill) bench infill_cpu bench_infill.py ;;
+    counterfactual) OMP_NUM_THREADS=1 bench counterfactual_cpu bench_counterfactual.py found ;;
+    counterfactual_time) bench counterfactual_time_cpu bench_counterfactual.py time ;;
     order) bench resample_order bench_order.py ;;
     *)
       echo "$part: no such part; see the list at the top of bench/cpu.sh" >&2

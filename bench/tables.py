@@ -1,4 +1,4 @@
-"""Writes the tables of README files and docs from the result files, each with the set-up that it is of.
+"""Writes the tables of documents from the result files, each with the set-up that it is of.
 
     python bench/tables.py [--check] [FILE…]         default: `FILES`
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -338,9 +339,91 @@ def order(result: Result) -> list[str]:
     ]
 
 
+def counterfactual(result: Result) -> list[str]:
+    def span(low: float, high: float) -> str:
+        return f"{low:.2f} to {high:.2f}"
+
+    lines = table(
+        "target | intervention | success | tokens kept of "
+        f"{result['max_tokens']}, mean | 95 % | median | share | P(text unchanged), mean",
+        (
+            (
+                r["target"].strip(), r["kind"], f"{r['success']:.3f}", f"**{r['mean']:.2f}**", span(*r["interval"]),
+                f"{r['median']:.2f}", f"{r['share']:.0%}", f"{r['unchanged']:.3f}",
+            )
+            for r in result["records"]
+        ),
+    )  # fmt: skip
+    lines += ["", "Text by text, by how much more tokens are kept:", ""]
+    lines += table(
+        "target | of one | than of the other | tokens, mean | 95 % | texts with more",
+        (
+            (
+                r["target"].strip(), r["more"], r["less"], f"{r['mean']:.2f}", span(*r["interval"]),
+                f"{r['longer']:.0%}",
+            )
+            for r in result["differences"]
+        ),
+    )  # fmt: skip
+    checks = result["sampled"]
+    lines += ["", f"Tokens kept: the exact curve, and {checks[0]['samples']} texts by the published procedure:", ""]
+    lines += table(
+        "opening | intervention | exact | sampled | chi² of where texts are left | p",
+        (
+            (
+                r["opening"], r["kind"], f"{r['exact_prefix']:.2f}",
+                f"{r['sampled_prefix']:.2f} ± {r['sampled_prefix_se']:.2f}",
+                f"{r['chi2']:.1f}, {r['df']} degrees of freedom", f"{r['p']:.2f}",
+            )
+            for r in checks
+        ),
+    )  # fmt: skip
+
+    def most(key: str) -> float:
+        return max(r[key] for r in result["mismatch"])
+
+    far = [r["published_from_full"] for r in result["mismatch"]]
+    untouched = ", ".join(f"{value:.3f} for{target}" for target, value in result["untouched"].items())
+    reach = max(result["reach"].values())
+    return [
+        *lines,
+        "",
+        f"Success without an intervention: {untouched}. The latter is at most {reach:.3f} at any temperature of "
+        f"{', '.join(result['reach'])}.",
+        f"Texts drawn with top_k={result['top_k']}, hindsight by the whole softmax: the law of the first "
+        f"counterfactual token is {min(far):.2f} to {max(far):.2f} from the steered model's in total variation on "
+        f"{len(far)} openings, and up to {most('published_from_top_k'):.2f} from its law with top_k; with the "
+        f"mechanism stated, at most {max(most('stated_from_top_k'), most('stated_from_full')):.0e}.",
+    ]
+
+
+def counterfactual_time(result: Result) -> list[str]:
+    engine = result["engine"]
+    return table(
+        f"n | tokens | published procedure, s | {engine}, s | ratio | `smc`, s | counterfactual : `smc` | "
+        "`smc` under the intervention, s | counterfactual : that",
+        (
+            (
+                r["n"], r["max_tokens"],
+                *(f"{statistics.median(r['seconds'][k]):.2f}" for k in ("published", "counterfactual")),
+                f"**{r['ratio']['published']['median']:.1f}**",
+                *(
+                    cell
+                    for k in ("smc", "smc, steered")
+                    for cell in (
+                        f"{statistics.median(r['seconds'][k]):.2f}", f"**{r['ratio'][k]['median']:.2f}**",
+                    )
+                ),
+            )
+            for r in result["records"]
+        ),
+    )  # fmt: skip
+
+
 TABLES: dict[str, Callable[[Result], list[str]]] = {
     "smc": smc, "step": step, "ops": ops, "attend steps": attend_steps, "attend ops": attend_ops, "twist": twist,
-    "peers": peers, "order": order, "groups": groups, "intervene": intervene,
+    "peers": peers, "order": order, "groups": groups, "intervene": intervene, "counterfactual": counterfactual,
+    "counterfactual time": counterfactual_time,
 }  # fmt: skip
 
 

@@ -1,11 +1,13 @@
 """bench/: every result file says how it was made, and is written by the one function that knows."""
 
 import ast
+import functools
 import json
 import os
 import re
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import pytest
@@ -301,8 +303,14 @@ def test_a_name_that_is_gone_is_said():
     assert clock.spent["describe"] > 0
 
 
-@pytest.mark.parametrize("name", ("bench/README.md", "README.md", "docs/counterfactuals.md"))
-def test_tables_say_what_the_results_say(name):
+def test_tables_say_what_the_results_say():
+    import tables
+
+    for name in tables.FILES:
+        check_tables(name)
+
+
+def check_tables(name):
     import tables
 
     text = (BENCH.parent / name).read_text()
@@ -326,3 +334,89 @@ def test_a_table_is_followed_by_its_set_up(tmp_path, monkeypatch):
     about = machine.machine()
     assert about["command"] in text and f"torch {about['versions']['torch']}" in text
     assert tables.renew(text) == text
+
+
+class Words:
+    """A tokenizer whose tokens are words, as far as a bench needs one: their checksums in a vocabulary of 64."""
+
+    eos_token_id = None
+
+    def encode(self, text, add_special_tokens=True):
+        return [zlib.crc32(word.encode()) % 64 for word in re.findall(r"\s*\S+", text)]
+
+    def decode(self, ids, skip_special_tokens):
+        return "".join(f" {token}" for token in ids)
+
+    def get_vocab(self):
+        return {}
+
+
+def test_counterfactuals_of_a_tiny_model(tmp_path, monkeypatch, capsys):
+    """`bench_counterfactual.py`, found and time: the published procedure agrees with the exact curve."""
+    import bench_counterfactual as bench
+    import openings
+    import tables
+    from intervened import EACH
+    from machine import write_result
+    from tiny import make_llama
+
+    from fastsmc.hf import HFEngine
+    from fastsmc.interventions import Steer, Temperature
+
+    for name, value in {
+        "MAX_TOKENS": 6, "KEPT": (1, 6), "SAMPLES": 2000, "MISMATCHED": 2, "TOP_K": 8, "TEMPERATURES": (0.5, 1.0),
+        "STEER_LAYER": 1, "SAMPLED": ((0, "steering"), (1, "temperature"), (2, "edit")), "COMMON": (2, 100),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(bench, name, value)
+    monkeypatch.setattr(openings, "OPENINGS", openings.OPENINGS[:4])
+    engine = HFEngine(make_llama(tmp_path / "tiny", 64), Words(), stop_token_ids=[])
+    success = bench.Success(engine, bench.Published(engine.trunk.model))
+
+    # the edit of this model can be fitted and scaled; steering, with words that mean nothing, is taken as it comes
+    full = bench.RankOne.edit(engine, openings.EDIT_PROMPT, openings.SUBJECT, openings.TRUE, 0, [[*range(64)] * 3])
+    level = (success.mean(openings.TRUE, None) + success.mean(openings.TRUE, full)) / 2
+    make = functools.partial(bench.scaled, full)
+    scale = bench.solve(success, openings.TRUE, make, level, 1.0)
+    assert 0 < scale < 1 and success.mean(openings.TRUE, make(scale)) == pytest.approx(level, abs=1e-4)
+    with pytest.raises(ValueError, match=r"level=0\.900: is out of reach for Ottawa"):
+        bench.solve(success, openings.TRUE, make, 0.9, 1.0)
+
+    def made(*_):
+        for target in (openings.TRUE, openings.FALSE):
+            yield bench.Change(target, "edit", 1.0, EACH["rank one"])
+            for kind, strength in bench.STRENGTHS.items():
+                steer = Steer(1, EACH["steer"].vector, 0.2 * strength)
+                yield bench.Change(target, kind, strength, steer)
+            yield bench.Change(target, "temperature", 0.7, Temperature(0.7))
+
+    monkeypatch.setattr(bench, "changes", made)
+    found = bench.bench_found(engine)
+    assert [check["df"] >= 2 and check["p"] > 1e-4 for check in found["sampled"]] == [True] * 3
+    assert all(len(record["prefix"]) == 4 and 0 < record["mean"] < 6 for record in found["records"])
+    assert {d["mean"] > 0 for d in found["differences"] if "steering" in d["more"]} == {True}  # stronger leaves sooner
+    for record in found["mismatch"]:
+        assert max(record["stated_from_full"], record["stated_from_top_k"]) < 1e-6
+        assert min(record["published_from_full"], record["published_from_top_k"]) > 0.01
+    timed = bench.bench_time(engine, engine, 4, 1)
+    assert {key: len(of) for key, of in timed["records"][0]["seconds"].items()} == dict.fromkeys(
+        ("published", "counterfactual", "smc", "smc, steered"), 1
+    )
+    assert "published" in capsys.readouterr().out
+
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    for name, result in {"found": found, "time": timed}.items():
+        write_result(tmp_path / f"{name}.json", result)
+        check_record(tmp_path / f"{name}.json")
+        assert tables.make(name).count("\n| --- |") == {"found": 3, "time": 1}[name]
+
+
+def test_agreement_is_refused_where_there_is_none():
+    import bench_counterfactual as bench
+    import numpy as np
+
+    rng, stay = np.random.default_rng(1), np.array([0.9, 0.5, 0.8, 0.999])
+    exact = np.cumprod(stay)
+    kept = (rng.random((4000, 1)) < exact).sum(1)  # the first so many stay
+    assert bench.agreement(kept, exact)[1:] == (4 - 1, pytest.approx(bench.agreement(kept, exact)[2]))
+    assert bench.agreement(kept, exact)[2] > 1e-3 > bench.agreement(kept, exact**1.15)[2]
+    assert bench.agreement(np.full(9, 4), np.ones(4)) == (0.0, 0, 1.0)
