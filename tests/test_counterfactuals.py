@@ -184,6 +184,17 @@ def test_a_text_drawn_with_the_same_seed(engine, tiny, steered):
     )
 
 
+def test_a_text_is_drawn_from_p0(engine):
+    """Of which force_stop is no part: it is the counterfactuals' target."""
+    params, texts = SMCParams(n_particles=3, max_tokens=2, stop_token_ids=[5], force_stop=True), []
+    for seed in range(12):
+        found = engine.counterfactual(PROMPT, None, STEER, params=dataclasses.replace(params, seed=seed))
+        texts.append(found.factual_ids)
+        ends = [ids[-1:] == [5] for ids in found.token_ids]
+        assert not (found.log_weights > -math.inf)[~np.array(ends)].any()
+    assert not all(ids[-1] == 5 for ids in texts)
+
+
 def test_settings_of_both_draws(engine, tiny, steered):
     """top_k is the text's mechanism and the other's; Temperature is the other's alone; ends come with stop tokens."""
     params = SMCParams(n_particles=3000, max_tokens=STEPS, top_k=4, temperature=0.8)
