@@ -1,13 +1,14 @@
 """Counterfactuals: where texts are left under interventions, against the published procedure; what they cost.
 
-python bench/bench_counterfactual.py found --json bench/results/counterfactual_cpu.json
-python bench/bench_counterfactual.py time --json bench/results/counterfactual_time_cpu.json
+    python bench/bench_counterfactual.py found --json bench/results/counterfactual_cpu.json
+    python bench/bench_counterfactual.py time [--engine hf] [--json FILE]
 
-found   the findings of Ravfogel et al. 2024 (arXiv 2411.07180) in kind: an edit, steering and a temperature that
-        make a target as likely on prompts that nothing was fitted to, and how much of a text each leaves, exactly;
-        texts sampled by the published procedure beside the exact curve; what its mismatch of mechanisms does.
-        Numbers that a busy machine does not change, but for their last digits.
-time    counterfactuals of a text against the published procedure, and a group of them against `smc`, in turn
+    found   the findings of Ravfogel et al. 2024 (arXiv 2411.07180) in kind: an edit, steering and a temperature that
+            make a target as likely on prompts that nothing was fitted to, and how much of a text each leaves, exactly;
+            texts sampled by the published procedure beside the exact curve; what its mismatch of mechanisms does
+    time    counterfactuals of a text against the published procedure, and a group of them against `smc`, in turn
+
+What `found` gives does not change with how busy a machine is, but for last digits between processors.
 """
 
 from __future__ import annotations

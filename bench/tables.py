@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from machine import ROOT
+from openings import OPENINGS
 
 RESULTS = ROOT / "bench" / "results"
 FILES = ("bench/README.md", "README.md", "docs/counterfactuals.md")
@@ -382,18 +383,21 @@ def counterfactual(result: Result) -> list[str]:
     def most(key: str) -> float:
         return max(r[key] for r in result["mismatch"])
 
-    far = [r["published_from_full"] for r in result["mismatch"]]
+    full, top = ([r[key] for r in result["mismatch"]] for key in ("published_from_full", "published_from_top_k"))
     untouched = ", ".join(f"{value:.3f} for{target}" for target, value in result["untouched"].items())
-    reach = max(result["reach"].values())
+    edit = next(r for r in result["records"] if r["kind"] == "edit")
+    least, reach = min(edit["prefix"]), max(result["reach"].values())
+    opening = OPENINGS[edit["prefix"].index(least)]
     return [
         *lines,
         "",
         f"Success without an intervention: {untouched}. The latter is at most {reach:.3f} at any temperature of "
         f"{', '.join(result['reach'])}.",
-        f"Texts drawn with top_k={result['top_k']}, hindsight by the whole softmax: the law of the first "
-        f"counterfactual token is {min(far):.2f} to {max(far):.2f} from the steered model's in total variation on "
-        f"{len(far)} openings, and up to {most('published_from_top_k'):.2f} from its law with top_k; with the "
-        f"mechanism stated, at most {max(most('stated_from_top_k'), most('stated_from_full')):.0e}.",
+        f'The edit to{edit["target"]} keeps least, {least:.1f} tokens, after "{opening}".',
+        f"Texts drawn with top_k={result['top_k']}, hindsight by the whole softmax: on {len(full)} openings the law of "
+        f"the first counterfactual token is up to {max(full):.2f}, in the median {statistics.median(full):.2f}, from "
+        f"the steered model's in total variation, and up to {max(top):.2f} from its law with top_k. With the mechanism "
+        f"stated it is at most {max(most('stated_from_top_k'), most('stated_from_full')):.0e}.",
     ]
 
 
