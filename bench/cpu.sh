@@ -15,10 +15,10 @@
 # peers          5    genlm-control in turn with fastsmc; PEER: its interpreter (bench/peers/.venv/bin/python)
 # infill        25    training and divergences: numbers that a busy machine does not change, only their time
 # order          2    orders of ancestors: the same
-# counterfactual 20   where texts are left under interventions: the same
+# counterfactual 25   where texts are left under interventions: the same
 # counterfactual_time 10  counterfactuals against the published procedure and against smc, in turn
 # p0             4    steps with top_k, top_p, min_p against steps without
-# intervene      6    what interventions cost a step; two engines in turn, with places for them and without
+# intervene     17    what interventions cost a step; two engines in turn, with places for them and without
 # serve         15    a server against the engine in process, and against a stock server
 # soak          30    10,000 requests of random end: what is counted, not timed
 # groups        35    several groups against stock, a step by their number, a group beside ordinary requests
