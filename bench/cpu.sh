@@ -16,7 +16,7 @@
 # infill        25    training and divergences: numbers that a busy machine does not change, only their time
 # order          2    orders of ancestors: the same
 # counterfactual 25   where texts are left under interventions: the same
-# counterfactual_time 10  counterfactuals against the published procedure and against smc, in turn
+# counterfactual_time 3  counterfactuals against the published procedure and against smc, in turn
 # p0             4    steps with top_k, top_p, min_p against steps without
 # intervene     17    what interventions cost a step; two engines in turn, with places for them and without
 # serve         15    a server against the engine in process, and against a stock server
