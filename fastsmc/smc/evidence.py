@@ -113,11 +113,9 @@ class Evidence:
             self._waiting = row, temperature
 
     def _compare(self, row: Tensor, temperature: float) -> None:
-        factual, token = self.at(len(self._stay))
+        factual, token = (value[None].clone() for value in self.at(len(self._stay)))  # at addresses as tensors have
         u = torch.zeros((1, 2), dtype=torch.float64, device=row.device)
-        again = ops.redraw(
-            row[None], factual[None], token[None], u, temperature=temperature, factual_temperature=self.temperature
-        )
+        again = ops.redraw(row[None], factual, token, u, temperature=temperature, factual_temperature=self.temperature)
         self._stay.append(again.stay[0].nan_to_num(nan=0.0))
         self._waiting = None
 

@@ -63,7 +63,8 @@ def call_intervened(logits: Tensor, hidden: Tensor, inner: int | None) -> None:
     floats: dict[str, Any] = {"dtype": torch.float64, "device": device}
     for dtype in (logits.dtype, torch.float32):
         factual = torch.zeros(2, logits.shape[1], dtype=dtype, device=device)
-        ops.redraw(logits, factual, rows, torch.zeros(2, 2, **floats))  # along the text itself
+        one = logits[0].clone()[None], factual[0].clone()[None], rows[:1]
+        ops.redraw(*one, torch.zeros(1, 2, **floats))  # along the text itself
         for n in (2, 3):  # as many rows as logits, or more
             at = torch.arange(n, device=device).clamp_(max=1)
             ops.redraw(

@@ -172,8 +172,9 @@ def test_the_warm_up_compiles_what_interventions_and_counterfactuals_launch(laun
             for source in (x.new_zeros(n, inner),) if place == DOWN_PROJ else (None, x + x):
                 of.apply(x, variants, source)
     for factual in (model.all[:4, :vocab], model.all[:4, :vocab].float()):
-        evidence = Evidence(factual, factual.argmax(1).tolist(), 0.9)
-        evidence.compare(model.all[1:5, :vocab], 1.0)
+        evidence = Evidence(factual.argmax(1).tolist(), 0.9, rows=factual)
+        for row in model.all[1:5, :vocab]:
+            evidence.compare(row.clone(), 1.0)
         for n in (1, 2, 5, 33):
             run_group(Group(SMCParams(n_particles=n, max_tokens=6), None, [1], [3], evidence=evidence), model)
     assert {name: set(kernel.variants) for name, kernel in launches.items()} == warm
