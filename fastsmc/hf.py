@@ -284,35 +284,9 @@ class HFEngine(Effects):
         ignore_eos: bool | None = None,
         seed: int | None = None,
     ) -> Any:
-        """Draws N texts that the noise that gave `text` would have given under an intervention, or by this model.
+        """Draws counterfactuals as `fastsmc.LLM.counterfactual` does, one text after the other.
 
-        Gumbel-max counterfactuals (arXiv 2411.07180), by `ops.redraw`: no noise is made, and where the text is left is
-        known exactly (`Counterfactuals.survival`). Beyond the text's end there is no evidence, and draws are plain.
-
-        Args:
-            prompt: one prompt or several, in any form that `smc` takes; or `Facts`, what another model said of a text,
-                which have their own prompt and text, or a list of these.
-            text: what was drawn after the prompt: token ids, or a str, whose tokens must be those that were drawn;
-                None draws one, with the same seed. With several prompts a list of these, or None for all.
-            intervention: as `smc` takes it; None: nothing changes, unless `Facts` are given.
-            n: particles, 64 unless `params` is given.
-            max_tokens: at most so many tokens each; by default as many as the text has.
-            params: in the place of n, max_tokens, top_k, top_p, ignore_eos and seed. Its settings of p0 are those that
-                drew the text, and that the intervened model draws with (but for a `Temperature`); with `Facts` they are
-                the intervened model's alone.
-            potential: a target: log Ẑ then is that of the potential's mean over counterfactuals.
-            twist: of the potential, as in `smc`.
-            noise: "exact" draws by the law of counterfactuals; "gumbel" by the noise itself, which particle i of a seed
-                and `params.group` has under every intervention, so that texts of several calls can be compared one by
-                one; prompts of one call have other numbers each, as in `smc`. That takes longer, and no potential,
-                whose resampling would give particles other numbers.
-
-        Returns:
-            `Counterfactuals`; of several prompts, a list of them.
-
-        Raises:
-            ValueError: an argument that cannot be, or a token of the text that its settings rule out.
-            SMCError: the group failed; with several prompts its attribute `populations` has those that did not.
+        Args, returns, raises: as there.
         """
         if twist is not None and potential is None:
             potential = twists.card_potential(twist)

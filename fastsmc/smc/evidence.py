@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fastsmc import ops
 from fastsmc.interventions import Facts
-from fastsmc.p0 import P0, restrict
+from fastsmc.p0 import P0, restrict, token_log_probs
+from fastsmc.params import SMCParams
 
 #: how counterfactual tokens are drawn, see `Evidence`
 NOISES = ("exact", "gumbel")
@@ -67,14 +68,16 @@ class Evidence:
     ) -> None:
         self.token_ids, self.temperature, self.noise = list(token_ids), temperature, noise
         self._ids = torch.tensor([*self.token_ids, 0], device=device)
+        # what rules tokens out is in the rows already
+        self._p0 = P0(SMCParams(temperature=temperature), (), torch.device(device))
         self.is_shown = rows is None
         self._rows: list[Tensor] = []  # (V,) each; of those that are shown only the last
         self._log_probs: list[Tensor] = []
         self._stay: list[Tensor] = []
         self._waiting: tuple[Tensor, float] | None = None  # what `compare` took before `show`
         if rows is not None:
-            self._rows = [*rows.to(device)]
-            self._log_probs = [self._log_prob(t, row) for t, row in enumerate(self._rows)]
+            rows = rows.to(device)
+            self._rows, self._log_probs = [*rows], [*self._score(rows)]
             for t, value in enumerate(self.log_probs.tolist()):
                 if math.isnan(value):
                     raise ValueError(f"factual logits: those of token {t} of the text hold NaN or +inf")
@@ -89,15 +92,15 @@ class Evidence:
         rows = restrict(facts.logits.to(device, copy=True), [p0], [0, n], steps)
         return cls(facts.token_ids, params.temperature, noise, device, rows)
 
-    def _log_prob(self, t: int, row: Tensor) -> Tensor:
-        """Computes the log-probability of token t of the text, a 0-dim float64 tensor."""
-        lse = ops.weigh(row[None], temperature=self.temperature).lse[0]
-        value = row[self._ids[t]].double() / self.temperature - lse
-        return torch.where(lse == -math.inf, -math.inf, value)
+    def _score(self, rows: Tensor) -> Tensor:
+        """Computes the log-probs (n,) float64 of the text's next n tokens, from the rows (n, V) before them."""
+        n, at = len(rows), len(self._log_probs)
+        steps = torch.arange(at, at + n, device=rows.device)
+        return token_log_probs(rows, self._ids[at : at + n], [self._p0], [0, n], steps)
 
     def show(self, row: Tensor) -> None:
         """Takes the logits (V,), as the text's mechanism restricts them, before the next token of the text."""
-        self._log_probs.append(self._log_prob(len(self._log_probs), row))
+        self._log_probs += self._score(row[None])
         self._rows = [row.clone()]
         if self._waiting is not None:
             self._compare(*self._waiting)

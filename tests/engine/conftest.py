@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -33,21 +32,6 @@ TINY_ARGS = dict(
 )
 
 
-@contextmanager
-def environment(**values: str):
-    """Environment variables that hold while an engine starts."""
-    old = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in old.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
 #: engines live to the end: when one is shut down, vLLM takes the process-wide state of the others with it
 _ENGINES = []
 
@@ -56,9 +40,10 @@ def make_engine(path, in_process: bool = True, env: dict[str, str] | None = None
     from vllm import envs
 
     from fastsmc import LLM
+    from fastsmc.vllm.starting import environment
 
     envs.disable_envs_cache()  # an engine that started earlier in this process has frozen them
-    with environment(VLLM_ENABLE_V1_MULTIPROCESSING="0" if in_process else "1", **(env or {})):
+    with environment({"VLLM_ENABLE_V1_MULTIPROCESSING": "0" if in_process else "1", **(env or {})}):
         _ENGINES.append(LLM(str(path), **{"interventions": True, **TINY_ARGS, **args}))
     assert _ENGINES[-1]._in_process() == in_process
     return _ENGINES[-1]

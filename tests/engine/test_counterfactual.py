@@ -139,6 +139,18 @@ def test_estimates_are_unbiased(engine, law, all_blocks_back, proposal, scheme):
     assert abs(ratios.mean() - 1.0) < 4.5 * ratios.std(ddof=1) / math.sqrt(len(ratios))
 
 
+def test_another_temperature(engine, hf, all_blocks_back):
+    """It is the counterfactuals' alone, beside texts that keep theirs."""
+    params, prompt = SMCParams(n_particles=6, max_tokens=20, ignore_eos=True, temperature=0.8), prompt_of(40, 5)
+    changes = [[Temperature(1.6)], [STEER], [Temperature(0.5), STEER]]
+    found = engine.counterfactual([prompt] * 3, [LONG[:20]] * 3, changes, params=params)
+    for each, change, temperature in zip(found, changes, (1.6, 0.8, 0.5), strict=True):
+        want = hf.counterfactual(prompt, LONG[:20], change, params=params)
+        assert np.abs(each.stay - want.stay).max() < TOLERANCE and each.params.temperature == temperature
+        assert np.abs(each.factual_log_probs - want.factual_log_probs).max() < TOLERANCE
+    assert np.abs(found[0].stay - found[1].stay).max() > 0.1
+
+
 def test_facts(engine, process_engine, hf, tiny_path, tmp_path, all_blocks_back):
     """What one engine says of a text another takes; so does this one, for another prompt."""
     params = SMCParams(temperature=0.9, allowed_token_ids=[1, 3, 6, 7])

@@ -19,8 +19,9 @@ from fastsmc.potentials import Infill
 from fastsmc.vllm.messages import StepOrder
 from fastsmc.vllm.passes import Batch
 from fastsmc.vllm.ranks import Follower, Leader, LeadingRunner
+from fastsmc.vllm.starting import environment
 
-from .conftest import VOCAB, environment, make_engine
+from .conftest import VOCAB, make_engine
 from .test_engine import EVERY_STEP, Broken, check_log_probs, prompt_of, same
 from .test_modes import PARAMS, POTENTIAL, alone, check  # noqa: F401  `alone` is a fixture
 from .test_twist import PHI, params_of, save_twist
@@ -35,7 +36,7 @@ ENV = {
 
 @pytest.fixture(scope="module")
 def parallel(tiny_path, named):
-    with environment(**ENV):
+    with environment(ENV):
         yield make_engine(
             tiny_path,
             in_process=False,
