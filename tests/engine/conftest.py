@@ -107,9 +107,10 @@ def runner(engine):
 
 
 @pytest.fixture
-def all_blocks_back(scheduler):
+def all_blocks_back(scheduler, runner):
     """After the test every KV block is free again, and nothing of a group is left."""
     free = scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
     yield
     assert scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == free
     assert not scheduler._groups and not scheduler.running and not scheduler.waiting
+    assert not runner.groups and not runner.tables._groups

@@ -10,7 +10,7 @@ from tiny import PROMPT, TableTwist, value_table
 from vllm import SamplingParams
 
 from fastsmc import Potential, SMCParams
-from fastsmc.interventions import Steer
+from fastsmc.interventions import Temperature
 from fastsmc.potentials import Infill, Lexicon
 from fastsmc.smc.captured import CapturedGroup
 from fastsmc.vllm.captured import CapturedMember
@@ -106,9 +106,7 @@ def calls(monkeypatch):
 def test_counterfactuals_are_not_captured(engine, captured, calls):
     """Nor are the facts of a text: others look at their steps."""
     params, text = SMCParams(n_particles=6, max_tokens=20, ignore_eos=True), prompt_of(40, 3)
-    want, found = (
-        each.counterfactual(PROMPT, text, Steer(0, torch.ones(64)), params=params) for each in (engine, captured)
-    )
+    want, found = (each.counterfactual(PROMPT, text, Temperature(1.7), params=params) for each in (engine, captured))
     assert found.token_ids == want.token_ids and np.abs(found.stay - want.stay).max() < 5e-4
     facts = [each.facts(PROMPT, text).logits for each in (engine, captured)]
     assert (facts[0] - facts[1]).abs().max() < 5e-4 and not calls

@@ -17,9 +17,11 @@ from vllm import SamplingParams
 from fastsmc import Potential, SMCError, SMCParams
 from fastsmc.hf import HFEngine
 from fastsmc.interventions import Affine, Prompt, Steer, Temperature
+from fastsmc.maps import NOWHERE
 from fastsmc.potentials import Infill
 from fastsmc.reference import Coupling
 from fastsmc.vllm.attention import Attend
+from fastsmc.vllm.capacity import Limits, check_fits
 from fastsmc.vllm.pace import Pace
 
 from .test_attend import prompt_of, runner_of
@@ -140,12 +142,12 @@ def test_estimates_are_unbiased(engine, law, all_blocks_back, proposal, scheme):
 
 
 def test_another_temperature(engine, hf, all_blocks_back):
-    """It is the counterfactuals' alone, beside texts that keep theirs."""
-    params, prompt = SMCParams(n_particles=6, max_tokens=20, ignore_eos=True, temperature=0.8), prompt_of(40, 5)
-    changes = [[Temperature(1.6)], [STEER], [Temperature(0.5), STEER]]
-    found = engine.counterfactual([prompt] * 3, [LONG[:20]] * 3, changes, params=params)
+    """It is the counterfactuals' alone, beside texts that keep theirs, by which top_p cuts their rows."""
+    params = SMCParams(n_particles=6, max_tokens=20, ignore_eos=True, temperature=0.8, top_p=0.8)
+    changes, prompt = [[Temperature(1.6)], [STEER], [Temperature(0.5), STEER]], prompt_of(40, 5)
+    found = engine.counterfactual([prompt] * 3, None, changes, params=params)
     for each, change, temperature in zip(found, changes, (1.6, 0.8, 0.5), strict=True):
-        want = hf.counterfactual(prompt, LONG[:20], change, params=params)
+        want = hf.counterfactual(prompt, each.factual_ids, change, params=params)
         assert np.abs(each.stay - want.stay).max() < TOLERANCE and each.params.temperature == temperature
         assert np.abs(each.factual_log_probs - want.factual_log_probs).max() < TOLERANCE
     assert np.abs(found[0].stay - found[1].stay).max() > 0.1
@@ -256,6 +258,12 @@ def test_as_many_particles_as_there_are_rows(engine, small_engine, all_blocks_ba
     for text in (LONG, None):
         with pytest.raises(ValueError, match=message):
             small_engine.counterfactual(PROMPT, text, STEER, max_tokens=2)
+    # four particles that never resample have a column of 32 tokens each, a text of 40 tokens two per history
+    params = SMCParams(n_particles=4, max_tokens=20, ess_threshold=0.0)
+    for n_companions, blocks in ((0, 5), (1, 7), (2, 9)):
+        check_fits(params, 5, 0, Limits(8, 64, blocks, 32, 512), NOWHERE, 40, n_companions)
+        with pytest.raises(ValueError, match=f"needs {blocks} KV blocks"):
+            check_fits(params, 5, 0, Limits(8, 64, blocks - 1, 32, 512), NOWHERE, 40, n_companions)
 
 
 @pytest.mark.parametrize("pace", [None, 1, 5])
