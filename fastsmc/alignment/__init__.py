@@ -4,5 +4,6 @@ CausalModel → pairs → train_alignment (BoundlessDAS over a frozen trunk) →
 """
 
 from fastsmc.alignment.causal import CausalModel, Pairs, answer_ids, pairs
+from fastsmc.alignment.das import BoundlessDAS
 
-__all__ = ["CausalModel", "Pairs", "answer_ids", "pairs"]
+__all__ = ["BoundlessDAS", "CausalModel", "Pairs", "answer_ids", "pairs"]
