@@ -5,5 +5,6 @@ CausalModel → pairs → train_alignment (BoundlessDAS over a frozen trunk) →
 
 from fastsmc.alignment.causal import CausalModel, Pairs, answer_ids, pairs
 from fastsmc.alignment.das import BoundlessDAS
+from fastsmc.alignment.train import frozen_iia, train_alignment
 
-__all__ = ["BoundlessDAS", "CausalModel", "Pairs", "answer_ids", "pairs"]
+__all__ = ["BoundlessDAS", "CausalModel", "Pairs", "answer_ids", "frozen_iia", "pairs", "train_alignment"]
