@@ -1,0 +1,8 @@
+"""Causal abstraction: which variable of a causal model a representation plays.
+
+CausalModel → pairs → train_alignment (BoundlessDAS over a frozen trunk) → a basis, for IIA and interventions
+"""
+
+from fastsmc.alignment.causal import CausalModel, Pairs, answer_ids, pairs
+
+__all__ = ["CausalModel", "Pairs", "answer_ids", "pairs"]
