@@ -1,4 +1,4 @@
-"""Seconds of pyvene's interchange interventions and Boundless DAS, and of steered generation by Hugging Face with a hook.
+"""Seconds of pyvene's interchange interventions and Boundless DAS, and of generation by Hugging Face under a hook.
 
     P=$PWD/bench/peers/.venv
     LD_PRELOAD=$P/lib/libiomp5.so $P/bin/python bench/peers/pyvene_bench.py [--json FILE]

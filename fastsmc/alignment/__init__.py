@@ -4,5 +4,6 @@ CausalModel → pairs → train_alignment (BoundlessDAS over a frozen trunk) →
 """
 
 from fastsmc.alignment.causal import CausalModel, Pairs, answer_ids, pairs
+from fastsmc.alignment.iia import HeatMap, heat_map, iia
 
-__all__ = ["CausalModel", "Pairs", "answer_ids", "pairs"]
+__all__ = ["CausalModel", "HeatMap", "Pairs", "answer_ids", "heat_map", "iia", "pairs"]
