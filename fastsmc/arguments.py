@@ -26,19 +26,20 @@ Prompts: TypeAlias = list[str] | tuple[str, ...] | Sequence[Sequence[int]] | Seq
 _KEYS = ("prompt", "prompt_token_ids", "input_ids", "attention_mask", "token_type_ids", "special_tokens_mask")
 
 
-def read_prompts(prompts: Any, tokenizer: Any, vocab_size: int) -> tuple[list[list[int]], bool]:
+def read_prompts(prompts: Any, tokenizer: Any, vocab_size: int, name: str = "prompts") -> tuple[list[list[int]], bool]:
     """Reads token ids of each prompt, and whether it was a single prompt. An empty list is a list of no prompts.
 
     Args:
         tokenizer: encodes text, with its special tokens; None: text is refused.
         vocab_size: V, which no token id may reach.
+        name: of the argument, for errors.
 
     Raises:
         ValueError: naming the prompt, by its index in a list, its form and what is allowed.
     """
     items, single = _split(prompts)
-    names = ["prompt" if single else f"prompts[{i}]" for i in range(len(items))]
-    return [_read(item, name, tokenizer, vocab_size) for item, name in zip(items, names, strict=True)], single
+    names = [name.removesuffix("s") if single else f"{name}[{i}]" for i in range(len(items))]
+    return [_read(item, one, tokenizer, vocab_size) for item, one in zip(items, names, strict=True)], single
 
 
 def _split(prompts: Any) -> tuple[list[Any], bool]:

@@ -25,7 +25,8 @@ from fastsmc.arguments import Prompt, Prompts, read_each, read_prompts
 from fastsmc.cases import Case, read_cases, read_text
 from fastsmc.counterfactuals import Counterfactuals
 from fastsmc.effects import Effects
-from fastsmc.interventions import Facts, Intervention, LayerIntervention, Reading, read_interventions, take_apart
+from fastsmc.interchange import Answers, Asked, Interchanges, Spots, putting, reading
+from fastsmc.interventions import Facts, Intervention, LayerIntervention, Reading, Sizes, read_interventions, take_apart
 from fastsmc.maps import Maps, blame, lay_out
 from fastsmc.p0 import P0, token_log_probs
 from fastsmc.params import SMCParams
@@ -40,6 +41,8 @@ from fastsmc.trunk import Trunk, fork
 
 #: logits elements that scoring may hold at once
 SCORE_ELEMENTS = 1 << 25
+#: rows of `interchange` that go through the model at once
+SWAP_ROWS = 64
 
 
 class TrunkRows:
@@ -101,7 +104,7 @@ class TrunkRows:
         return torch.cat(out)
 
 
-class HFEngine(Effects):
+class HFEngine(Effects, Interchanges):
     """Runs groups over a Hugging Face model in this process.
 
     Args:
@@ -338,6 +341,43 @@ class HFEngine(Effects):
         )  # fmt: skip
         assert isinstance(population, Counterfactuals)  # the group had evidence
         return population
+
+    def _asked_prompts(self, name: str, prompts: Any) -> list[list[int]]:
+        ids, _ = read_prompts(prompts, self.engine.tokenizer, self.engine.vocab_size, name)
+        limit = self.trunk.max_positions
+        for i, one in enumerate(ids):
+            if limit is not None and len(one) > limit:
+                raise ValueError(f"{name}[{i}]: has {len(one)} tokens, this model at most {limit} positions")
+        return ids
+
+    def _intervention_sizes(self) -> Sizes:
+        return self.trunk.sizes
+
+    @torch.no_grad()
+    def _read_states(self, prompts: list[list[int]], spots: Spots, layers: Sequence[int]) -> Tensor:
+        states = torch.zeros(len(spots), len(layers), self.trunk.hidden_size, device=self.trunk.device)
+        for i, prompt in enumerate(prompts):
+            self.trunk.read(prompt, reading(states, layers), spots.of_prompt(i, len(prompt)))
+        return states.cpu()
+
+    @torch.no_grad()
+    def _put_states(self, asked: Asked) -> Tensor:
+        trunk, spots, answers = self.trunk, asked.spots(), Answers(asked, self.trunk.vocab_size)
+        states = self._read_states(asked.sources, spots, asked.layers)
+        spots.check_finite(states, asked.layers, "sources")
+        maps, states = asked.maps(trunk.hidden_size, trunk.device), states.to(trunk.device)
+        for b, base in enumerate(asked.bases):
+            _, cache = trunk.start(base)
+            for position in sorted({at[b] for at in asked.at}):
+                chosen = [(c, b) for c, at in enumerate(asked.at) if at[b] == position]
+                for rows in (chosen[i : i + SWAP_ROWS] for i in range(0, len(chosen), SWAP_ROWS)):
+                    number = torch.full((len(rows), len(base) - position), -1, device=trunk.device)
+                    number[:, 0] = torch.arange(len(rows), device=trunk.device)
+                    tokens = torch.tensor(base[position:], device=trunk.device).expand(len(rows), -1)
+                    with trunk.under(putting(asked, maps, rows, spots, states), number):
+                        hidden = trunk.again(cache, position, tokens)
+                    answers.put(rows, trunk.logits(hidden[:, -1]))
+        return answers.kept
 
     def _set_up(self, potential: Potential) -> Potential:
         try:

@@ -1,9 +1,10 @@
 """Interventions: what a model does otherwise than it was trained to, as frozen values that can be kept and sent.
 
-    Steer     x + scale·vector                      RankOne      W + u vᵀ, W the weight of down_proj
-    Affine    A x + b                               Prompt       another prompt
-    Project   x without its part in a subspace,     Temperature  another temperature
-              or with a given one there             Facts        another model's logits along a text
+    Steer        x + scale·vector                    Subspace     at one position, a source's part in a subspace
+    Affine       A x + b                             RankOne      W + u vᵀ, W the weight of down_proj
+    Project      x without its part in a subspace,   Prompt       another prompt
+                 or with a given one there           Temperature  another temperature
+    Interchange  at one position, a source's x       Facts        another model's logits along a text
 
 x is the hidden state that a layer puts out (the residual stream). A list of interventions is one, made in its order;
 `fastsmc.maps` makes of it what `ops.intervene` runs. Helpers fit some of them: `Steer.from_contrast`, `Affine.mimic`,
@@ -27,7 +28,7 @@ from torch import Tensor
 from fastsmc.p0 import P0, restrict
 from fastsmc.params import SMCParams
 from fastsmc.potentials.tokens import short, token_list
-from fastsmc.values import check_choice, check_float, check_int
+from fastsmc.values import as_int, check_choice, check_float, check_int
 
 #: where a hidden state can be changed: what a layer puts out, or the product with its MLP's last weight
 BLOCK, DOWN_PROJ = "block", "down_proj"
@@ -59,11 +60,16 @@ class Sizes(NamedTuple):
 
 
 class Step(NamedTuple):
-    """Is a map x + upᵀ (down · y) + shift: down (r, K), up (r, H), shift (H,), all float64."""
+    """Is a map x + upᵀ (down · y) + shift: down (r, K), up (r, H), shift (H,), all float64.
+
+    Attributes:
+        replaces: x is not added, so that the map is the constant `shift`; it has no factors then.
+    """
 
     down: Tensor
     up: Tensor
     shift: Tensor
+    replaces: bool = False
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -116,9 +122,14 @@ class LayerIntervention(Intervention):
     def __post_init__(self) -> None:
         self._put("layer", check_int("layer", self.layer, 0))
 
+    @property
+    def listed(self) -> tuple[int, ...]:
+        """Lists, ascending, the positions that it names; (): it names none."""
+        return ()
+
     def reaches(self, position: int, prompt_len: int) -> bool:
         """Says whether the token at a position is reached, after a prompt of so many tokens."""
-        return True
+        return not self.listed or position in self.listed
 
     @property
     def width(self) -> int:
@@ -171,9 +182,13 @@ class Steer(LayerIntervention):
                 raise ValueError(f"at={self.at!r}: must be one of {', '.join(map(repr, REACHES))}, or positions")
             self._put("at", tuple(sorted(set(positions))))
 
+    @property
+    def listed(self) -> tuple[int, ...]:
+        return self.at if isinstance(self.at, tuple) else ()
+
     def reaches(self, position: int, prompt_len: int) -> bool:
-        if isinstance(self.at, tuple):
-            return position in self.at
+        if self.listed:
+            return position in self.listed
         return self.at == "all" or (self.at == "prompt") == (position < prompt_len)
 
     @property
@@ -274,12 +289,7 @@ class Project(LayerIntervention):
             given = read_tensor("basis", given, None)
         self._put("basis", given[None] if given.ndim == 1 else given)
         basis = self._put_tensor("basis", 2)
-        off = (basis.double() @ basis.double().T - torch.eye(len(basis))).abs()
-        if len(basis) > basis.shape[1] or float(off.max()) > ORTHONORMAL:
-            raise ValueError(
-                f"basis: its rows are not orthonormal, BBᵀ is off the identity by up to {float(off.max()):.3g}; at "
-                f"most {ORTHONORMAL:g} is allowed"
-            )
+        _check_orthonormal(basis, "rows")
         if self.value is not None and self._put_tensor("value", 1).shape != (len(basis),):
             raise ValueError(f"value: has {len(self.value)} elements, must have {len(basis)}, one per row of the basis")
 
@@ -291,6 +301,131 @@ class Project(LayerIntervention):
         basis = self.basis.double()
         value = basis.new_zeros(len(basis)) if self.value is None else self.value.double()
         return Step(basis, -basis, basis.T @ value)
+
+
+def _check_orthonormal(rows: Tensor, what: str) -> None:
+    off = (rows.double() @ rows.double().T - torch.eye(len(rows))).abs()
+    if len(rows) > rows.shape[1] or float(off.max()) > ORTHONORMAL:
+        raise ValueError(
+            f"basis: its {what} are not orthonormal, their products are off the identity by up to "
+            f"{float(off.max()):.3g}; at most {ORTHONORMAL:g} is allowed"
+        )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Swap(LayerIntervention):
+    """Is an intervention that takes what a layer puts out at one position from a source.
+
+    In configurations of `interchange`, positions may be lists of one per pair, and the sources are that call's. Where a
+    draw is under it, there is one position, and `value` says what the source had there.
+    """
+
+    TENSORS: ClassVar[tuple[str, ...]] = ("value",)
+
+    def __post_init__(self: Any) -> None:  # each kind has its fields in an order of its own
+        super().__post_init__()
+        self._put("position", _read_position("position", self.position))
+        if self.source_position is not None:
+            self._put("source_position", _read_position("source_position", self.source_position))
+        if self.value is not None:
+            self._put_tensor("value", 1)
+
+    @property
+    def listed(self: Any) -> tuple[int, ...]:
+        assert isinstance(self.position, int)  # `of_prompt` has seen to it
+        return (self.position,)
+
+    def of_prompt(self: Any, prompt_len: int, end: int) -> Swap:
+        """Checks that a draw can be under it, after a prompt of so many tokens, and counts its position from 0.
+
+        Args:
+            end: positions at which tokens go through the model are below.
+
+        Raises:
+            ValueError: there is no value, a list of positions, or one outside.
+        """
+        name = type(self).__name__
+        if self.value is None:
+            raise ValueError(f"{name}: value=None: a draw needs the source's hidden state (`activations`)")
+        if not isinstance(self.position, int):
+            raise ValueError(f"position={short(self.position)}: a draw is under an interchange at one position")
+        if not -prompt_len <= self.position < end:
+            raise ValueError(
+                f"position={self.position}: must be in [{-prompt_len}, {end}), as the prompt has {prompt_len} tokens"
+            )
+        at = self.position + prompt_len if self.position < 0 else self.position
+        return dataclasses.replace(self, position=at)
+
+    def check(self, sizes: Sizes) -> None:
+        if self.width:
+            super().check(sizes)
+        elif self.layer >= sizes.n_layers:
+            raise ValueError(f"layer={self.layer}: must be in [0, {sizes.n_layers}), the layers of this model")
+
+
+def _read_position(name: str, given: Any) -> int | tuple[int, ...]:
+    several = isinstance(given, (list, tuple)) or getattr(given, "ndim", 0) == 1
+    each = [as_int(one) for one in (given if several else (given,))]
+    if not each or None in each:
+        raise ValueError(f"{name}={short(given)}: must be an integer, from 0, or negative from the end, or a list")
+    return tuple(each) if several else each[0]  # type: ignore[arg-type, return-value]  # there is no None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Interchange(Swap):
+    """Puts a source's hidden state in the place of what a layer puts out at one position.
+
+    Args:
+        position: from 0, or negative from the prompt's end; a list gives one per pair.
+        source_position: where the source's state stands; None: at the same position.
+        value: (H,), the source's hidden state, as `activations` reads it; None: `interchange` reads it.
+    """
+
+    position: int | tuple[int, ...]
+    source_position: int | tuple[int, ...] | None = None
+    value: Tensor | None = None
+
+    @property
+    def width(self) -> int:
+        return 0 if self.value is None else len(self.value)
+
+    def step(self, width: int | None = None) -> Step:
+        """Makes the map; of a value of zero and this width, where there is none."""
+        value = torch.zeros(width or 0, dtype=torch.float64) if self.value is None else self.value.double()
+        none = value.new_zeros((0, len(value)))
+        return Step(none, none, value, replaces=True)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Subspace(Swap):
+    """Puts a source's part in a subspace in the place of what a layer puts out at one position: x + B Bᵀ(value − x).
+
+    Args:
+        position, source_position, value: as of `Interchange`.
+        basis: B (H, k), orthonormal columns, as `BoundlessDAS.basis` gives it.
+    """
+
+    TENSORS = ("basis", "value")
+    position: int | tuple[int, ...]
+    basis: Tensor
+    source_position: int | tuple[int, ...] | None = None
+    value: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        basis = self._put_tensor("basis", 2)
+        _check_orthonormal(basis.T, "columns")
+        if self.value is not None and len(self.value) != len(basis):
+            raise ValueError(f"value: has {len(self.value)} elements, must have {len(basis)}, as the basis")
+
+    @property
+    def width(self) -> int:
+        return len(self.basis)
+
+    def step(self, width: int | None = None) -> Step:
+        basis = self.basis.double().T
+        value = basis.new_zeros(self.width) if self.value is None else self.value.double()
+        return Step(basis, -basis, basis.T @ (basis @ value))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -454,7 +589,7 @@ def check_facts_size(n_tokens: int, vocab: int) -> None:
 
 
 KINDS: dict[str, type[Intervention]] = {
-    kind.__name__: kind for kind in (Steer, Affine, Project, RankOne, Prompt, Temperature, Facts)
+    kind.__name__: kind for kind in (Steer, Affine, Project, Interchange, Subspace, RankOne, Prompt, Temperature, Facts)
 }
 
 
@@ -532,7 +667,9 @@ def take_apart(parts: Sequence[Intervention], prompt: list[int], params: SMCPara
             prompt = list(part.token_ids)
         elif isinstance(part, Temperature):
             params = dataclasses.replace(params, temperature=part.t)
-    layers = tuple(part for part in parts if isinstance(part, LayerIntervention) and not part.is_nothing)
+    end = len(prompt) + params.max_tokens - 1
+    made = (part.of_prompt(len(prompt), end) if isinstance(part, Swap) else part for part in parts)
+    layers = tuple(part for part in made if isinstance(part, LayerIntervention) and not part.is_nothing)
     return Reading(layers, prompt, params)
 
 

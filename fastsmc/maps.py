@@ -10,7 +10,7 @@ A site is a layer and a place in it. Maps that meet at a site are composed, in t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -26,6 +26,11 @@ NOWHERE = -1
 
 def compose(first: Step, second: Step) -> Step:
     """Makes one map of two that follow one another at a block, x ↦ second(first(x))."""
+    if second.replaces:
+        return second
+    if first.replaces:
+        shift = first.shift + (second.down @ first.shift) @ second.up + second.shift
+        return first._replace(shift=shift)
     cross = second.down @ first.up.T  # (r2, r1)
     return Step(
         torch.cat([first.down, second.down]),
@@ -43,9 +48,8 @@ def first_reached(layers: Sequence[LayerIntervention]) -> int:
     """Returns the first position that any of them reaches in a prompt that is long enough, `NOWHERE` if none."""
     firsts = []
     for part in layers:
-        at = part.at if isinstance(part, Steer) else "all"
-        if at != "generated":
-            firsts.append(at[0] if isinstance(at, tuple) else 0)
+        if not isinstance(part, Steer) or part.at != "generated":
+            firsts.append(part.listed[0] if part.listed else 0)
     return min(firsts, default=NOWHERE)
 
 
@@ -59,7 +63,7 @@ class Maps:
 
     def __init__(self, layers: Sequence[LayerIntervention]) -> None:
         self.layers = tuple(layers)
-        listed = {p for part in layers if isinstance(part, Steer) and isinstance(part.at, tuple) for p in part.at}
+        listed = {position for part in layers for position in part.listed}
         beyond = max(listed, default=0) + 1
         # every set that can be: at a listed position or at none, before and behind the prompt's end
         sets = {self._at(p, prompt_len) for p in (*listed, beyond) for prompt_len in (p, p + 1)} - {()}
@@ -83,13 +87,32 @@ class Maps:
         return [number[self._at(position, prompt_len)] for position in range(n)]
 
 
+class AtSite(Protocol):
+    """Says what stands at a site in a forward pass.
+
+    Attributes:
+        reads: whether it wants hidden states where x is not these.
+    """
+
+    @property
+    def reads(self) -> bool: ...
+
+    def apply(self, x: Tensor, variants: Tensor, source: Tensor | None = None) -> None:
+        """Changes x (Q, H) in place, or reads it; `variants` (Q,) int64 says how of each token, −1 for not at all.
+
+        Args:
+            source: (Q, K), what is read; None: x.
+        """
+
+
 class SiteMaps(NamedTuple):
     """Holds the maps of one site for numbered variants, as `ops.intervene` takes them.
 
     Attributes:
         offsets, down, up, shift: see there; a variant that does nothing here has no factors, and a shift of zero.
         finite: (S,) bool, cleared for a variant whose rows have come out with NaN or infinite.
-        reads: whether any variant has factors, so that what they read is wanted.
+        reads: whether any variant has factors or replaces x, so that what it reads is wanted.
+        replaces: (S,) bool, whose shift is put in the place of x; None: of none.
     """
 
     offsets: Tensor
@@ -98,12 +121,20 @@ class SiteMaps(NamedTuple):
     shift: Tensor
     finite: Tensor
     reads: bool
+    replaces: Tensor | None = None
 
     def apply(self, x: Tensor, variants: Tensor, source: Tensor | None = None) -> None:
-        """Maps the rows of x (R, H) in place, each under its variant (R,) int64, −1 for none."""
-        if not self.reads and source is not None:  # nothing reads it, and there are no factors of its width
+        """Maps the rows of x (R, H) in place, each under its variant (R,) int64, −1 for none.
+
+        Args:
+            source: (R, K), what factors read, and what is taken from x where that is replaced; None: x.
+        """
+        if self.replaces is not None:
+            gone = self.replaces[variants.clamp(min=0)] & (variants >= 0)
+            x.copy_(torch.where(gone[:, None], 0 if source is None else x - source, x))
+        if not len(self.down) and source is not None:  # nothing reads it, and there are no factors of its width
             source = None
-        down = self.down if self.reads else self.up
+        down = self.down if len(self.down) else self.up
         ops.intervene(x, variants, self.offsets, down, self.up, self.shift, source=source, finite=self.finite)
 
 
@@ -116,6 +147,7 @@ def lay_out(variants: Mapping[int, Mapping[Site, Step]], n: int, device: torch.d
         counts = torch.tensor([0 if step is None else len(step.down) for step in steps])
         shift = torch.stack([known[0].shift * 0 if step is None else step.shift for step in steps])
         down, up = torch.cat([step.down for step in known]), torch.cat([step.up for step in known])
+        replaces = torch.tensor([step is not None and step.replaces for step in steps])
         offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
         out[site] = SiteMaps(
             offsets.to(device),
@@ -123,7 +155,8 @@ def lay_out(variants: Mapping[int, Mapping[Site, Step]], n: int, device: torch.d
             up.to(device, torch.float32).contiguous(),
             shift.to(device, torch.float32).contiguous(),
             torch.ones(n, dtype=torch.bool, device=device),
-            len(down) > 0,
+            len(down) > 0 or bool(replaces.any()),
+            replaces.to(device) if replaces.any() else None,
         )
     return out
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastsmc.interventions import BLOCK, DOWN_PROJ, Sizes
-from fastsmc.maps import Site, SiteMaps
+from fastsmc.maps import AtSite, Site
 
 #: sequences that go through a frozen trunk at once
 CHUNK = 1024
@@ -75,10 +75,14 @@ class Trunk:
         return Sizes(len(self.layers), self.hidden_size, getattr(last, "in_features", None), self.vocab_size)
 
     @contextmanager
-    def under(self, sites: Mapping[Site, SiteMaps], variants: Tensor) -> Iterator[None]:
-        """Has calls within run under maps: `variants` (n,) int64 of the n tokens that every row appends."""
+    def under(self, sites: Mapping[Site, AtSite], variants: Tensor) -> Iterator[None]:
+        """Has what stands at sites be called in calls within.
 
-        def block(maps: SiteMaps) -> Callable[[Any, Any, Any], Any]:
+        Args:
+            variants: (n,) or (R, n) int64 of the n tokens that each row appends.
+        """
+
+        def block(maps: AtSite) -> Callable[[Any, Any, Any], Any]:
             def hook(module: Any, inputs: Any, output: Any) -> Any:
                 if isinstance(output, tuple):
                     return (_mapped(maps, output[0], variants), *output[1:])
@@ -86,7 +90,7 @@ class Trunk:
 
             return hook
 
-        def product(maps: SiteMaps) -> Callable[[Any, Any, Any], Any]:
+        def product(maps: AtSite) -> Callable[[Any, Any, Any], Any]:
             return lambda module, inputs, output: _mapped(maps, output, variants, inputs[0])
 
         with ExitStack() as stack:
@@ -119,6 +123,12 @@ class Trunk:
             self._body(input_ids=torch.tensor([token_ids], device=self.device), use_cache=False)
         return seen[0].cpu(), seen[1].cpu(), seen[2].cpu()
 
+    @torch.no_grad()
+    def read(self, prompt: list[int], sites: Mapping[Site, AtSite], spots: Tensor) -> None:
+        """Runs a prompt and has hidden states read: `spots` (T,) int64, −1 where none is wanted."""
+        with self.under(sites, spots.to(self.device)):
+            self._body(input_ids=torch.tensor([prompt], device=self.device), use_cache=False)
+
     def unembedding(self) -> Tensor:
         """Gives the output embedding (V, H)."""
         return self._unembed.weight.detach()
@@ -144,6 +154,18 @@ class Trunk:
         out = self._body(input_ids=ids, past_key_values=cache, use_cache=True)
         hidden = out.last_hidden_state
         return (hidden[:, -1] if tokens.ndim == 1 else hidden), out.past_key_values
+
+    def again(self, cache: Any, position: int, tokens: Tensor) -> Tensor:
+        """Runs tokens (R, n) behind the first `position` tokens of the one row of a cache, which is left as it is.
+
+        Returns:
+            hidden states (R, n, H).
+        """
+        if position == 0:
+            return self._body(input_ids=tokens, use_cache=False).last_hidden_state
+        before = fork(cache)
+        before.crop(position - cache.get_seq_length())
+        return self.next(before, torch.zeros_like(tokens[:, 0]), tokens)[0]
 
     def hidden(self, prompt: list[int], tokens: Tensor) -> Tensor:
         """Gives (B, T, H), the hidden state before each of tokens (B, T) int64; -1 is padding after a sequence's end.
@@ -171,9 +193,9 @@ class Trunk:
         return torch.cat(parts)[history_of]
 
 
-def _mapped(maps: SiteMaps, output: Tensor, variants: Tensor, source: Tensor | None = None) -> Tensor:
+def _mapped(maps: AtSite, output: Tensor, variants: Tensor, source: Tensor | None = None) -> Tensor:
     """Returns (R, n, H) mapped, as a whole; in place where memory allows, of which a model has no other use."""
     x = output.reshape(-1, output.shape[-1])
     y = None if source is None else source.reshape(-1, source.shape[-1])
-    maps.apply(x, variants.repeat(output.shape[0]), y)
+    maps.apply(x, variants.expand(output.shape[:2]).reshape(-1), y)
     return x.view(output.shape)

@@ -59,7 +59,7 @@ def hf(path):
         (lambda: Affine(0, noise(3, 3).fill_(math.inf), noise(3)), r"A\[0, 0\]=inf: must be finite"),
         (
             lambda: Project(0, 2 * orthonormal(2)),
-            "basis: its rows are not orthonormal, BBᵀ is off the identity by up to 3",
+            "basis: its rows are not orthonormal, their products are off the identity by up to 3",
         ),
         (lambda: Project(0, torch.ones(2, 1) / 2**0.5), "basis: its rows are not orthonormal"),
         (lambda: Project(0, orthonormal(2), [1.0]), "value: has 1 elements, must have 2"),
