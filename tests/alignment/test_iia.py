@@ -77,7 +77,7 @@ def test_a_heat_map_is_what_hooks_give(engine, seed, rank):
     alignments = None if bases is None else {s: Aligned(b) if s[0] else b for s, b in bases.items()}
     found = heat_map(engine, pairs, range(2), POSITIONS, alignments=alignments)
     want = [share(engine, pairs, *site, None if bases is None else bases[site]) for site in sites]
-    assert found.iia.ravel().tolist() == want and len(set(want)) > 2
+    assert found.iia.ravel().tolist() == want and len(set(want)) > 1
     assert iia(engine, None if alignments is None else alignments[sites[-1]], pairs, *sites[-1]) == want[-1]
     plain = [hooked(engine, ids, ids) for ids in pairs.bases]
     assert found.accuracy == np.mean(np.equal(plain, pairs.base_labels)) >= 0.75
