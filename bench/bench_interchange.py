@@ -18,12 +18,11 @@ multiplied: `measured` says on how many.
 from __future__ import annotations
 
 import argparse
-import functools
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -33,6 +32,7 @@ from machine import ROOT, write_result
 from trees import OtherEngine, serve
 
 PARTS = ("same", "sweep", "train", "steer")
+PEER = ROOT / "bench" / "peers" / "pyvene_bench.py"
 PAIRS, TOKENS, LAYER, RANK = 8, 64, 15, 32
 #: of `same`: layers and positions where the whole state is interchanged; at the last of them a subspace, too
 SAME_LAYERS, SAME_POSITIONS = (0, 7, 15, 29), (-1, -9)
@@ -112,3 +112,151 @@ class Trainer:
         from fastsmc.models import resolve
 
         self.engine = HFEngine(resolve(model))
+
+
+# ------------------------------------------------------------------------------------------------------------ the parts
+class Draws:
+    """Draws pairs, labels, a basis and a vector; never the same pairs again."""
+
+    def __init__(self, sizes: dict[str, int]) -> None:
+        self.rng, self.sizes = np.random.default_rng(0), sizes
+
+    def pairs(self, n: int = PAIRS) -> tuple[Tokens, Tokens]:
+        return tuple(self.rng.integers(self.sizes["vocab"], size=(2, n, TOKENS)).tolist())
+
+    def tokens(self, n: int) -> list[int]:
+        return self.rng.integers(self.sizes["vocab"], size=n).tolist()
+
+    def basis(self) -> list[list[float]]:
+        return np.linalg.qr(self.rng.standard_normal((self.sizes["hidden"], RANK)))[0].astype(np.float32).tolist()
+
+    def vector(self) -> list[float]:
+        return (0.1 * self.rng.standard_normal(self.sizes["hidden"])).tolist()
+
+
+def against(name: str, ours: list[float], theirs: list[float] | None, **more: Any) -> Record:
+    """Makes a record of seconds measured in turn; the ratio is how many times as long the peer takes."""
+    record: Record = {"case": name, "seconds": statistics.median(ours), "runs": ours, **more}
+    if theirs:
+        record |= {"peer_seconds": statistics.median(theirs), "peer_runs": theirs, "ratio": ratio(theirs, ours)}
+    return record
+
+
+def same(engine: Any, peer: Any, draws: Draws) -> Iterator[Record]:
+    """Yields the largest difference from the peer's log-probs, per configuration."""
+    if peer is None:
+        return
+    bases, sources = draws.pairs()
+    sites, basis = [[layer, position] for layer in SAME_LAYERS for position in SAME_POSITIONS], draws.basis()
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [str(Path(folder) / name) for name in ("whole.npy", "subspace.npy")]
+        peer.interchange(bases, sources, sites, None, paths[0])
+        peer.interchange(bases, sources, sites[-1:], basis, paths[1])
+        found = engine.differences(bases, sources, sites, basis, paths)
+    for site, off in zip([*sites, sites[-1]], found, strict=True):
+        yield {"case": "same", "layer": site[0], "position": site[1], "difference": off}
+    yield {"case": "same", "difference": max(found), "rank": RANK}
+
+
+def spread(sites: Tokens, n: int) -> Tokens:
+    """Takes n sites, or all, evenly from first to last."""
+    return sites if len(sites) <= n else [sites[round(i * (len(sites) - 1) / (n - 1))] for i in range(n)]
+
+
+def sweep(engine: Any, peer: Any, draws: Draws, repeats: int) -> Iterator[Record]:
+    """Yields a record per sweep over all layers."""
+    for name, positions in SWEEPS.items():
+        sites = [[layer, position] for layer in range(draws.sizes["layers"]) for position in positions]
+        measured = spread(sites, PEER_CONFIGS)
+        calls: dict[str, Callable[[], Any]] = {"ours": lambda sites=sites: engine.interchange(*draws.pairs(), sites)}
+        if peer is not None:
+            calls["peer"] = lambda measured=measured: peer.interchange(*draws.pairs(), measured)
+        found = in_turn(calls, repeats)
+        theirs = [sum(seconds) / len(measured) * len(sites) for seconds in found.get("peer", [])]
+        yield against(f"sweep, {name}", found["ours"], theirs, configs=len(sites), measured=len(measured))
+
+
+def steer(engine: Any, peer: Any, draws: Draws, repeats: int) -> Iterator[Record]:
+    """Yields a record of steered texts: `ratio` to Hugging Face, `of_unsteered` to `smc` without the vector."""
+    vector = draws.vector()
+    count = iter(range(1_000_000))
+
+    def call(steered: bool) -> float:
+        return engine.smc(draws.tokens(PROMPT_TOKENS), vector if steered else None, TEXTS, NEW_TOKENS, next(count))
+
+    calls: dict[str, Callable[[], Any]] = {"ours": lambda: call(True), "unsteered": lambda: call(False)}
+    if peer is not None:
+        calls["peer"] = lambda: peer.generate(
+            draws.tokens(PROMPT_TOKENS), vector, LAYER, TEXTS, NEW_TOKENS, next(count)
+        )
+    found = in_turn(calls, repeats)
+    more = {"n": TEXTS, "prompt_tokens": PROMPT_TOKENS, "max_tokens": NEW_TOKENS, "unsteered_runs": found["unsteered"]}
+    of_unsteered = ratio(found["unsteered"], found["ours"])  # of speeds
+    yield against("steer", found["ours"], found.get("peer"), **more, of_unsteered=of_unsteered)
+
+
+def run(
+    json_path: str | None = None, model: str = "smollm2", peer: str | None = None, parts: Sequence[str] = PARTS,
+    repeats: int = 3,
+) -> list[Record]:  # fmt: skip
+    """Measures the parts; writes and returns a record for each case."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+    options = ("--model", model)
+    served = {name: OtherEngine(ROOT, __file__, "--serve", name, *options) for name in ("engine", "trainer")}
+    other = None if peer is None else OtherEngine(ROOT, str(PEER), "--serve", "--model", resolved(model), peer=peer)
+    draws = Draws(served["engine"].sizes())
+    each: dict[str, Callable[[], Iterator[Record]]] = {
+        "same": lambda: same(served["engine"], other, draws),
+        "sweep": lambda: sweep(served["engine"], other, draws, repeats),
+        "train": lambda: train(served["trainer"], other, draws, repeats),
+        "steer": lambda: steer(served["engine"], other, draws, repeats),
+    }
+    records = []
+    for part in parts:
+        for record in each[part]():
+            records.append(record)
+            print(describe(record), flush=True)
+    if json_path:
+        more = {"pairs": PAIRS, "tokens": TOKENS, "layer": LAYER, "repeats": repeats, "engine": SETTINGS}
+        versions = None if other is None else other.versions()
+        write_result(json_path, {"bench": "interchange", **more, "peer": versions, "records": records})
+    for process in (*served.values(), *([] if other is None else [other])):
+        process.close()
+    return records
+
+
+def resolved(model: str) -> str:
+    from fastsmc.models import resolve
+
+    return str(resolve(model))
+
+
+def describe(record: Record) -> str:
+    if "difference" in record:
+        where = f"layer {record['layer']}, position {record['position']}" if "layer" in record else "at most"
+        return f"{record['case']:24}: log-probs differ by {record['difference']:.2g}, {where}"
+    text = f"{record['case']:24}: {record['seconds']:.3f} s"
+    if "ratio" in record:
+        text += f", {record['ratio']['median']:.1f} times as fast as the peer ({record['peer_seconds']:.2f} s)"
+    if "of_unsteered" in record:
+        text += f", {record['of_unsteered']['median']:.2f} of the speed without the vector"
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", help="write the result here")
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--peer", metavar="PYTHON", help="of the peers' environment; without it only fastsmc runs")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--serve", choices=("engine", "trainer"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.serve:
+        serve(lambda: {"engine": Engine, "trainer": Trainer}[args.serve](args.model))
+        return
+    run(args.json, args.model, args.peer, args.parts, args.repeats)
+
+
+if __name__ == "__main__":
+    main()
