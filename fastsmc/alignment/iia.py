@@ -194,7 +194,7 @@ def _config(layer: int, position: Any, basis: Any) -> Interchange | Subspace:
 
 
 def _labels(llm: Any, answers: Sequence[Any]) -> torch.Tensor:
-    return torch.tensor(answer_ids(answers, llm.get_tokenizer(), llm._intervention_sizes().vocab))
+    return torch.tensor(answer_ids(answers, llm.get_tokenizer(), llm._model_sizes().vocab))
 
 
 def _shares(llm: Any, pairs: Pairs, configs: Sequence[Interchange | Subspace]) -> NDArray[np.float64]:
