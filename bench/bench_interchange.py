@@ -27,20 +27,22 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
-from bench_groups import in_turn, ratio
+from bench_groups import Clock, in_turn, ratio
 from machine import ROOT, write_result
 from trees import OtherEngine, serve
 
 PARTS = ("same", "sweep", "train", "steer")
 PEER = ROOT / "bench" / "peers" / "pyvene_bench.py"
 PAIRS, TOKENS, LAYER, RANK = 8, 64, 15, 32
-#: of `same`: layers and positions where the whole state is interchanged; at the last of them a subspace, too
+#: of `same`: layers and positions where the whole state is interchanged; a subspace is at `LAYER`
 SAME_LAYERS, SAME_POSITIONS = (0, 7, 15, 29), (-1, -9)
 #: of `sweep`: positions of the two sweeps over all layers; and configurations of the peer's, per sweep
 SWEEPS: dict[str, tuple[int, ...]] = {"last position": (-1,), "16 positions": tuple(range(-16, 0))}
 PEER_CONFIGS = 6
 #: of `train`: batches of `PAIRS` in an epoch, epochs, and steps of the peer's that are measured
 BATCHES, EPOCHS, PEER_STEPS = 4, 3, 3
+#: what makes a training step
+STEP = ("fastsmc.alignment.das:Fit.step", "fastsmc.alignment.frozen:Frozen.states")
 #: of `steer`
 TEXTS, PROMPT_TOKENS, NEW_TOKENS = 64, 8, 32
 SETTINGS: dict[str, Any] = {
@@ -77,20 +79,19 @@ class Engine:
         configs = [Interchange(*site) for site in sites]
         return timed(lambda: self.llm.interchange(bases, sources, configs))
 
-    def differences(self, bases: Tokens, sources: Tokens, sites: Tokens, basis: list, paths: list[str]) -> list[float]:
-        """Compares log-probs with those that the peer has written: at sites, and in a subspace at the last of them."""
+    def differences(self, bases: Tokens, sources: Tokens, sites: Tokens, basis: list | None, path: str) -> list[float]:
+        """Returns, per site, the largest difference of log-probs from those that the peer has written to a file."""
         import torch
 
         from fastsmc.interventions import Interchange, Subspace
 
-        each = [[Interchange(*site) for site in sites], [Subspace(*sites[-1], torch.tensor(basis))]]
-        out = []
-        for configs, path in zip(each, paths, strict=True):
-            ours = self.llm.interchange(bases, sources, configs, logits=True)
-            theirs = torch.from_numpy(np.load(path))
-            off = (ours.log_softmax(-1) - theirs.log_softmax(-1)).abs()
-            out += off.flatten(1).amax(1).tolist()
-        return out
+        if basis is None:
+            ours = self.llm.interchange(bases, sources, [Interchange(*site) for site in sites], logits=True)
+        else:
+            columns = torch.tensor(basis)
+            ours = self.llm.interchange(bases, sources, [Subspace(*site, columns) for site in sites], logits=True)
+        theirs = torch.from_numpy(np.load(path))
+        return (ours.log_softmax(-1) - theirs.log_softmax(-1)).abs().flatten(1).amax(1).tolist()
 
     def smc(self, prompt: list[int], vector: list[float] | None, n: int, max_tokens: int, seed: int) -> float:
         """Returns the seconds of n texts, under a vector or without."""
@@ -112,6 +113,30 @@ class Trainer:
         from fastsmc.models import resolve
 
         self.engine = HFEngine(resolve(model))
+        self.clock = Clock(*STEP)
+
+    def train(self, seed: int) -> dict[str, float]:
+        """Trains on new random texts and returns the seconds of all of it, and per step."""
+        from fastsmc.alignment import CausalModel, train_alignment
+
+        vocab = self.engine.trunk.vocab_size
+        texts = CausalModel(
+            ["text", "v", "said"], {"said": lambda v: v}, answers={0: 1, 1: 2},
+            prompt=lambda inputs: np.random.default_rng(inputs["text"]).integers(vocab, size=TOKENS).tolist(),
+        )  # fmt: skip
+
+        def sampler(rng: np.random.Generator) -> dict[str, int]:
+            return {"text": int(rng.integers(1 << 62)), "v": int(rng.integers(2))}
+
+        steps = EPOCHS * BATCHES
+        self.clock.spent.clear()
+        total = timed(
+            lambda: train_alignment(
+                self.engine, texts, LAYER, -1, variable="v", sampler=sampler, n_pairs=BATCHES * PAIRS, n_eval=2,
+                steps=steps, batch=PAIRS, seed=seed, use_tqdm=False,
+            )
+        )  # fmt: skip
+        return {"total": total, "step": sum(self.clock.spent.values()) / steps}
 
 
 # ------------------------------------------------------------------------------------------------------------ the parts
@@ -147,15 +172,16 @@ def same(engine: Any, peer: Any, draws: Draws) -> Iterator[Record]:
     if peer is None:
         return
     bases, sources = draws.pairs()
-    sites, basis = [[layer, position] for layer in SAME_LAYERS for position in SAME_POSITIONS], draws.basis()
+    whole = [[layer, position] for layer in SAME_LAYERS for position in SAME_POSITIONS]
+    part = [[LAYER, position] for position in SAME_POSITIONS]
     with tempfile.TemporaryDirectory() as folder:
-        paths = [str(Path(folder) / name) for name in ("whole.npy", "subspace.npy")]
-        peer.interchange(bases, sources, sites, None, paths[0])
-        peer.interchange(bases, sources, sites[-1:], basis, paths[1])
-        found = engine.differences(bases, sources, sites, basis, paths)
-    for site, off in zip([*sites, sites[-1]], found, strict=True):
-        yield {"case": "same", "layer": site[0], "position": site[1], "difference": off}
-    yield {"case": "same", "difference": max(found), "rank": RANK}
+        path = str(Path(folder) / "logits.npy")
+        for sites, basis in ((whole, None), (part, draws.basis())):
+            peer.interchange(bases, sources, sites, basis, path)
+            found = engine.differences(bases, sources, sites, basis, path)
+            for site, off in zip(sites, found, strict=True):
+                more = {} if basis is None else {"rank": RANK}
+                yield {"case": "same", "layer": site[0], "position": site[1], **more, "difference": off}
 
 
 def spread(sites: Tokens, n: int) -> Tokens:
@@ -174,6 +200,20 @@ def sweep(engine: Any, peer: Any, draws: Draws, repeats: int) -> Iterator[Record
         found = in_turn(calls, repeats)
         theirs = [sum(seconds) / len(measured) * len(sites) for seconds in found.get("peer", [])]
         yield against(f"sweep, {name}", found["ours"], theirs, configs=len(sites), measured=len(measured))
+
+
+def train(trainer: Any, peer: Any, draws: Draws, repeats: int) -> Iterator[Record]:
+    """Yields a record of a step, and one of all epochs with what is computed before the first step."""
+    steps, seeds = EPOCHS * BATCHES, iter(range(0, 1_000_000, 10))  # a run takes a seed and the next
+    calls: dict[str, Callable[[], Any]] = {"ours": lambda: trainer.train(next(seeds))}
+    if peer is not None:
+        calls["peer"] = lambda: peer.train(*draws.pairs(), draws.tokens(PAIRS), LAYER, -1, PEER_STEPS, steps)["seconds"]
+    found = in_turn(calls, repeats)
+    theirs = [sum(seconds) / len(seconds) for seconds in found.get("peer", [])]
+    more = {"measured": PEER_STEPS}
+    yield against("DAS step", [run["step"] for run in found["ours"]], theirs, **more)
+    totals = [run["total"] for run in found["ours"]]
+    yield against(f"DAS, {EPOCHS} epochs", totals, [steps * one for one in theirs], steps=steps, **more)
 
 
 def steer(engine: Any, peer: Any, draws: Draws, repeats: int) -> Iterator[Record]:
@@ -233,8 +273,9 @@ def resolved(model: str) -> str:
 
 def describe(record: Record) -> str:
     if "difference" in record:
-        where = f"layer {record['layer']}, position {record['position']}" if "layer" in record else "at most"
-        return f"{record['case']:24}: log-probs differ by {record['difference']:.2g}, {where}"
+        where = f"layer {record['layer']}, position {record['position']}"
+        what = f"a subspace of {record['rank']} dimensions" if "rank" in record else "the whole state"
+        return f"{record['case']:24}: log-probs differ by {record['difference']:.2g} with {what}, {where}"
     text = f"{record['case']:24}: {record['seconds']:.3f} s"
     if "ratio" in record:
         text += f", {record['ratio']['median']:.1f} times as fast as the peer ({record['peer_seconds']:.2f} s)"

@@ -25,8 +25,12 @@ from fastsmc.values import as_int, check_choice, check_int
 
 ENGINES = ("hf", "vllm")
 #: of `train_alignment`: what a configuration says elsewhere, or this command does
-ELSEWHERE = ("trunk", "causal_model", "layer", "position", "variable", "sampler", "n_pairs", "seed", "directory")
-HEAT_MAP, PICTURE, ALIGNMENTS, TRAINING = "heat_map.json", "heat_map.png", "alignments", "training"
+ELSEWHERE = (
+    "trunk", "causal_model", "layer", "position", "variable", "sampler", "n_pairs", "n_eval", "seed", "directory",
+    "use_tqdm",
+)  # fmt: skip
+#: in `out`: a folder of alignments with their metrics, and what the engine has measured
+ALIGNMENTS, HEAT_MAP, PICTURE = "alignments", "heat_map.json", "heat_map.png"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,10 +201,9 @@ class Task:
         trainer = HFEngine(models.resolve(config.model, say))
         found = train_alignment(
             trainer, self.model, config.layers, config.positions, variable=config.variable, sampler=self.sampler,
-            n_pairs=config.n_pairs, seed=config.seed, directory=config.out / TRAINING, **config.training,
+            n_pairs=config.n_pairs, n_eval=config.n_held_out, seed=config.seed, directory=config.out / ALIGNMENTS,
+            use_tqdm=sys.stderr.isatty(), **config.training,
         )  # fmt: skip
-        for (layer, position), das in found.items():
-            das.save(config.out / ALIGNMENTS / f"layer{layer}_position{position}")
         if config.engine == "hf":
             measured = self._measure(trainer, found)
         else:
