@@ -445,6 +445,8 @@ def test_interchange_of_a_tiny_model(tmp_path, monkeypatch):
     from machine import write_result
     from tiny import make_llama
 
+    from fastsmc.alignment.das import Fit
+    from fastsmc.alignment.frozen import Frozen
     from fastsmc.hf import HFEngine
 
     for name, value in {
@@ -454,6 +456,8 @@ def test_interchange_of_a_tiny_model(tmp_path, monkeypatch):
         monkeypatch.setattr(bench, name, value)
     engine, trainer = bench.Engine.__new__(bench.Engine), bench.Trainer.__new__(bench.Trainer)
     engine.llm = trainer.engine = HFEngine(make_llama(tmp_path / "tiny", 64), stop_token_ids=[])
+    for owner, method in ((Fit, "step"), (Frozen, "states")):  # the clock's marks go with this test
+        monkeypatch.setattr(owner, method, getattr(owner, method))
     trainer.clock = bench.Clock(*bench.STEP)
     peer, draws = FakePeer(engine.llm), bench.Draws({"layers": 2, "hidden": 64, "vocab": 64})
     records = list(bench.same(engine, peer, draws))

@@ -96,6 +96,7 @@ def test_align(config, model, tmp_path, capsys, monkeypatch):
     assert {(a.card.layer, a.card.position, a.card.steps, a.card.variable) for a in alignments.values()} == {
         (*site, 3, ("left",)) for site in sites
     }
+    assert [alignments[site].card.iia for site in sites] == found.iia.ravel().tolist()  # the trainer's own
     held_out = pairs(task.model, task.sampler, "left", 12, 4)
     again = heat_map(engine, held_out, [0, 1], [-1, 1], alignments=alignments, controls=task.controls)
     assert found.to_dict() == again.to_dict() and set(found.controls) == {"c"} and found.n_pairs == 12
