@@ -6,9 +6,11 @@
     same     the largest difference of log-probs between fastsmc's and pyvene's interchange, over the whole vocabulary
     sweep    the most likely token of every pair at 30 layers and the last position; at 30 layers and 16 positions
     train    Boundless DAS at layer 15: a step; `EPOCHS` epochs with all that comes before the first step
-    steer    64 texts under a vector at layer 15: `smc`, by Hugging Face with a hook, and `smc` without the vector
+    steer    64 texts under a vector at layer 15: `smc`, by Hugging Face with a hook, and `smc` without the vector; by
+             tokens of the prompt and of the texts, since `smc` has the prompt's keys and values once
 
 SmolLM2 in float32, 8 pairs of 64 random tokens, and new ones for each call, so that nothing is left of the call before.
+The vector hardly changes what is generated, so that as many texts share their tokens with it as without.
 Three processes: a compiled engine that has places for interventions, a trainer, the peer; they run in turn, `repeats`
 times after a warm-up, and each ratio is the median of the ratios of those pairs. What the peer takes for a
 configuration or a training step depends on neither layer, nor position, nor step, so it is measured on some and
@@ -18,6 +20,7 @@ multiplied: `measured` says on how many.
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import statistics
 import tempfile
@@ -43,8 +46,8 @@ PEER_CONFIGS = 6
 BATCHES, EPOCHS, PEER_STEPS = 4, 3, 3
 #: what makes a training step
 STEP = ("fastsmc.alignment.das:Fit.step", "fastsmc.alignment.frozen:Frozen.states")
-#: of `steer`
-TEXTS, PROMPT_TOKENS, NEW_TOKENS = 64, 8, 32
+#: of `steer`: texts; tokens of the prompt and of each text; the vector's scale
+TEXTS, LENGTHS, SCALE = 64, ((TOKENS, 16), (TOKENS, 32), (8, 32)), 1e-3
 SETTINGS: dict[str, Any] = {
     "dtype": "float32", "max_num_seqs": 256, "max_model_len": 512, "kv_cache_memory_bytes": 1 << 29,
 }  # fmt: skip
@@ -156,7 +159,7 @@ class Draws:
         return np.linalg.qr(self.rng.standard_normal((self.sizes["hidden"], RANK)))[0].astype(np.float32).tolist()
 
     def vector(self) -> list[float]:
-        return (0.1 * self.rng.standard_normal(self.sizes["hidden"])).tolist()
+        return (SCALE * self.rng.standard_normal(self.sizes["hidden"])).tolist()
 
 
 def against(name: str, ours: list[float], theirs: list[float] | None, **more: Any) -> Record:
@@ -218,21 +221,25 @@ def train(trainer: Any, peer: Any, draws: Draws, repeats: int) -> Iterator[Recor
 
 def steer(engine: Any, peer: Any, draws: Draws, repeats: int) -> Iterator[Record]:
     """Yields a record of steered texts: `ratio` to Hugging Face, `of_unsteered` to `smc` without the vector."""
-    vector = draws.vector()
-    count = iter(range(1_000_000))
+    vector, seeds = draws.vector(), iter(range(1_000_000))
 
-    def call(steered: bool) -> float:
-        return engine.smc(draws.tokens(PROMPT_TOKENS), vector if steered else None, TEXTS, NEW_TOKENS, next(count))
+    for n_prompt, n_new in LENGTHS:
 
-    calls: dict[str, Callable[[], Any]] = {"ours": lambda: call(True), "unsteered": lambda: call(False)}
-    if peer is not None:
-        calls["peer"] = lambda: peer.generate(
-            draws.tokens(PROMPT_TOKENS), vector, LAYER, TEXTS, NEW_TOKENS, next(count)
-        )
-    found = in_turn(calls, repeats)
-    more = {"n": TEXTS, "prompt_tokens": PROMPT_TOKENS, "max_tokens": NEW_TOKENS, "unsteered_runs": found["unsteered"]}
-    of_unsteered = ratio(found["unsteered"], found["ours"])  # of speeds
-    yield against("steer", found["ours"], found.get("peer"), **more, of_unsteered=of_unsteered)
+        def ours(under: list[float] | None, n_prompt: int = n_prompt, n_new: int = n_new) -> float:
+            return engine.smc(draws.tokens(n_prompt), under, TEXTS, n_new, next(seeds))
+
+        def theirs(n_prompt: int = n_prompt, n_new: int = n_new) -> float:
+            return peer.generate(draws.tokens(n_prompt), vector, LAYER, TEXTS, n_new, next(seeds))
+
+        calls: dict[str, Callable[[], Any]] = {"ours": functools.partial(ours, vector)}
+        calls["unsteered"] = functools.partial(ours, None)
+        if peer is not None:
+            calls["peer"] = theirs
+        found = in_turn(calls, repeats)
+        more = {"n": TEXTS, "prompt_tokens": n_prompt, "max_tokens": n_new, "unsteered_runs": found["unsteered"]}
+        of_unsteered = ratio(found["unsteered"], found["ours"])  # of speeds
+        name = f"steer, {n_prompt} + {n_new} tokens"
+        yield against(name, found["ours"], found.get("peer"), **more, of_unsteered=of_unsteered)
 
 
 def run(
