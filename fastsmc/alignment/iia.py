@@ -67,8 +67,8 @@ def heat_map(
         controls: by name, pairs of variables that should not be found there; they are measured in the same way.
 
     Raises:
-        ValueError: naming the argument; a site without an alignment, a label that is no token of the vocabulary, or none that
-            is changed.
+        ValueError: naming the argument; a site without an alignment, a label that is no token of the vocabulary, or
+            none that is changed.
     """
     layers = [check_int(f"layers[{i}]", layer, 0) for i, layer in enumerate(_list("layers", layers))]
     positions = [_position(f"positions[{i}]", one) for i, one in enumerate(_list("positions", positions))]
@@ -78,14 +78,14 @@ def heat_map(
     if alignments is not None and (missing := [site for site in sites if site not in alignments]):
         raise ValueError(f"alignments: has none for (layer, position) = {missing[0]}")
     configs = [_config(*site, None if alignments is None else alignments[site]) for site in sites]
-    dims = None if alignments is None else np.array([config.basis.shape[1] for config in configs])
+    dims = [config.basis.shape[1] for config in configs if isinstance(config, Subspace)]
 
     def measure(of: Pairs, more: dict[str, HeatMap]) -> HeatMap:
         shape = (len(layers), len(positions))
         accuracy, agreement = _without(llm, of, max(layers))
         return HeatMap(
             layers, positions, _shares(llm, of, configs).reshape(shape), accuracy, agreement, len(of),
-            tuple(of.variable), None if dims is None else dims.reshape(shape), more, _versions(),
+            tuple(of.variable), np.reshape(dims, shape) if dims else None, more, _versions(),
         )  # fmt: skip
 
     return measure(pairs, {name: measure(of, {}) for name, of in (controls or {}).items()})
@@ -182,9 +182,11 @@ def _list(name: str, values: Any) -> list[Any]:
 def _position(name: str, value: Any) -> int | tuple[int, ...]:
     if (number := as_int(value)) is not None:
         return number
-    out = [as_int(one) for one in _list(name, value)]
-    if None in out:
-        raise ValueError(f"{name}={value!r}: must be an integer, or a list of one per pair")
+    out = []
+    for one in _list(name, value):
+        if (number := as_int(one)) is None:
+            raise ValueError(f"{name}={value!r}: must be an integer, or a list of one per pair")
+        out.append(number)
     return tuple(out)
 
 
@@ -208,9 +210,9 @@ def _shares(llm: Any, pairs: Pairs, configs: Sequence[Interchange | Subspace]) -
 
 def _without(llm: Any, pairs: Pairs, layer: int) -> tuple[float, float]:
     """Measures accuracy and agreement: a base's own state at its last position, put there, changes nothing."""
-    plain, base_labels = _labels(llm, pairs.labels), _labels(llm, pairs.base_labels)
     (found,) = llm.interchange(pairs.bases, pairs.bases, [Interchange(layer, -1)])
-    return tuple(float((found == labels).double().mean()) for labels in (base_labels, plain))
+    accuracy, agreement = ((found == _labels(llm, of)).double().mean() for of in (pairs.base_labels, pairs.labels))
+    return float(accuracy), float(agreement)
 
 
 def _versions() -> dict[str, str]:
