@@ -145,6 +145,9 @@ class LayerIntervention(Intervention):
         """Makes the map."""
         raise NotImplementedError
 
+    def check_registered(self) -> None:
+        """Refuses what only a prompt makes definite. ValueError: it is such."""
+
     def check(self, sizes: Sizes) -> None:
         if self.layer >= sizes.n_layers:
             raise ValueError(f"layer={self.layer}: must be in [0, {sizes.n_layers}), the layers of this model")
@@ -332,7 +335,7 @@ class Swap(LayerIntervention):
 
     @property
     def listed(self: Any) -> tuple[int, ...]:
-        assert isinstance(self.position, int)  # `of_prompt` has seen to it
+        assert isinstance(self.position, int) and self.position >= 0  # `of_prompt` or `check_registered` has seen to it
         return (self.position,)
 
     def of_prompt(self: Any, prompt_len: int, end: int) -> Swap:
@@ -344,17 +347,24 @@ class Swap(LayerIntervention):
         Raises:
             ValueError: there is no value, a list of positions, or one outside.
         """
-        name = type(self).__name__
-        if self.value is None:
-            raise ValueError(f"{name}: value=None: a draw needs the source's hidden state (`activations`)")
-        if not isinstance(self.position, int):
-            raise ValueError(f"position={short(self.position)}: a draw is under an interchange at one position")
+        self._check_drawn()
         if not -prompt_len <= self.position < end:
             raise ValueError(
                 f"position={self.position}: must be in [{-prompt_len}, {end}), as the prompt has {prompt_len} tokens"
             )
-        at = self.position + prompt_len if self.position < 0 else self.position
-        return dataclasses.replace(self, position=at)
+        return self if self.position >= 0 else dataclasses.replace(self, position=self.position + prompt_len)
+
+    def _check_drawn(self: Any) -> None:
+        name = type(self).__name__
+        if self.value is None:
+            raise ValueError(f"{name}: value=None: a draw needs the source's hidden state (see `activations`)")
+        if not isinstance(self.position, int):
+            raise ValueError(f"{name}: position={short(self.position)}: a draw needs a single one")
+
+    def check_registered(self: Any) -> None:
+        self._check_drawn()
+        if self.position < 0:
+            raise ValueError(f"position={self.position}: is one from a prompt's end, which is not known here")
 
     def check(self, sizes: Sizes) -> None:
         if self.width:

@@ -465,17 +465,12 @@ def test_effects(engine, tables, law, tiny, all_blocks_back):
             other(PROMPT, TEXT, Holds(tokens), STEER, params)
     value = value_table(STEPS, VOCAB, seed=4)
     potential = TableTwist(np.where(np.isinf(value), -1.0, value))
-    targets = [
-        {s: sum(table[s[:t]][v] for t, v in enumerate(s)) + potential.log_phi(s) for s in tiny.log_p}
+    log_z = [
+        np.logaddexp.reduce([sum(table[s[:t]][v] for t, v in enumerate(s)) + potential.log_phi(s) for s in tiny.log_p])
         for table in tables[::-1]
     ]
-    log_z = [np.logaddexp.reduce(list(target.values())) for target in targets]
-    rng, exact = np.random.default_rng(1), []
-    for target, z in zip(targets, log_z, strict=True):
-        weights = np.exp(np.array(list(target.values())) - z)
-        exact.append([list(list(target)[i]) for i in rng.choice(len(weights), 40, p=weights / weights.sum())])
     params = dataclasses.replace(params, n_particles=32)
-    found = engine.effect(PROMPT, params, potential, STEER, runs=40, exact=tuple(exact))
-    want = log_z[0] - log_z[1]
-    assert abs(found.estimate - want) < 4.5 * found.se and 0 < found.se < 0.1
-    assert found.lower - 4 * found.se < want < found.upper + 4 * found.se and found.lower < found.upper
+    still = dataclasses.replace(STEER, scale=0.0)
+    found, same = engine.effects(PROMPT, params, potential, [STEER, still], runs=40)
+    assert abs(found.estimate - (log_z[0] - log_z[1])) < 4.5 * found.se and 0 < found.se < 0.1
+    assert same.estimate == 0.0 == same.se
