@@ -197,7 +197,9 @@ def _config(layer: int, position: Any, basis: Any) -> Interchange | Subspace:
 
 
 def _labels(llm: Any, answers: Sequence[Any]) -> torch.Tensor:
-    return torch.tensor(answer_ids(answers, llm.get_tokenizer(), llm._model_sizes().vocab))
+    has_text = any(isinstance(answer, str) for answer in answers)  # an engine may have been started without tokenizer
+    tokenizer = llm.get_tokenizer() if has_text else None
+    return torch.tensor(answer_ids(answers, tokenizer, llm._model_sizes().vocab))
 
 
 def _shares(llm: Any, pairs: Pairs, configs: Sequence[Interchange | Subspace]) -> NDArray[np.float64]:
