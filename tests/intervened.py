@@ -1,7 +1,9 @@
 """Interventions that tests put models of `tiny` under, and log-probs under them by hooks and edited weights."""
 
 import dataclasses
+import itertools
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -127,3 +129,14 @@ def hooked_log_probs(path, prompt, sequences, parts, temperature=1.0):
             logits = model(ids, use_cache=False).logits[0, len(prompt) - 1 : -1].double() / temperature
             out.append(logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0].numpy())
     return out
+
+
+def table_under(path, prompt, parts, steps):
+    """prefix → (V,) log-probs of the next token under interventions, of all prefixes of less than `steps` tokens."""
+    sequences = [list(s) for s in itertools.product(range(VOCAB), repeat=steps)]
+    found = dict(zip(map(tuple, sequences), hooked_log_probs(path, prompt, sequences, parts), strict=True))
+    return {
+        prefix: np.array([found[(*prefix, v, *[0] * (steps - t - 1))][t] for v in range(VOCAB)])
+        for t in range(steps)
+        for prefix in itertools.product(range(VOCAB), repeat=t)
+    }

@@ -9,7 +9,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from intervened import EACH, hooked_log_probs
+from intervened import EACH, hooked_log_probs, table_under
 from scipy.stats import chisquare
 from tiny import PROMPT, Guide, TableTwist, TinyLlama, hf_log_probs, make_llama, value_table
 
@@ -41,20 +41,9 @@ def tiny(path):
     return TinyLlama(path, VOCAB, STEPS, frozenset())
 
 
-def table_under(path, parts):
-    """prefix → (V,) log q of the next token, under interventions."""
-    sequences = [list(s) for s in itertools.product(range(VOCAB), repeat=STEPS)]
-    found = dict(zip(map(tuple, sequences), hooked_log_probs(path, PROMPT, sequences, parts), strict=True))
-    table = {}
-    for t in range(STEPS):
-        for prefix in itertools.product(range(VOCAB), repeat=t):
-            table[prefix] = np.array([found[(*prefix, v, *[0] * (STEPS - t - 1))][t] for v in range(VOCAB)])
-    return table
-
-
 @pytest.fixture(scope="module")
 def steered(path):
-    return table_under(path, [STEER])
+    return table_under(path, PROMPT, [STEER], STEPS)
 
 
 def law(p, q, text, t_q=1.0):
@@ -346,7 +335,7 @@ def test_effects(engine, path, tiny, steered):
     value = value_table(STEPS, VOCAB, seed=4)
     potential = TableTwist(np.where(np.isinf(value), -1.0, value))
     swaps = [EACH["interchange"], EACH["subspace"]]
-    tables = [steered, *(table_under(path, [swap]) for swap in swaps), tiny.table]
+    tables = [steered, *(table_under(path, PROMPT, [swap], STEPS) for swap in swaps), tiny.table]
     targets = [
         {s: sum(table[s[:t]][v] for t, v in enumerate(s)) + potential.log_phi(s) for s in tiny.log_p}
         for table in tables
