@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Measures on a CPU what bench/results says of one, most telling first:
 #
-#   bash bench/cpu.sh OUTDIR [part…]         default: all parts but serve, soak, groups, infill, order and counterfactual
+#   bash bench/cpu.sh OUTDIR [part…]         default: all parts but serve, soak, groups, infill, order, counterfactual
+#                                          and interchange
 #   AGAINST=../old bash bench/cpu.sh OUTDIR against      steps of this tree and of another, in turn
 #
 # part           minutes on two quiet cores, and what for
@@ -19,6 +20,7 @@
 # counterfactual_time 3  counterfactuals against the published procedure and against smc, in turn
 # p0             4    steps with top_k, top_p, min_p against steps without
 # intervene     17    what interventions cost a step; two engines in turn, with places for them and without
+# interchange   25    interchange interventions, Boundless DAS, steered texts in turn with pyvene; PEER as above
 # serve         15    a server against the engine in process, and against a stock server
 # soak          30    10,000 requests of random end: what is counted, not timed
 # groups        35    several groups against stock, a step by their number, a group beside ordinary requests
@@ -29,7 +31,7 @@
 set -u
 cd "$(dirname "$0")/.."
 if [ $# -eq 0 ]; then
-  sed -n '2,28s/^# \{0,1\}//p' "$0" >&2
+  sed -n '2,30s/^# \{0,1\}//p' "$0" >&2
   exit 2
 fi
 python=${PYTHON:-.venv/bin/python}
@@ -76,6 +78,7 @@ for part in $parts; do
     ops) bench ops_cpu bench_ops.py --seconds 0.8 ;;
     p0) bench p0_cpu bench_p0.py ;;
     intervene) bench intervene_cpu bench_intervene.py ;;
+    interchange) bench interchange_cpu bench_interchange.py --peer "$peer" ;;
     serve) bench serve_cpu bench_serve.py ;;
     soak) bench soak_cpu bench_soak.py ;;
     twist) bench twist_cpu bench_twist.py ;;

@@ -2,8 +2,10 @@
 
     OtherEngine(tree, script, "--serve", …)     here: calls of its methods go to that process and come back
     serve(make)                                 there: makes the engine and answers, until its stdin closes
+    peer_environment(python)                    variables of a peer's interpreter, with its own OpenMP library
 
-`script` runs with `tree` on PYTHONPATH, so that its fastsmc is that tree's. Arguments and answers are JSON values.
+`script` runs with `tree` on PYTHONPATH, so that its fastsmc is that tree's. Arguments and answers are JSON values. It
+needs nothing but Python, so that the peers' environments import it too.
 """
 
 from __future__ import annotations
@@ -17,19 +19,30 @@ from pathlib import Path
 from typing import Any
 
 
+def peer_environment(python: str) -> dict[str, str]:
+    """Makes the environment of an interpreter that has no fastsmc: Intel's OpenMP is that of its own folder."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("LD_PRELOAD", "PYTHONPATH")}
+    if (library := Path(python).parents[1] / "lib" / "libiomp5.so").exists():
+        environment["LD_PRELOAD"] = str(library)
+    return environment
+
+
 class OtherEngine:
     """Does as the engine that `script arguments…` serves in another process, with the fastsmc of `tree`.
+
+    Args:
+        peer: a peer's interpreter, which then runs the script; the fastsmc of `tree` is not there.
 
     Raises:
         RuntimeError: from a call, if that process has ended.
     """
 
-    def __init__(self, tree: Path, script: str, *arguments: str) -> None:
-        environment = os.environ | {"PYTHONPATH": str(tree)}
+    def __init__(self, tree: Path, script: str, *arguments: str, peer: str | None = None) -> None:
+        environment = os.environ | {"PYTHONPATH": str(tree)} if peer is None else peer_environment(peer)
         environment.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         self.tree = tree
         self.process = subprocess.Popen(
-            [sys.executable, script, *arguments],
+            [peer or sys.executable, script, *arguments],
             env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         assert self.process.stdin is not None and self.process.stdout is not None  # pipes

@@ -15,6 +15,7 @@ import numpy as np
 from fastsmc.values import check_int
 
 if TYPE_CHECKING:
+    from fastsmc.alignment import HeatMap
     from fastsmc.counterfactuals import Counterfactuals
     from fastsmc.population import Population
 
@@ -201,3 +202,27 @@ def survival(counterfactuals: Counterfactuals, path: Path = None) -> Any:
     axes.set(ylim=(0, 1.02), xlabel="first tokens of the text", ylabel="probability that they stay", title=title)
     axes.legend(frameon=False, fontsize="small")
     return _written(figure, path, 120)
+
+
+def heat_map(found: HeatMap, path: Path = None) -> Any:
+    """Draws accuracies over layers and positions, of a variable and its controls side by side: a Figure."""
+    from matplotlib.figure import Figure
+
+    panels = {", ".join(found.variable): found, **{f"control: {name}": one for name, one in found.controls.items()}}
+    rows, columns = found.iia.shape
+    size = (1.6 + len(panels) * max(2.4, 0.5 * columns), float(np.clip(1.4 + 0.3 * rows, 3, 12)))
+    figure = Figure(figsize=size, layout="constrained")
+    drawn: Any = None
+    every = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, (title, one) in zip(every, panels.items(), strict=True):
+        drawn = axes.imshow(one.iia, vmin=0, vmax=1, cmap="viridis", aspect="auto", origin="lower")
+        if rows * columns <= 400:
+            for (i, j), value in np.ndenumerate(one.iia):
+                colour = "black" if value > 0.6 else "white"
+                axes.text(j, i, f"{value:.2f}", ha="center", va="center", color=colour, fontsize="x-small")
+        names = [str(p) if isinstance(p, int) else f"per pair ({j})" for j, p in enumerate(found.positions)]
+        axes.set(xticks=range(columns), xticklabels=names, xlabel="position")
+        axes.set_title(f"{title}\naccuracy {one.accuracy:.2f}, agreement {one.agreement:.2f}", fontsize="small")
+    every[0].set(yticks=range(rows), yticklabels=list(map(str, found.layers)), ylabel="layer")
+    figure.colorbar(drawn, ax=list(every), label="IIA")
+    return _written(figure, path, 130)

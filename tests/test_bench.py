@@ -410,6 +410,82 @@ def test_counterfactuals_of_a_tiny_model(tmp_path, monkeypatch, capsys):
         assert tables.make(name).count("\n| --- |") == {"found": 3, "time": 1}[name]
 
 
+class FakePeer:
+    """What `pyvene_bench.py` serves, over the engine of Hugging Face that the other side has, too."""
+
+    def __init__(self, engine):
+        self.engine, self.calls = engine, []
+
+    def versions(self):
+        return {"pyvene": "0"}
+
+    def interchange(self, bases, sources, sites, basis=None, path=""):
+        import numpy as np
+
+        from fastsmc.interventions import Interchange, Subspace
+
+        put = (lambda *site: Interchange(*site)) if basis is None else (lambda *site: Subspace(*site, basis))
+        if path:
+            logits = self.engine.interchange(bases, sources, [put(*site) for site in sites], logits=True)
+            np.save(path, logits.numpy() + 3)  # logits are known up to a constant
+        self.calls += [(bases, site) for site in sites]
+        return [0.5] * len(sites)
+
+    def train(self, bases, sources, labels, layer, position, steps, total):
+        return {"seconds": [0.25] * steps, "loss": [1.0] * steps}
+
+    def generate(self, *_):
+        return 40.0
+
+
+def test_interchange_of_a_tiny_model(tmp_path, monkeypatch):
+    """`bench_interchange.py`, all parts, with pairs that no call has seen before."""
+    import bench_interchange as bench
+    import tables
+    from machine import write_result
+    from tiny import make_llama
+
+    from fastsmc.alignment.das import Fit
+    from fastsmc.alignment.frozen import Frozen
+    from fastsmc.hf import HFEngine
+
+    for name, value in {
+        "TOKENS": 20, "PAIRS": 2, "LAYER": 1, "RANK": 4, "SAME_LAYERS": (0, 1), "PEER_CONFIGS": 3, "TEXTS": 4,
+        "LENGTHS": ((20, 2), (3, 2)), "BATCHES": 2,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(bench, name, value)
+    engine, trainer = bench.Engine.__new__(bench.Engine), bench.Trainer.__new__(bench.Trainer)
+    engine.llm = trainer.engine = HFEngine(make_llama(tmp_path / "tiny", 64), stop_token_ids=[])
+    for owner, method in ((Fit, "step"), (Frozen, "states")):  # the clock's marks go with this test
+        monkeypatch.setattr(owner, method, getattr(owner, method))
+    trainer.clock = bench.Clock(*bench.STEP)
+    peer, draws = FakePeer(engine.llm), bench.Draws({"layers": 2, "hidden": 64, "vocab": 64})
+    records = list(bench.same(engine, peer, draws))
+    assert len(records) == 6 and max(record["difference"] for record in records) < 1e-5
+    records += bench.sweep(engine, peer, draws, 2)
+    last, more = records[-2:]
+    assert (last["configs"], last["measured"], more["configs"], more["measured"]) == (2, 2, 32, 3)
+    assert last["peer_runs"] == [0.5 * 2] * 2 and more["peer_runs"] == pytest.approx([0.5 * 32] * 2)
+    swept = peer.calls[6:]
+    assert [site for _, site in swept[-3:]] == [[0, -16], [1, -16], [1, -1]]
+    assert len({str(bases) for bases, _ in swept}) == 6  # both sweeps, a warm-up and two runs
+    records += bench.train(trainer, peer, draws, 1)
+    step, epochs = records[-2:]
+    assert epochs["steps"] == 6 and epochs["peer_runs"] == [6 * 0.25] and step["peer_runs"] == [0.25]
+    assert 0 < 6 * step["seconds"] < epochs["seconds"]
+    records += bench.steer(engine, peer, draws, 1)
+    assert records[-1]["ratio"]["median"] == 40.0 / records[-1]["seconds"]
+    assert all(bench.describe(record) for record in records)
+    result = {"bench": "interchange", "peer": peer.versions(), "records": records}
+    write_result(tmp_path / "made.json", result)
+    check_record(tmp_path / "made.json")
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    text = tables.make("made")
+    assert "sweep, 16 positions" in text and "pyvene 0 by at most" in text and "of the speed of others" in text
+    alone = list(bench.sweep(engine, None, draws, 1)) + list(bench.steer(engine, None, draws, 1))
+    assert not any("ratio" in record for record in alone) and list(bench.same(engine, None, draws)) == []
+
+
 def test_agreement_is_refused_where_there_is_none():
     import bench_counterfactual as bench
     import numpy as np

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from machine import write_result
+from trees import peer_environment
 
 PROMPT = "Once upon a time"
 WORDS = ["the", "and", "she"]
@@ -30,14 +30,11 @@ WORDS = ["the", "and", "she"]
 def run_peer(python: str, particles: int, max_tokens: int, seed: int) -> dict[str, Any]:
     """The record of one run of genlm-control, in its own environment with its own OpenMP library."""
     script = Path(__file__).with_name("genlm_control_bench.py")
-    environment = {name: value for name, value in os.environ.items() if name not in ("LD_PRELOAD", "PYTHONPATH")}
-    if (library := Path(python).parents[1] / "lib" / "libiomp5.so").exists():
-        environment["LD_PRELOAD"] = str(library)
     options = ["--particles", str(particles), "--max-tokens", str(max_tokens), "--repeats", "1", "--seed", str(seed)]
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "record.json"
         command = [python, str(script), *options, "--json", str(path)]
-        subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=True)
+        subprocess.run(command, env=peer_environment(python), stdout=subprocess.DEVNULL, check=True)
         return json.loads(path.read_text())
 
 

@@ -143,10 +143,7 @@ def frozen_iia(
     """
     trunk, tokenizer, _ = _read_trunk(trunk)
     layer, batch = check_int("layer", layer, 0, trunk.sizes.n_layers - 1), check_int("batch", batch, 1)
-    if not pairs.changed:
-        raise ValueError(
-            f"pairs: none of {len(pairs)} labels is changed by the interchange, so IIA would be meaningless"
-        )
+    pairs.check_changed()
     if basis is not None:
         basis = basis.basis() if isinstance(basis, BoundlessDAS) else basis
         basis = check_basis(basis, trunk.hidden_size).to(trunk.device)

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from vllm import SamplingParams
 
 from fastsmc import SMCError, SMCParams
+from fastsmc.alignment import Pairs, frozen_iia, heat_map, iia
 from fastsmc.hf import HFEngine
 from fastsmc.interventions import Interchange, Subspace
 from fastsmc.vllm import interchange
@@ -159,3 +160,20 @@ def test_hidden_states_that_are_not_finite_are_named(tmp_path, tiny_path):
         engine.activations([[6, 1]], [0], [0])
     with pytest.raises(SMCError):
         engine.smc([6, 1], SMCParams(n_particles=2, max_tokens=2))  # the engine goes on
+
+
+def test_accuracies_are_those_of_the_trainer(engine, tiny_path):
+    """IIA in vLLM, and by the layers above alone, as alignments are trained with it."""
+    bases, sources = ([prompt_of(40, i + seed) for i in range(24)] for seed in (0, 50))
+    hf = HFEngine(tiny_path)
+    sites = [(layer, position) for layer in (0, 1) for position in (-1, -9)]
+    (plain,) = hf.interchange(bases, bases, [Interchange(1, -1)]).tolist()
+    mixed = hf.interchange(bases, sources, [Interchange(*site) for site in sites[:3]]).tolist()
+    labels = [mixed[i % 3][i] for i in range(24)]
+    asked = Pairs([{}] * 24, [{}] * 24, bases, sources, labels, plain, labels, labels, ("v",))
+    alignments = {site: orthonormal(7 + 20 * site[0]).T for site in sites}
+    for chosen in (None, alignments):
+        found = heat_map(engine, asked, [0, 1], [-1, -9], alignments=chosen)
+        want = [frozen_iia(hf, None if chosen is None else chosen[site], asked, *site) for site in sites]
+        assert found.iia.ravel().tolist() == want and len(set(want)) > 1 and found.accuracy == 1.0
+        assert iia(engine, None if chosen is None else chosen[0, -1], asked, 0, -1) == want[0]
