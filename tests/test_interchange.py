@@ -105,8 +105,14 @@ def test_activations_are_what_layers_put_out(hf, model):
         (dict(configs=[Interchange(0, -7)]), r"configs\[0\].position=-7: must be in \[-6, 6\)"),
         (dict(configs=[Interchange(0, 0, 6)]), r"configs\[0\].source_position=6: must be in \[-6, 6\), as source 0"),
         (dict(configs=[Interchange(0, [0, 1])]), r"configs\[0\].position: 2 positions for 3 prompts"),
-        (dict(bases=[*ROWS[:2], [1, 2]]), r"configs\[0\].position=2: bases have 2 to 6 tokens; give a list"),
-        (dict(sources=[*ROWS[:2], [1, 2]]), r"configs\[0\].position=2: sources have 2 to 6 tokens; give a list"),
+        (
+            dict(bases=[*ROWS[:2], [1, 2]]),
+            r"configs\[0\].position=2: bases have 2 to 6 tokens; give a position for each",
+        ),
+        (
+            dict(sources=[*ROWS[:2], [1, 2]]),
+            r"configs\[0\].position=2: sources have 2 to 6 tokens; give a position for each",
+        ),
         (dict(configs=[Subspace(0, 0, torch.eye(H + 1, 2))]), "Subspace: is for hidden states of 65 elements"),
         (dict(labels=[1, 2]), "labels: 2 labels for 3 pairs"),
         (dict(labels=[1, 2, VOCAB]), r"labels\[2\]=8: is beyond the vocabulary"),

@@ -24,8 +24,8 @@ import torch
 from numpy.typing import NDArray
 
 from fastsmc.alignment.causal import Pairs, answer_ids
-from fastsmc.interventions import Interchange, Subspace
-from fastsmc.values import as_int, check_int, json_safe
+from fastsmc.interventions import Interchange, Subspace, as_position
+from fastsmc.values import check_int, json_safe
 
 FORMAT, VERSION = "fastsmc heat map", 1
 #: packages whose version a file names, where they are installed
@@ -71,7 +71,7 @@ def heat_map(
             none that is changed.
     """
     layers = [check_int(f"layers[{i}]", layer, 0) for i, layer in enumerate(_list("layers", layers))]
-    positions = [_position(f"positions[{i}]", one) for i, one in enumerate(_list("positions", positions))]
+    positions = [as_position(f"positions[{i}]", one) for i, one in enumerate(_list("positions", positions))]
     if controls and any(isinstance(one, tuple) for one in positions):
         raise ValueError("controls: have other prompts, for which positions with one per pair are not meant")
     sites = [(layer, position) for layer in layers for position in positions]
@@ -152,7 +152,7 @@ class HeatMap:
     @classmethod
     def _from_dict(cls, fields: dict[str, Any]) -> HeatMap:
         fields = {name: value for name, value in fields.items() if name != "normalised"}
-        fields["positions"] = [_position("positions", one) for one in fields["positions"]]
+        fields["positions"] = [as_position("positions", one) for one in fields["positions"]]
         fields["iia"] = np.array(fields["iia"], dtype=np.float64)
         if (shape := fields["iia"].shape) != (len(fields["layers"]), len(fields["positions"])):
             raise ValueError(f"its accuracies are of shape {shape}, which its layers and positions are not")
@@ -177,17 +177,6 @@ def _list(name: str, values: Any) -> list[Any]:
     if isinstance(values, (str, bytes)) or not hasattr(values, "__iter__") or not (out := list(values)):
         raise ValueError(f"{name}={values!r}: must be a list of at least one")
     return out
-
-
-def _position(name: str, value: Any) -> int | tuple[int, ...]:
-    if (number := as_int(value)) is not None:
-        return number
-    out = []
-    for one in _list(name, value):
-        if (number := as_int(one)) is None:
-            raise ValueError(f"{name}={value!r}: must be an integer, or a list of one per pair")
-        out.append(number)
-    return tuple(out)
 
 
 def _config(layer: int, position: Any, basis: Any) -> Interchange | Subspace:
