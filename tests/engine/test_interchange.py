@@ -100,34 +100,35 @@ def test_activations_are_hugging_faces(engine, process_engine, tiny_path):
         torch.testing.assert_close(each.activations(BASES, [1, 0], positions), found, rtol=0, atol=2e-5)
 
 
-def test_the_engine_goes_on_as_before(engine, tiny_path, scheduler, all_blocks_back):
+def test_the_engine_goes_on_as_before(engine, compiled, tiny_path, all_blocks_back):
     """Requests and groups in the middle of their way, the prefix cache, and what is asked alone, bit for bit."""
     prompt, params = prompt_of(70), SMCParams(n_particles=6, max_tokens=40, seed=3)
     ordinary = SamplingParams(max_tokens=60, logprobs=0, temperature=0.0, ignore_eos=True)
     value = engine.activations([SOURCES[0]], [0], [-1])[0, 0, 0]
     under = [None, Interchange(0, 40, value=value)]
 
-    def run(interrupted):
-        names = [engine.register_intervention(one) if one else None for one in under]
-        leads = [engine.lead_params(params, intervention=name, return_population=True) for name in names]
+    def run(each, interrupted):
+        names = [each.register_intervention(one) if one else None for one in under]
+        leads = [each.lead_params(params, intervention=name, return_population=True) for name in names]
         for i, request in enumerate((ordinary, *leads)):
-            engine.llm_engine.add_request(f"{interrupted} {i}", engine._prompt(prompt), request)
+            each.llm_engine.add_request(f"{interrupted} {i}", each._prompt(prompt), request)
         outputs, step = {}, 0
         while len(outputs) < 3:
             if interrupted and step in (1, 20):
-                engine.interchange(BASES, SOURCES, CONFIGS)
-            outputs |= {output.request_id: output for output in engine.llm_engine.step() if output.finished}
+                each.interchange(BASES, SOURCES, CONFIGS)
+            outputs |= {output.request_id: output for output in each.llm_engine.step() if output.finished}
             step += 1
         for name in filter(None, names):
-            engine.drop_intervention(name)
+            each.drop_intervention(name)
         first, *others = (outputs[f"{interrupted} {i}"] for i in range(3))
-        return first.outputs[0].token_ids, first.outputs[0].logprobs, *(bits(engine.population(o)) for o in others)
+        return first.outputs[0].token_ids, first.outputs[0].logprobs, *(bits(each.population(o)) for o in others)
 
-    want = run(False)
-    assert run(True) == want
-    population = engine.smc(prompt, params, intervention=under[1])
-    for i, scores in enumerate(hooked_log_probs(tiny_path, prompt, population.token_ids, under[1:])):
-        assert abs(population.token_log_probs[i] - scores).max() <= 5e-4
+    for each in (engine, compiled):
+        want = run(each, False)
+        assert run(each, True) == want
+        population = each.smc(prompt, params, intervention=under[1])
+        for i, scores in enumerate(hooked_log_probs(tiny_path, prompt, population.token_ids, under[1:])):
+            assert abs(population.token_log_probs[i] - scores).max() <= 5e-4
 
 
 def test_refusals(engine, tiny_path, monkeypatch):
