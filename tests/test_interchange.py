@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from fastsmc import SMCParams
 from fastsmc.hf import HFEngine
-from fastsmc.interventions import Interchange, Steer, Subspace, load, save
+from fastsmc.interventions import BLOCK, Interchange, Steer, Subspace, load, save
+from fastsmc.maps import lay_out
 from fastsmc.trunk import Trunk
 
 BASIS = orthonormal(7).T
@@ -175,6 +176,20 @@ def test_draws_under_what_a_source_has(hf, path):
     drawn = hf.smc(PROMPT, PARAMS, intervention=Interchange(0, -1, value=value[0]))
     for tokens, scores in zip(drawn.token_ids, drawn.token_log_probs, strict=True):
         assert abs(float(found[tokens[0]]) - scores[0]) < 2e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_base_of_its_own_stays_to_the_last_bit(dtype):
+    """vLLM's layers give (hidden, residual), whose sum was read as the value; what is changed is the residual alone."""
+    hidden, residual = (noise(5, H, seed=i, scale=s).to(dtype) for i, s in ((1, 0.1), (2, 40.0)))
+    x = hidden + residual
+    for make in (lambda v: Interchange(0, 0, value=v), lambda v: Subspace(0, 0, BASIS, value=v)):
+        steps = {i: {(0, BLOCK): make(row).step()} for i, row in enumerate(x.float())}
+        maps, variants = lay_out(steps, 5, torch.device("cpu"))[0, BLOCK], torch.arange(5)
+        for changed, source in ((residual.clone(), x), (x.clone(), None)):
+            before = changed.clone()
+            maps.apply(changed, variants, source)
+            assert torch.equal(changed, before)
 
 
 def test_draws_are_refused_what_they_cannot_have(hf, tmp_path):
