@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastsmc.interventions import BLOCK, Interchange, Sizes, Subspace
+from fastsmc.interventions import BLOCK, Interchange, Sizes, Subspace, read_position
 from fastsmc.maps import Site, SiteMaps, lay_out
 from fastsmc.potentials.tokens import short, token_list
 from fastsmc.values import as_int, check_int
@@ -111,17 +111,20 @@ def read_asked(
             raise ValueError(f"{name}={short(config)}: must be an Interchange or a Subspace")
         if config.value is not None:
             raise ValueError(f"{name}: has a value; here it is read from the sources")
-        config.check(sizes)
+        try:
+            config.check(sizes)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
         own = config.source_position
         at.append(read_positions(f"{name}.position", config.position, lengths))
         source_name = f"{name}.position" if own is None else f"{name}.source_position"
         source_at.append(read_positions(source_name, config.position if own is None else own, source_lengths, "source"))
-    if logits not in (False, True):
+    if not isinstance(logits, bool):
         raise ValueError(f"logits={logits!r}: must be True or False")
     if logits and labels is not None:
         raise ValueError("labels: with logits=True all are returned; leave one of them out")
     kept = None if labels is None else read_labels(labels, n, sizes.vocab)
-    return Asked(bases, sources, tuple(given), at, source_at, kept, bool(logits))
+    return Asked(bases, sources, tuple(given), at, source_at, kept, logits)
 
 
 def read_positions(name: str, given: Any, lengths: Sequence[int], what: str = "base") -> list[int]:
@@ -153,7 +156,7 @@ def read_labels(labels: Any, n: int, vocab: int) -> Tensor:
     if not isinstance(rows, (list, tuple)) or len(rows) != n:
         what = f"{len(rows)} labels" if isinstance(rows, (list, tuple)) else short(rows)
         raise ValueError(f"labels: {what} for {n} pairs; give a token id for each, or a list of them for each")
-    if all(as_int(one) is not None for one in rows):
+    if any(as_int(one) is not None for one in rows):
         return torch.tensor(token_list("labels", rows, vocab))
     each = [token_list(f"labels[{i}]", row, vocab) for i, row in enumerate(rows)]
     if len({len(row) for row in each}) != 1 or not each[0]:
@@ -292,6 +295,8 @@ class Interchanges:
             ValueError: naming the argument; a layer or a position that is not there, a hidden state that is not finite.
         """
         ids, sizes = self._asked_prompts("prompts", prompts), self._model_sizes()
+        if not ids:
+            raise ValueError("prompts=[]: must be at least one prompt")
         if not isinstance(layers, (list, tuple, range)) or not layers:
             raise ValueError(f"layers={short(layers)}: must be a list of at least one layer")
         if not isinstance(positions, (list, tuple, range)) or not positions:
@@ -300,8 +305,8 @@ class Interchanges:
         lengths = [len(one) for one in ids]
         at = []
         for i, position in enumerate(positions):
-            given = Interchange(0, position).position  # reads its form
-            at.append(read_positions(f"positions[{i}]", given, lengths, "prompt"))
+            name = f"positions[{i}]"
+            at.append(read_positions(name, read_position(name, position), lengths, "prompt"))
         spots = Spots([[row[b] for row in at] for b in range(len(ids))])
         states = self._read_states(ids, spots, chosen)
         spots.check_finite(states, chosen, "prompts")

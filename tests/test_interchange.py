@@ -101,7 +101,10 @@ def test_activations_are_what_layers_put_out(hf, model):
         (dict(configs=[]), r"configs=\[\]: must hold at least one"),
         (dict(configs=[Steer(0, noise(H))]), r"configs\[0\]=.*: must be an Interchange or a Subspace"),
         (dict(configs=[Interchange(0, 0, value=noise(H))]), r"configs\[0\]: has a value"),
-        (dict(configs=[Interchange(2, 0)]), r"layer=2: must be in \[0, 2\), the layers of this model"),
+        (
+            dict(configs=[Interchange(0, 0), Interchange(2, 0)]),
+            r"configs\[1\]: layer=2: must be in \[0, 2\), the layers",
+        ),
         (dict(configs=[Interchange(0, 6)]), r"configs\[0\].position=6: must be in \[-6, 6\), as base 0 has 6 tokens"),
         (dict(configs=[Interchange(0, -7)]), r"configs\[0\].position=-7: must be in \[-6, 6\)"),
         (dict(configs=[Interchange(0, 0, 6)]), r"configs\[0\].source_position=6: must be in \[-6, 6\), as source 0"),
@@ -111,6 +114,7 @@ def test_activations_are_what_layers_put_out(hf, model):
         (dict(configs=[Subspace(0, 0, torch.eye(H + 1, 2))]), "Subspace: is for hidden states of 65 elements"),
         (dict(labels=[1, 2]), "labels: 2 labels for 3 pairs"),
         (dict(labels=[1, 2, VOCAB]), r"labels\[2\]=8: is beyond the vocabulary"),
+        (dict(labels=[1, 2, 1.5]), r"labels\[2\]=1.5: is not a token id"),
         (dict(labels=[[1], [2], [-1]]), r"labels\[2\]\[0\]=-1: "),
         (dict(labels=[[1], [2], [1, 2]]), "labels: the lists must have the same length"),
         (dict(labels=[1, 2, 3], logits=True), "labels: with logits=True all are returned"),
@@ -121,6 +125,19 @@ def test_refusals(hf, change, message):
     asked = {"bases": ROWS, "sources": SOURCES, "configs": [Interchange(0, 2)], **change}
     with pytest.raises(ValueError, match=message):
         hf.interchange(asked.pop("bases"), asked.pop("sources"), asked.pop("configs"), **asked)
+
+
+def test_refusals_of_activations(hf):
+    for arguments, message in (
+        (([], [0], [0]), r"prompts=\[\]: must be at least one"),
+        ((ROWS, [0, 2], [0]), r"layers\[1\]=2: must be an integer from 0 to 1"),
+        ((ROWS, 0, [0]), "layers=0: must be a list of at least one layer"),
+        ((ROWS, [0], []), r"positions=\[\]: must be a list of at least one position"),
+        ((ROWS, [0], [0, "x"]), r"positions\[1\]='x': must be an integer"),
+        ((ROWS, [0], [0, 6]), r"positions\[1\]=6: must be in \[-6, 6\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            hf.activations(*arguments)
 
 
 @pytest.mark.parametrize(

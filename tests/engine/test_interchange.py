@@ -12,10 +12,10 @@ from vllm import SamplingParams
 from fastsmc import SMCError, SMCParams
 from fastsmc.hf import HFEngine
 from fastsmc.interventions import Interchange, Subspace
-from fastsmc.vllm import interchange
+from fastsmc.vllm import interchange, llm
 from fastsmc.vllm.model import Model
 
-from .conftest import make_engine
+from .conftest import VOCAB, make_engine
 from .test_attend import prompt_of, runner_of
 
 BASIS = orthonormal(7).T
@@ -141,6 +141,16 @@ def test_refusals(engine, tiny_path, monkeypatch):
             engine.interchange(*arguments)
     with pytest.raises(ValueError, match="position=-1: is one from a prompt's end"):
         engine.register_intervention(Interchange(0, -1, value=noise(H)))
+    with monkeypatch.context() as patched:
+        patched.setattr(llm, "ANSWER_ELEMENTS", 6 * VOCAB)
+        assert engine.interchange(BASES, SOURCES, CONFIGS[:1], logits=True).shape == (1, 6, VOCAB)
+        for ask in (
+            lambda: engine.interchange(BASES, SOURCES, CONFIGS[:2], logits=True),
+            lambda: engine.interchange(BASES, SOURCES, CONFIGS[:1], labels=[[1] * 9] * 6),
+            lambda: engine.activations(BASES[:1], [0], [-1]),
+        ):
+            with pytest.raises(ValueError, match="answer would have .* elements, may have 48; ask of fewer prompts"):
+                ask()
     places = runner_of(engine).interventions.places
     monkeypatch.setattr(runner_of(engine).interventions, "places", places._replace(why_not="Gnu: of a kind"))
     for ask in (lambda: engine.interchange(BASES, SOURCES, CONFIGS), lambda: engine.activations(BASES, [0], [-1])):
