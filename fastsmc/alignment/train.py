@@ -335,9 +335,15 @@ class _Job:
 
     def _lines(self, steps: int) -> list[dict[str, float]]:
         assert self.directory is not None  # without one nothing was kept
-        log = self.directory / "metrics.jsonl"
-        lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-        return [line for line in lines if line["step"] <= steps]
+        log, lines = self.directory / "metrics.jsonl", []
+        for text in log.read_text().splitlines() if log.exists() else ():
+            try:
+                line = json.loads(text)
+            except ValueError:  # the last one of a run that ended while it wrote
+                break
+            if line["step"] <= steps:
+                lines.append(line)
+        return lines
 
     def _save_checkpoint(self, fit: Fit) -> None:
         if self.directory is None:
@@ -358,8 +364,9 @@ class _Job:
                 raise self._other(path)
             fit.resume(state)
         self.das.history = self._lines(fit.taken)
-        text = "".join(json.dumps(line) + "\n" for line in self.das.history)
-        (self.directory / "metrics.jsonl").write_text(text)
+        temporary = self.directory / "metrics.tmp"
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in self.das.history))
+        temporary.replace(self.directory / "metrics.jsonl")
 
 
 def _run(

@@ -107,6 +107,8 @@ def test_a_run_goes_on_to_the_same_numbers(trunk, tmp_path, monkeypatch):
     assert (tmp_path / "checkpoint.pt").exists() and not (tmp_path / "card.json").exists()
     with pytest.raises(ValueError, match="checkpoint.pt: is of another configuration"):
         train(trunk, directory=tmp_path, lr=2e-2)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 7, "lo')  # as a full disk leaves it
     steps = []
     step = training.Fit.step
     monkeypatch.setattr(training.Fit, "step", lambda self, *args: steps.append(self.taken) or step(self, *args))
