@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from fastsmc import SMCParams
 from fastsmc.hf import HFEngine
+from fastsmc.interchange import Asked
 from fastsmc.interventions import BLOCK, Interchange, Steer, Subspace, load, save
 from fastsmc.maps import lay_out
 from fastsmc.trunk import Trunk
@@ -54,6 +55,15 @@ def test_logits_are_those_with_hooks(hf, model, path):
     labels = torch.tensor([[1, 2], [0, 0], [7, 3]])
     found = hf.interchange(ROWS, SOURCES, CONFIGS, labels=labels)
     torch.testing.assert_close(found, scores.gather(2, labels.expand(len(CONFIGS), -1, -1)), rtol=0, atol=2e-5)
+
+
+def test_maps_are_laid_out_once_per_layer():
+    """So that a sweep over L layers does not take L times as much."""
+    configs = (*(Interchange(layer, 0) for layer in (1, 0, 1)), *(Subspace(1, at, BASIS) for at in (0, 1)))
+    asked = Asked([[1, 2]], [[1, 2]], configs, [[0]] * 5, [[0]] * 5, None, False)
+    assert asked.numbers == [0, 0, 0, 1, 2]
+    maps = asked.maps(H, torch.device("cpu"))
+    assert {site: len(one.shift) for site, one in maps.items()} == {(1, BLOCK): 3, (0, BLOCK): 1}
 
 
 def test_nothing_changes_and_everything_does(hf, model):
