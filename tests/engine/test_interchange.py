@@ -129,6 +129,22 @@ def test_the_engine_goes_on_as_before(engine, tiny_path, scheduler, all_blocks_b
         assert abs(population.token_log_probs[i] - scores).max() <= 5e-4
 
 
+def test_an_interrupt_gives_the_engine_its_cache_back(engine, monkeypatch):
+    model = runner_of(engine)._model
+    context, prompt = model._config.compilation_config.static_forward_context, prompt_of(40)
+    want = engine.smc(prompt, SMCParams(n_particles=4, max_tokens=4))
+
+    def interrupted(self, batch):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Model, "hidden", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            engine.interchange(BASES, SOURCES, CONFIGS)
+    assert {context[name].kv_cache.data_ptr() for name in model.layers} == {c.data_ptr() for c in model.caches}
+    assert bits(engine.smc(prompt, SMCParams(n_particles=4, max_tokens=4))) == bits(want)
+
+
 def test_refusals(engine, tiny_path, monkeypatch):
     for arguments, message in (
         ((BASES, SOURCES[:2], CONFIGS), "sources: 6 bases and 2 sources"),
