@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import json
 import os
+import pickle
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -176,7 +177,7 @@ def _is_list(value: Any) -> bool:
 
 def _as_list(name: str, value: Any) -> list[Any]:
     values = [one if as_int(one) is None else as_int(one) for one in (value if _is_list(value) else [value])]
-    if not values or len(set(values)) < len(values):
+    if not values or any(_is_list(one) for one in values) or len(set(values)) < len(values):
         raise ValueError(f"{name}={short(value)}: must be one, or a list of at least one, each once")
     return values
 
@@ -359,7 +360,11 @@ class _Job:
         self.directory.mkdir(parents=True, exist_ok=True)
         path = self.directory / "checkpoint.pt"
         if path.exists():
-            state = torch.load(path, weights_only=True, map_location=fit.das._turn.device)
+            try:
+                state = torch.load(path, weights_only=True, map_location=fit.das._turn.device)
+            except (OSError, EOFError, LookupError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+                said = str(error).partition("\n")[0]
+                raise ValueError(f"{path}: cannot be read ({said}); remove it, and training begins anew") from None
             if state["card"] != json.dumps(dataclasses.asdict(self.card)):
                 raise self._other(path)
             fit.resume(state)

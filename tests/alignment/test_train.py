@@ -118,6 +118,11 @@ def test_a_run_goes_on_to_the_same_numbers(trunk, tmp_path, monkeypatch):
     assert same(train(trunk, directory=tmp_path), whole)
     with pytest.raises(ValueError, match="card.json: is of another configuration"):
         train(trunk, directory=tmp_path, sampler=sampler(2))
+    monkeypatch.undo()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "checkpoint.pt").write_bytes(b"half")
+    with pytest.raises(ValueError, match="checkpoint.pt: cannot be read .*; remove it, and training begins anew"):
+        train(trunk, directory=tmp_path / "other")
 
 
 def test_a_sweep_shares_a_store_and_gives_what_each_site_gives(trunk, tmp_path, monkeypatch):
@@ -150,6 +155,7 @@ def test_cache_is_said_and_capped(trunk, tmp_path, capsys):
         ({"layer": LAYERS}, "layer=4: must be an integer from 0 to 3"),
         ({"layer": []}, "layer=\\[\\]: must be one, or a list"),
         ({"position": [1, 1]}, "position=\\[1, 1\\]: .* each once"),
+        ({"position": [[1]]}, "position=\\[\\[1\\]\\]: must be one, or a list"),
         ({"position": 1}, "position=1: prompts have 3 to 6 tokens; give one from the end"),
         ({"position": -4}, "position=-4: must be an integer from -3 to 2"),
         ({"position": lambda inputs: 6}, "position=6: must be an integer from -. to"),
