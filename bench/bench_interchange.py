@@ -7,7 +7,8 @@
     sweep    the most likely token of every pair at 30 layers and the last position; at 30 layers and 16 positions
     train    Boundless DAS at layer 15: a step; `EPOCHS` epochs with all that comes before the first step
     steer    64 texts under a vector at layer 15: `smc`, by Hugging Face with a hook, and `smc` without the vector; by
-             tokens of the prompt and of the texts, since `smc` has the prompt's keys and values once
+             tokens of the prompt and of the texts, since `smc` has the prompt's keys and values once; prompts are from
+             the pages in docs/, since random tokens have no likely continuation that texts could share
 
 SmolLM2 in float32, 8 pairs of 64 random tokens, and new ones for each call, so that nothing is left of the call before.
 The vector hardly changes what is generated, so that as many texts share their tokens with it as without.
@@ -74,6 +75,9 @@ class Engine:
     def sizes(self) -> dict[str, int]:
         config = self.llm.llm_engine.model_config.hf_config
         return {"layers": config.num_hidden_layers, "hidden": config.hidden_size, "vocab": config.vocab_size}
+
+    def encode(self, text: str) -> list[int]:
+        return self.llm.get_tokenizer().encode(text)
 
     def interchange(self, bases: Tokens, sources: Tokens, sites: Tokens) -> float:
         """Returns the seconds of one call that gives the most likely token at all sites (layer, position)."""
@@ -146,8 +150,8 @@ class Trainer:
 class Draws:
     """Draws pairs, labels, a basis and a vector; never the same pairs again."""
 
-    def __init__(self, sizes: dict[str, int]) -> None:
-        self.rng, self.sizes = np.random.default_rng(0), sizes
+    def __init__(self, sizes: dict[str, int], text: list[int]) -> None:
+        self.rng, self.sizes, self.text = np.random.default_rng(0), sizes, text
 
     def pairs(self) -> tuple[Tokens, Tokens]:
         bases, sources = self.rng.integers(self.sizes["vocab"], size=(2, PAIRS, TOKENS)).tolist()
@@ -155,6 +159,11 @@ class Draws:
 
     def tokens(self, n: int) -> list[int]:
         return self.rng.integers(self.sizes["vocab"], size=n).tolist()
+
+    def prompt(self, n: int) -> list[int]:
+        """Draws a stretch of the text of docs/."""
+        begin = int(self.rng.integers(len(self.text) - n))
+        return self.text[begin : begin + n]
 
     def basis(self) -> list[list[float]]:
         return np.linalg.qr(self.rng.standard_normal((self.sizes["hidden"], RANK)))[0].astype(np.float32).tolist()
@@ -232,10 +241,10 @@ def steer(engine: Any, peer: Any, draws: Draws, repeats: int) -> Iterator[Record
     for n_prompt, n_new in LENGTHS:
 
         def ours(under: list[float] | None, n_prompt: int = n_prompt, n_new: int = n_new) -> float:
-            return engine.smc(draws.tokens(n_prompt), under, TEXTS, n_new, next(seeds))
+            return engine.smc(draws.prompt(n_prompt), under, TEXTS, n_new, next(seeds))
 
         def theirs(n_prompt: int = n_prompt, n_new: int = n_new) -> float:
-            return peer.generate(draws.tokens(n_prompt), vector, LAYER, TEXTS, n_new, next(seeds))
+            return peer.generate(draws.prompt(n_prompt), vector, LAYER, TEXTS, n_new, next(seeds))
 
         calls: dict[str, Callable[[], Any]] = {
             "ours": functools.partial(ours, vector), "unsteered": functools.partial(ours, None),
@@ -258,7 +267,7 @@ def run(
     options = ("--model", model)
     served = {name: OtherEngine(ROOT, __file__, "--serve", name, *options) for name in ("engine", "trainer")}
     other = None if peer is None else OtherEngine(ROOT, str(PEER), "--serve", "--model", resolved(model), peer=peer)
-    draws = Draws(served["engine"].sizes())
+    draws = Draws(served["engine"].sizes(), served["engine"].encode(pages()))
     each: dict[str, Callable[[], Iterator[Record]]] = {
         "same": lambda: same(served["engine"], other, draws),
         "sweep": lambda: sweep(served["engine"], other, draws, repeats),
@@ -277,6 +286,10 @@ def run(
     for process in (*served.values(), *([] if other is None else [other])):
         process.close()
     return records
+
+
+def pages() -> str:
+    return "\n".join(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))
 
 
 def resolved(model: str) -> str:

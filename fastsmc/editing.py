@@ -29,7 +29,9 @@ FARTHEST, STRIDE = 4.0, 0.1
 
 
 def trunk_of(llm: Any) -> tuple[Trunk, Any]:
-    """Finds the Hugging Face model and the tokenizer of an engine (`HFEngine`, `LLM`)."""
+    """Finds the Hugging Face model and the tokenizer of an engine (`HFEngine`, `LLM`). ValueError: it is none."""
+    if not hasattr(llm, "trunk") and not hasattr(llm, "load_hf"):
+        raise ValueError(f"{short(llm)}: must be an HFEngine or an LLM")
     engine = llm if hasattr(llm, "trunk") else llm.load_hf()
     return engine.trunk, engine.get_tokenizer()
 

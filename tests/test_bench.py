@@ -459,7 +459,7 @@ def test_interchange_of_a_tiny_model(tmp_path, monkeypatch):
     for owner, method in ((Fit, "step"), (Frozen, "states")):  # the clock's marks go with this test
         monkeypatch.setattr(owner, method, getattr(owner, method))
     trainer.clock = bench.Clock(*bench.STEP)
-    peer, draws = FakePeer(engine.llm), bench.Draws({"layers": 2, "hidden": 64, "vocab": 64})
+    peer, draws = FakePeer(engine.llm), bench.Draws({"layers": 2, "hidden": 64, "vocab": 64}, list(range(64)) * 3)
     records = list(bench.same(engine, peer, draws))
     assert len(records) == 6 and max(record["difference"] for record in records) < 1e-5
     records += bench.sweep(engine, peer, draws, 2)

@@ -46,7 +46,7 @@ class Card:
         steps: gradient steps.
         base_model: name or path of the model; None: hidden states came from elsewhere.
         layer, position, variable: what was aligned, of a model and a causal model.
-        iia: on pairs that were not trained on, by the trainer.
+        iia: on pairs drawn anew, by the trainer.
         settings: the whole training configuration, for the record.
     """
 

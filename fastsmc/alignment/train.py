@@ -75,7 +75,8 @@ def train_alignment(
         position: in the prompt, of base and source alike: from 0 (prompts of one length), negative from the end, or a
             callable, inputs → such a number; or a list of these.
         variable, sampler: as in `pairs`.
-        n_pairs, n_eval: pairs to train on, and others to evaluate on.
+        n_pairs, n_eval: pairs to train on, and pairs to evaluate on, which are drawn anew; where inputs are few, some
+            may be among those.
         steps, batch, lr, boundary_lr, boundary_weight, temperature: as in `BoundlessDAS.fit`.
         rank, seed: as in `BoundlessDAS`; `seed` also of the pairs.
         eval_every: steps between evaluations, 0: at the end only.
@@ -85,7 +86,7 @@ def train_alignment(
         use_tqdm: a progress bar, and a line with the cache's size before it is filled; both on stderr.
 
     Returns:
-        the `BoundlessDAS`, its `card.iia` measured with the hard basis on the other pairs; of lists
+        the `BoundlessDAS`, its `card.iia` measured with the hard basis on pairs drawn anew; of lists
         {(layer, position): BoundlessDAS}.
 
     Raises:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, overload
 import cloudpickle
 import vllm
 from safetensors.torch import load as load_tensors
-from torch import Tensor
 from vllm import RequestOutput, SamplingParams
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind
@@ -24,7 +23,6 @@ from fastsmc.cases import Case, read_cases
 from fastsmc.counterfactuals import Counterfactuals
 from fastsmc.effects import Effects
 from fastsmc.hf import HFEngine
-from fastsmc.interchange import Asked, Interchanges, Spots
 from fastsmc.interventions import (
     Facts,
     Intervention,
@@ -42,6 +40,7 @@ from fastsmc.potentials.tokens import short
 from fastsmc.smc import SMCError
 from fastsmc.texts import population_texts
 from fastsmc.vllm import compat, options
+from fastsmc.vllm.asking import WorkerInterchanges
 from fastsmc.vllm.capacity import Limits
 from fastsmc.vllm.compat import get_logger
 from fastsmc.vllm.request import (
@@ -59,11 +58,8 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 
-#: elements of an answer from the workers, a message of less than 4 GiB: one that is larger ends vLLM's sending thread
-ANSWER_ELEMENTS = 1 << 29
 
-
-class LLM(Effects, Interchanges, vllm.LLM):
+class LLM(Effects, WorkerInterchanges, vllm.LLM):
     """A `vllm.LLM` whose `smc` runs Sequential Monte Carlo; `generate` and the rest work as ever.
 
     Args:
@@ -239,11 +235,11 @@ class LLM(Effects, Interchanges, vllm.LLM):
             each, common: further arguments of `lead_params`, of each group and of all.
         """
         names: dict[int, str] = {}  # by id; None has none
-        kept: dict[tuple[int, ...], str] = {}  # names of interventions, by the ids of their parts
+        kept: dict[tuple[LayerIntervention, ...], str] = {}  # names of interventions
         try:
             for layers in (one.layers for one in readings):
-                if layers and (key := tuple(map(id, layers))) not in kept:
-                    kept[key] = self.register_intervention(layers)
+                if layers and layers not in kept:
+                    kept[layers] = self.register_intervention(layers)
             for phi in chosen:
                 if phi is not None and id(phi) not in names:
                     names[id(phi)] = self.register_potential(phi)
@@ -251,7 +247,7 @@ class LLM(Effects, Interchanges, vllm.LLM):
                 self.lead_params(
                     one.params,
                     names.get(id(phi)),
-                    intervention=kept.get(tuple(map(id, one.layers))),
+                    intervention=kept.get(one.layers),
                     return_population=True,
                     **common,
                     **more,
@@ -654,37 +650,6 @@ class LLM(Effects, Interchanges, vllm.LLM):
 
     def _read_interventions(self, given: Any, n_prompts: int) -> list[tuple[Intervention, ...]]:
         return read_interventions(given, n_prompts, self._model_sizes())
-
-    def _asked_prompts(self, name: str, prompts: Any) -> list[list[int]]:
-        ids, _ = read_prompts(prompts, self._tokenizer(), self.model_config.get_vocab_size(), name)
-        limit = self.model_config.max_model_len
-        for i, one in enumerate(ids):
-            if len(one) > limit:
-                raise ValueError(f"{name}[{i}]: has {len(one)} tokens, more than max_model_len={limit}")
-        return ids
-
-    def _read_states(self, prompts: list[list[int]], spots: Spots, layers: Sequence[int]) -> Tensor:
-        n = len(spots) * len(layers) * self.model_config.get_hidden_size()
-        return self._ask_model(n, "smc_read_states", prompts, spots.at, list(layers))
-
-    def _put_states(self, asked: Asked) -> Tensor:
-        labels = None if asked.labels is None else asked.labels.tolist()
-        configs, n_rows = interventions.to_bytes(asked.configs), len(asked.configs) * len(asked.bases)
-        width = self.model_config.get_vocab_size() if asked.logits else 1
-        n = n_rows * (width if asked.labels is None else asked.labels[0].numel())
-        return self._ask_model(n, "smc_put_states", asked.bases, asked.sources, configs, asked.logits, labels)
-
-    def _ask_model(self, n_elements: int, method: str, *args: Any) -> Tensor:
-        """Has the workers call the model. ValueError: their answer's elements are more than a message holds."""
-        if n_elements > ANSWER_ELEMENTS:
-            raise ValueError(
-                f"prompts: the answer would have {n_elements} elements, may have {ANSWER_ELEMENTS}; ask of fewer "
-                "prompts or configurations at a time, or for labels in the place of logits"
-            )
-        data, why_not = self.collective_rpc(method, args=args)[0]
-        if why_not is not None:
-            raise ValueError(why_not)
-        return load_tensors(data)["found"]
 
     def _check_group(self, sampling_params: SamplingParams, prompt_len: int = 1) -> None:
         config = self.llm_engine.vllm_config

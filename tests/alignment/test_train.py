@@ -179,6 +179,8 @@ def test_refusals_of_models_and_bases(trunk):
     def asked(causal_model):
         return train_alignment(trunk, causal_model, 1, -1, **ASKED)
 
+    with pytest.raises(ValueError, match="'north': must be an HFEngine or an LLM"):
+        train_alignment("north", model(), 1, -1, **ASKED)
     with pytest.raises(ValueError, match="causal_model: must have prompt= and answers="):
         asked(model(answers=None))
     with pytest.raises(ValueError, match=f"label={VOCAB}: must be an integer from 0 to {VOCAB - 1}"):

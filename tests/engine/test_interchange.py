@@ -13,7 +13,7 @@ from fastsmc import SMCError, SMCParams
 from fastsmc.alignment import Pairs, frozen_iia, heat_map, iia
 from fastsmc.hf import HFEngine
 from fastsmc.interventions import Interchange, Subspace
-from fastsmc.vllm import interchange, llm
+from fastsmc.vllm import asking, interchange
 from fastsmc.vllm.model import Model
 
 from .conftest import VOCAB, make_engine
@@ -147,6 +147,14 @@ def test_an_interrupt_gives_the_engine_its_cache_back(engine, monkeypatch):
     assert bits(engine.smc(prompt, SMCParams(n_particles=4, max_tokens=4))) == bits(want)
 
 
+def test_what_counts_from_the_end_is_sent_once(engine, monkeypatch):
+    sent, register = [], engine.register_intervention
+    monkeypatch.setattr(engine, "register_intervention", lambda layers: sent.append(layers) or register(layers))
+    swap, params = Interchange(0, -1, value=noise(H)), SMCParams(n_particles=2, max_tokens=2)
+    engine.smc([prompt_of(9)] * 3, params, intervention=swap)
+    assert len(sent) == 1 and sent[0][0].position == 8
+
+
 def test_refusals(engine, tiny_path, monkeypatch):
     for arguments, message in (
         ((BASES, SOURCES[:2], CONFIGS), "sources: 6 bases and 2 sources"),
@@ -160,7 +168,7 @@ def test_refusals(engine, tiny_path, monkeypatch):
     with pytest.raises(ValueError, match="position=-1: is one from a prompt's end"):
         engine.register_intervention(Interchange(0, -1, value=noise(H)))
     with monkeypatch.context() as patched:
-        patched.setattr(llm, "ANSWER_ELEMENTS", 6 * VOCAB)
+        patched.setattr(asking, "ANSWER_ELEMENTS", 6 * VOCAB)
         assert engine.interchange(BASES, SOURCES, CONFIGS[:1], logits=True).shape == (1, 6, VOCAB)
         for ask in (
             lambda: engine.interchange(BASES, SOURCES, CONFIGS[:2], logits=True),
