@@ -4,6 +4,7 @@ CausalModel → pairs → train_alignment (BoundlessDAS over a frozen trunk) →
 """
 
 from fastsmc.alignment.causal import CausalModel, Pairs, answer_ids, pairs
+from fastsmc.alignment.das import BoundlessDAS
 from fastsmc.alignment.iia import HeatMap, heat_map, iia
 
-__all__ = ["CausalModel", "HeatMap", "Pairs", "answer_ids", "heat_map", "iia", "pairs"]
+__all__ = ["BoundlessDAS", "CausalModel", "HeatMap", "Pairs", "answer_ids", "heat_map", "iia", "pairs"]
