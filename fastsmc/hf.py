@@ -350,7 +350,7 @@ class HFEngine(Effects, Interchanges):
                 raise ValueError(f"{name}[{i}]: has {len(one)} tokens, this model at most {limit} positions")
         return ids
 
-    def _intervention_sizes(self) -> Sizes:
+    def _model_sizes(self) -> Sizes:
         return self.trunk.sizes
 
     @torch.no_grad()
@@ -377,7 +377,7 @@ class HFEngine(Effects, Interchanges):
                     with trunk.under(putting(asked, maps, rows, spots, states), number):
                         hidden = trunk.again(cache, position, tokens)
                     answers.put(rows, trunk.logits(hidden[:, -1]))
-        return answers.kept
+        return answers.result()
 
     def _set_up(self, potential: Potential) -> Potential:
         try:

@@ -33,6 +33,7 @@ class Spots:
     def __init__(self, at: Sequence[Sequence[int]]) -> None:
         pairs = sorted({(i, position) for i, positions in enumerate(at) for position in positions})
         self._numbers = {pair: number for number, pair in enumerate(pairs)}
+        self.at = [list(positions) for positions in at]
 
     def __len__(self) -> int:
         return len(self._numbers)
@@ -227,23 +228,19 @@ class Answers:
 
     def __init__(self, asked: Asked, vocab: int) -> None:
         self._asked, shape = asked, (len(asked.configs), len(asked.bases))
+        self._broken: tuple[int, int] | None = None
         if asked.logits:
-            self.kept = torch.empty(*shape, vocab)
+            self._kept = torch.empty(*shape, vocab)
         elif asked.labels is not None:
-            self.kept = torch.empty(*shape, *asked.labels.shape[1:])
+            self._kept = torch.empty(*shape, *asked.labels.shape[1:])
         else:
-            self.kept = torch.empty(*shape, dtype=torch.int64)
+            self._kept = torch.empty(*shape, dtype=torch.int64)
 
     def put(self, rows: Sequence[tuple[int, int]], logits: Tensor) -> None:
-        """Takes the logits (R, V) of rows, each a configuration and a pair.
-
-        Raises:
-            ValueError: they hold NaN.
-        """
+        """Takes the logits (R, V) of rows, each a configuration and a pair."""
         bad = logits.isnan().any(-1)
-        if bad.any():
-            c, b = rows[int(bad.nonzero()[0])]
-            raise ValueError(f"configs[{c}]: the logits of pair {b} are NaN under it")
+        if self._broken is None and bad.any():
+            self._broken = rows[int(bad.nonzero()[0])]
         at = tuple(torch.tensor(one) for one in zip(*rows, strict=True))
         if self._asked.logits:
             found = logits.float()
@@ -252,7 +249,13 @@ class Answers:
             found = logits.float().log_softmax(-1).gather(1, wanted.reshape(len(rows), -1)).reshape(wanted.shape)
         else:
             found = logits.argmax(-1)
-        self.kept[at] = found.cpu()
+        self._kept[at] = found.cpu()
+
+    def result(self) -> Tensor:
+        """Returns them, (C, B) or more. ValueError: some were NaN, which is said when all rows have run."""
+        if self._broken is not None:
+            raise ValueError(f"configs[{self._broken[0]}]: the logits of pair {self._broken[1]} are NaN under it")
+        return self._kept
 
 
 # --------------------------------------------------------------------------------------------------------- the engines
@@ -263,7 +266,7 @@ class Interchanges:
         """Reads prompts, none longer than the model's context. ValueError: naming the argument."""
         raise NotImplementedError
 
-    def _intervention_sizes(self) -> Sizes:
+    def _model_sizes(self) -> Sizes:
         raise NotImplementedError
 
     def _read_states(self, prompts: list[list[int]], spots: Spots, layers: Sequence[int]) -> Tensor:
@@ -271,7 +274,7 @@ class Interchanges:
         raise NotImplementedError
 
     def _put_states(self, asked: Asked) -> Tensor:
-        """Runs all rows, and returns `Answers.kept`."""
+        """Runs all rows, and returns what `Answers` hold of them."""
         raise NotImplementedError
 
     def activations(self, prompts: Any, layers: Sequence[int], positions: Sequence[Any]) -> Tensor:
@@ -288,7 +291,7 @@ class Interchanges:
         Raises:
             ValueError: naming the argument; a layer or a position that is not there, a hidden state that is not finite.
         """
-        ids, sizes = self._asked_prompts("prompts", prompts), self._intervention_sizes()
+        ids, sizes = self._asked_prompts("prompts", prompts), self._model_sizes()
         if not isinstance(layers, (list, tuple, range)) or not layers:
             raise ValueError(f"layers={short(layers)}: must be a list of at least one layer")
         if not isinstance(positions, (list, tuple, range)) or not positions:
@@ -334,6 +337,6 @@ class Interchanges:
                 numbers of bases and sources, a basis of another width, labels outside, hidden states that are not
                 finite, a model whose layers are not known.
         """
-        sizes = self._intervention_sizes()
+        sizes = self._model_sizes()
         ids = self._asked_prompts("bases", bases), self._asked_prompts("sources", sources)
         return self._put_states(read_asked(*ids, configs, logits, labels, sizes))

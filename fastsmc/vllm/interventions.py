@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ from torch import Tensor
 from vllm.distributed import get_tp_group
 
 from fastsmc.interventions import BLOCK, DOWN_PROJ, LayerIntervention, Sizes, Step
-from fastsmc.maps import Maps, Site, SiteMaps, blame, lay_out
+from fastsmc.maps import AtSite, Maps, Site, SiteMaps, blame, lay_out
 from fastsmc.smc import SMCError
 from fastsmc.vllm.options import EngineOptions
 
@@ -39,7 +39,7 @@ CACHE_KEY, CACHE_VALUE = "fastsmc_places", 1
 class _Call:
     """Is a call of a model under interventions: what its ops do, and how many of each kind have been called."""
 
-    sites: dict[Site, SiteMaps]
+    sites: Mapping[Site, AtSite]
     variants: Tensor
     places: Places
     n_blocks: int = 0
@@ -267,11 +267,12 @@ class Interventions:
         return blame(self._sites, kept.maps, kept.numbers)
 
     @contextmanager
-    def under(self, variants: Tensor | None) -> Iterator[None]:
+    def under(self, variants: Tensor | None, sites: Mapping[Site, AtSite] | None = None) -> Iterator[None]:
         """Has the model's call within run under interventions.
 
         Args:
             variants: (Q,) int64, the number of each token's variant, −1 for none; None: no token has any.
+            sites: what stands at the places; None: the interventions that are kept here.
 
         Raises:
             RuntimeError: the model did not pass its places.
@@ -280,7 +281,7 @@ class Interventions:
         if variants is None:
             yield
             return
-        _current = call = _Call(self._sites, variants, self.places)
+        _current = call = _Call(self._sites if sites is None else sites, variants, self.places)
         try:
             yield
         finally:

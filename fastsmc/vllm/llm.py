@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, overload
 import cloudpickle
 import vllm
 from safetensors.torch import load as load_tensors
+from torch import Tensor
 from vllm import RequestOutput, SamplingParams
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind
@@ -23,6 +24,7 @@ from fastsmc.cases import Case, read_cases
 from fastsmc.counterfactuals import Counterfactuals
 from fastsmc.effects import Effects
 from fastsmc.hf import HFEngine
+from fastsmc.interchange import Asked, Interchanges, Spots
 from fastsmc.interventions import (
     Facts,
     Intervention,
@@ -58,7 +60,7 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 
-class LLM(Effects, vllm.LLM):
+class LLM(Effects, Interchanges, vllm.LLM):
     """A `vllm.LLM` whose `smc` runs Sequential Monte Carlo; `generate` and the rest work as ever.
 
     Args:
@@ -646,6 +648,28 @@ class LLM(Effects, vllm.LLM):
 
     def _read_interventions(self, given: Any, n_prompts: int) -> list[tuple[Intervention, ...]]:
         return read_interventions(given, n_prompts, self._model_sizes())
+
+    def _asked_prompts(self, name: str, prompts: Any) -> list[list[int]]:
+        ids, _ = read_prompts(prompts, self._tokenizer(), self.model_config.get_vocab_size(), name)
+        limit = self.model_config.max_model_len
+        for i, one in enumerate(ids):
+            if len(one) > limit:
+                raise ValueError(f"{name}[{i}]: has {len(one)} tokens, more than max_model_len={limit}")
+        return ids
+
+    def _read_states(self, prompts: list[list[int]], spots: Spots, layers: Sequence[int]) -> Tensor:
+        return self._ask_model("smc_read_states", prompts, spots.at, list(layers))
+
+    def _put_states(self, asked: Asked) -> Tensor:
+        labels = None if asked.labels is None else asked.labels.tolist()
+        configs = interventions.to_bytes(asked.configs)
+        return self._ask_model("smc_put_states", asked.bases, asked.sources, configs, asked.logits, labels)
+
+    def _ask_model(self, method: str, *args: Any) -> Tensor:
+        data, why_not = self.collective_rpc(method, args=args)[0]
+        if why_not is not None:
+            raise ValueError(why_not)
+        return load_tensors(data)["found"]
 
     def _check_group(self, sampling_params: SamplingParams, prompt_len: int = 1) -> None:
         config = self.llm_engine.vllm_config

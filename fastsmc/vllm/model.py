@@ -7,7 +7,8 @@ through neither the model runner's input batch nor its sampler.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -43,6 +44,7 @@ class Model:
         spec = model_runner.kv_cache_config.kv_cache_groups[0].kv_cache_spec
         self.block_size = spec.block_size
         self.max_tokens = self._config.scheduler_config.max_num_batched_tokens
+        self.max_rows = self._config.scheduler_config.max_num_seqs
         self.max_logits_rows = max(1, capacity.SCORE_ELEMENTS // self._config.model_config.get_vocab_size())
         context = self._config.compilation_config.static_forward_context
         unique = {context[name].kv_cache.data_ptr(): context[name].kv_cache for name in self.layers}
@@ -141,7 +143,7 @@ class Model:
         if self._graphs is not None and (hidden := self._graphs.hidden(batch)) is not None:
             return hidden
         with (
-            self.interventions.under(batch.variants),
+            self.interventions.under(batch.variants, batch.sites),
             set_forward_context(
                 self._metadata(batch),
                 self._config,
@@ -247,12 +249,49 @@ class Model:
             table, ancestors, position=position, block_size=self.block_size, caches=self.caches, slot_dim=self.slot_dim
         )
 
+    def n_blocks(self, tokens: Sequence[int]) -> int:
+        """Counts the blocks of a row of these tokens."""
+        return -(-len(tokens) // self.block_size)
+
+    @property
+    def block_bytes(self) -> int:
+        """Counts the bytes of a block in the caches of all layers."""
+        return sum(cache[0].nbytes for cache in self.caches)
+
+    @contextmanager
+    def own_cache(self, n_blocks: int) -> Iterator[list[Tensor]]:
+        """Gives the attention layers a KV cache of zeros of their own within; afterwards the engine's is theirs again.
+
+        Yields:
+            the caches, blocks first.
+        """
+        context = self._config.compilation_config.static_forward_context
+        engines = {name: context[name].kv_cache for name in self.layers}
+        own: dict[int, Tensor] = {}  # layers may share one
+        try:
+            for name, cache in engines.items():
+                if cache.data_ptr() not in own:
+                    own[cache.data_ptr()] = _zeros_like(cache, n_blocks)
+                context[name].kv_cache = own[cache.data_ptr()]
+            yield list(own.values())
+        finally:
+            for name, cache in engines.items():
+                context[name].kv_cache = cache
+
     @torch.inference_mode()
     def clear(self, blocks: Sequence[int]) -> None:
         """Makes blocks zero. Attention also reads what lies beyond a row's end, with weight 0, and 0 · NaN is NaN."""
         for cache in self.caches:
             for block in blocks:
                 cache[block].zero_()
+
+
+def _zeros_like(cache: Tensor, n_blocks: int) -> Tensor:
+    """Makes a KV cache of so many blocks (the first dimension) that lies in memory as `cache` does."""
+    order = sorted(range(cache.dim()), key=cache.stride, reverse=True)
+    sizes = [n_blocks, *cache.shape[1:]]
+    zeros = torch.zeros([sizes[d] for d in order], dtype=cache.dtype, device=cache.device)
+    return zeros.permute([order.index(d) for d in range(cache.dim())])
 
 
 def _adjoining(shared: Sequence[tuple[int, int, int]]) -> list[list[tuple[int, int, int]]]:

@@ -13,7 +13,7 @@ import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from fastsmc import ops
+from fastsmc.maps import AtSite, Site
 from fastsmc.p0 import P0, token_log_probs
 from fastsmc.smc import Cohort, Group, Scores, Wants, arrange
 from fastsmc.smc.cohort import Flow
@@ -49,6 +50,7 @@ class Batch(NamedTuple):
         adapters: of each row, vLLM's LoRARequest or None; None: no row has any.
         variants: (Q,) int64, what interventions do to a query (`Interventions.under`), −1 for nothing; None: no query
             has any.
+        sites: what stands at the model's places, which variants say how to use; None: the worker's interventions.
     """
 
     tokens: Tensor
@@ -62,6 +64,7 @@ class Batch(NamedTuple):
     plan: ops.AttendPlan | None = None
     adapters: tuple[Any, ...] | None = None
     variants: Tensor | None = None
+    sites: Mapping[Site, AtSite] | None = None
 
     def part(self, begin: int, end: int) -> Batch:
         """Takes rows [begin, end). A single row stands twice: kernels compute one row otherwise than several.
@@ -101,6 +104,7 @@ class Batch(NamedTuple):
             shared,
             adapters=None if self.adapters is None else tuple(self.adapters[r] for r in row.tolist()),
             variants=None if self.variants is None else self.variants[query],
+            sites=self.sites,
         )
 
 
@@ -187,42 +191,53 @@ class Member(NamedTuple):
         self.paging.grant(blocks[at:])
 
 
-class Unwritten(NamedTuple):
-    """Is the part of a group's prompt that has yet to be written under its interventions.
+class Stretch(NamedTuple):
+    """Is a row whose tokens are known, of which those from `begin` on are to go through the model.
 
     Attributes:
-        begin: position, where a block begins; blocks from there on are the group's own, those before are only read.
-        variants: (P,) int64, as of a `Member`.
+        tokens: all P of the row, those before `begin` included, whose keys and values are there.
+        blocks: its block table.
+        variants: (P,) int64, as of a `Batch`.
+        adapter: vLLM's LoRARequest or None.
     """
 
-    start: GroupStart
+    tokens: Sequence[int]
     begin: int
+    blocks: Sequence[int]
     variants: Tensor
+    adapter: Any = None
 
 
-def write_prompts(model: PagedCalls, prompts: Sequence[Unwritten]) -> None:
-    """Writes keys and values of prompts under interventions, in as few passes as the model's limit allows."""
-    size, device, left = model.block_size, model.device, list(prompts)
-    columns = max(len(prompt.start.prompt_blocks) for prompt in left)
+def run_stretches(
+    model: PagedCalls, stretches: Sequence[Stretch], sites: Mapping[Site, AtSite] | None = None
+) -> Tensor:
+    """Runs rows in as few passes as the model's limit allows.
+
+    Args:
+        sites: as of a `Batch`.
+
+    Returns:
+        (R, H) hidden states of their last tokens.
+    """
+    size, device = model.block_size, model.device
+    left, ended = list(stretches), []
+    columns = max(len(row.blocks) for row in left)
     while left:
-        taken: list[tuple[Unwritten, int]] = []
+        taken: list[tuple[Stretch, int]] = []
         room = model.max_tokens
-        for prompt in left:
+        for row in left:
             if room > 0:
-                taken.append((prompt, min(room, len(prompt.start.prompt) - prompt.begin)))
+                taken.append((row, min(room, len(row.tokens) - row.begin)))
                 room -= taken[-1][1]
         queries = tuple(n for _, n in taken)
-        ends = [prompt.begin + n for prompt, n in taken]
-        rows = [prompt.start.prompt_blocks for prompt, _ in taken]
-        table = torch.tensor([row + [0] * (columns - len(row)) for row in rows], dtype=torch.int32, device=device)
-        tokens = [
-            v for (prompt, _), end in zip(taken, ends, strict=True) for v in prompt.start.prompt[prompt.begin : end]
-        ]
+        ends = [row.begin + n for row, n in taken]
+        rows = [[*row.blocks, *[0] * (columns - len(row.blocks))] for row, _ in taken]
+        table = torch.tensor(rows, dtype=torch.int32, device=device)
+        tokens = [v for (row, _), end in zip(taken, ends, strict=True) for v in row.tokens[row.begin : end]]
         at = torch.cat([torch.arange(end - n, end, device=device) for end, n in zip(ends, queries, strict=True)])
         row_of = torch.arange(len(taken), device=device).repeat_interleave(torch.tensor(queries, device=device))
-        variants = [prompt.variants[prompt.begin : end] for (prompt, _), end in zip(taken, ends, strict=True)]
-        adapters = tuple(prompt.start.adapter for prompt, _ in taken)
-        model.hidden(
+        adapters = tuple(row.adapter for row, _ in taken)
+        hidden = model.hidden(
             Batch(
                 torch.tensor(tokens, device=device),
                 at,
@@ -232,11 +247,19 @@ def write_prompts(model: PagedCalls, prompts: Sequence[Unwritten]) -> None:
                 max(ends),
                 queries,
                 adapters=adapters if any(adapter is not None for adapter in adapters) else None,
-                variants=torch.cat(variants),
+                variants=torch.cat([row.variants[row.begin : end] for (row, _), end in zip(taken, ends, strict=True)]),
+                sites=sites,
             )
         )
-        begun = [prompt._replace(begin=end) for (prompt, _), end in zip(taken, ends, strict=True)]
-        left = [prompt for prompt in begun if prompt.begin < len(prompt.start.prompt)] + left[len(taken) :]
+        last = [
+            i - 1
+            for i, end, (row, _) in zip(itertools.accumulate(queries), ends, taken, strict=True)
+            if end == len(row.tokens)
+        ]
+        ended.append(hidden[last])
+        begun = [row._replace(begin=end) for (row, _), end in zip(taken, ends, strict=True)]
+        left = [row for row in begun if row.begin < len(row.tokens)] + left[len(taken) :]
+    return torch.cat(ended)
 
 
 class Pass:

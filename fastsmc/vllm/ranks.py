@@ -167,6 +167,11 @@ class Follower:
         self._model, self._ranks = model, ranks
 
     @property
+    def own_model(self) -> Model:
+        """Gives this rank's model, whose calls the other ranks must make too."""
+        return self._model
+
+    @property
     def interventions(self) -> Interventions:
         """Gives those of this rank's model."""
         return self._model.interventions

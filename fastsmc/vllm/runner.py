@@ -33,7 +33,7 @@ from fastsmc.vllm.compat import get_logger
 from fastsmc.vllm.messages import GroupResult, GroupStart, GroupStep, StepOrder
 from fastsmc.vllm.model import Model
 from fastsmc.vllm.options import EngineOptions
-from fastsmc.vllm.passes import Member, PagedCalls, Pass, Ride, Unwritten, write_prompts
+from fastsmc.vllm.passes import Member, PagedCalls, Pass, Ride, Stretch, run_stretches
 from fastsmc.vllm.shelf import Shelf
 
 logger = get_logger(__name__)
@@ -70,10 +70,15 @@ class ParticleRunner:
         self.interventions = self._model.interventions
         # groups whose potential is being prepared: what they are to start with, and the blocks that they have got
         self._waiting: dict[str, tuple[GroupStart, list[int]]] = {}
-        self._unwritten: dict[str, Unwritten] = {}  # within `_take_up`
+        self._unwritten: dict[str, Stretch] = {}  # within `_take_up`
         self._half: tuple[Pass, set[str]] | None = None
         self.facts: dict[str, Facts] = {}  # what other models said of texts, by name
         self.kept_logits: dict[str, list[Tensor]] = {}  # along texts, (V,) float32 of the CPU each
+
+    @property
+    def own_model(self) -> Model:
+        """Gives this rank's model, whose calls the other ranks must make too."""
+        return self._model
 
     @torch.inference_mode()
     def run(self, order: StepOrder) -> list[GroupResult]:
@@ -144,10 +149,10 @@ class ParticleRunner:
         prompts, self._unwritten = self._unwritten, {}
         sets: dict[int, list[str]] = {}  # with LoRA one adapter per pass, since an engine may hold no more
         for request_id, prompt in prompts.items():
-            sets.setdefault(adapters.ids([prompt.start.adapter])[0], []).append(request_id)
+            sets.setdefault(adapters.ids([prompt.adapter])[0], []).append(request_id)
         for ids in sets.values():
             try:
-                write_prompts(self.model, [prompts[request_id] for request_id in ids])
+                run_stretches(self.model, [prompts[request_id] for request_id in ids])
             except Exception as error:
                 self._fail(ids, results, error)
 
@@ -317,7 +322,7 @@ class ParticleRunner:
                 ours, blocks = blocks[:n], blocks[n:]
                 start = replace(start, prompt_blocks=[*start.prompt_blocks[:-n], *ours])
                 begin = (len(start.prompt_blocks) - n) * self.model.block_size
-                self._unwritten[request_id] = Unwritten(start, begin, variants)
+                self._unwritten[request_id] = Stretch(start.prompt, begin, start.prompt_blocks, variants, start.adapter)
         companions: list[Member] = []
         if start.factual is not None:
             drawn = replace(start.params, temperature=start.factual.temperature)

@@ -11,7 +11,7 @@ takes the first one's result (`fastsmc.vllm.ranks`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import cloudpickle
@@ -22,9 +22,10 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec, rep
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.worker.gpu_worker import Worker
 
+from fastsmc.interchange import Spots, read_asked
 from fastsmc.interventions import Facts, LayerIntervention, Sizes, from_bytes
 from fastsmc.ops._tensors import built_backends, missing_on_gpu
-from fastsmc.vllm import attention, capacity, compat, interventions
+from fastsmc.vllm import attention, capacity, compat, interchange, interventions
 from fastsmc.vllm.compat import get_logger
 from fastsmc.vllm.messages import GroupResult
 from fastsmc.vllm.ranks import Follower, make_runner
@@ -127,6 +128,33 @@ class SMCWorkerMixin(_Worker):
 
     def smc_drop_intervention(self, name: str) -> None:
         self.smc_runner.interventions.drop(name)
+
+    def smc_read_states(
+        self, prompts: list[list[int]], at: list[list[int]], layers: list[int]
+    ) -> tuple[bytes | None, str | None]:
+        """Reads hidden states behind layers at positions of each prompt: (S, L, H) as safetensors, or why it cannot."""
+        model, spots = self.smc_runner.own_model, Spots(at)
+        return self._without_engine(lambda: interchange.read_states(model, prompts, spots, layers))
+
+    def smc_put_states(
+        self, bases: list[list[int]], sources: list[list[int]], configs: bytes, logits: bool, labels: Any
+    ) -> tuple[bytes | None, str | None]:
+        """Runs a call of `interchange`: its answers as safetensors, or why it cannot."""
+        model, read = self.smc_runner.own_model, from_bytes(configs)
+        asked = read_asked(bases, sources, read, logits, labels, model.interventions.places.sizes)
+        return self._without_engine(lambda: interchange.put_states(model, asked).result())
+
+    @torch.inference_mode()
+    def _without_engine(self, run: Callable[[], torch.Tensor]) -> tuple[bytes | None, str | None]:
+        """Calls the model between two steps. What all ranks find is rank 0's to say."""
+        why_not = self.smc_runner.interventions.places.why_not
+        if why_not is not None:
+            return None, f"interchange: {why_not}"
+        try:
+            found = run()
+        except ValueError as error:
+            return None, str(error)
+        return (save({"found": found.cpu()}) if isinstance(self.smc_runner, ParticleRunner) else None), None
 
     def smc_put_facts(self, name: str, data: bytes) -> None:
         """Keeps what another model said of a text: `Facts`, by `fastsmc.interventions.to_bytes`."""
