@@ -6,9 +6,11 @@
     same     the largest difference of log-probs between fastsmc's and pyvene's interchange, over the whole vocabulary
     sweep    the most likely token of every pair at 30 layers and the last position; at 30 layers and 16 positions
     train    Boundless DAS at layer 15: a step; `EPOCHS` epochs with all that comes before the first step
-    steer    64 texts under a vector at layer 15: `smc`, by Hugging Face with a hook, and `smc` without the vector
+    steer    64 texts under a vector at layer 15: `smc`, by Hugging Face with a hook, and `smc` without the vector; by
+             tokens of the prompt and of the texts, since `smc` has the prompt's keys and values once
 
 SmolLM2 in float32, 8 pairs of 64 random tokens, and new ones for each call, so that nothing is left of the call before.
+The vector hardly changes what is generated, so that as many texts share their tokens with it as without.
 Three processes: a compiled engine that has places for interventions, a trainer, the peer; they run in turn, `repeats`
 times after a warm-up, and each ratio is the median of the ratios of those pairs. What the peer takes for a
 configuration or a training step depends on neither layer, nor position, nor step, so it is measured on some and
@@ -18,6 +20,7 @@ multiplied: `measured` says on how many.
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import statistics
 import tempfile
@@ -27,22 +30,24 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
-from bench_groups import in_turn, ratio
+from bench_groups import Clock, in_turn, ratio
 from machine import ROOT, write_result
 from trees import OtherEngine, serve
 
 PARTS = ("same", "sweep", "train", "steer")
 PEER = ROOT / "bench" / "peers" / "pyvene_bench.py"
 PAIRS, TOKENS, LAYER, RANK = 8, 64, 15, 32
-#: of `same`: layers and positions where the whole state is interchanged; at the last of them a subspace, too
+#: of `same`: layers and positions where the whole state is interchanged; a subspace is at `LAYER`
 SAME_LAYERS, SAME_POSITIONS = (0, 7, 15, 29), (-1, -9)
 #: of `sweep`: positions of the two sweeps over all layers; and configurations of the peer's, per sweep
 SWEEPS: dict[str, tuple[int, ...]] = {"last position": (-1,), "16 positions": tuple(range(-16, 0))}
 PEER_CONFIGS = 6
 #: of `train`: batches of `PAIRS` in an epoch, epochs, and steps of the peer's that are measured
 BATCHES, EPOCHS, PEER_STEPS = 4, 3, 3
-#: of `steer`
-TEXTS, PROMPT_TOKENS, NEW_TOKENS = 64, 8, 32
+#: what makes a training step
+STEP = ("fastsmc.alignment.das:Fit.step", "fastsmc.alignment.frozen:Frozen.states")
+#: of `steer`: texts; tokens of the prompt and of each text; the vector's scale
+TEXTS, LENGTHS, SCALE = 64, ((TOKENS, 16), (TOKENS, 32), (8, 32)), 1e-3
 SETTINGS: dict[str, Any] = {
     "dtype": "float32", "max_num_seqs": 256, "max_model_len": 512, "kv_cache_memory_bytes": 1 << 29,
 }  # fmt: skip
@@ -77,20 +82,19 @@ class Engine:
         configs = [Interchange(*site) for site in sites]
         return timed(lambda: self.llm.interchange(bases, sources, configs))
 
-    def differences(self, bases: Tokens, sources: Tokens, sites: Tokens, basis: list, paths: list[str]) -> list[float]:
-        """Compares log-probs with those that the peer has written: at sites, and in a subspace at the last of them."""
+    def differences(self, bases: Tokens, sources: Tokens, sites: Tokens, basis: list | None, path: str) -> list[float]:
+        """Returns, per site, the largest difference of log-probs from those that the peer has written to a file."""
         import torch
 
         from fastsmc.interventions import Interchange, Subspace
 
-        each = [[Interchange(*site) for site in sites], [Subspace(*sites[-1], torch.tensor(basis))]]
-        out = []
-        for configs, path in zip(each, paths, strict=True):
-            ours = self.llm.interchange(bases, sources, configs, logits=True)
-            theirs = torch.from_numpy(np.load(path))
-            off = (ours.log_softmax(-1) - theirs.log_softmax(-1)).abs()
-            out += off.flatten(1).amax(1).tolist()
-        return out
+        if basis is None:
+            ours = self.llm.interchange(bases, sources, [Interchange(*site) for site in sites], logits=True)
+        else:
+            columns = torch.tensor(basis)
+            ours = self.llm.interchange(bases, sources, [Subspace(*site, columns) for site in sites], logits=True)
+        theirs = torch.from_numpy(np.load(path))
+        return (ours.log_softmax(-1) - theirs.log_softmax(-1)).abs().flatten(1).amax(1).tolist()
 
     def smc(self, prompt: list[int], vector: list[float] | None, n: int, max_tokens: int, seed: int) -> float:
         """Returns the seconds of n texts, under a vector or without."""
@@ -112,6 +116,30 @@ class Trainer:
         from fastsmc.models import resolve
 
         self.engine = HFEngine(resolve(model))
+        self.clock = Clock(*STEP)
+
+    def train(self, seed: int) -> dict[str, float]:
+        """Trains on new random texts and returns the seconds of all of it, and per step."""
+        from fastsmc.alignment import CausalModel, train_alignment
+
+        vocab = self.engine.trunk.vocab_size
+        texts = CausalModel(
+            ["text", "v", "said"], {"said": lambda v: v}, answers={0: 1, 1: 2},
+            prompt=lambda inputs: np.random.default_rng(inputs["text"]).integers(vocab, size=TOKENS).tolist(),
+        )  # fmt: skip
+
+        def sampler(rng: np.random.Generator) -> dict[str, int]:
+            return {"text": int(rng.integers(1 << 62)), "v": int(rng.integers(2))}
+
+        steps = EPOCHS * BATCHES
+        self.clock.spent.clear()
+        total = timed(
+            lambda: train_alignment(
+                self.engine, texts, LAYER, -1, variable="v", sampler=sampler, n_pairs=BATCHES * PAIRS, n_eval=2,
+                steps=steps, batch=PAIRS, seed=seed, use_tqdm=False,
+            )
+        )  # fmt: skip
+        return {"total": total, "step": sum(self.clock.spent.values()) / steps}
 
 
 # ------------------------------------------------------------------------------------------------------------ the parts
@@ -131,7 +159,7 @@ class Draws:
         return np.linalg.qr(self.rng.standard_normal((self.sizes["hidden"], RANK)))[0].astype(np.float32).tolist()
 
     def vector(self) -> list[float]:
-        return (0.1 * self.rng.standard_normal(self.sizes["hidden"])).tolist()
+        return (SCALE * self.rng.standard_normal(self.sizes["hidden"])).tolist()
 
 
 def against(name: str, ours: list[float], theirs: list[float] | None, **more: Any) -> Record:
@@ -147,15 +175,16 @@ def same(engine: Any, peer: Any, draws: Draws) -> Iterator[Record]:
     if peer is None:
         return
     bases, sources = draws.pairs()
-    sites, basis = [[layer, position] for layer in SAME_LAYERS for position in SAME_POSITIONS], draws.basis()
+    whole = [[layer, position] for layer in SAME_LAYERS for position in SAME_POSITIONS]
+    part = [[LAYER, position] for position in SAME_POSITIONS]
     with tempfile.TemporaryDirectory() as folder:
-        paths = [str(Path(folder) / name) for name in ("whole.npy", "subspace.npy")]
-        peer.interchange(bases, sources, sites, None, paths[0])
-        peer.interchange(bases, sources, sites[-1:], basis, paths[1])
-        found = engine.differences(bases, sources, sites, basis, paths)
-    for site, off in zip([*sites, sites[-1]], found, strict=True):
-        yield {"case": "same", "layer": site[0], "position": site[1], "difference": off}
-    yield {"case": "same", "difference": max(found), "rank": RANK}
+        path = str(Path(folder) / "logits.npy")
+        for sites, basis in ((whole, None), (part, draws.basis())):
+            peer.interchange(bases, sources, sites, basis, path)
+            found = engine.differences(bases, sources, sites, basis, path)
+            for site, off in zip(sites, found, strict=True):
+                more = {} if basis is None else {"rank": RANK}
+                yield {"case": "same", "layer": site[0], "position": site[1], **more, "difference": off}
 
 
 def spread(sites: Tokens, n: int) -> Tokens:
@@ -176,23 +205,41 @@ def sweep(engine: Any, peer: Any, draws: Draws, repeats: int) -> Iterator[Record
         yield against(f"sweep, {name}", found["ours"], theirs, configs=len(sites), measured=len(measured))
 
 
+def train(trainer: Any, peer: Any, draws: Draws, repeats: int) -> Iterator[Record]:
+    """Yields a record of a step, and one of all epochs with what is computed before the first step."""
+    steps, seeds = EPOCHS * BATCHES, iter(range(0, 1_000_000, 10))  # a run takes a seed and the next
+    calls: dict[str, Callable[[], Any]] = {"ours": lambda: trainer.train(next(seeds))}
+    if peer is not None:
+        calls["peer"] = lambda: peer.train(*draws.pairs(), draws.tokens(PAIRS), LAYER, -1, PEER_STEPS, steps)["seconds"]
+    found = in_turn(calls, repeats)
+    theirs = [sum(seconds) / len(seconds) for seconds in found.get("peer", [])]
+    more = {"measured": PEER_STEPS}
+    yield against("DAS step", [run["step"] for run in found["ours"]], theirs, **more)
+    totals = [run["total"] for run in found["ours"]]
+    yield against(f"DAS, {EPOCHS} epochs", totals, [steps * one for one in theirs], steps=steps, **more)
+
+
 def steer(engine: Any, peer: Any, draws: Draws, repeats: int) -> Iterator[Record]:
     """Yields a record of steered texts: `ratio` to Hugging Face, `of_unsteered` to `smc` without the vector."""
-    vector = draws.vector()
-    count = iter(range(1_000_000))
+    vector, seeds = draws.vector(), iter(range(1_000_000))
 
-    def call(steered: bool) -> float:
-        return engine.smc(draws.tokens(PROMPT_TOKENS), vector if steered else None, TEXTS, NEW_TOKENS, next(count))
+    for n_prompt, n_new in LENGTHS:
 
-    calls: dict[str, Callable[[], Any]] = {"ours": lambda: call(True), "unsteered": lambda: call(False)}
-    if peer is not None:
-        calls["peer"] = lambda: peer.generate(
-            draws.tokens(PROMPT_TOKENS), vector, LAYER, TEXTS, NEW_TOKENS, next(count)
-        )
-    found = in_turn(calls, repeats)
-    more = {"n": TEXTS, "prompt_tokens": PROMPT_TOKENS, "max_tokens": NEW_TOKENS, "unsteered_runs": found["unsteered"]}
-    of_unsteered = ratio(found["unsteered"], found["ours"])  # of speeds
-    yield against("steer", found["ours"], found.get("peer"), **more, of_unsteered=of_unsteered)
+        def ours(under: list[float] | None, n_prompt: int = n_prompt, n_new: int = n_new) -> float:
+            return engine.smc(draws.tokens(n_prompt), under, TEXTS, n_new, next(seeds))
+
+        def theirs(n_prompt: int = n_prompt, n_new: int = n_new) -> float:
+            return peer.generate(draws.tokens(n_prompt), vector, LAYER, TEXTS, n_new, next(seeds))
+
+        calls: dict[str, Callable[[], Any]] = {"ours": functools.partial(ours, vector)}
+        calls["unsteered"] = functools.partial(ours, None)
+        if peer is not None:
+            calls["peer"] = theirs
+        found = in_turn(calls, repeats)
+        more = {"n": TEXTS, "prompt_tokens": n_prompt, "max_tokens": n_new, "unsteered_runs": found["unsteered"]}
+        of_unsteered = ratio(found["unsteered"], found["ours"])  # of speeds
+        name = f"steer, {n_prompt} + {n_new} tokens"
+        yield against(name, found["ours"], found.get("peer"), **more, of_unsteered=of_unsteered)
 
 
 def run(
@@ -233,8 +280,9 @@ def resolved(model: str) -> str:
 
 def describe(record: Record) -> str:
     if "difference" in record:
-        where = f"layer {record['layer']}, position {record['position']}" if "layer" in record else "at most"
-        return f"{record['case']:24}: log-probs differ by {record['difference']:.2g}, {where}"
+        where = f"layer {record['layer']}, position {record['position']}"
+        what = f"a subspace of {record['rank']} dimensions" if "rank" in record else "the whole state"
+        return f"{record['case']:24}: log-probs differ by {record['difference']:.2g} with {what}, {where}"
     text = f"{record['case']:24}: {record['seconds']:.3f} s"
     if "ratio" in record:
         text += f", {record['ratio']['median']:.1f} times as fast as the peer ({record['peer_seconds']:.2f} s)"

@@ -238,14 +238,16 @@ def intervene(result: Result) -> list[str]:
 
 def interchange(result: Result) -> list[str]:
     records = result["records"]
-    rows, lines = [], []
+    rows, lines, unsteered = [], [], []
     for r in records:
         if "seconds" not in r:
             continue
         peer = [f"{r['peer_seconds']:.2f}", f"**{r['ratio']['median']:.1f}**"] if "ratio" in r else ["–", "–"]
         rows.append((r["case"], f"{r['seconds']:.3f}", *peer))
         if "of_unsteered" in r:
-            lines += ["", f"Steered texts come at {r['of_unsteered']['median']:.2f} of the speed of others."]
+            unsteered.append(f"{r['of_unsteered']['median']:.2f}")
+    if unsteered:
+        lines += ["", f"Steered texts come at {', '.join(unsteered)} of the speed of others."]
     if same := [r["difference"] for r in records if "difference" in r]:
         version = result["peer"]["pyvene"]
         lines += ["", f"Log-probs of the same pairs differ from those of pyvene {version} by at most {max(same):.1g}."]
@@ -443,8 +445,7 @@ def counterfactual_time(result: Result) -> list[str]:
 TABLES: dict[str, Callable[[Result], list[str]]] = {
     "smc": smc, "step": step, "ops": ops, "attend steps": attend_steps, "attend ops": attend_ops, "twist": twist,
     "peers": peers, "order": order, "groups": groups, "intervene": intervene, "counterfactual": counterfactual,
-    "interchange": interchange,
-    "counterfactual time": counterfactual_time,
+    "counterfactual time": counterfactual_time, "interchange": interchange,
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The command line: `fastsmc run`, `counterfactual`, `serve`, `train-twist`, `evaluate`, `bench`, `info`.
+"""The command line: `fastsmc run`, `counterfactual`, `serve`, `train-twist`, `evaluate`, `align`, `bench`, `info`.
 
 Everything that can be refused is refused before an engine starts, in one line on stderr and with exit status 2; a
 group that fails gives status 1. Nothing heavy is imported before it is needed.
@@ -39,7 +39,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="fastsmc", description="Sequential Monte Carlo with language models, inside vLLM.")
     parser.add_argument("--version", action="version", version=f"fastsmc {__version__}")
     commands = parser.add_subparsers(
-        dest="command", required=True, metavar="{run,counterfactual,serve,train-twist,evaluate,bench,info}"
+        dest="command", required=True, metavar="{run,counterfactual,serve,train-twist,evaluate,align,bench,info}"
     )
 
     run = commands.add_parser("run", help="run one group of particles and show its best texts")
@@ -89,6 +89,11 @@ def make_parser() -> argparse.ArgumentParser:
     judge.add_argument("--plot", metavar="FILE", help="draw bounds and ESS curves there")
     _add_engine(judge)
     judge.set_defaults(call=command_evaluate)
+
+    align = commands.add_parser("align", help="find the subspaces that play a variable of a causal model")
+    align.add_argument("--config", required=True, metavar="FILE", help="TOML: model, task, variable, layers, ...")
+    align.add_argument("--verbose", action="store_true", help="show the engine's log, which else goes to a file")
+    align.set_defaults(call=command_align)
 
     bench = commands.add_parser("bench", help="run a benchmark of the source tree")
     bench.add_argument("which", choices=BENCHES)
@@ -515,6 +520,18 @@ def command_evaluate(args: argparse.Namespace) -> int:
         if args.plot:
             evaluate.plot(result, args.plot)
         log.say(evaluate.table(result))
+    return 0
+
+
+def command_align(args: argparse.Namespace) -> int:
+    from fastsmc.alignment.command import Config, Task, format_heat_map
+
+    config = Config.read(args.config)
+    task = Task.load(config)
+    with engine_log("align", args.verbose) as log, contextlib.redirect_stderr(log.err):  # where bars go
+        engine_args = {"interventions": True, **config.engine_args}
+        found = task.run(lambda: _engine(config.model, engine_args, 1, log), log.progress)
+        log.say(format_heat_map(found, config.out))
     return 0
 
 

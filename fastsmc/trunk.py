@@ -176,6 +176,38 @@ class Trunk:
         ids = torch.cat([start, tokens[:, :-1].clamp(min=0)], dim=1)
         return self._body(input_ids=ids, use_cache=False).last_hidden_state[:, len(prompt) - 1 :]
 
+    def above(self, layer: int, x: Tensor, positions: Tensor, cache: Any, mask: Tensor | None) -> Tensor:
+        """Runs the layers above `layer` on what it puts out, with gradients.
+
+        Args:
+            x: (B, S, H), hidden states behind the layer.
+            positions: (B, S) int64, where they stand.
+            cache: gives each layer the keys and values that come before: `update`, as transformers calls it.
+            mask: (B, 1, S, keys) of x's dtype, added to attention scores; None: all keys are seen.
+
+        Returns:
+            hidden states (B, S, H), ready for `logits`.
+
+        Raises:
+            ValueError: the model is put together in a way that is not known.
+        """
+        rotary, norm = getattr(self._body, "rotary_emb", None), getattr(self._body, "norm", None)
+        if rotary is None or norm is None:
+            raise ValueError(
+                f"{type(self.model).__name__}: has no rotary_emb and norm, so its layers cannot be run alone"
+            )
+        try:
+            rotated = rotary(x, positions)
+            for module in self.layers[layer + 1 :]:
+                out = module(
+                    x, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
+                    position_embeddings=rotated,
+                )  # fmt: skip
+                x = out[0] if isinstance(out, tuple) else out
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"{type(self.model).__name__}: its layers are not known: {error}") from error
+        return norm(x)
+
     @torch.no_grad()
     def frozen_hidden(self, prompt: list[int], tokens: Tensor) -> Tensor:
         """Does as `hidden`, without gradients: prompt and distinct histories go through the trunk once each."""

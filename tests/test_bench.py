@@ -445,26 +445,34 @@ def test_interchange_of_a_tiny_model(tmp_path, monkeypatch):
     from machine import write_result
     from tiny import make_llama
 
+    from fastsmc.alignment.das import Fit
+    from fastsmc.alignment.frozen import Frozen
     from fastsmc.hf import HFEngine
 
     for name, value in {
         "TOKENS": 20, "PAIRS": 2, "LAYER": 1, "RANK": 4, "SAME_LAYERS": (0, 1), "PEER_CONFIGS": 3, "TEXTS": 4,
-        "NEW_TOKENS": 2, "BATCHES": 2,
+        "LENGTHS": ((20, 2), (3, 2)), "BATCHES": 2,
     }.items():  # fmt: skip
         monkeypatch.setattr(bench, name, value)
     engine, trainer = bench.Engine.__new__(bench.Engine), bench.Trainer.__new__(bench.Trainer)
     engine.llm = trainer.engine = HFEngine(make_llama(tmp_path / "tiny", 64), stop_token_ids=[])
+    for owner, method in ((Fit, "step"), (Frozen, "states")):  # the clock's marks go with this test
+        monkeypatch.setattr(owner, method, getattr(owner, method))
+    trainer.clock = bench.Clock(*bench.STEP)
     peer, draws = FakePeer(engine.llm), bench.Draws({"layers": 2, "hidden": 64, "vocab": 64})
     records = list(bench.same(engine, peer, draws))
-    assert len(records) == 5 and max(record["difference"] for record in records) < 1e-5
+    assert len(records) == 6 and max(record["difference"] for record in records) < 1e-5
     records += bench.sweep(engine, peer, draws, 2)
     last, more = records[-2:]
     assert (last["configs"], last["measured"], more["configs"], more["measured"]) == (2, 2, 32, 3)
     assert last["peer_runs"] == [0.5 * 2] * 2 and more["peer_runs"] == pytest.approx([0.5 * 32] * 2)
-    swept = peer.calls[5:]
+    swept = peer.calls[6:]
     assert [site for _, site in swept[-3:]] == [[0, -16], [1, -16], [1, -1]]
     assert len({str(bases) for bases, _ in swept}) == 6  # both sweeps, a warm-up and two runs
     records += bench.train(trainer, peer, draws, 1)
+    step, epochs = records[-2:]
+    assert epochs["steps"] == 6 and epochs["peer_runs"] == [6 * 0.25] and step["peer_runs"] == [0.25]
+    assert 0 < 6 * step["seconds"] < epochs["seconds"]
     records += bench.steer(engine, peer, draws, 1)
     assert records[-1]["ratio"]["median"] == 40.0 / records[-1]["seconds"]
     assert all(bench.describe(record) for record in records)

@@ -21,6 +21,7 @@ import contextlib
 import importlib.metadata
 import io
 import json
+import logging
 import runpy
 import statistics
 import sys
@@ -55,6 +56,7 @@ class Pyvene:
 
     def __init__(self, model: str | Path) -> None:
         warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)  # of `use_fast`, at each model that is made
         self.path = model
         self.model = self._load()
         for parameter in self.model.parameters():

@@ -168,6 +168,13 @@ class Pairs:
         """Gives the share of pairs whose label the interchange changes."""
         return sum(a != b for a, b in zip(self.labels, self.base_labels, strict=True)) / len(self)
 
+    def check_changed(self) -> None:
+        """Refuses pairs on which nothing can be measured. ValueError: the interchange changes no label."""
+        if not self.changed:
+            raise ValueError(
+                f"pairs: none of {len(self)} labels is changed by the interchange, so IIA would be meaningless"
+            )
+
 
 def answer_ids(answers: Sequence[Any], tokenizer: Any, vocab_size: int) -> list[int]:
     """Reads answers, token ids or texts of a single token, as token ids.

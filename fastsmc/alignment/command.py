@@ -11,7 +11,6 @@ import dataclasses
 import importlib
 import importlib.util
 import inspect
-import shutil
 import sys
 import tomllib
 from collections.abc import Callable
@@ -26,8 +25,12 @@ from fastsmc.values import as_int, check_choice, check_int
 
 ENGINES = ("hf", "vllm")
 #: of `train_alignment`: what a configuration says elsewhere, or this command does
-ELSEWHERE = ("trunk", "causal_model", "layer", "position", "variable", "sampler", "n_pairs", "seed", "directory")
-HEAT_MAP, PICTURE, ALIGNMENTS, TRAINING = "heat_map.json", "heat_map.png", "alignments", "training"
+ELSEWHERE = (
+    "trunk", "causal_model", "layer", "position", "variable", "sampler", "n_pairs", "n_eval", "seed", "directory",
+    "use_tqdm",
+)  # fmt: skip
+#: in `out`: a folder of alignments with their metrics, and what the engine has measured
+ALIGNMENTS, HEAT_MAP, PICTURE = "alignments", "heat_map.json", "heat_map.png"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +117,9 @@ class Config:
         except (TypeError, ValueError):
             model, sampler = None, None
         if not isinstance(model, CausalModel) or not callable(sampler):
-            raise ValueError(f"task={self.task}: must be a CausalModel and a sampler, as a pair, or a function's result")
+            raise ValueError(
+                f"task={self.task}: must be a CausalModel and a sampler, as a pair, or a function's result"
+            )
         return model, sampler
 
 
@@ -158,3 +163,74 @@ def _import(place: str) -> Any:
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """Holds what a configuration asks for, after all that can be refused without a model has been."""
+
+    config: Config
+    model: CausalModel
+    sampler: Sampler
+    held_out: Pairs
+    controls: dict[str, Pairs]
+
+    @classmethod
+    def load(cls, config: Config) -> Task:
+        """Imports the causal model, and draws the pairs that are held out. ValueError: naming what cannot be."""
+        model, sampler = config.load_task()
+        held_out = pairs(model, sampler, config.variable, config.n_held_out, config.seed + 1)
+        controls = {
+            name: pairs(model, sampler, name, config.n_held_out, config.seed + 2 + i)
+            for i, name in enumerate(config.controls)
+        }
+        return cls(config, model, sampler, held_out, controls)
+
+    def run(self, engine: Callable[[], AbstractContextManager[Any]], say: Callable[[str], None]) -> HeatMap:
+        """Trains an alignment at each site, measures them, and writes all files.
+
+        Args:
+            engine: starts the engine of vLLM that measures, where there is to be one.
+            say: tells a person who looks how far it is.
+        """
+        from fastsmc import models
+        from fastsmc.hf import HFEngine
+
+        config = self.config
+        config.out.mkdir(parents=True, exist_ok=True)
+        trainer = HFEngine(models.resolve(config.model, say))
+        found = train_alignment(
+            trainer, self.model, config.layers, config.positions, variable=config.variable, sampler=self.sampler,
+            n_pairs=config.n_pairs, n_eval=config.n_held_out, seed=config.seed, directory=config.out / ALIGNMENTS,
+            use_tqdm=sys.stderr.isatty(), **config.training,
+        )  # fmt: skip
+        if config.engine == "hf":
+            measured = self._measure(trainer, found)
+        else:
+            del trainer  # its weights: the engine needs the memory
+            with engine() as llm:
+                measured = self._measure(llm, found)
+        measured.save(config.out / HEAT_MAP)
+        measured.plot_iia(config.out / PICTURE)
+        return measured
+
+    def _measure(self, llm: Any, found: dict[tuple[int, Any], Any]) -> HeatMap:
+        config = self.config
+        return heat_map(llm, self.held_out, config.layers, config.positions, alignments=found, controls=self.controls)
+
+
+def format_heat_map(found: HeatMap, out: Path) -> str:
+    """Sets the accuracies as a table, a site per line, and what frames them below it."""
+    names = {", ".join(found.variable): found, **found.controls}
+    widths = [max(len(name), 6) for name in names]
+    heads = [f"{name:>{width}}" for name, width in zip(names, widths, strict=True)]
+    lines = ["  ".join(["layer", "position", "dims", *heads])]
+    for i, layer in enumerate(found.layers):
+        for j, position in enumerate(found.positions):
+            dims = "all" if found.dims is None else str(found.dims[i, j])
+            shares = [f"{one.iia[i, j]:{width}.3f}" for one, width in zip(names.values(), widths, strict=True)]
+            lines.append("  ".join([f"{layer:5}", f"{position:8}", f"{dims:>4}", *shares]))
+    for what in ("accuracy", "agreement"):
+        shares = [f"{getattr(one, what):{width}.3f}" for one, width in zip(names.values(), widths, strict=True)]
+        lines.append("  ".join([f"{what + ' without':21}", *shares]))
+    return "\n".join([*lines, "", f"{found.n_pairs} pairs that were held out; files in {out}"])

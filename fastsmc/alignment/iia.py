@@ -42,7 +42,7 @@ def iia(llm: Any, basis: Any, pairs: Pairs, layer: int, position: int | Sequence
         position: from 0, negative from a prompt's end; a list has one per pair.
 
     Raises:
-        ValueError: naming the argument; a label that is no token of the vocabulary.
+        ValueError: naming the argument; a label that is no token of the vocabulary, or none that is changed.
     """
     return float(_shares(llm, pairs, [_config(layer, position, basis)])[0])
 
@@ -67,7 +67,8 @@ def heat_map(
         controls: by name, pairs of variables that should not be found there; they are measured in the same way.
 
     Raises:
-        ValueError: naming the argument; a site without an alignment, a label that is no token of the vocabulary.
+        ValueError: naming the argument; a site without an alignment, a label that is no token of the vocabulary, or none that
+            is changed.
     """
     layers = [check_int(f"layers[{i}]", layer, 0) for i, layer in enumerate(_list("layers", layers))]
     positions = [_position(f"positions[{i}]", one) for i, one in enumerate(_list("positions", positions))]
@@ -194,11 +195,12 @@ def _config(layer: int, position: Any, basis: Any) -> Interchange | Subspace:
 
 
 def _labels(llm: Any, answers: Sequence[Any]) -> torch.Tensor:
-    return torch.tensor(answer_ids(answers, llm.get_tokenizer(), llm._intervention_sizes().vocab))
+    return torch.tensor(answer_ids(answers, llm.get_tokenizer(), llm._model_sizes().vocab))
 
 
 def _shares(llm: Any, pairs: Pairs, configs: Sequence[Interchange | Subspace]) -> NDArray[np.float64]:
     """Measures (C,), the share of pairs that get their label under each configuration."""
+    pairs.check_changed()
     labels = _labels(llm, pairs.labels)
     found = llm.interchange(pairs.bases, pairs.sources, configs)
     return (found == labels).double().mean(1).numpy()

@@ -122,9 +122,13 @@ def test_controls_files_and_pictures(engine, tmp_path):
 
 def test_normalised_where_there_is_no_room(engine):
     pairs = make_pairs(engine, 0)
-    found = heat_map(engine, dataclasses.replace(pairs, base_labels=pairs.labels), [0], [-1])
-    assert found.accuracy == found.agreement and np.isnan(found.normalised).all()
+    said = {hooked(engine, ids, ids) for ids in pairs.bases}
+    never = next(token for token in range(VOCAB) if token not in said)
+    found = heat_map(engine, dataclasses.replace(pairs, base_labels=[never] * N), [0], [-1])
+    assert found.accuracy == 0 and np.isnan(found.normalised).all()
     assert found.to_dict()["normalised"] == [[None]]
+    with pytest.raises(ValueError, match="none of 12 labels is changed by the interchange, so IIA"):
+        iia(engine, None, dataclasses.replace(pairs, base_labels=pairs.labels), 0, -1)
 
 
 @pytest.mark.parametrize(
