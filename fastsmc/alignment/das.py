@@ -5,9 +5,9 @@
 R has orthonormal columns, m = d of them or `rank`; the mask lets the first b·m through, b the boundary, ever more
 sharply as the temperature falls. (Wu et al., arXiv 2305.08809.)
 
-R is Q (I − A/2)⁻¹ (I + A/2) with a skew-symmetric A, Cayley's map, which costs a tenth of the matrix exponential that
-torch's `orthogonal` and pyvene take, and is as exactly orthogonal. With a rank, A = P Qᵀ − Q Pᵀ, and all that is
-solved is a system of 2·rank unknowns (Wen and Yin, 2013).
+R is Q (I − A/2)⁻¹ (I + A/2) with a skew-symmetric A, Cayley's map: as exactly orthogonal as the matrix exponential that
+torch's `orthogonal` and pyvene take, for one LU decomposition. With a rank, A = P Qᵀ − Q Pᵀ, and all that is solved is
+a system of 2·rank unknowns (Wen and Yin, 2013).
 
 On disk an alignment is a directory: `card.json` and `alignment.safetensors`.
 """
@@ -122,8 +122,8 @@ class BoundlessDAS:
             raise ValueError(f"rank={rank}: pyvene has none; must be None with mask='pyvene'")
         self.card = Card(d=d, rank=rank, seed=seed, mask=mask)
         self.history: list[dict[str, float]] = []
-        noise = torch.randn(d, rank or d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-        self._begin(torch.linalg.qr(noise).Q.float(), 0.5)
+        noise = torch.randn(d, rank or d, generator=torch.Generator().manual_seed(seed))
+        self._begin(torch.linalg.qr(noise).Q, 0.5)
 
     def _begin(self, rotation: Tensor, boundary: float) -> None:
         """Starts from a rotation (d, m)."""
@@ -213,14 +213,14 @@ class BoundlessDAS:
         labels = read_labels(labels)
         if not len(states[0]) == len(states[1]) == len(labels):
             raise ValueError(f"hb, hs, labels: are {len(hb)}, {len(hs)} and {len(labels)}; must be as many")
-        fit = Fit(self, len(labels), steps, batch, lr, boundary_lr, boundary_weight, temperature)
+        fit = Fit(self, len(labels), FitConfig(steps, batch, lr, boundary_lr, boundary_weight, temperature))
         device = self._start.device
         base, source, labels = states[0].to(device), states[1].to(device), labels.to(device)
         self.history = []
         while not fit.done:
             rows = fit.rows().to(device)
             self.history.append(fit.step(base[rows], source[rows], labels[rows], head))
-        self.card = dataclasses.replace(self.card, steps=fit.taken, settings=fit.settings)
+        self.card = dataclasses.replace(self.card, steps=fit.taken, settings=json_safe(dataclasses.asdict(fit.config)))
         return self
 
     # ------------------------------------------------------------------------------------------------------ files
@@ -279,7 +279,7 @@ def read_labels(labels: Any) -> Tensor:
     return labels.long()
 
 
-def read_temperature(temperature: Any) -> tuple[float, float]:
+def _read_temperature(temperature: Any) -> tuple[float, float]:
     """Reads the first and the last temperature. ValueError: they are not positive, or rise."""
     if not isinstance(temperature, (list, tuple)) or len(temperature) != 2:
         raise ValueError(f"temperature={temperature!r}: must be two numbers, the first and the last")
@@ -289,64 +289,67 @@ def read_temperature(temperature: Any) -> tuple[float, float]:
     return first, last
 
 
+@dataclasses.dataclass(frozen=True)
+class FitConfig:
+    """Says how a `BoundlessDAS` is fitted; arguments as in `BoundlessDAS.fit`.
+
+    Raises:
+        ValueError: naming the argument, its value and what is allowed.
+    """
+
+    steps: int
+    batch: int = 64
+    lr: float = 1e-3
+    boundary_lr: float = 1e-2
+    boundary_weight: float = 1.0
+    temperature: tuple[float, float] = (50.0, 0.1)
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch"):
+            object.__setattr__(self, name, check_int(name, getattr(self, name), 1))
+        for name in ("lr", "boundary_lr", "boundary_weight"):
+            object.__setattr__(self, name, check_float(name, getattr(self, name), 0.0, MOST))
+        object.__setattr__(self, "temperature", _read_temperature(self.temperature))
+
+
 class Fit:
     """Takes gradient steps with a `BoundlessDAS`, from any state that it was left in.
 
     Args:
         das: what is fitted.
         n: pairs.
-        others: as in `BoundlessDAS.fit`.
+        config: how.
 
     Attributes:
         taken: steps.
-        settings: what it was called with.
     """
 
-    def __init__(
-        self,
-        das: BoundlessDAS,
-        n: int,
-        steps: int,
-        batch: int,
-        lr: float,
-        boundary_lr: float,
-        boundary_weight: float,
-        temperature: tuple[float, float],
-    ) -> None:
-        self.das, self.n, self.taken = das, n, 0
-        self.steps, self.batch = check_int("steps", steps, 1), check_int("batch", batch, 1)
-        self.weight = check_float("boundary_weight", boundary_weight, 0.0, MOST)
-        self.temperatures = read_temperature(temperature)
-        groups = [
-            {"params": [das._turn], "lr": check_float("lr", lr, 0.0, MOST)},
-            {"params": [das._b], "lr": check_float("boundary_lr", boundary_lr, 0.0, MOST)},
-        ]
-        self.settings = dict(
-            steps=self.steps, batch=self.batch, lr=lr, boundary_lr=boundary_lr, boundary_weight=self.weight,
-            temperature=list(self.temperatures),
-        )  # fmt: skip
+    def __init__(self, das: BoundlessDAS, n: int, config: FitConfig) -> None:
+        self.das, self.n, self.config, self.taken = das, n, config, 0
+        groups = [{"params": [das._turn], "lr": config.lr}, {"params": [das._b], "lr": config.boundary_lr}]
         self._optimizer = torch.optim.Adam(groups)
         self._order: tuple[int, Tensor] | None = None
 
     @property
     def done(self) -> bool:
-        return self.taken == self.steps
+        return self.taken == self.config.steps
 
     @property
     def temperature(self) -> float:
         """Gives that of the next step."""
-        first, last = self.temperatures
-        return first + (last - first) * self.taken / max(self.steps - 1, 1)
+        first, last = self.config.temperature
+        return first + (last - first) * self.taken / max(self.config.steps - 1, 1)
 
     def rows(self) -> Tensor:
         """Gives the pairs of the next step, (B,) int64: all in turn where they are no more than a batch."""
-        if self.n <= self.batch:
+        batch = self.config.batch
+        if self.n <= batch:
             return torch.arange(self.n)
-        epoch, part = divmod(self.taken, -(-self.n // self.batch))
+        epoch, part = divmod(self.taken, -(-self.n // batch))
         if self._order is None or self._order[0] != epoch:
             generator = torch.Generator().manual_seed((self.das.card.seed + 1) * 1_000_003 + epoch)
             self._order = epoch, torch.randperm(self.n, generator=generator)
-        return self._order[1][part * self.batch : (part + 1) * self.batch]
+        return self._order[1][part * batch : (part + 1) * batch]
 
     @torch.enable_grad()
     def step(self, hb: Tensor, hs: Tensor, labels: Tensor, head: Callable[[Tensor], Tensor]) -> dict[str, float]:
@@ -357,7 +360,7 @@ class Fit:
             raise ValueError(f"head: gives {tuple(logits.shape)} for {len(hb)} pairs; must be ({len(hb)}, C)")
         if int(labels.max()) >= logits.shape[1]:
             raise ValueError(f"labels: has {int(labels.max())}; the head has {logits.shape[1]} logits")
-        loss = F.cross_entropy(logits.float(), labels) + self.weight * das._b
+        loss = F.cross_entropy(logits.float(), labels) + self.config.boundary_weight * das._b
         record = {
             "step": self.taken + 1, "loss": float(loss.detach()), "boundary": das.boundary, "temperature": temperature,
         }  # fmt: skip

@@ -101,8 +101,7 @@ class Frozen:
         places: where.
         max_bytes: more than this is mapped from disk.
         directory: where the file is made; None: where the system has temporary files.
-        say: is told how large the store is, before anything is computed.
-        progress: is told of tokens that have gone through the model.
+        say: is told how large the store is, before it is filled.
 
     Attributes:
         n_bytes: of the store.

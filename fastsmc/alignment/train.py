@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fastsmc.alignment.causal import CausalModel, Pairs, Sampler, answer_ids, pairs
-from fastsmc.alignment.das import BoundlessDAS, Fit, check_basis, read_temperature
+from fastsmc.alignment.das import BoundlessDAS, Card, Fit, FitConfig, check_basis
 from fastsmc.alignment.frozen import Frozen, Place, without_gradients
 from fastsmc.arguments import read_prompts
 from fastsmc.editing import trunk_of
@@ -94,31 +94,28 @@ def train_alignment(
     trunk, tokenizer, name = _read_trunk(trunk)
     layers = [check_int("layer", one, 0, trunk.sizes.n_layers - 1) for one in layers]
     for what, value, low in (
-        ("steps", steps, 1), ("batch", batch, 1), ("n_eval", n_eval, 2), ("eval_every", eval_every, 0),
-        ("checkpoint_every", checkpoint_every, 0), ("max_cache_bytes", max_cache_bytes, 0),
+        ("n_eval", n_eval, 2), ("eval_every", eval_every, 0), ("checkpoint_every", checkpoint_every, 0),
+        ("max_cache_bytes", max_cache_bytes, 0),
     ):  # fmt: skip
         check_int(what, value, low)
-    read_temperature(temperature)
+    config = FitConfig(steps, batch, lr, boundary_lr, boundary_weight, temperature)
     if causal_model.prompt is None or causal_model.answers is None:
         raise ValueError("causal_model: must have prompt= and answers=, which say it to a language model")
     train = pairs(causal_model, sampler, variable, n_pairs, seed)
     held = pairs(causal_model, sampler, variable, n_eval, seed + 1)
     both = _Task.read(trunk, tokenizer, [train, held], positions)
-    settings = dict(
-        n_pairs=n_pairs, n_eval=n_eval, steps=steps, batch=batch, lr=lr, boundary_lr=boundary_lr,
-        boundary_weight=boundary_weight, temperature=list(temperature), pairs=both.fingerprint,
-    )  # fmt: skip
+    settings = {**dataclasses.asdict(config), "n_pairs": n_pairs, "n_eval": n_eval, "pairs": both.fingerprint}
+    start = BoundlessDAS(trunk.hidden_size, seed, rank).card
+    run = _Run(both, n_pairs, config, eval_every, checkpoint_every)
     jobs = {}
     for one, (j, where) in itertools.product(layers, enumerate(positions)):
-        das = BoundlessDAS(trunk.hidden_size, seed, rank)
-        said = where if isinstance(where, int) else getattr(where, "__name__", repr(where))
-        das.card = dataclasses.replace(
-            das.card, base_model=name, layer=one, position=said, variable=train.variable, settings=settings
-        )
-        path = None if directory is None else Path(directory)
+        said, path = _said(where), None if directory is None else Path(directory)
         if path is not None and sweep:
-            path = path / f"layer{one}_position{where if isinstance(where, int) else f'_{j}'}"
-        jobs[one, where] = _Job(das, one, j, path, n_pairs, eval_every, checkpoint_every)
+            path /= f"layer{one}_position{where}" if isinstance(where, int) else f"layer{one}_position_{j}"
+        card = dataclasses.replace(
+            start, base_model=name, layer=one, position=said, variable=train.variable, settings=json_safe(settings)
+        )
+        jobs[one, where] = _Job(run, card, one, j, path)
     _run(both, list(jobs.values()), directory, max_cache_bytes, use_tqdm)
     done = {key: job.das for key, job in jobs.items()}
     return done if sweep else next(iter(done.values()))
@@ -175,10 +172,15 @@ def _is_list(value: Any) -> bool:
 
 
 def _as_list(name: str, value: Any) -> list[Any]:
-    values = list(value) if _is_list(value) else [value]
+    values = [one if as_int(one) is None else as_int(one) for one in (value if _is_list(value) else [value])]
     if not values or len(set(values)) < len(values):
         raise ValueError(f"{name}={short(value)}: must be one, or a list of at least one, each once")
     return values
+
+
+def _said(position: Position) -> Any:
+    """Gives a position as a card has it: a number, or the name of what finds it."""
+    return position if isinstance(position, int) else getattr(position, "__name__", repr(position))
 
 
 def _read_trunk(trunk: Any) -> tuple[Trunk, Any, str]:
@@ -249,73 +251,77 @@ def _positions(position: Position, prompts: Sequence[list[int]], inputs: Sequenc
 
 
 # -- runs --------------------------------------------------------------------------------------------------------------
-@dataclasses.dataclass
-class _Job:
-    """Is the training of one site.
+class _Run(NamedTuple):
+    """Holds what all sites of a run share.
 
     Attributes:
-        das: what is trained.
-        layer, place: the site.
-        directory: of its files, or None.
+        task: the pairs.
         n_pairs: those before are trained on, the others evaluated on.
-        eval_every, checkpoint_every: as in `train_alignment`.
+        config, eval_every, checkpoint_every: as in `train_alignment`.
     """
 
-    das: BoundlessDAS
-    layer: int
-    place: int
-    directory: Path | None
+    task: _Task
     n_pairs: int
+    config: FitConfig
     eval_every: int
     checkpoint_every: int
+
+
+class _Job:
+    """Trains an alignment at one site.
+
+    Args:
+        run: what is shared.
+        card: of the alignment before it is trained.
+        layer, place: the site.
+        directory: of its files, or None.
+
+    Attributes:
+        das: the alignment, once it is begun.
+    """
+
+    def __init__(self, run: _Run, card: Card, layer: int, place: int, directory: Path | None) -> None:
+        self.run, self.card, self.layer, self.place, self.directory = run, card, layer, place, directory
+        self.das: Any = None
 
     def is_done(self) -> bool:
         """Says whether an earlier run has finished, and takes its alignment. ValueError: of another configuration."""
         if self.directory is None or not (self.directory / "card.json").exists():
             return False
         das = BoundlessDAS.load(self.directory)
-        if dataclasses.replace(das.card, iia=None, steps=0) != self._card:
+        if dataclasses.replace(das.card, iia=None, steps=0) != self.card:
             raise self._other(self.directory / "card.json")
         das.history, self.das = self._lines(das.card.steps), das
         return True
 
-    @property
-    def _card(self) -> Any:
-        """Gives the card as JSON has it."""
-        plain = json_safe(dataclasses.asdict(self.das.card))
-        return dataclasses.replace(self.das.card, **plain | {"variable": tuple(plain["variable"])})
-
     def _other(self, path: Path) -> ValueError:
         return ValueError(f"{path}: is of another configuration; train into another directory, or remove it")
 
-    def run(self, frozen: Frozen, labels: Tensor, bar: Any) -> None:
+    def train(self, frozen: Frozen, bar: Any) -> None:
         """Trains to the end, from a checkpoint where there is one, and saves."""
-        das, asked = self.das.to(labels.device), self.das.card.settings
-        names = ("steps", "batch", "lr", "boundary_lr", "boundary_weight", "temperature")
-        fit = Fit(das, self.n_pairs, **{name: asked[name] for name in names})
+        run, labels, card = self.run, self.run.task.labels, self.card
+        das = self.das = BoundlessDAS(card.d, card.seed, card.rank).to(labels.device)
+        das.card = card
+        fit = Fit(das, run.n_pairs, run.config)
         self._resume(fit)
         bar.update(fit.taken)
-        held = range(self.n_pairs, len(labels))
+        held = range(run.n_pairs, len(labels))
         while not fit.done:
             rows = fit.rows().tolist()
-            hb, hs = frozen.states(self.layer, self.place, rows)
-            head = partial(self._head, frozen, rows)
-            record = fit.step(hb, hs, labels[rows], head)
-            if fit.done or (self.eval_every and fit.taken % self.eval_every == 0):
+            head = partial(frozen.logits, self.layer, self.place, rows=rows)
+            record = fit.step(*frozen.states(self.layer, self.place, rows), labels[rows], head)
+            if fit.done or (run.eval_every and fit.taken % run.eval_every == 0):
                 basis = das.basis().to(labels.device)
-                record["iia"] = _agreement(frozen, self.layer, self.place, basis, labels, held, fit.batch)
+                record["iia"] = _agreement(frozen, self.layer, self.place, basis, labels, held, run.config.batch)
             bar.set_postfix(loss=f"{record['loss']:.4g}", boundary=f"{record['boundary']:.3f}", refresh=False)
             bar.update()
             self._log(record)
-            if self.checkpoint_every and fit.taken % self.checkpoint_every == 0 and not fit.done:
+            if run.checkpoint_every and fit.taken % run.checkpoint_every == 0 and not fit.done:
                 self._save_checkpoint(fit)
-        das.card = dataclasses.replace(das.card, steps=fit.taken, iia=das.history[-1]["iia"])
+        das.card = dataclasses.replace(card, steps=fit.taken, iia=das.history[-1]["iia"])
         if self.directory is not None:
             das.save(self.directory)
             (self.directory / "checkpoint.pt").unlink(missing_ok=True)
-
-    def _head(self, frozen: Frozen, rows: list[int], h: Tensor) -> Tensor:
-        return frozen.logits(self.layer, self.place, h, rows)
 
     # ------------------------------------------------------------------------------------------------- files
     def _log(self, record: dict[str, float]) -> None:
@@ -334,8 +340,7 @@ class _Job:
         if self.directory is None:
             return
         temporary = self.directory / "checkpoint.tmp"
-        card = json.dumps(json_safe(dataclasses.asdict(self.das.card)))
-        torch.save({"card": card, **fit.state()}, temporary)
+        torch.save({"card": json.dumps(dataclasses.asdict(self.card)), **fit.state()}, temporary)
         temporary.replace(self.directory / "checkpoint.pt")
 
     def _resume(self, fit: Fit) -> None:
@@ -346,7 +351,7 @@ class _Job:
         path = self.directory / "checkpoint.pt"
         if path.exists():
             state = torch.load(path, weights_only=True, map_location=fit.das._turn.device)
-            if state["card"] != json.dumps(json_safe(dataclasses.asdict(self.das.card))):
+            if state["card"] != json.dumps(dataclasses.asdict(self.card)):
                 raise self._other(path)
             fit.resume(state)
         self.das.history = self._lines(fit.taken)
@@ -374,7 +379,7 @@ def _run(
         off = not use_tqdm
         with tqdm(total=frozen.n_tokens, disable=off, file=sys.stderr, desc="what is frozen", unit="token") as bar:
             frozen.fill(bar.update)
-        total = sum(job.das.card.settings["steps"] for job in waiting)
+        total = sum(job.run.config.steps for job in waiting)
         with tqdm(total=total, disable=off, file=sys.stderr, desc="alignment") as bar:
             for job in waiting:
-                job.run(frozen, task.labels, bar)
+                job.train(frozen, bar)

@@ -94,11 +94,11 @@ def test_a_run_goes_on_to_the_same_numbers(trunk, tmp_path, monkeypatch):
     whole = train(trunk)
     logits, calls = Frozen.logits, []
 
-    def stops(self, *args):
+    def stops(self, *args, **more):
         calls.append(1)
         if len(calls) == 9:  # of a check, six steps and two evaluations
             raise KeyboardInterrupt
-        return logits(self, *args)
+        return logits(self, *args, **more)
 
     monkeypatch.setattr(Frozen, "logits", stops)
     with pytest.raises(KeyboardInterrupt):
