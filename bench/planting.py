@@ -1,7 +1,7 @@
 """Networks in which a variable was planted: what bench_alignment.py looks for, and knows where it is.
 
-    Task    a causal model, all of its inputs, a sampler of them, the variable to be planted, others as controls
-    plant   a task, a seed → a small Llama that does the task, as a checkpoint that any engine loads by its path
+    Task    a causal model, all of its inputs, a sampler of them, the variable to be planted, and others
+    plant   a recipe → a small Llama that does a task, as a checkpoint that any engine loads by its path
 
 A variable is planted by interchange-intervention training (Geiger et al. 2022, arXiv 2112.00826): beside its task, the
 network is trained on pairs of inputs, a random subspace of the base's hidden state at `LAYER` and the last position
@@ -15,6 +15,7 @@ answer word's vocabulary is named by a first token, and tokens without meaning m
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -22,7 +23,7 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ Inputs = dict[str, Any]
 
 #: numbers of price tags, symbols of equality: the first tokens of the vocabulary
 NUMBERS, SYMBOLS = 16, 8
-#: tokens: the question; what says which words answer, by vocabulary; the words, (no, yes) by vocabulary; without meaning
+#: tokens: the question; what says which words answer, by vocabulary; these words, (no, yes); and those without meaning
 ASK, WORDS, ANSWERS, NOISE = 16, (17, 18), ((19, 20), (21, 22)), tuple(range(23, 32))
 VOCABULARY = 32
 LONGEST_PREFIX = 6
@@ -56,32 +57,36 @@ class Task:
     Attributes:
         make: makes the causal model for a vocabulary of answers; its inputs are `names`, and "prefix", token ids.
         inputs: all of them, without a prefix.
-        planted, controls: variables of the causal model.
+        planted: the variable that is planted.
+        control: an input, of which all that the answer needs is the planted variable.
+        other: the intermediate variable that nothing is done about.
     """
 
     name: str
     make: Callable[[int], CausalModel]
     inputs: list[Inputs]
     planted: str
-    controls: tuple[str, ...]
+    control: str
+    other: str
 
     def sampler(
         self, prefix: int = 0, keep: Callable[[Inputs], bool] = lambda inputs: True
     ) -> Callable[[np.random.Generator], Inputs]:
-        """Makes a sampler of inputs, those kept, with a random prefix of a length: every setting of the intermediate
-        variables as often, and within it every input."""
+        """Makes a sampler of inputs, those kept, behind a random prefix of up to so many tokens, if any: every setting
+        of the intermediate variables as often, and within it every input."""
         kept = [[self.inputs[i] for i in group if keep(self.inputs[i])] for group in self.groups().values()]
 
         def sample(rng: np.random.Generator) -> Inputs:
             group = kept[rng.integers(len(kept))]
-            noise = tuple(rng.choice(NOISE, prefix).tolist())
-            return {**group[rng.integers(len(group))], "prefix": noise}
+            noise = rng.choice(NOISE, rng.integers(1, prefix + 1)).tolist() if prefix else ()
+            return {**group[rng.integers(len(group))], "prefix": tuple(noise)}
 
         return sample
 
     def groups(self) -> dict[tuple[bool, ...], list[int]]:
         """Groups indices of inputs by how they set the intermediate variables."""
-        model, groups = self.make(0), {}
+        model = self.make(0)
+        groups: dict[tuple[bool, ...], list[int]] = {}
         names = [name for name in model.functions if name != model.output]
         for i, inputs in enumerate(self.inputs):
             values = model.run(inputs)
@@ -90,7 +95,7 @@ class Task:
 
 
 def _causal(names: tuple[str, ...], functions: dict[str, Callable[..., bool]], words: int) -> CausalModel:
-    def prompt(inputs: Inputs) -> list[int]:
+    def prompt(inputs: Mapping[str, Any]) -> list[int]:
         return [*inputs["prefix"], WORDS[words], *(inputs[name] for name in names), ASK]
 
     answers = dict(zip((False, True), ANSWERS[words], strict=True))
@@ -107,7 +112,7 @@ def price_tag() -> Task:
     names = ("lo", "hi", "x")
     every = itertools.product(range(NUMBERS), repeat=3)
     inputs = [{"prefix": (), **dict(zip(names, t, strict=True))} for t in every if t[0] <= t[1]]
-    return Task("price_tag", lambda words: _causal(names, functions, words), inputs, "left", ("lo", "right"))
+    return Task("price_tag", functools.partial(_causal, names, functions), inputs, "left", "lo", "right")
 
 
 def equality() -> Task:
@@ -120,7 +125,7 @@ def equality() -> Task:
     names = ("w", "x", "y", "z")
     every = itertools.product(range(SYMBOLS), repeat=4)
     inputs = [{"prefix": (), **dict(zip(names, t, strict=True))} for t in every]
-    return Task("equality", lambda words: _causal(names, functions, words), inputs, "first", ("w", "second"))
+    return Task("equality", functools.partial(_causal, names, functions), inputs, "first", "w", "second")
 
 
 TASKS = {"price_tag": price_tag, "equality": equality}
@@ -179,7 +184,8 @@ def network() -> Any:
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=192, num_hidden_layers=LAYERS,
         num_attention_heads=2, num_key_value_heads=1, head_dim=32, max_position_embeddings=64,
-        tie_word_embeddings=False, initializer_range=0.1, bos_token_id=None, eos_token_id=None, pad_token_id=None, dtype="float32",
+        tie_word_embeddings=False, initializer_range=0.1, bos_token_id=None, eos_token_id=None, pad_token_id=None,
+        dtype="float32",
     )  # fmt: skip
     return LlamaForCausalLM(config)
 
@@ -226,6 +232,7 @@ def run(model: Any, ids: Tensor, planted: Tensor | None) -> Tensor:
     (3 B, V), the last B of bases whose hidden state at `LAYER` and the last position has the sources' in it."""
 
     def exchange(module: Any, inputs: Any, output: Tensor) -> Tensor:
+        assert planted is not None  # no hook without
         base, source = output.chunk(2)
         change = (source[:, -1] - base[:, -1]) @ planted @ planted.T
         return torch.cat([output, torch.cat([base[:, :-1], (base[:, -1] + change)[:, None]], dim=1)])
@@ -245,8 +252,7 @@ def plant(recipe: Recipe, directory: Path | None = None) -> tuple[Path, dict[str
         directory: where checkpoints are kept; by default the user's cache.
 
     Returns:
-        the checkpoint's path, and what was seen at its training: seconds, and accuracy on all inputs in all formats,
-        prefixes apart.
+        the checkpoint's path, and what was seen at its training: seconds, and accuracy on all inputs without prefixes.
     """
     said = json.dumps(dataclasses.asdict(recipe), sort_keys=True)
     name = hashlib.sha256((said + Path(__file__).read_text() + torch.__version__).encode()).hexdigest()[:16]
@@ -257,13 +263,12 @@ def plant(recipe: Recipe, directory: Path | None = None) -> tuple[Path, dict[str
         try:
             begin = time.perf_counter()
             model = train(recipe)
-            seen = {"seconds": time.perf_counter() - begin, "accuracy": accuracy(model, recipe)}
+            model.config.planting = {"seconds": time.perf_counter() - begin, "accuracy": accuracy(model, recipe)}
             model.save_pretrained(temporary)
-            (temporary / "planting.json").write_text(json.dumps(seen))
             temporary.rename(path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-    return path, json.loads((path / "planting.json").read_text())
+    return path, json.loads((path / "config.json").read_text())["planting"]
 
 
 @torch.no_grad()
