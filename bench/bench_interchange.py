@@ -79,7 +79,7 @@ class Engine:
         """Returns the seconds of one call that gives the most likely token at all sites (layer, position)."""
         from fastsmc.interventions import Interchange
 
-        configs = [Interchange(*site) for site in sites]
+        configs = [Interchange(layer, position) for layer, position in sites]
         return timed(lambda: self.llm.interchange(bases, sources, configs))
 
     def differences(self, bases: Tokens, sources: Tokens, sites: Tokens, basis: list | None, path: str) -> list[float]:
@@ -89,10 +89,10 @@ class Engine:
         from fastsmc.interventions import Interchange, Subspace
 
         if basis is None:
-            ours = self.llm.interchange(bases, sources, [Interchange(*site) for site in sites], logits=True)
+            configs: list[Any] = [Interchange(layer, position) for layer, position in sites]
         else:
-            columns = torch.tensor(basis)
-            ours = self.llm.interchange(bases, sources, [Subspace(*site, columns) for site in sites], logits=True)
+            configs = [Subspace(layer, position, torch.tensor(basis)) for layer, position in sites]
+        ours = self.llm.interchange(bases, sources, configs, logits=True)
         theirs = torch.from_numpy(np.load(path))
         return (ours.log_softmax(-1) - theirs.log_softmax(-1)).abs().flatten(1).amax(1).tolist()
 
@@ -149,8 +149,9 @@ class Draws:
     def __init__(self, sizes: dict[str, int]) -> None:
         self.rng, self.sizes = np.random.default_rng(0), sizes
 
-    def pairs(self, n: int = PAIRS) -> tuple[Tokens, Tokens]:
-        return tuple(self.rng.integers(self.sizes["vocab"], size=(2, n, TOKENS)).tolist())
+    def pairs(self) -> tuple[Tokens, Tokens]:
+        bases, sources = self.rng.integers(self.sizes["vocab"], size=(2, PAIRS, TOKENS)).tolist()
+        return bases, sources
 
     def tokens(self, n: int) -> list[int]:
         return self.rng.integers(self.sizes["vocab"], size=n).tolist()
@@ -197,9 +198,14 @@ def sweep(engine: Any, peer: Any, draws: Draws, repeats: int) -> Iterator[Record
     for name, positions in SWEEPS.items():
         sites = [[layer, position] for layer in range(draws.sizes["layers"]) for position in positions]
         measured = spread(sites, PEER_CONFIGS)
-        calls: dict[str, Callable[[], Any]] = {"ours": lambda sites=sites: engine.interchange(*draws.pairs(), sites)}
-        if peer is not None:
-            calls["peer"] = lambda measured=measured: peer.interchange(*draws.pairs(), measured)
+
+        def ours(sites: Tokens = sites) -> float:
+            return engine.interchange(*draws.pairs(), sites)
+
+        def peers(measured: Tokens = measured) -> list[float]:
+            return peer.interchange(*draws.pairs(), measured)
+
+        calls: dict[str, Callable[[], Any]] = {"ours": ours} if peer is None else {"ours": ours, "peer": peers}
         found = in_turn(calls, repeats)
         theirs = [sum(seconds) / len(measured) * len(sites) for seconds in found.get("peer", [])]
         yield against(f"sweep, {name}", found["ours"], theirs, configs=len(sites), measured=len(measured))
@@ -231,8 +237,9 @@ def steer(engine: Any, peer: Any, draws: Draws, repeats: int) -> Iterator[Record
         def theirs(n_prompt: int = n_prompt, n_new: int = n_new) -> float:
             return peer.generate(draws.tokens(n_prompt), vector, LAYER, TEXTS, n_new, next(seeds))
 
-        calls: dict[str, Callable[[], Any]] = {"ours": functools.partial(ours, vector)}
-        calls["unsteered"] = functools.partial(ours, None)
+        calls: dict[str, Callable[[], Any]] = {
+            "ours": functools.partial(ours, vector), "unsteered": functools.partial(ours, None),
+        }  # fmt: skip
         if peer is not None:
             calls["peer"] = theirs
         found = in_turn(calls, repeats)

@@ -144,10 +144,7 @@ def read_each(
     Raises:
         ValueError: naming the argument, its value and what is allowed.
     """
-    params = SMCParams() if params is None else params
-    if not isinstance(params, SMCParams):
-        raise ValueError(f"params={params!r}: must be SMCParams")
-    check_ids(params, vocab_size)
+    each_params = _read_params(params, n_prompts, single, vocab_size)
     chosen = list(potential) if isinstance(potential, (list, tuple)) else [potential] * n_prompts
     if len(chosen) != n_prompts:
         raise ValueError(f"potential: {len(chosen)} potentials for {n_prompts} prompts")
@@ -156,13 +153,30 @@ def read_each(
             raise ValueError(f"potential={each!r}: must be a fastsmc.Potential (an instance, not a class)")
     kept: list[Any] = [None] * n_prompts
     if exact is not None and single:
-        kept = [read_exact("exact", exact, params, vocab_size)]
+        kept = [read_exact("exact", exact, each_params[0], vocab_size)]
     elif exact is not None:
         if not isinstance(exact, (list, tuple)) or len(exact) != n_prompts:
             what = f"samples for {len(exact)} prompts" if isinstance(exact, (list, tuple)) else short(exact)
             raise ValueError(f"exact: {what}, but there are {n_prompts}; give a list of exact samples for each")
         kept = [
-            None if rows is None else read_exact(f"exact[{i}]", rows, params, vocab_size)
-            for i, rows in enumerate(exact)
+            None if rows is None else read_exact(f"exact[{i}]", rows, own, vocab_size)
+            for i, (rows, own) in enumerate(zip(exact, each_params, strict=True))
         ]
-    return [dataclasses.replace(params, group=params.group + i) for i in range(n_prompts)], chosen, kept
+    return each_params, chosen, kept
+
+
+def _read_params(params: Any, n_prompts: int, single: bool, vocab_size: int) -> list[SMCParams]:
+    """Reads one for all prompts, whose group is counted on from prompt to prompt, or one for each as it is."""
+    if isinstance(params, (list, tuple)) and not single:
+        if len(params) != n_prompts:
+            raise ValueError(f"params: {len(params)} of them for {n_prompts} prompts")
+        each = list(params)
+    else:
+        each = [SMCParams() if params is None else params]
+    for one in each:
+        if not isinstance(one, SMCParams):
+            raise ValueError(f"params={short(one)}: must be SMCParams")
+        check_ids(one, vocab_size)
+    if isinstance(params, (list, tuple)):
+        return each
+    return [dataclasses.replace(each[0], group=each[0].group + i) for i in range(n_prompts)]

@@ -1,6 +1,6 @@
 """Effects of interventions on log Z, and probabilities of necessity and sufficiency, by SMC: methods of any engine.
 
-    effect       log Z under do(intervention) less log Z: over all texts that the model may write
+    effect       log Z under do(intervention) less log Z: over all texts that the model may write; `effects` of several
     necessity    P(not φ(counterfactual) | a text with φ)
     sufficiency  P(φ(counterfactual) | a text without φ)
 
@@ -22,6 +22,7 @@ from fastsmc.arguments import read_samples
 from fastsmc.interventions import Facts
 from fastsmc.params import SMCParams
 from fastsmc.potentials import Potential
+from fastsmc.potentials.tokens import short
 from fastsmc.values import check_int
 
 
@@ -58,51 +59,84 @@ class Effects:
         *,
         twist: str | os.PathLike | None = None,
     ) -> Effect:
-        """Estimates log Z under do(intervention) less log Z.
+        """Estimates log Z under do(intervention) less log Z: `effects` of a single one.
 
-        The estimate is the log of the ratio of both arms' mean Ẑ; its standard error leaves out one pair of runs after
-        the other (jackknife). With exact samples, E[log Ẑ] ≤ log Z ≤ E[log Ẑ*] bounds each arm, and so their
-        difference. Run r of both arms has one seed.
+        Args:
+            exact: exact samples of the target under the intervention, and of that without it; lists of token ids.
+
+        Returns, raises: as there.
+        """
+        if exact is not None and (not isinstance(exact, (list, tuple)) or len(exact) != 2):
+            raise ValueError("exact: must be two lists of samples, under the intervention and without it")
+        return self.effects(prompt, params, potential, [intervention], runs, exact, twist=twist)[0]
+
+    def effects(
+        self,
+        prompt: Any,
+        params: SMCParams,
+        potential: Potential,
+        interventions: Sequence[Any],
+        runs: int = 8,
+        exact: Sequence[Sequence] | None = None,
+        *,
+        twist: str | os.PathLike | None = None,
+    ) -> list[Effect]:
+        """Estimates, for each of some interventions, log Z under do(intervention) less log Z.
+
+        Arms (one for each intervention, and one without any) share forward passes, and random numbers: those of run r,
+        particle i and step t are the same in all, so that effects differ by what the interventions do. The estimate is
+        the log of the ratio of two arms' mean Ẑ; its standard error leaves out one run after the other of both
+        (jackknife). With exact samples, E[log Ẑ] ≤ log Z ≤ E[log Ẑ*] bounds each arm, and so their difference.
 
         Args:
             prompt: one prompt.
-            exact: exact samples of the target under the intervention, and of that without it; lists of token ids.
-            twist: of the potential, for both arms.
+            interventions: each as `smc` takes it for one prompt.
+            runs: of each arm.
+            exact: exact samples of the target under each intervention, and last of that without any.
+            twist: of the potential, for all arms.
 
         Raises:
-            ValueError: no runs, no exact samples in one of the two lists, or an arm without any weight in all its runs.
+            ValueError: no runs, no interventions, no exact samples for an arm, or an arm without any weight in all its
+                runs.
             SMCError: a run failed.
         """
         check_int("runs", runs, 1)
+        if not isinstance(interventions, (list, tuple)) or not interventions:
+            raise ValueError(f"interventions={short(interventions)}: must be a list of at least one intervention")
+        arms = [*interventions, None]
         kept = None if exact is None else [read_samples(f"exact[{i}]", one) for i, one in enumerate(exact)]
-        if kept is not None and (len(kept) != 2 or not all(kept)):
-            raise ValueError("exact: must be two lists of samples, under the intervention and without it")
+        if kept is not None and len(kept) != len(arms):
+            raise ValueError(f"exact: {len(kept)} lists of samples for {len(arms)} arms, of which the last is without")
 
-        def log_z(settings: SMCParams, change: Any, **more: Any) -> np.ndarray:
+        def log_z(first_group: int, **more: Any) -> np.ndarray:
             engine: Any = self
-            found = engine.smc([prompt] * runs, settings, potential, twist=twist, intervention=change, **more)
-            return np.array([population.log_z for population in found])
+            groups = [dataclasses.replace(params, group=params.group + first_group + r) for r in range(runs)]
+            found = engine.smc(
+                [prompt] * (runs * len(arms)), groups * len(arms), potential, twist=twist,
+                intervention=[arm if arm is None else _listed(arm) for arm in arms for _ in range(runs)], **more,
+            )  # fmt: skip
+            return np.array([population.log_z for population in found]).reshape(len(arms), runs)
 
-        do, base = (log_z(params, change) for change in (intervention, None))
-        estimate = _log_mean(do) - _log_mean(base)
-        if not math.isfinite(estimate):
-            arm = "under the intervention" if math.isinf(_log_mean(do)) else "without the intervention"
-            raise ValueError(
-                f"params.n_particles={params.n_particles}: no run {arm} has any weight; more particles may find some"
-            )
-        se = math.nan
-        if runs > 1:
-            left_out = np.array([_log_mean(np.delete(do, r)) - _log_mean(np.delete(base, r)) for r in range(runs)])
-            se = math.sqrt((runs - 1) / runs * np.square(left_out - left_out.mean()).sum())
-        lower = upper = None
+        found, above = log_z(0), None
         if kept is not None:
-            later = dataclasses.replace(params, group=params.group + runs)
-            above = [
-                log_z(later, change, exact=[[samples[r % len(samples)]] for r in range(runs)]).mean()
-                for change, samples in zip((intervention, None), kept, strict=True)
-            ]
-            lower, upper = float(do.mean() - above[1]), float(above[0] - base.mean())
-        return Effect(estimate, se, lower, upper, runs, True)
+            samples = [[rows[r % len(rows)]] for rows in kept for r in range(runs)]
+            above = log_z(runs, exact=samples).mean(1)
+        for i, arm in enumerate(found):
+            if not np.isfinite(arm).any():
+                which = "without an intervention" if i == len(arms) - 1 else f"under interventions[{i}]"
+                raise ValueError(
+                    f"params.n_particles={params.n_particles}: no run {which} has any weight; more particles may find "
+                    "some"
+                )
+        base = found[-1]
+        out = []
+        for i, do in enumerate(found[:-1]):
+            lower = upper = None
+            if above is not None:
+                lower, upper = float(do.mean() - above[-1]), float(above[i] - base.mean())
+            estimate = _log_mean(do) - _log_mean(base)
+            out.append(Effect(estimate, _standard_error(do, base), lower, upper, runs, True))
+        return out
 
     def necessity(
         self, prompt: Any, text: Any, potential: Potential, intervention: Any, params: SMCParams, runs: int = 8
@@ -164,6 +198,19 @@ class Effects:
         found = engine.counterfactual([prompt] * runs, texts, intervention, params=params, potential=potential)
         z = np.exp([each.log_z for each in found])
         return float(z.mean()), float(z.std(ddof=1) / math.sqrt(runs)) if runs > 1 else math.nan
+
+
+def _listed(intervention: Any) -> list:
+    return list(intervention) if isinstance(intervention, (list, tuple)) else [intervention]
+
+
+def _standard_error(do: np.ndarray, base: np.ndarray) -> float:
+    """Estimates that of log(mean Ẑ) of one arm less that of the other, by leaving out one run after the other."""
+    runs = len(do)
+    if runs == 1:
+        return math.nan
+    left_out = np.array([_log_mean(np.delete(do, r)) - _log_mean(np.delete(base, r)) for r in range(runs)])
+    return math.sqrt((runs - 1) / runs * np.square(left_out - left_out.mean()).sum())
 
 
 def _log_mean(values: np.ndarray) -> float:

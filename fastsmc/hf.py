@@ -161,7 +161,7 @@ class HFEngine(Effects, Interchanges):
     def smc(
         self,
         prompts: Prompt,
-        params: SMCParams | None = None,
+        params: SMCParams | Sequence[SMCParams] | None = None,
         potential: Potential | Sequence[Potential | None] | None = None,
         *,
         twist: str | os.PathLike | None = None,
@@ -173,7 +173,7 @@ class HFEngine(Effects, Interchanges):
     def smc(
         self,
         prompts: Prompts,
-        params: SMCParams | None = None,
+        params: SMCParams | Sequence[SMCParams] | None = None,
         potential: Potential | Sequence[Potential | None] | None = None,
         *,
         twist: str | os.PathLike | None = None,
@@ -185,7 +185,7 @@ class HFEngine(Effects, Interchanges):
     def smc(
         self,
         prompts: Any,
-        params: SMCParams | None = None,
+        params: SMCParams | Sequence[SMCParams] | None = None,
         potential: Potential | Sequence[Potential | None] | None = None,
         *,
         twist: str | os.PathLike | None = None,
@@ -197,7 +197,7 @@ class HFEngine(Effects, Interchanges):
     def smc(
         self,
         prompts: Any,
-        params: SMCParams | None = None,
+        params: SMCParams | Sequence[SMCParams] | None = None,
         potential: Potential | Sequence[Potential | None] | None = None,
         *,
         twist: str | os.PathLike | None = None,
@@ -371,11 +371,12 @@ class HFEngine(Effects, Interchanges):
             for position in sorted({at[b] for at in asked.at}):
                 chosen = [(c, b) for c, at in enumerate(asked.at) if at[b] == position]
                 for rows in (chosen[i : i + SWAP_ROWS] for i in range(0, len(chosen), SWAP_ROWS)):
-                    number = torch.full((len(rows), len(base) - position), -1, device=trunk.device)
-                    number[:, 0] = torch.arange(len(rows), device=trunk.device)
-                    tokens = torch.tensor(base[position:], device=trunk.device).expand(len(rows), -1)
+                    begin = 0 if any(cache.is_sliding) else position  # a window keeps nothing to go back to
+                    number = torch.full((len(rows), len(base) - begin), -1, device=trunk.device)
+                    number[:, position - begin] = torch.arange(len(rows), device=trunk.device)
+                    tokens = torch.tensor(base[begin:], device=trunk.device).expand(len(rows), -1)
                     with trunk.under(putting(asked, maps, rows, spots, states), number):
-                        hidden = trunk.again(cache, position, tokens)
+                        hidden = trunk.again(cache, begin, tokens)
                     answers.put(rows, trunk.logits(hidden[:, -1]))
         return answers.result()
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastsmc.interventions import BLOCK, Interchange, Sizes, Subspace
+from fastsmc.interventions import BLOCK, Interchange, Sizes, Subspace, as_position
 from fastsmc.maps import Site, SiteMaps, lay_out
 from fastsmc.potentials.tokens import short, token_list
 from fastsmc.values import as_int, check_int
@@ -128,8 +128,10 @@ def read_positions(name: str, given: Any, lengths: Sequence[int], what: str = "b
     """Reads one position, or one for each prompt, as positions from 0 in prompts of these lengths.
 
     Raises:
-        ValueError: it is outside, or one from 0 where prompts are of different lengths, so that it says nothing alike.
+        ValueError: it is none, or outside, or one from 0 where prompts are of different lengths, where it says nothing
+            alike.
     """
+    given = as_position(name, given)
     if isinstance(given, tuple):
         if len(given) != len(lengths):
             raise ValueError(f"{name}: {len(given)} positions for {len(lengths)} prompts")
@@ -137,8 +139,8 @@ def read_positions(name: str, given: Any, lengths: Sequence[int], what: str = "b
     else:
         if given >= 0 and len(set(lengths)) > 1:
             raise ValueError(
-                f"{name}={given}: {what}s have {min(lengths)} to {max(lengths)} tokens; give a list with a position "
-                "for each, or one from the end, as -1"
+                f"{name}={given}: {what}s have {min(lengths)} to {max(lengths)} tokens; give a position for each, or "
+                "one from the end, as -1"
             )
         each = (given,) * len(lengths)
     for i, (position, n) in enumerate(zip(each, lengths, strict=True)):
@@ -300,8 +302,7 @@ class Interchanges:
         lengths = [len(one) for one in ids]
         at = []
         for i, position in enumerate(positions):
-            given = Interchange(0, position).position  # reads its form
-            at.append(read_positions(f"positions[{i}]", given, lengths, "prompt"))
+            at.append(read_positions(f"positions[{i}]", position, lengths, "prompt"))
         spots = Spots([[row[b] for row in at] for b in range(len(ids))])
         states = self._read_states(ids, spots, chosen)
         spots.check_finite(states, chosen, "prompts")

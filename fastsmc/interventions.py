@@ -145,6 +145,9 @@ class LayerIntervention(Intervention):
         """Makes the map."""
         raise NotImplementedError
 
+    def check_registered(self) -> None:
+        """Refuses what only a prompt makes definite. ValueError: it is such."""
+
     def check(self, sizes: Sizes) -> None:
         if self.layer >= sizes.n_layers:
             raise ValueError(f"layer={self.layer}: must be in [0, {sizes.n_layers}), the layers of this model")
@@ -289,7 +292,7 @@ class Project(LayerIntervention):
             given = read_tensor("basis", given, None)
         self._put("basis", given[None] if given.ndim == 1 else given)
         basis = self._put_tensor("basis", 2)
-        _check_orthonormal(basis, "rows")
+        check_orthonormal(basis, "rows")
         if self.value is not None and self._put_tensor("value", 1).shape != (len(basis),):
             raise ValueError(f"value: has {len(self.value)} elements, must have {len(basis)}, one per row of the basis")
 
@@ -303,9 +306,10 @@ class Project(LayerIntervention):
         return Step(basis, -basis, basis.T @ value)
 
 
-def _check_orthonormal(rows: Tensor, what: str) -> None:
-    off = (rows.double() @ rows.double().T - torch.eye(len(rows))).abs()
-    if len(rows) > rows.shape[1] or float(off.max()) > ORTHONORMAL:
+def check_orthonormal(rows: Tensor, what: str) -> None:
+    """Refuses a basis whose rows are not orthonormal to `ORTHONORMAL`; `what` they are called. ValueError."""
+    off = (rows.double() @ rows.double().T - torch.eye(len(rows), device=rows.device)).abs()
+    if len(rows) > rows.shape[1] or not float(off.max()) <= ORTHONORMAL:
         raise ValueError(
             f"basis: its {what} are not orthonormal, their products are off the identity by up to "
             f"{float(off.max()):.3g}; at most {ORTHONORMAL:g} is allowed"
@@ -324,15 +328,15 @@ class Swap(LayerIntervention):
 
     def __post_init__(self: Any) -> None:  # each kind has its fields in an order of its own
         super().__post_init__()
-        self._put("position", _read_position("position", self.position))
+        self._put("position", as_position("position", self.position))
         if self.source_position is not None:
-            self._put("source_position", _read_position("source_position", self.source_position))
+            self._put("source_position", as_position("source_position", self.source_position))
         if self.value is not None:
             self._put_tensor("value", 1)
 
     @property
     def listed(self: Any) -> tuple[int, ...]:
-        assert isinstance(self.position, int)  # `of_prompt` has seen to it
+        assert isinstance(self.position, int) and self.position >= 0  # `of_prompt` or `check_registered` has seen to it
         return (self.position,)
 
     def of_prompt(self: Any, prompt_len: int, end: int) -> Swap:
@@ -344,17 +348,24 @@ class Swap(LayerIntervention):
         Raises:
             ValueError: there is no value, a list of positions, or one outside.
         """
-        name = type(self).__name__
-        if self.value is None:
-            raise ValueError(f"{name}: value=None: a draw needs the source's hidden state (`activations`)")
-        if not isinstance(self.position, int):
-            raise ValueError(f"position={short(self.position)}: a draw is under an interchange at one position")
+        self._check_drawn()
         if not -prompt_len <= self.position < end:
             raise ValueError(
                 f"position={self.position}: must be in [{-prompt_len}, {end}), as the prompt has {prompt_len} tokens"
             )
-        at = self.position + prompt_len if self.position < 0 else self.position
-        return dataclasses.replace(self, position=at)
+        return self if self.position >= 0 else dataclasses.replace(self, position=self.position + prompt_len)
+
+    def _check_drawn(self: Any) -> None:
+        name = type(self).__name__
+        if self.value is None:
+            raise ValueError(f"{name}: value=None: a draw needs the source's hidden state (see `activations`)")
+        if not isinstance(self.position, int):
+            raise ValueError(f"{name}: position={short(self.position)}: a draw needs a single one")
+
+    def check_registered(self: Any) -> None:
+        self._check_drawn()
+        if self.position < 0:
+            raise ValueError(f"position={self.position}: is one from a prompt's end, which is not known here")
 
     def check(self, sizes: Sizes) -> None:
         if self.width:
@@ -363,7 +374,8 @@ class Swap(LayerIntervention):
             raise ValueError(f"layer={self.layer}: must be in [0, {sizes.n_layers}), the layers of this model")
 
 
-def _read_position(name: str, given: Any) -> int | tuple[int, ...]:
+def as_position(name: str, given: Any) -> int | tuple[int, ...]:
+    """Reads a position, or a list of them. ValueError: it is none."""
     several = isinstance(given, (list, tuple)) or getattr(given, "ndim", 0) == 1
     each = [as_int(one) for one in (given if several else (given,))]
     if not each or None in each:
@@ -414,7 +426,7 @@ class Subspace(Swap):
     def __post_init__(self) -> None:
         super().__post_init__()
         basis = self._put_tensor("basis", 2)
-        _check_orthonormal(basis.T, "columns")
+        check_orthonormal(basis.T, "columns")
         if self.value is not None and len(self.value) != len(basis):
             raise ValueError(f"value: has {len(self.value)} elements, must have {len(basis)}, as the basis")
 

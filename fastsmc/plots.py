@@ -222,7 +222,7 @@ def heat_map(found: HeatMap, path: Path = None) -> Any:
                 axes.text(j, i, f"{value:.2f}", ha="center", va="center", color=colour, fontsize="x-small")
         names = [str(p) if isinstance(p, int) else f"per pair ({j})" for j, p in enumerate(found.positions)]
         axes.set(xticks=range(columns), xticklabels=names, xlabel="position")
-        axes.set_title(f"{title}\naccuracy {one.accuracy:.2f}, without {one.agreement:.2f}", fontsize="small")
+        axes.set_title(f"{title}\naccuracy {one.accuracy:.2f}, agreement {one.agreement:.2f}", fontsize="small")
     every[0].set(yticks=range(rows), yticklabels=list(map(str, found.layers)), ylabel="layer")
-    figure.colorbar(drawn, ax=list(every), label="interchange intervention accuracy")
+    figure.colorbar(drawn, ax=list(every), label="IIA")
     return _written(figure, path, 130)

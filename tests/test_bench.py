@@ -480,7 +480,7 @@ def test_interchange_of_a_tiny_model(tmp_path, monkeypatch):
     write_result(tmp_path / "made.json", result)
     check_record(tmp_path / "made.json")
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    text = "\n".join(tables.make("made"))
+    text = tables.make("made")
     assert "sweep, 16 positions" in text and "pyvene 0 by at most" in text and "of the speed of others" in text
     alone = list(bench.sweep(engine, None, draws, 1)) + list(bench.steer(engine, None, draws, 1))
     assert not any("ratio" in record for record in alone) and list(bench.same(engine, None, draws)) == []

@@ -9,7 +9,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from intervened import EACH, hooked_log_probs
+from intervened import EACH, hooked_log_probs, table_under
 from scipy.stats import chisquare
 from tiny import PROMPT, Guide, TableTwist, TinyLlama, hf_log_probs, make_llama, value_table
 
@@ -43,14 +43,7 @@ def tiny(path):
 
 @pytest.fixture(scope="module")
 def steered(path):
-    """prefix → (V,) log q of the next token, under STEER."""
-    sequences = [list(s) for s in itertools.product(range(VOCAB), repeat=STEPS)]
-    found = dict(zip(map(tuple, sequences), hooked_log_probs(path, PROMPT, sequences, [STEER]), strict=True))
-    table = {}
-    for t in range(STEPS):
-        for prefix in itertools.product(range(VOCAB), repeat=t):
-            table[prefix] = np.array([found[(*prefix, v, *[0] * (STEPS - t - 1))][t] for v in range(VOCAB)])
-    return table
+    return table_under(path, PROMPT, [STEER], STEPS)
 
 
 def law(p, q, text, t_q=1.0):
@@ -337,27 +330,46 @@ def test_necessity_and_sufficiency(engine, tiny, steered, proposal):
             other(PROMPT, TEXT, potential, STEER, params)
 
 
-def test_effect(engine, tiny, steered):
-    """log Z under do(·) less log Z, within its standard error and between its bounds."""
+def test_effects(engine, path, tiny, steered):
+    """log Z under do(·) less log Z, of several interventions, within standard errors and between bounds."""
     value = value_table(STEPS, VOCAB, seed=4)
     potential = TableTwist(np.where(np.isinf(value), -1.0, value))
-    logs = {s: sum(steered[s[:t]][v] for t, v in enumerate(s)) for s in tiny.log_p}
-    targets = [{s: lp + potential.log_phi(s) for s, lp in table.items()} for table in (logs, tiny.log_p)]
+    swaps = [EACH["interchange"], EACH["subspace"]]
+    tables = [steered, *(table_under(path, PROMPT, [swap], STEPS) for swap in swaps), tiny.table]
+    targets = [
+        {s: sum(table[s[:t]][v] for t, v in enumerate(s)) + potential.log_phi(s) for s in tiny.log_p}
+        for table in tables
+    ]
     log_z = [np.logaddexp.reduce(list(target.values())) for target in targets]
     rng, exact = np.random.default_rng(1), []
     for target, z in zip(targets, log_z, strict=True):
         weights = np.exp(np.array(list(target.values())) - z)
         exact.append([list(list(target)[i]) for i in rng.choice(len(weights), 40, p=weights / weights.sum())])
     params = SMCParams(n_particles=32, max_tokens=STEPS)
-    found = engine.effect(PROMPT, params, potential, STEER, runs=40, exact=tuple(exact))
-    want = log_z[0] - log_z[1]
-    assert abs(found.estimate - want) < 4.5 * found.se and 0 < found.se < 0.1 and found.shared_seeds
-    assert found.lower - 4 * found.se < want < found.upper + 4 * found.se and found.lower < found.upper
+    arms = [STEER, *swaps]
+    found = engine.effects(PROMPT, params, potential, arms, 24, exact)
+    logs = [population.log_z for population in engine.smc([PROMPT] * 24, params, potential)]
+    margin = 4 * 2 * np.std(logs, ddof=1) / math.sqrt(24)  # a bound is a mean of logs less one of another arm
+    for one, z in zip(found, log_z, strict=False):
+        want = z - log_z[-1]
+        assert abs(one.estimate - want) < 4.5 * one.se and 0 < one.se < 0.1 and one.shared_seeds
+        assert one.lower - margin < want < one.upper + margin
+    few = dataclasses.replace(params, n_particles=3)  # whose bounds lie far apart
+    wide = engine.effect(PROMPT, few, potential, STEER, 40, (exact[0], exact[-1]))
+    assert wide.lower < log_z[0] - log_z[-1] < wide.upper
+    # particle i of run r has the same random numbers in all arms
+    still, half = (Steer(0, STEER.vector, scale) for scale in (0.0, STEER.scale / 20))
+    same, near, far = engine.effects(PROMPT, params, potential, [still, [half], STEER], 10)
+    assert same.estimate == 0.0 == same.se and near.se < far.se / 3
     with pytest.raises(ValueError, match="of another model than the engine's"):
         sure = 20 * torch.nn.functional.one_hot(torch.tensor(TEXT), VOCAB).float()
         engine.necessity(Facts(sure, TEXT, PROMPT), None, potential, STEER, params)
     never = TableTwist(np.full((STEPS, VOCAB), -np.inf))
-    with pytest.raises(ValueError, match="n_particles=32: no run under the intervention has any weight"):
+    with pytest.raises(ValueError, match=r"n_particles=32: no run under interventions\[0\] has any weight"):
         engine.effect(PROMPT, params, never, STEER, runs=2)
+    with pytest.raises(ValueError, match=r"interventions=\[\]: must be a list of at least one intervention"):
+        engine.effects(PROMPT, params, potential, [])
+    with pytest.raises(ValueError, match="exact: 1 lists of samples for 2 arms"):
+        engine.effects(PROMPT, params, potential, [STEER], 2, exact[:1])
     alone = engine.effect(PROMPT, params, potential, STEER, runs=1)
     assert math.isnan(alone.se) and alone.lower is None

@@ -103,7 +103,8 @@ class Pyvene:
             basis: (H, k), orthonormal columns, of the subspace that is interchanged; None: all of the hidden state.
             path: where the logits (C, B, V) go, a .npy file; "": nowhere.
         """
-        seconds, rows = [], []
+        seconds: list[float] = []
+        rows: list[torch.Tensor] = []
         for layer, position in configs:
             if basis is None:
                 made = self._intervenable(layer, pyvene.VanillaIntervention)
@@ -113,7 +114,8 @@ class Pyvene:
                 intervention.rotate_layer.weight = torch.tensor(basis)
             spent, logits = self._logits(made, bases, sources, position)
             seconds.append(spent)
-            rows.append(logits if path else None)
+            if path:
+                rows.append(logits)
         if path:
             np.save(path, torch.stack(rows).numpy())
         return seconds

@@ -25,14 +25,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastsmc.interventions import check_orthonormal
 from fastsmc.values import check_choice, check_float, check_int, json_safe
 
 FORMAT, VERSION = "fastsmc.alignment", 1
 MASKS = ("one-sided", "pyvene")
 #: the boundary is at least this share of the columns
 LEAST = 1e-3
-#: what the columns of a basis may be from orthonormal
-SKEW = 1e-4
 #: the largest rate or weight
 MOST = 1e6
 
@@ -83,15 +82,12 @@ class Card:
 
 
 def check_basis(basis: Any, d: int) -> Tensor:
-    """Reads a basis as (d, k) float32, and refuses one whose columns are not orthonormal to `SKEW`. ValueError."""
+    """Reads a basis as (d, k) float32, and refuses one whose columns are not orthonormal. ValueError."""
     basis = torch.as_tensor(basis).detach()
     if basis.ndim != 2 or basis.shape[0] != d or not 1 <= basis.shape[1] <= d or not basis.is_floating_point():
         raise ValueError(f"basis: is {tuple(basis.shape)}; must be ({d}, k) of floating point, k from 1 to {d}")
     basis = basis.float()
-    gram = basis.double().T @ basis.double()
-    error = float((gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)).abs().max())
-    if not error <= SKEW:
-        raise ValueError(f"basis: is not orthonormal: BᵀB is {error:.2g} from the identity, may be {SKEW:g}")
+    check_orthonormal(basis.T, "columns")
     return basis
 
 

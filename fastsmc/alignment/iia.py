@@ -24,8 +24,8 @@ import torch
 from numpy.typing import NDArray
 
 from fastsmc.alignment.causal import Pairs, answer_ids
-from fastsmc.interventions import Interchange, Subspace
-from fastsmc.values import as_int, check_int, json_safe
+from fastsmc.interventions import Interchange, Subspace, as_position
+from fastsmc.values import check_int, json_safe
 
 FORMAT, VERSION = "fastsmc heat map", 1
 #: packages whose version a file names, where they are installed
@@ -67,25 +67,25 @@ def heat_map(
         controls: by name, pairs of variables that should not be found there; they are measured in the same way.
 
     Raises:
-        ValueError: naming the argument; a site without an alignment, a label that is no token of the vocabulary, or none that
-            is changed.
+        ValueError: naming the argument; a site without an alignment, a label that is no token of the vocabulary, or
+            none that is changed.
     """
     layers = [check_int(f"layers[{i}]", layer, 0) for i, layer in enumerate(_list("layers", layers))]
-    positions = [_position(f"positions[{i}]", one) for i, one in enumerate(_list("positions", positions))]
+    positions = [as_position(f"positions[{i}]", one) for i, one in enumerate(_list("positions", positions))]
     if controls and any(isinstance(one, tuple) for one in positions):
         raise ValueError("controls: have other prompts, for which positions with one per pair are not meant")
     sites = [(layer, position) for layer in layers for position in positions]
     if alignments is not None and (missing := [site for site in sites if site not in alignments]):
         raise ValueError(f"alignments: has none for (layer, position) = {missing[0]}")
     configs = [_config(*site, None if alignments is None else alignments[site]) for site in sites]
-    dims = None if alignments is None else np.array([config.basis.shape[1] for config in configs])
+    dims = [config.basis.shape[1] for config in configs if isinstance(config, Subspace)]
 
     def measure(of: Pairs, more: dict[str, HeatMap]) -> HeatMap:
         shape = (len(layers), len(positions))
         accuracy, agreement = _without(llm, of, max(layers))
         return HeatMap(
             layers, positions, _shares(llm, of, configs).reshape(shape), accuracy, agreement, len(of),
-            tuple(of.variable), None if dims is None else dims.reshape(shape), more, _versions(),
+            tuple(of.variable), np.reshape(dims, shape) if dims else None, more, _versions(),
         )  # fmt: skip
 
     return measure(pairs, {name: measure(of, {}) for name, of in (controls or {}).items()})
@@ -152,7 +152,7 @@ class HeatMap:
     @classmethod
     def _from_dict(cls, fields: dict[str, Any]) -> HeatMap:
         fields = {name: value for name, value in fields.items() if name != "normalised"}
-        fields["positions"] = [_position("positions", one) for one in fields["positions"]]
+        fields["positions"] = [as_position("positions", one) for one in fields["positions"]]
         fields["iia"] = np.array(fields["iia"], dtype=np.float64)
         if (shape := fields["iia"].shape) != (len(fields["layers"]), len(fields["positions"])):
             raise ValueError(f"its accuracies are of shape {shape}, which its layers and positions are not")
@@ -179,15 +179,6 @@ def _list(name: str, values: Any) -> list[Any]:
     return out
 
 
-def _position(name: str, value: Any) -> int | tuple[int, ...]:
-    if (number := as_int(value)) is not None:
-        return number
-    out = [as_int(one) for one in _list(name, value)]
-    if None in out:
-        raise ValueError(f"{name}={value!r}: must be an integer, or a list of one per pair")
-    return tuple(out)
-
-
 def _config(layer: int, position: Any, basis: Any) -> Interchange | Subspace:
     if basis is None:
         return Interchange(layer, position)
@@ -195,7 +186,9 @@ def _config(layer: int, position: Any, basis: Any) -> Interchange | Subspace:
 
 
 def _labels(llm: Any, answers: Sequence[Any]) -> torch.Tensor:
-    return torch.tensor(answer_ids(answers, llm.get_tokenizer(), llm._model_sizes().vocab))
+    has_text = any(isinstance(answer, str) for answer in answers)  # an engine may have been started without tokenizer
+    tokenizer = llm.get_tokenizer() if has_text else None
+    return torch.tensor(answer_ids(answers, tokenizer, llm._model_sizes().vocab))
 
 
 def _shares(llm: Any, pairs: Pairs, configs: Sequence[Interchange | Subspace]) -> NDArray[np.float64]:
@@ -208,9 +201,9 @@ def _shares(llm: Any, pairs: Pairs, configs: Sequence[Interchange | Subspace]) -
 
 def _without(llm: Any, pairs: Pairs, layer: int) -> tuple[float, float]:
     """Measures accuracy and agreement: a base's own state at its last position, put there, changes nothing."""
-    plain, base_labels = _labels(llm, pairs.labels), _labels(llm, pairs.base_labels)
     (found,) = llm.interchange(pairs.bases, pairs.bases, [Interchange(layer, -1)])
-    return tuple(float((found == labels).double().mean()) for labels in (base_labels, plain))
+    accuracy, agreement = ((found == _labels(llm, of)).double().mean() for of in (pairs.base_labels, pairs.labels))
+    return float(accuracy), float(agreement)
 
 
 def _versions() -> dict[str, str]:

@@ -25,6 +25,7 @@ from fastsmc.alignment.das import BoundlessDAS, Card, Fit, FitConfig, check_basi
 from fastsmc.alignment.frozen import Frozen, Place, without_gradients
 from fastsmc.arguments import read_prompts
 from fastsmc.editing import trunk_of
+from fastsmc.interchange import read_positions
 from fastsmc.potentials.tokens import short
 from fastsmc.trunk import Trunk
 from fastsmc.values import as_int, check_int, json_safe
@@ -211,15 +212,15 @@ class _Task(NamedTuple):
     def read(cls, trunk: Trunk, tokenizer: Any, each: Sequence[Pairs], positions: Sequence[Position]) -> _Task:
         """Reads several sets of pairs. ValueError: a prompt, a label or a position cannot be."""
         sides = []
-        for prompts, inputs in (
-            ([p for one in each for p in one.bases], [x for one in each for x in one.base_inputs]),
-            ([p for one in each for p in one.sources], [x for one in each for x in one.source_inputs]),
+        for what, prompts, inputs in (
+            ("base", [p for one in each for p in one.bases], [x for one in each for x in one.base_inputs]),
+            ("source", [p for one in each for p in one.sources], [x for one in each for x in one.source_inputs]),
         ):
             ids, _ = read_prompts(prompts, tokenizer, trunk.vocab_size)
             longest = max(map(len, ids))
             if trunk.max_positions is not None and longest > trunk.max_positions:
                 raise ValueError(f"prompt: has {longest} tokens, this model at most {trunk.max_positions} positions")
-            sides.append((ids, [_positions(position, ids, inputs) for position in positions]))
+            sides.append((ids, [_positions(position, ids, inputs, what) for position in positions]))
         (bases, at), (sources, source_at) = sides
         labels = answer_ids([label for one in each for label in one.labels], tokenizer, trunk.vocab_size)
         places = [Place(*where) for where in zip(at, source_at, strict=True)]
@@ -232,22 +233,12 @@ class _Task(NamedTuple):
         return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
 
-def _positions(position: Position, prompts: Sequence[list[int]], inputs: Sequence[Mapping[str, Any]]) -> list[int]:
-    """Reads a position in each prompt, from 0. ValueError: it is outside, or from 0 in prompts of several lengths."""
-    lengths = [len(ids) for ids in prompts]
-    if not callable(position):
-        if as_int(position) is None:
-            raise ValueError(f"position={short(position)}: must be an integer or a callable: inputs → integer")
-        if position >= 0 and len(set(lengths)) > 1:
-            raise ValueError(
-                f"position={position}: prompts have {min(lengths)} to {max(lengths)} tokens; give one from the end, as "
-                "-1, or a callable: inputs → position"
-            )
-    out = []
-    for i, length in enumerate(lengths):
-        found = check_int("position", position(inputs[i]) if callable(position) else position, -length, length - 1)
-        out.append(found % length)
-    return out
+def _positions(
+    position: Position, prompts: Sequence[list[int]], inputs: Sequence[Mapping[str, Any]], what: str
+) -> list[int]:
+    """Reads a position in each prompt, from 0. ValueError: as of `read_positions`."""
+    given = [position(each) for each in inputs] if callable(position) else position
+    return read_positions("position", given, [len(ids) for ids in prompts], what)
 
 
 # -- runs --------------------------------------------------------------------------------------------------------------

@@ -116,7 +116,7 @@ class LLM(Effects, Interchanges, vllm.LLM):
     def smc(
         self,
         prompts: Prompt,
-        params: SMCParams | None = None,
+        params: SMCParams | Sequence[SMCParams] | None = None,
         potential: Potential | Sequence[Potential | None] | None = None,
         *,
         twist: str | os.PathLike | None = None,
@@ -131,7 +131,7 @@ class LLM(Effects, Interchanges, vllm.LLM):
     def smc(
         self,
         prompts: Prompts,
-        params: SMCParams | None = None,
+        params: SMCParams | Sequence[SMCParams] | None = None,
         potential: Potential | Sequence[Potential | None] | None = None,
         *,
         twist: str | os.PathLike | None = None,
@@ -146,7 +146,7 @@ class LLM(Effects, Interchanges, vllm.LLM):
     def smc(
         self,
         prompts: Any,
-        params: SMCParams | None = None,
+        params: SMCParams | Sequence[SMCParams] | None = None,
         potential: Potential | Sequence[Potential | None] | None = None,
         *,
         twist: str | os.PathLike | None = None,
@@ -160,7 +160,7 @@ class LLM(Effects, Interchanges, vllm.LLM):
     def smc(
         self,
         prompts: Any,
-        params: SMCParams | None = None,
+        params: SMCParams | Sequence[SMCParams] | None = None,
         potential: Potential | Sequence[Potential | None] | None = None,
         *,
         twist: str | os.PathLike | None = None,
@@ -175,7 +175,8 @@ class LLM(Effects, Interchanges, vllm.LLM):
         Args:
             prompts: text or token ids, in the forms of `fastsmc.arguments`; a list of prompts runs side by side and
                 gives a list of populations, prompt i with `params.group + i`. An empty list gives an empty list.
-            params: None is `SMCParams()`.
+            params: None is `SMCParams()`; with several prompts, a list of one for each is taken as it is, so that
+                groups may share their random numbers.
             potential: φ and its twists, evaluated in the worker process: a `Potential`, or one for each prompt. None:
                 plain ancestral sampling, log Z = 0.
             twist: directory of a learned twist (`fastsmc.twists`), which guides the particles towards the potential;
@@ -579,6 +580,8 @@ class LLM(Effects, Interchanges, vllm.LLM):
         layers = [part for part in parts if isinstance(part, LayerIntervention)]
         if not layers or len(layers) < len(parts):
             raise ValueError(f"intervention={short(intervention)}: must be interventions on layers, at least one")
+        for layer in layers:
+            layer.check_registered()
         name, data = name_intervention(uuid.uuid4().hex, layers), interventions.to_bytes(layers)
         refused = [why for why in self.collective_rpc("smc_put_intervention", args=(name, data)) if why]
         if refused:

@@ -149,6 +149,8 @@ class EngineOptions:
                 if not layers or len(layers) < len(parts):
                     held = ", ".join(type(part).__name__ for part in parts) or "nothing"
                     raise ValueError(f"holds {held}; must hold interventions on layers alone, at least one")
+                for layer in layers:
+                    layer.check_registered()
                 if use is not None:
                     use(name, layers)
             except (OSError, ValueError) as error:

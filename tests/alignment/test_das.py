@@ -178,11 +178,11 @@ def test_refusals(change, words):
 
 
 def test_refusals_of_bases_and_sizes():
-    with pytest.raises(ValueError, match="basis: is not orthonormal: BᵀB is 1 from the identity"):
+    with pytest.raises(ValueError, match="basis: its columns are not orthonormal, .* off the identity by up to 1"):
         check_basis(2.0**0.5 * torch.eye(4)[:, :2], 4)
     with pytest.raises(ValueError, match="basis: is \\(3, 4\\); must be \\(4, k\\)"):
         check_basis(torch.eye(4)[:3], 4)
-    with pytest.raises(ValueError, match="basis: is not orthonormal"):
+    with pytest.raises(ValueError, match="basis: its columns are not orthonormal"):
         check_basis(torch.full((4, 1), float("nan")), 4)
     with pytest.raises(ValueError, match="rank=9: must be an integer from 1 to 8"):
         BoundlessDAS(8, rank=9)

@@ -148,10 +148,10 @@ def test_cache_is_said_and_capped(trunk, tmp_path, capsys):
         ({"layer": LAYERS}, "layer=4: must be an integer from 0 to 3"),
         ({"layer": []}, "layer=\\[\\]: must be one, or a list"),
         ({"position": [1, 1]}, "position=\\[1, 1\\]: .* each once"),
-        ({"position": 1}, "position=1: prompts have 3 to 6 tokens; give one from the end"),
-        ({"position": -4}, "position=-4: must be an integer from -3 to 2"),
-        ({"position": lambda inputs: 6}, "position=6: must be an integer from -. to"),
-        ({"position": 0.5}, "position=0.5: must be an integer or a callable"),
+        ({"position": 1}, "position=1: bases have 3 to 6 tokens; give a position for each"),
+        ({"position": -4}, "position=-4: must be in "),
+        ({"position": lambda inputs: 6}, "position=6: must be in "),
+        ({"position": 0.5}, "position=0.5: must be an integer, from 0"),
         ({"steps": 0}, "steps=0"),
         ({"temperature": (1.0, 2.0)}, "temperature=\\(1.0, 2.0\\): rises"),
         ({"temperature": (1.0, -2.0)}, "temperature\\[1\\]=-2.0"),
@@ -182,7 +182,7 @@ def test_refusals_of_models_and_bases(trunk):
     with pytest.raises(ValueError, match="prompt: has 65 tokens, this model at most 64"):
         asked(model(prompt=lambda inputs: [1] * 65))
     drawn = pairs(model(), sampler(3), "left", 10, 5)
-    with pytest.raises(ValueError, match="basis: is not orthonormal"):
+    with pytest.raises(ValueError, match="basis: its columns are not orthonormal"):
         frozen_iia(trunk, torch.ones(H, 2), drawn, 1, -1)
     drawn.base_labels = drawn.labels
     with pytest.raises(ValueError, match="none of 10 labels is changed by the interchange"):

@@ -97,6 +97,11 @@ def process_engine(tiny_path):
 
 
 @pytest.fixture(scope="session")
+def compiled(tiny_path):
+    return make_engine(tiny_path, enforce_eager=False, max_num_seqs=64, max_num_batched_tokens=64)
+
+
+@pytest.fixture(scope="session")
 def scheduler(engine):
     return engine.llm_engine.engine_core.engine_core.scheduler
 

@@ -9,7 +9,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from intervened import EACH, LISTS, VOCAB, H, hooked_log_probs
+from intervened import EACH, LISTS, VOCAB, H, hooked_log_probs, table_under
 from scipy.stats import chisquare
 from tiny import PROMPT, TableTwist, TinyLlama, hf_log_probs, make_llama, value_table
 from vllm import SamplingParams
@@ -39,18 +39,7 @@ def hf(tiny_path):
 @pytest.fixture(scope="module")
 def tables(tiny_path):
     """prefix → (V,) log-probs of the next token, of the model as it is and under STEER."""
-    sequences = [list(s) for s in itertools.product(range(VOCAB), repeat=STEPS)]
-    out = []
-    for parts in ([], [STEER]):
-        found = dict(zip(map(tuple, sequences), hooked_log_probs(tiny_path, PROMPT, sequences, parts), strict=True))
-        out.append(
-            {
-                prefix: np.array([found[(*prefix, v, *[0] * (STEPS - t - 1))][t] for v in range(VOCAB)])
-                for t in range(STEPS)
-                for prefix in itertools.product(range(VOCAB), repeat=t)
-            }
-        )
-    return out
+    return [table_under(tiny_path, PROMPT, parts, STEPS) for parts in ([], [STEER])]
 
 
 @pytest.fixture(scope="module")
@@ -452,7 +441,7 @@ class Holds(TableTwist):
         super().__init__(np.stack([np.zeros(VOCAB), value, np.zeros(VOCAB)]), share=1.0)
 
 
-def test_effects(engine, tables, law, tiny, all_blocks_back):
+def test_effects(engine, tables, law, tiny, tiny_path, all_blocks_back):
     """Necessity, sufficiency, and log Z under do(·) less log Z with its bounds, against enumeration."""
     params = SMCParams(n_particles=100, max_tokens=STEPS, ignore_eos=True)
     for tokens, ask in (([1, 2, 5], engine.necessity), ([0, 2, 4], engine.sufficiency)):
@@ -465,17 +454,15 @@ def test_effects(engine, tables, law, tiny, all_blocks_back):
             other(PROMPT, TEXT, Holds(tokens), STEER, params)
     value = value_table(STEPS, VOCAB, seed=4)
     potential = TableTwist(np.where(np.isinf(value), -1.0, value))
-    targets = [
-        {s: sum(table[s[:t]][v] for t, v in enumerate(s)) + potential.log_phi(s) for s in tiny.log_p}
-        for table in tables[::-1]
+    swaps = [EACH["interchange"], EACH["subspace"]]
+    under = [tables[1], *(table_under(tiny_path, PROMPT, [swap], STEPS) for swap in swaps), tables[0]]
+    log_z = [
+        np.logaddexp.reduce([sum(table[s[:t]][v] for t, v in enumerate(s)) + potential.log_phi(s) for s in tiny.log_p])
+        for table in under
     ]
-    log_z = [np.logaddexp.reduce(list(target.values())) for target in targets]
-    rng, exact = np.random.default_rng(1), []
-    for target, z in zip(targets, log_z, strict=True):
-        weights = np.exp(np.array(list(target.values())) - z)
-        exact.append([list(list(target)[i]) for i in rng.choice(len(weights), 40, p=weights / weights.sum())])
     params = dataclasses.replace(params, n_particles=32)
-    found = engine.effect(PROMPT, params, potential, STEER, runs=40, exact=tuple(exact))
-    want = log_z[0] - log_z[1]
-    assert abs(found.estimate - want) < 4.5 * found.se and 0 < found.se < 0.1
-    assert found.lower - 4 * found.se < want < found.upper + 4 * found.se and found.lower < found.upper
+    still = dataclasses.replace(STEER, scale=0.0)
+    *found, same = engine.effects(PROMPT, params, potential, [STEER, *swaps, still], runs=40)
+    for one, z in zip(found, log_z, strict=False):
+        assert abs(one.estimate - (z - log_z[-1])) < 4.5 * one.se and 0 < one.se < 0.1
+    assert same.estimate == 0.0 == same.se

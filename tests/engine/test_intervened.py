@@ -66,11 +66,6 @@ def passes(monkeypatch):
     return seen
 
 
-@pytest.fixture(scope="module")
-def compiled(tiny_path):
-    return make_engine(tiny_path, enforce_eager=False, max_num_seqs=64, max_num_batched_tokens=64)
-
-
 # ----------------------------------------------------------------------------------------------------- what they give
 @pytest.mark.parametrize("attention", ["as it pays", "attend"])
 def test_rows_of_one_batch_under_different_interventions(

@@ -8,13 +8,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from intervened import EACH, LISTS, hooked_log_probs
+from intervened import EACH, LISTS, hooked_log_probs, orthonormal, swapped
 from tiny import PROMPT, TableTwist, hf_log_probs
 from vllm import SamplingParams
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from fastsmc import Potential, SMCError, SMCParams, ops
-from fastsmc.interventions import Steer, load
+from fastsmc.hf import HFEngine
+from fastsmc.interventions import Interchange, Steer, Subspace, load
 from fastsmc.potentials import Infill
 from fastsmc.vllm.messages import StepOrder
 from fastsmc.vllm.passes import Batch
@@ -88,6 +89,21 @@ def test_groups_under_interventions(parallel, tiny_path, named, all_blocks_back)
     for population, prompt in zip(plain, prompts, strict=True):
         for i, want in enumerate(hooked_log_probs(tiny_path, prompt, population.token_ids, [])):
             assert np.abs(population.token_log_probs[i] - want).max() <= 5e-4
+
+
+def test_interchange(parallel, tiny_path, all_blocks_back):
+    """Each rank does the same on its share, and what is wrong is said without parting them."""
+    bases, sources = ([prompt_of(40 + seed + i) for i in range(3)] for seed in (0, 3))
+    configs = [Interchange(0, -1), Subspace(1, -1, orthonormal(5).T), Interchange(0, [32, 33, 2], -4)]
+    found, want = (
+        parallel.interchange(bases, sources, configs, logits=True),
+        swapped(tiny_path, bases, sources, configs),
+    )
+    torch.testing.assert_close(found, want, rtol=0, atol=5e-5)
+    states = HFEngine(tiny_path).activations(bases, [0, 1], [-1])
+    torch.testing.assert_close(parallel.activations(bases, [0, 1], [-1]), states, rtol=0, atol=2e-5)
+    with pytest.raises(ValueError, match="Subspace: is for hidden states of 9 elements"):
+        parallel.interchange(bases, sources, Subspace(0, -1, torch.eye(9, 2)))
 
 
 def test_counterfactuals(parallel, tiny_path, all_blocks_back):

@@ -6,13 +6,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from intervened import EACH, LISTS, hooked_log_probs
+from intervened import EACH, LISTS, hooked_log_probs, swapped
 from tiny import WINDOW, TableTwist, TinyLlama, hf_log_probs, make_windowed, value_table
 from vllm import SamplingParams
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec, SlidingWindowSpec
 
 from fastsmc import SMCParams
+from fastsmc.interventions import Interchange
 from fastsmc.potentials import Infill
 from fastsmc.vllm import compat
 from fastsmc.vllm.attention import Attend, AttendMetadata, MixedMetadata
@@ -109,6 +110,14 @@ def check_intervened(engine, path, names):
 def test_interventions(windowed):
     _, path, engine = windowed
     check_intervened(engine, path, ["steer", "all", "rank one"])
+
+
+def test_interchange(windowed):
+    _, path, engine = windowed
+    bases, sources = ([prompt_of(n, i + seed) for i, n in enumerate((50, 2 * WINDOW))] for seed in (0, 9))
+    configs = [Interchange(layer, at) for layer in (0, 1) for at in (-1, -WINDOW)]
+    found = engine.interchange(bases, sources, configs, logits=True)
+    torch.testing.assert_close(found, swapped(path, bases, sources, configs), rtol=0, atol=2e-4)
 
 
 def test_continuations_are_scored_within_the_window(windowed):
