@@ -9,7 +9,7 @@
              al. 2023 (arXiv 2305.08809, section 4), with the basis frozen: brackets of numbers that no bracket in the
              alignment's training had, a prefix, other answer words. And one network's layers and positions.
     facts    which layer and position of SmolLM2 has to be interchanged for it to name another country's capital, on
-             countries whose capital it names
+             countries whose capital it names; and the same with the country out of a sentence of something else
 
 Networks are trained where they are not in the user's cache, half a minute each, always the same on one machine; another
 processor's last digits may train another network. What is found does not change with how busy a machine is.
@@ -28,14 +28,16 @@ from typing import Any
 import numpy as np
 import planting
 import torch
-from capitals import CAPITALS, TEMPLATE
+from capitals import CAPITALS, ELSEWHERE, TEMPLATE
 from machine import write_result
+from numpy.typing import NDArray
 from planting import LAYER, TASKS, Inputs, Recipe, Task
 
-from fastsmc.alignment import BoundlessDAS, CausalModel, HeatMap, Pairs, heat_map, iia, pairs, train_alignment
+from fastsmc.alignment import BoundlessDAS, CausalModel, HeatMap, Pairs, frozen_iia, heat_map, pairs, train_alignment
 from fastsmc.hf import HFEngine
 from fastsmc.interventions import Interchange
 from fastsmc.models import resolve
+from fastsmc.trunk import Trunk
 
 SEEDS = 5
 #: the networks' training: price tags are learned sooner, but with prefixes and two vocabularies
@@ -48,10 +50,10 @@ DAS: dict[str, Any] = {
 HELD_OUT, HELD_OUT_SEED = 2000, 1_000_000
 #: tokens of the longest prefix
 PREFIX = planting.LONGEST_PREFIX
-#: sites of the map of one network, and the steps of an alignment of each
-MAP_POSITIONS, MAP_STEPS = (-5, -4, -3, -2, -1), 200
-#: SmolLM2's
-FACT_LAYERS = 30
+#: sites of the map of one network; the steps of an alignment of each, and pairs that it is measured on
+MAP_POSITIONS, MAP_STEPS, MAP_PAIRS = (-5, -4, -3, -2, -1), 200, 500
+#: SmolLM2's layers; sources of each country
+FACT_LAYERS, SOURCES = 30, 2
 Record = dict[str, Any]
 
 
@@ -69,28 +71,40 @@ def without(of: Pairs, trained: Pairs) -> Pairs:
     return dataclasses.replace(of, **rows)
 
 
-def align(engine: HFEngine, task: Task, variable: str, seed: int, **sampled: Any) -> tuple[BoundlessDAS, Pairs]:
+def align(trunk: Trunk, task: Task, variable: str, seed: int, **sampled: Any) -> tuple[BoundlessDAS, Pairs]:
     """Trains an alignment without prefix and with the first vocabulary: it, and the pairs that it was trained on."""
     model, sampler = task.make(0), task.sampler(**sampled)
     das = train_alignment(
-        engine, model, LAYER, POSITION, variable=variable, sampler=sampler, seed=seed, use_tqdm=False, **DAS
+        trunk, model, LAYER, POSITION, variable=variable, sampler=sampler, seed=seed, use_tqdm=False, **DAS
     )
     return das, pairs(model, sampler, variable, DAS["n_pairs"], seed)
 
 
+@torch.no_grad()
+def said(trunk: Trunk, prompts: list[list[int]]) -> NDArray[np.int64]:
+    """Gives the most likely token behind each prompt, nothing interchanged: by whole passes of those of one length."""
+    out = np.zeros(len(prompts), dtype=np.int64)
+    for length in {len(ids) for ids in prompts}:
+        which = [i for i, ids in enumerate(prompts) if len(ids) == length]
+        logits = trunk.model(torch.tensor([prompts[i] for i in which]), use_cache=False, logits_to_keep=1).logits
+        out[which] = logits[:, 0].argmax(1).numpy()
+    return out
+
+
 def measure(
-    engine: HFEngine, das: BoundlessDAS, trained: Pairs, model: CausalModel, sampler: Any, seed: int, planted: bool
+    trunk: Trunk, das: BoundlessDAS, trained: Pairs, model: CausalModel, sampler: Any, seed: int, planted: bool
 ) -> Record:
     """Measures an alignment on pairs held out, with what stands beside every figure: nothing interchanged, the whole
     hidden state, and the subspace of the planting."""
     held = without(pairs(model, sampler, trained.variable, HELD_OUT, HELD_OUT_SEED + seed), trained)
-    known, basis = planting.basis(seed), das.basis()
-    found = heat_map(engine, held, [LAYER], [POSITION], alignments={(LAYER, POSITION): das})
+    known, basis, answers = planting.basis(seed), das.basis(), said(trunk, held.bases)
+    bases = {"iia": basis, "whole": None} | ({"known": known} if planted else {})
+    found = {name: frozen_iia(trunk, one, held, LAYER, POSITION, batch=500) for name, one in bases.items()}
     return {
-        "variable": trained.variable[0], "iia": float(found.iia[0, 0]), "dims": basis.shape[1],
-        "agreement": found.agreement, "accuracy": found.accuracy, "whole": iia(engine, None, held, LAYER, POSITION),
-        "known": iia(engine, known, held, LAYER, POSITION) if planted else None,
+        "variable": trained.variable[0], "dims": basis.shape[1], "agreement": float((answers == held.labels).mean()),
+        "accuracy": float((answers == held.base_labels).mean()), "known": None,
         "inside": float((known.T @ basis).square().sum()) / basis.shape[1] if planted else None, "pairs": len(held),
+        **found,
     }  # fmt: skip
 
 
@@ -102,14 +116,14 @@ def bracket_of(numbers: set[int]) -> Callable[[Inputs], bool]:
 def bench_network(task: Task, seed: int, planted: bool) -> Iterator[Record]:
     """Trains a network, alignments of three variables, and for price tags measures them in other settings."""
     path, seen = planting.plant(Recipe(task.name, seed, planted, **PLANTING[task.name]))
-    engine = HFEngine(path)
+    trunk = Trunk.load(path)
     about = {"task": task.name, "seed": seed, "planted": planted}
     yield {**about, "setting": "network", **seen}
     for variable in (task.planted, task.control, task.other):
         begin = time.perf_counter()
-        das, trained = align(engine, task, variable, seed)
+        das, trained = align(trunk, task, variable, seed)
         about["das_seconds"] = time.perf_counter() - begin
-        here = measure(engine, das, trained, task.make(0), task.sampler(), seed, planted)
+        here = measure(trunk, das, trained, task.make(0), task.sampler(), seed, planted)
         yield {**about, "setting": "same", **here}
         if not planted or variable == task.other or task.name != "price_tag":
             continue
@@ -117,12 +131,12 @@ def bench_network(task: Task, seed: int, planted: bool) -> Iterator[Record]:
             ("prefix", task.make(0), task.sampler(PREFIX)),
             ("words", task.make(1), task.sampler()),
         ):
-            yield {**about, "setting": name, **measure(engine, das, trained, model, sampler, seed, planted)}
+            yield {**about, "setting": name, **measure(trunk, das, trained, model, sampler, seed, planted)}
         low = set(np.random.default_rng(seed).permutation(planting.NUMBERS)[: planting.NUMBERS // 2].tolist())
         ranges = {"same ranges": bracket_of(low), "new ranges": bracket_of(set(range(planting.NUMBERS)) - low)}
-        das, trained = align(engine, task, variable, seed, keep=ranges["same ranges"])
+        das, trained = align(trunk, task, variable, seed, keep=ranges["same ranges"])
         for name, keep in ranges.items():
-            found = measure(engine, das, trained, task.make(0), task.sampler(keep=keep), seed, planted)
+            found = measure(trunk, das, trained, task.make(0), task.sampler(keep=keep), seed, planted)
             yield {**about, "setting": name, **found}
 
 
@@ -156,7 +170,7 @@ def map_network(task: Task, seed: int, figure: str | None) -> HeatMap:
         asked = {**DAS, "steps": MAP_STEPS, "variable": variable, "sampler": task.sampler(), "seed": seed}
         found = train_alignment(engine, model, list(layers), list(MAP_POSITIONS), use_tqdm=False, **asked)
         trained = pairs(model, task.sampler(), variable, DAS["n_pairs"], seed)
-        held = without(pairs(model, task.sampler(), variable, HELD_OUT, HELD_OUT_SEED + seed), trained)
+        held = without(pairs(model, task.sampler(), variable, MAP_PAIRS, HELD_OUT_SEED + seed), trained)
         maps.append(heat_map(engine, held, layers, MAP_POSITIONS, alignments=found))
     both = dataclasses.replace(maps[0], controls={task.control: maps[1]})
     if figure:
@@ -165,9 +179,8 @@ def map_network(task: Task, seed: int, figure: str | None) -> HeatMap:
 
 
 def bench_planted(seeds: int, figure: str | None) -> Record:
-    records = []
-    for make in TASKS.values():
-        task = make()
+    records, tasks = [], {name: make() for name, make in TASKS.items()}
+    for task in tasks.values():
         for seed in range(seeds):
             for planted in (True, False):
                 for record in bench_network(task, seed, planted):
@@ -176,7 +189,8 @@ def bench_planted(seeds: int, figure: str | None) -> Record:
     return {
         "bench": "alignment", "layer": LAYER, "position": POSITION, "dimensions": planting.DIMENSIONS,
         "hidden": planting.HIDDEN, "planting": PLANTING, "das": DAS, "held_out": HELD_OUT, "map_steps": MAP_STEPS,
-        "summary": summarise(records), "map": map_network(TASKS["price_tag"](), 0, figure).to_dict(),
+        "variables": {name: (task.planted, task.control, task.other) for name, task in tasks.items()}, "seeds": seeds,
+        "summary": summarise(records), "map": map_network(tasks["price_tag"], 0, figure).to_dict(),
         "records": records,
     }  # fmt: skip
 
@@ -198,36 +212,44 @@ def known(engine: Any) -> tuple[list[str], dict[str, int], list[str]]:
     return right, first, wrong
 
 
-def fact_pairs(countries: list[str], first: dict[str, int], seed: int) -> Pairs:
-    """Makes a pair of each country as base with another as source, each once, where their capitals differ."""
-    order = np.random.default_rng(seed).permutation(countries).tolist()
-    both = [(b, s) for b, s in zip(order, order[1:] + order[:1], strict=True) if first[b] != first[s]]
+def fact_pairs(countries: list[str], first: dict[str, int], template: str) -> Pairs:
+    """Makes pairs of each country as base with `SOURCES` others as source of a template, where their capitals differ.
+
+    Every country is as often a source as a base, but for those left out.
+    """
+    order = np.random.default_rng(0).permutation(countries).tolist()
+    both = [(b, s) for i in range(1, SOURCES + 1) for b, s in zip(order, order[i:] + order[:i], strict=True)]
+    both = [(base, source) for base, source in both if first[base] != first[source]]
     bases, sources = ([pair[i] for pair in both] for i in (0, 1))
-    prompts = [[TEMPLATE.format(country) for country in side] for side in (bases, sources)]
-    labels = [[first[country] for country in side] for side in (bases, sources)]
-    inputs = [[{"country": country} for country in side] for side in (bases, sources)]
-    choices = sorted(set(first.values()))
-    return Pairs(inputs[0], inputs[1], prompts[0], prompts[1], labels[1], labels[0], labels[1], choices, ("country",))
+    plain, changed = ([first[country] for country in side] for side in (bases, sources))
+    return Pairs(
+        [{"country": country} for country in bases], [{"country": country} for country in sources],
+        [TEMPLATE.format(country) for country in bases], [template.format(country) for country in sources],
+        changed, plain, changed, sorted(set(first.values())), ("country",),
+    )  # fmt: skip
 
 
 def bench_facts(engine: Any, figure: str | None) -> Record:
     tokenizer = engine.get_tokenizer()
-    tokens = [tokenizer.encode(TEMPLATE.format(country)) for country in CAPITALS]
-    if len({len(ids) for ids in tokens}) > 1:
-        raise ValueError("TEMPLATE: prompts have several lengths; name countries of one token")
-    right, first, wrong = known(engine)
-    held = fact_pairs(right, first, 0)
+    tokens = [tokenizer.encode(template.format(country)) for template in (TEMPLATE, ELSEWHERE) for country in CAPITALS]
     at = next(i for i, (a, b) in enumerate(zip(*tokens[:2], strict=True)) if a != b)
-    positions = list(range(at - len(tokens[0]), 0))
+    if len({(len(ids), *ids[:at], *ids[at + 1 :]) for ids in tokens}) > 2:
+        raise ValueError("CAPITALS, ELSEWHERE: a country has to be one token, and stand where it does in TEMPLATE")
+    right, first, wrong = known(engine)
+    held = fact_pairs(right, first, TEMPLATE)
     begin = time.perf_counter()
-    found = heat_map(engine, held, range(FACT_LAYERS), positions)
+    found = heat_map(
+        engine, held, range(FACT_LAYERS), range(at - len(tokens[0]), 0),
+        controls={"country of another sentence": fact_pairs(right, first, ELSEWHERE)},
+    )  # fmt: skip
     seconds = time.perf_counter() - begin
     if figure:
         found.plot_iia(figure)
     return {
         "bench": "facts", "engine": type(engine).__name__, "dtype": "float32", "template": TEMPLATE,
-        "asked": len(CAPITALS), "known": len(right), "wrong": wrong, "pairs": len(held), "map_seconds": seconds,
-        "tokens": [tokenizer.decode([token]) for token in tokens[0][at:]], "map": found.to_dict(),
+        "elsewhere": ELSEWHERE, "asked": len(CAPITALS), "known": len(right), "wrong": wrong, "pairs": len(held),
+        "map_seconds": seconds, "tokens": [tokenizer.decode([token]) for token in tokens[0][at:]],
+        "map": found.to_dict(),
     }  # fmt: skip
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-TEMPLATE = "The capital of {} is the city of"
+#: what is asked; and what names a country at the same position without asking for its capital
+TEMPLATE, ELSEWHERE = "The capital of {} is the city of", "The language of {} is the language of"
 
 CAPITALS = {
     "France": "Paris", "Germany": "Berlin", "Italy": "Rome", "Spain": "Madrid", "Portugal": "Lisbon",
