@@ -103,6 +103,10 @@ class Effects:
         check_int("runs", runs, 1)
         if not isinstance(interventions, (list, tuple)) or not interventions:
             raise ValueError(f"interventions={short(interventions)}: must be a list of at least one intervention")
+        if not isinstance(params, SMCParams):
+            raise ValueError(f"params={short(params)}: must be SMCParams")
+        if exact is not None and not isinstance(exact, (list, tuple)):
+            raise ValueError(f"exact={short(exact)}: must be a list of exact samples for each arm")
         arms = [*interventions, None]
         kept = None if exact is None else [read_samples(f"exact[{i}]", one) for i, one in enumerate(exact)]
         if kept is not None and len(kept) != len(arms):

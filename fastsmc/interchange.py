@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastsmc.interventions import BLOCK, Interchange, Sizes, Subspace, as_position
+from fastsmc.interventions import BLOCK, Interchange, Sizes, Step, Subspace, read_position
 from fastsmc.maps import Site, SiteMaps, lay_out
 from fastsmc.potentials.tokens import short, token_list
 from fastsmc.values import as_int, check_int
@@ -83,10 +83,24 @@ class Asked(NamedTuple):
         """Numbers the positions of sources that are read."""
         return Spots([[row[b] for row in self.source_at] for b in range(len(self.bases))])
 
+    @property
+    def numbers(self) -> list[int]:
+        """Numbers each configuration's map among those of its layer; every `Interchange` of a layer is the same map."""
+        known: dict[int, dict[int, int]] = {}
+        out = []
+        for c, config in enumerate(self.configs):
+            of_layer = known.setdefault(config.layer, {})
+            out.append(of_layer.setdefault(c if isinstance(config, Subspace) else -1, len(of_layer)))
+        return out
+
     def maps(self, width: int, device: torch.device) -> dict[Site, SiteMaps]:
-        """Lays out what each configuration does to the difference from a source's hidden state of H = `width`."""
-        steps = {c: {(config.layer, BLOCK): config.step(width)} for c, config in enumerate(self.configs)}
-        return lay_out(steps, len(self.configs), device)
+        """Lays out, by layer, what configurations do to the difference from a source's hidden state of H = `width`."""
+        steps: dict[int, dict[int, dict[Site, Step]]] = {}
+        for config, number in zip(self.configs, self.numbers, strict=True):
+            of_layer = steps.setdefault(config.layer, {})
+            if number not in of_layer:
+                of_layer[number] = {(config.layer, BLOCK): config.step(width)}
+        return {site: maps for one in steps.values() for site, maps in lay_out(one, len(one), device).items()}
 
 
 def read_asked(
@@ -111,17 +125,20 @@ def read_asked(
             raise ValueError(f"{name}={short(config)}: must be an Interchange or a Subspace")
         if config.value is not None:
             raise ValueError(f"{name}: has a value; here it is read from the sources")
-        config.check(sizes)
+        try:
+            config.check(sizes)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
         own = config.source_position
         at.append(read_positions(f"{name}.position", config.position, lengths))
         source_name = f"{name}.position" if own is None else f"{name}.source_position"
         source_at.append(read_positions(source_name, config.position if own is None else own, source_lengths, "source"))
-    if logits not in (False, True):
+    if not isinstance(logits, bool):
         raise ValueError(f"logits={logits!r}: must be True or False")
     if logits and labels is not None:
         raise ValueError("labels: with logits=True all are returned; leave one of them out")
     kept = None if labels is None else read_labels(labels, n, sizes.vocab)
-    return Asked(bases, sources, tuple(given), at, source_at, kept, bool(logits))
+    return Asked(bases, sources, tuple(given), at, source_at, kept, logits)
 
 
 def read_positions(name: str, given: Any, lengths: Sequence[int], what: str = "base") -> list[int]:
@@ -131,7 +148,7 @@ def read_positions(name: str, given: Any, lengths: Sequence[int], what: str = "b
         ValueError: it is none, or outside, or one from 0 where prompts are of different lengths, where it says nothing
             alike.
     """
-    given = as_position(name, given)
+    given = read_position(name, given)
     if isinstance(given, tuple):
         if len(given) != len(lengths):
             raise ValueError(f"{name}: {len(given)} positions for {len(lengths)} prompts")
@@ -155,7 +172,7 @@ def read_labels(labels: Any, n: int, vocab: int) -> Tensor:
     if not isinstance(rows, (list, tuple)) or len(rows) != n:
         what = f"{len(rows)} labels" if isinstance(rows, (list, tuple)) else short(rows)
         raise ValueError(f"labels: {what} for {n} pairs; give a token id for each, or a list of them for each")
-    if all(as_int(one) is not None for one in rows):
+    if any(as_int(one) is not None for one in rows):
         return torch.tensor(token_list("labels", rows, vocab))
     each = [token_list(f"labels[{i}]", row, vocab) for i, row in enumerate(rows)]
     if len({len(row) for row in each}) != 1 or not each[0]:
@@ -189,13 +206,13 @@ class Putting(NamedTuple):
     """Puts hidden states of sources, or their part in a subspace, into what a layer puts out.
 
     Attributes:
-        maps: of the configurations.
-        configs: (R,) int64, of rows; −1: it is at another layer.
+        maps: of the configurations of a layer.
+        numbers: (R,) int64, of rows' maps; −1: it is at another layer.
         values: (R, H), the sources' hidden states.
     """
 
     maps: SiteMaps
-    configs: Tensor
+    numbers: Tensor
     values: Tensor
     reads: bool = True
 
@@ -206,22 +223,22 @@ class Putting(NamedTuple):
             source: (Q, H), the hidden states, of which x is what they are to be changed by; None: x.
         """
         row = rows.clamp(min=0)
-        configs = torch.where(rows >= 0, self.configs[row], -1)
+        numbers = torch.where(rows >= 0, self.numbers[row], -1)
         difference = (x if source is None else source) - self.values[row].to(x.dtype)
-        self.maps.apply(x, configs, difference)
+        self.maps.apply(x, numbers, difference)
 
 
 def putting(
     asked: Asked, maps: dict[Site, SiteMaps], rows: Sequence[tuple[int, int]], spots: Spots, states: Tensor
 ) -> dict[Site, Putting]:
     """Lays out rows, each a configuration and a pair, with the sources' hidden states (S, L, H)."""
-    device, layers = states.device, asked.layers
+    device, layers, of_config = states.device, asked.layers, asked.numbers
     of_layer = {layer: i for i, layer in enumerate(layers)}
-    number = torch.tensor([spots.number(b, asked.source_at[c][b]) for c, b in rows], device=device)
+    spot = torch.tensor([spots.number(b, asked.source_at[c][b]) for c, b in rows], device=device)
     layer = torch.tensor([of_layer[asked.configs[c].layer] for c, _ in rows], device=device)
-    configs, values = torch.tensor([c for c, _ in rows], device=device), states[number, layer]
+    numbers, values = torch.tensor([of_config[c] for c, _ in rows], device=device), states[spot, layer]
     return {
-        site: Putting(one, torch.where(layer == of_layer[site[0]], configs, -1), values) for site, one in maps.items()
+        site: Putting(one, torch.where(layer == of_layer[site[0]], numbers, -1), values) for site, one in maps.items()
     }
 
 
@@ -294,6 +311,8 @@ class Interchanges:
             ValueError: naming the argument; a layer or a position that is not there, a hidden state that is not finite.
         """
         ids, sizes = self._asked_prompts("prompts", prompts), self._model_sizes()
+        if not ids:
+            raise ValueError("prompts=[]: must be at least one prompt")
         if not isinstance(layers, (list, tuple, range)) or not layers:
             raise ValueError(f"layers={short(layers)}: must be a list of at least one layer")
         if not isinstance(positions, (list, tuple, range)) or not positions:

@@ -328,9 +328,9 @@ class Swap(LayerIntervention):
 
     def __post_init__(self: Any) -> None:  # each kind has its fields in an order of its own
         super().__post_init__()
-        self._put("position", as_position("position", self.position))
+        self._put("position", read_position("position", self.position))
         if self.source_position is not None:
-            self._put("source_position", as_position("source_position", self.source_position))
+            self._put("source_position", read_position("source_position", self.source_position))
         if self.value is not None:
             self._put_tensor("value", 1)
 
@@ -374,8 +374,8 @@ class Swap(LayerIntervention):
             raise ValueError(f"layer={self.layer}: must be in [0, {sizes.n_layers}), the layers of this model")
 
 
-def as_position(name: str, given: Any) -> int | tuple[int, ...]:
-    """Reads a position, or a list of them. ValueError: it is none."""
+def read_position(name: str, given: Any) -> int | tuple[int, ...]:
+    """Reads a position, or a list of them. ValueError: it is neither."""
     several = isinstance(given, (list, tuple)) or getattr(given, "ndim", 0) == 1
     each = [as_int(one) for one in (given if several else (given,))]
     if not each or None in each:

@@ -112,7 +112,8 @@ class SiteMaps(NamedTuple):
         offsets, down, up, shift: see there; a variant that does nothing here has no factors, and a shift of zero.
         finite: (S,) bool, cleared for a variant whose rows have come out with NaN or infinite.
         reads: whether any variant has factors or replaces x, so that what it reads is wanted.
-        replaces: (S,) bool, whose shift is put in the place of x; None: of none.
+        replaces: (S,) bool, which variants put a value in the place of x; None: none does.
+        values: (S, H), these values; such a variant has a shift of zero.
     """
 
     offsets: Tensor
@@ -122,6 +123,7 @@ class SiteMaps(NamedTuple):
     finite: Tensor
     reads: bool
     replaces: Tensor | None = None
+    values: Tensor | None = None
 
     def apply(self, x: Tensor, variants: Tensor, source: Tensor | None = None) -> None:
         """Maps the rows of x (R, H) in place, each under its variant (R,) int64, −1 for none.
@@ -129,9 +131,11 @@ class SiteMaps(NamedTuple):
         Args:
             source: (R, K), what factors read, and what is taken from x where that is replaced; None: x.
         """
-        if self.replaces is not None:
-            gone = self.replaces[variants.clamp(min=0)] & (variants >= 0)
-            x.copy_(torch.where(gone[:, None], 0 if source is None else x - source, x))
+        if self.replaces is not None and self.values is not None:
+            at = variants.clamp(min=0)
+            gone, value = self.replaces[at] & (variants >= 0), self.values[at]
+            # in float32, rounded once: where the source is the value already, x stays as it is in any data type
+            x.copy_(torch.where(gone[:, None], value if source is None else x - (source - value), x))
         if not len(self.down) and source is not None:  # nothing reads it, and there are no factors of its width
             source = None
         down = self.down if len(self.down) else self.up
@@ -148,6 +152,8 @@ def lay_out(variants: Mapping[int, Mapping[Site, Step]], n: int, device: torch.d
         shift = torch.stack([known[0].shift * 0 if step is None else step.shift for step in steps])
         down, up = torch.cat([step.down for step in known]), torch.cat([step.up for step in known])
         replaces = torch.tensor([step is not None and step.replaces for step in steps])
+        some = bool(replaces.any())
+        values, shift = shift, torch.where(replaces[:, None], 0, shift)
         offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
         out[site] = SiteMaps(
             offsets.to(device),
@@ -155,8 +161,9 @@ def lay_out(variants: Mapping[int, Mapping[Site, Step]], n: int, device: torch.d
             up.to(device, torch.float32).contiguous(),
             shift.to(device, torch.float32).contiguous(),
             torch.ones(n, dtype=torch.bool, device=device),
-            len(down) > 0 or bool(replaces.any()),
-            replaces.to(device) if replaces.any() else None,
+            len(down) > 0 or some,
+            replaces.to(device) if some else None,
+            values.to(device, torch.float32).contiguous() if some else None,
         )
     return out
 

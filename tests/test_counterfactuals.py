@@ -371,5 +371,9 @@ def test_effects(engine, path, tiny, steered):
         engine.effects(PROMPT, params, potential, [])
     with pytest.raises(ValueError, match="exact: 1 lists of samples for 2 arms"):
         engine.effects(PROMPT, params, potential, [STEER], 2, exact[:1])
+    with pytest.raises(ValueError, match="exact=3: must be a list of exact samples for each arm"):
+        engine.effects(PROMPT, params, potential, [STEER], 2, 3)
+    with pytest.raises(ValueError, match="params=None: must be SMCParams"):
+        engine.effects(PROMPT, None, potential, [STEER])
     alone = engine.effect(PROMPT, params, potential, STEER, runs=1)
     assert math.isnan(alone.se) and alone.lower is None

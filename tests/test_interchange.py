@@ -11,7 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from fastsmc import SMCParams
 from fastsmc.hf import HFEngine
-from fastsmc.interventions import Interchange, Steer, Subspace, load, save
+from fastsmc.interchange import Asked
+from fastsmc.interventions import BLOCK, Interchange, Steer, Subspace, load, save
+from fastsmc.maps import lay_out
 from fastsmc.trunk import Trunk
 
 BASIS = orthonormal(7).T
@@ -53,6 +55,15 @@ def test_logits_are_those_with_hooks(hf, model, path):
     labels = torch.tensor([[1, 2], [0, 0], [7, 3]])
     found = hf.interchange(ROWS, SOURCES, CONFIGS, labels=labels)
     torch.testing.assert_close(found, scores.gather(2, labels.expand(len(CONFIGS), -1, -1)), rtol=0, atol=2e-5)
+
+
+def test_maps_are_laid_out_once_per_layer():
+    """So that a sweep over L layers does not take L times as much."""
+    configs = (*(Interchange(layer, 0) for layer in (1, 0, 1)), *(Subspace(1, at, BASIS) for at in (0, 1)))
+    asked = Asked([[1, 2]], [[1, 2]], configs, [[0]] * 5, [[0]] * 5, None, False)
+    assert asked.numbers == [0, 0, 0, 1, 2]
+    maps = asked.maps(H, torch.device("cpu"))
+    assert {site: len(one.shift) for site, one in maps.items()} == {(1, BLOCK): 3, (0, BLOCK): 1}
 
 
 def test_nothing_changes_and_everything_does(hf, model):
@@ -100,7 +111,10 @@ def test_activations_are_what_layers_put_out(hf, model):
         (dict(configs=[]), r"configs=\[\]: must hold at least one"),
         (dict(configs=[Steer(0, noise(H))]), r"configs\[0\]=.*: must be an Interchange or a Subspace"),
         (dict(configs=[Interchange(0, 0, value=noise(H))]), r"configs\[0\]: has a value"),
-        (dict(configs=[Interchange(2, 0)]), r"layer=2: must be in \[0, 2\), the layers of this model"),
+        (
+            dict(configs=[Interchange(0, 0), Interchange(2, 0)]),
+            r"configs\[1\]: layer=2: must be in \[0, 2\), the layers",
+        ),
         (dict(configs=[Interchange(0, 6)]), r"configs\[0\].position=6: must be in \[-6, 6\), as base 0 has 6 tokens"),
         (dict(configs=[Interchange(0, -7)]), r"configs\[0\].position=-7: must be in \[-6, 6\)"),
         (dict(configs=[Interchange(0, 0, 6)]), r"configs\[0\].source_position=6: must be in \[-6, 6\), as source 0"),
@@ -116,6 +130,7 @@ def test_activations_are_what_layers_put_out(hf, model):
         (dict(configs=[Subspace(0, 0, torch.eye(H + 1, 2))]), "Subspace: is for hidden states of 65 elements"),
         (dict(labels=[1, 2]), "labels: 2 labels for 3 pairs"),
         (dict(labels=[1, 2, VOCAB]), r"labels\[2\]=8: is beyond the vocabulary"),
+        (dict(labels=[1, 2, 1.5]), r"labels\[2\]=1.5: is not a token id"),
         (dict(labels=[[1], [2], [-1]]), r"labels\[2\]\[0\]=-1: "),
         (dict(labels=[[1], [2], [1, 2]]), "labels: the lists must have the same length"),
         (dict(labels=[1, 2, 3], logits=True), "labels: with logits=True all are returned"),
@@ -126,6 +141,19 @@ def test_refusals(hf, change, message):
     asked = {"bases": ROWS, "sources": SOURCES, "configs": [Interchange(0, 2)], **change}
     with pytest.raises(ValueError, match=message):
         hf.interchange(asked.pop("bases"), asked.pop("sources"), asked.pop("configs"), **asked)
+
+
+def test_refusals_of_activations(hf):
+    for arguments, message in (
+        (([], [0], [0]), r"prompts=\[\]: must be at least one"),
+        ((ROWS, [0, 2], [0]), r"layers\[1\]=2: must be an integer from 0 to 1"),
+        ((ROWS, 0, [0]), "layers=0: must be a list of at least one layer"),
+        ((ROWS, [0], []), r"positions=\[\]: must be a list of at least one position"),
+        ((ROWS, [0], [0, "x"]), r"positions\[1\]='x': must be an integer"),
+        ((ROWS, [0], [0, 6]), r"positions\[1\]=6: must be in \[-6, 6\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            hf.activations(*arguments)
 
 
 @pytest.mark.parametrize(
@@ -181,6 +209,20 @@ def test_draws_under_what_a_source_has(hf, path):
     drawn = hf.smc(PROMPT, PARAMS, intervention=Interchange(0, -1, value=value[0]))
     for tokens, scores in zip(drawn.token_ids, drawn.token_log_probs, strict=True):
         assert abs(float(found[tokens[0]]) - scores[0]) < 2e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_base_of_its_own_stays_to_the_last_bit(dtype):
+    """vLLM's layers give (hidden, residual), whose sum was read as the value; what is changed is the residual alone."""
+    hidden, residual = (noise(5, H, seed=i, scale=s).to(dtype) for i, s in ((1, 0.1), (2, 40.0)))
+    x = hidden + residual
+    for make in (lambda v: Interchange(0, 0, value=v), lambda v: Subspace(0, 0, BASIS, value=v)):
+        steps = {i: {(0, BLOCK): make(row).step()} for i, row in enumerate(x.float())}
+        maps, variants = lay_out(steps, 5, torch.device("cpu"))[0, BLOCK], torch.arange(5)
+        for changed, source in ((residual.clone(), x), (x.clone(), None)):
+            before = changed.clone()
+            maps.apply(changed, variants, source)
+            assert torch.equal(changed, before)
 
 
 def test_draws_are_refused_what_they_cannot_have(hf, tmp_path):

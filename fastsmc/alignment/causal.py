@@ -5,9 +5,10 @@ sampler → base, source (inputs) → interchange of a variable → counterfactu
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -65,7 +66,10 @@ class CausalModel:
         self.parents = {name: self._parents(name) for name in self.variables if name in functions}
 
     def _parents(self, name: str) -> tuple[str, ...]:
-        parameters = inspect.signature(self.functions[name]).parameters.values()
+        try:
+            parameters = inspect.signature(self.functions[name]).parameters.values()
+        except (TypeError, ValueError) as error:  # no callable; one in C that does not say its parameters
+            raise ValueError(f"functions[{name!r}]: must be a callable with named parameters: {error}") from None
         before = self.variables[: self.variables.index(name)]
         for parameter in parameters:
             if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD, parameter.POSITIONAL_ONLY):
@@ -112,11 +116,20 @@ class CausalModel:
         return dict(inputs) if self.prompt is None else self.prompt(inputs)
 
     def answer(self, value: Any) -> Any:
-        """Gives the answer for an output value. ValueError: `answers` has none, or it is no token id or text."""
-        if self.answers is None:
-            return value
-        if not isinstance(self.answers, Mapping):
+        """Gives the answer for an output value; NumPy's and torch's scalars are Python's here.
+
+        ValueError: `answers` has none, it is no token id or text, or the value is none that is equal to another.
+        """
+        if callable(getattr(value, "item", None)) and not getattr(value, "shape", ()):
+            value = value.item()
+        if callable(self.answers):
             found = self.answers(value)
+        elif getattr(value, "shape", ()) or not isinstance(value, Hashable) or value != value:
+            raise ValueError(
+                f"{self.output}={short(value)}: without a callable as answers, an output must be hashable and no NaN"
+            )
+        elif self.answers is None:
+            return value
         elif value in self.answers:
             found = self.answers[value]
         else:
@@ -216,10 +229,16 @@ class _Draws:
         self.seen: dict[Any, None] = {}
         self.n = 0
 
+    def _sample(self) -> dict[str, Any]:
+        inputs = self.sampler(self.random)
+        if not isinstance(inputs, Mapping):
+            raise ValueError(f"sampler: gives {short(inputs)}; must give a dict with keys {list(self.model.inputs)}")
+        return copy.deepcopy(dict(inputs))  # a sampler may give the same object again, with something else in it
+
     def draw(self, most: int) -> None:
         """Draws a pair, and keeps it unless there are as many of its sort as `most`."""
         model = self.model
-        base, source = dict(self.sampler(self.random)), dict(self.sampler(self.random))
+        base, source = self._sample(), self._sample()
         outputs = model.run(base), model.run(source), model.interchange(base, source, self.variable)
         before, there, label = (model.answer(values[model.output]) for values in outputs)
         self.seen.update(dict.fromkeys((before, there, label)))

@@ -78,7 +78,9 @@ class Card:
 
     def write(self, path: Path) -> None:
         fields = {"format": FORMAT, "version": VERSION, **json_safe(dataclasses.asdict(self))}
-        (path / "card.json").write_text(json.dumps(fields, indent=1) + "\n")
+        temporary = path / "card.tmp"  # a directory has a whole card, or none
+        temporary.write_text(json.dumps(fields, indent=1) + "\n")
+        temporary.replace(path / "card.json")
 
 
 def check_basis(basis: Any, d: int) -> Tensor:
@@ -226,6 +228,7 @@ class BoundlessDAS:
 
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
+        (path / "card.json").unlink(missing_ok=True)
         with torch.no_grad():
             tensors = {"rotation": self.rotation().cpu().contiguous(), "boundary": self._b.detach().cpu()}
         save_file(tensors, path / "alignment.safetensors")
@@ -243,6 +246,7 @@ class BoundlessDAS:
 
         card = Card.read(path)
         try:
+            check_choice("mask", card.mask, MASKS)
             tensors = load_file(Path(path) / "alignment.safetensors")
             rotation, boundary = tensors["rotation"], float(tensors["boundary"])
             if rotation.shape != (card.d, card.rank or card.d):
@@ -354,6 +358,8 @@ class Fit:
         logits = head(das.swap(hb, hs, temperature))
         if logits.ndim != 2 or len(logits) != len(hb):
             raise ValueError(f"head: gives {tuple(logits.shape)} for {len(hb)} pairs; must be ({len(hb)}, C)")
+        if not logits.requires_grad:
+            raise ValueError("head: gives logits without gradients; h' must reach them")
         if int(labels.max()) >= logits.shape[1]:
             raise ValueError(f"labels: has {int(labels.max())}; the head has {logits.shape[1]} logits")
         loss = F.cross_entropy(logits.float(), labels) + self.config.boundary_weight * das._b

@@ -192,10 +192,14 @@ class Frozen:
         if (free := shutil.disk_usage(where).free) < self.n_bytes:
             raise ValueError(f"{where}: has {_said(free)} free, the cache takes {_said(self.n_bytes)}")
         handle, name = tempfile.mkstemp(prefix="fastsmc-frozen-", dir=where)
-        os.close(handle)
         try:
+            if hasattr(os, "posix_fallocate"):  # else a disk that others fill in the meantime ends this process
+                os.posix_fallocate(handle, 0, self.n_bytes)
             return torch.from_file(name, shared=True, size=n, dtype=self._dtype)
+        except OSError as error:
+            raise ValueError(f"{where}: cannot hold the cache, {_said(self.n_bytes)}: {error}") from None
         finally:
+            os.close(handle)
             os.unlink(name)
 
     def _state_elements(self, record: _Record) -> int:

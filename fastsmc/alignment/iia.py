@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 
 from fastsmc.alignment.causal import Pairs, answer_ids
-from fastsmc.interventions import Interchange, Subspace, as_position
+from fastsmc.interventions import Interchange, Subspace, read_position
 from fastsmc.values import check_int, json_safe
 
 FORMAT, VERSION = "fastsmc heat map", 1
@@ -71,7 +71,7 @@ def heat_map(
             none that is changed.
     """
     layers = [check_int(f"layers[{i}]", layer, 0) for i, layer in enumerate(_list("layers", layers))]
-    positions = [as_position(f"positions[{i}]", one) for i, one in enumerate(_list("positions", positions))]
+    positions = [read_position(f"positions[{i}]", one) for i, one in enumerate(_list("positions", positions))]
     if controls and any(isinstance(one, tuple) for one in positions):
         raise ValueError("controls: have other prompts, for which positions with one per pair are not meant")
     sites = [(layer, position) for layer in layers for position in positions]
@@ -152,7 +152,7 @@ class HeatMap:
     @classmethod
     def _from_dict(cls, fields: dict[str, Any]) -> HeatMap:
         fields = {name: value for name, value in fields.items() if name != "normalised"}
-        fields["positions"] = [as_position("positions", one) for one in fields["positions"]]
+        fields["positions"] = [read_position("positions", one) for one in fields["positions"]]
         fields["iia"] = np.array(fields["iia"], dtype=np.float64)
         if (shape := fields["iia"].shape) != (len(fields["layers"]), len(fields["positions"])):
             raise ValueError(f"its accuracies are of shape {shape}, which its layers and positions are not")

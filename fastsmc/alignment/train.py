@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import json
 import os
+import pickle
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -174,7 +175,7 @@ def _is_list(value: Any) -> bool:
 
 def _as_list(name: str, value: Any) -> list[Any]:
     values = [one if as_int(one) is None else as_int(one) for one in (value if _is_list(value) else [value])]
-    if not values or len(set(values)) < len(values):
+    if not values or any(_is_list(one) for one in values) or len(set(values)) < len(values):
         raise ValueError(f"{name}={short(value)}: must be one, or a list of at least one, each once")
     return values
 
@@ -323,9 +324,15 @@ class _Job:
 
     def _lines(self, steps: int) -> list[dict[str, float]]:
         assert self.directory is not None  # without one nothing was kept
-        log = self.directory / "metrics.jsonl"
-        lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-        return [line for line in lines if line["step"] <= steps]
+        log, lines = self.directory / "metrics.jsonl", []
+        for text in log.read_text().splitlines() if log.exists() else ():
+            try:
+                line = json.loads(text)
+            except ValueError:  # the last one of a run that ended while it wrote
+                break
+            if line["step"] <= steps:
+                lines.append(line)
+        return lines
 
     def _save_checkpoint(self, fit: Fit) -> None:
         if self.directory is None:
@@ -341,13 +348,18 @@ class _Job:
         self.directory.mkdir(parents=True, exist_ok=True)
         path = self.directory / "checkpoint.pt"
         if path.exists():
-            state = torch.load(path, weights_only=True, map_location=fit.das._turn.device)
+            try:
+                state = torch.load(path, weights_only=True, map_location=fit.das._turn.device)
+            except (OSError, EOFError, LookupError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+                said = str(error).partition("\n")[0]
+                raise ValueError(f"{path}: cannot be read ({said}); remove it, and training begins anew") from None
             if state["card"] != json.dumps(dataclasses.asdict(self.card)):
                 raise self._other(path)
             fit.resume(state)
         self.das.history = self._lines(fit.taken)
-        text = "".join(json.dumps(line) + "\n" for line in self.das.history)
-        (self.directory / "metrics.jsonl").write_text(text)
+        temporary = self.directory / "metrics.tmp"
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in self.das.history))
+        temporary.replace(self.directory / "metrics.jsonl")
 
 
 def _run(

@@ -37,6 +37,11 @@ class Adapters:
         assert len(queries) == n_queries
         self._set(queries, queries[rows])
 
+    def set_none(self, n: int) -> None:
+        """Sets none for n rows, whose logits are computed next."""
+        self._queries = [None] * n
+        self._set(self._queries, self._queries)
+
     def _set(self, tokens: Sequence[Any], logits: Sequence[Any]) -> None:
         self._runner._set_active_loras(ids(logits), ids(tokens), {adapter for adapter in tokens if adapter is not None})
 

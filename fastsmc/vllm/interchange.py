@@ -100,8 +100,8 @@ def _put_rows(
                 cache[target] = cache[source]
         hidden = run_stretches(model, stretches, putting(asked, maps, chosen, spots, states))
         for begin in range(0, len(chosen), model.max_logits_rows):
-            taken = slice(begin, min(begin + model.max_logits_rows, len(chosen)))
-            logits = model.logits(hidden, taken)
+            taken = slice(begin, begin + model.max_logits_rows)
+            logits = model.plain_logits(hidden[taken])
             if logits is not None:  # which vLLM gathers on tensor-parallel rank 0
                 answers.put(chosen[taken], logits)
 

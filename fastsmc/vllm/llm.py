@@ -59,6 +59,9 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 
+#: elements of an answer from the workers, a message of less than 4 GiB: one that is larger ends vLLM's sending thread
+ANSWER_ELEMENTS = 1 << 29
+
 
 class LLM(Effects, Interchanges, vllm.LLM):
     """A `vllm.LLM` whose `smc` runs Sequential Monte Carlo; `generate` and the rest work as ever.
@@ -661,14 +664,23 @@ class LLM(Effects, Interchanges, vllm.LLM):
         return ids
 
     def _read_states(self, prompts: list[list[int]], spots: Spots, layers: Sequence[int]) -> Tensor:
-        return self._ask_model("smc_read_states", prompts, spots.at, list(layers))
+        n = len(spots) * len(layers) * self.model_config.get_hidden_size()
+        return self._ask_model(n, "smc_read_states", prompts, spots.at, list(layers))
 
     def _put_states(self, asked: Asked) -> Tensor:
         labels = None if asked.labels is None else asked.labels.tolist()
-        configs = interventions.to_bytes(asked.configs)
-        return self._ask_model("smc_put_states", asked.bases, asked.sources, configs, asked.logits, labels)
+        configs, n_rows = interventions.to_bytes(asked.configs), len(asked.configs) * len(asked.bases)
+        width = self.model_config.get_vocab_size() if asked.logits else 1
+        n = n_rows * (width if asked.labels is None else asked.labels[0].numel())
+        return self._ask_model(n, "smc_put_states", asked.bases, asked.sources, configs, asked.logits, labels)
 
-    def _ask_model(self, method: str, *args: Any) -> Tensor:
+    def _ask_model(self, n_elements: int, method: str, *args: Any) -> Tensor:
+        """Has the workers call the model. ValueError: their answer's elements are more than a message holds."""
+        if n_elements > ANSWER_ELEMENTS:
+            raise ValueError(
+                f"prompts: the answer would have {n_elements} elements, may have {ANSWER_ELEMENTS}; ask of fewer "
+                "prompts or configurations at a time, or for labels in the place of logits"
+            )
         data, why_not = self.collective_rpc(method, args=args)[0]
         if why_not is not None:
             raise ValueError(why_not)

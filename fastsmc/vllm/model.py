@@ -243,6 +243,12 @@ class Model:
             self._adapters.set_logits(len(hidden), rows)
         return self._model.compute_logits(hidden[rows])
 
+    def plain_logits(self, hidden: Tensor) -> Tensor:
+        """Returns (R, V) logits of (R, H) hidden states of rows without adapters, whichever call gave them."""
+        if self._adapters is not None:
+            self._adapters.set_none(len(hidden))
+        return self._model.compute_logits(hidden)
+
     def reindex(self, table: Tensor, ancestors: Tensor, position: Tensor) -> None:
         """Reindexes a table (R, C) int32 whose rows hold `position` (R,) int32 tokens, and the caches of all layers."""
         ops.reindex(

@@ -2,7 +2,9 @@
 
 from collections import Counter
 
+import numpy as np
 import pytest
+import torch
 
 from fastsmc.alignment import CausalModel, answer_ids, pairs
 
@@ -60,6 +62,26 @@ def test_pairs_hang_on_the_seed_alone():
     assert pairs(model, sample, "left", 50, seed=1) != pairs(model, sample, "left", 50, seed=2)
 
 
+@pytest.mark.parametrize("scalar", [np.bool_, np.int64, torch.tensor])
+def test_outputs_of_numpy_and_torch_are_pythons(scalar):
+    def model(z, kind):
+        return CausalModel(["a", "b", "z", "out"], {"z": z, "out": lambda z, b: kind((z + b) % 2 == 1)})
+
+    plain, other = model(lambda a: a % 2, int), model(lambda a: a[0] % 2, scalar)
+    want = pairs(plain, lambda rng: {"a": int(rng.integers(5)), "b": int(rng.integers(5))}, "z", 21)
+
+    def again(rng, inputs={"a": [0], "b": 0}):  # noqa: B006  the same object each time
+        inputs["a"][0], inputs["b"] = int(rng.integers(5)), int(rng.integers(5))
+        return inputs
+
+    found = pairs(other, again, "z", 21)
+    assert found.labels == want.labels and type(found.labels[0]) in (int, bool)
+    assert [{**x, "a": [x["a"]]} for x in want.bases] == found.bases
+    for answers in ({0: 5, 1: 6}, [5, 6].__getitem__):
+        other.answers = answers
+        assert pairs(other, again, "z", 21).labels == [5 + label for label in want.labels]
+
+
 def test_halves_where_only_one_is_possible():
     """The label that only changed pairs have is all changed, those that only kept pairs have are all kept."""
     model = CausalModel(["a", "b", "out"], {"out": lambda a, b: "twin" if a == b else a})
@@ -82,6 +104,12 @@ def test_refusals_of_models():
         CausalModel(["a", "out"], {"b": abs, "out": lambda a: a})
     with pytest.raises(ValueError, match="variables=.*each once"):
         CausalModel(["a", "a"], {"a": abs})
+    for function in (3, max):
+        with pytest.raises(ValueError, match="functions\\['out'\\]: must be a callable with named parameters"):
+            CausalModel(["a", "out"], {"out": function})
+    for output in ([1], np.arange(2), torch.arange(2), float("nan")):
+        with pytest.raises(ValueError, match="out=.*an output must be hashable and no NaN"):
+            price_tag().answer(output)
     with pytest.raises(ValueError, match="inputs=.*keys \\['lo', 'hi', 'x'\\]"):
         price_tag().run({"lo": 1, "hi": 2})
     with pytest.raises(ValueError, match="variable='centre': must be one of"):
@@ -104,6 +132,8 @@ def test_refusals_of_pairs():
         ValueError, match="label True: cannot be balanced, since of .* pairs .* have it, and 100 are wanted"
     ):
         pairs(rare, lambda rng: {"a": int(rng.integers(0, 500)) - 498}, "a", 200)
+    with pytest.raises(ValueError, match=r"sampler: gives \[1, 2\]; must give a dict with keys \['a', 'b'\]"):
+        pairs(equal, lambda rng: [1, 2], "b", 10)
     with pytest.raises(ValueError, match="n=1: must be an integer of at least 2"):
         pairs(equal, sample, "b", 1)
 

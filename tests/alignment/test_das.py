@@ -146,11 +146,28 @@ def test_files(tmp_path):
     (tmp_path / "card.json").write_text(json.dumps(card | {"rank": 6}))
     with pytest.raises(ValueError, match="alignment .*: rotation is \\(32, 5\\), the card says d=32, rank=6"):
         BoundlessDAS.load(tmp_path)
+    (tmp_path / "card.json").write_text(json.dumps(card | {"mask": "soft"}))
+    with pytest.raises(ValueError, match="alignment .*: mask='soft': must be one of"):
+        BoundlessDAS.load(tmp_path)
     (tmp_path / "card.json").write_text(json.dumps(card | {"version": 2}))
     with pytest.raises(ValueError, match="its version is 2; this fastsmc reads 1"):
         BoundlessDAS.load(tmp_path)
     with pytest.raises(ValueError, match="cannot read card.json"):
         BoundlessDAS.load(tmp_path / "nowhere")
+
+
+def test_a_save_that_is_cut_off_leaves_no_card(tmp_path, monkeypatch):
+    das = BoundlessDAS(4)
+    das.save(tmp_path)
+
+    def cut_off(self, text):
+        self.write_bytes(text[:9].encode())
+        raise OSError("no space left")
+
+    monkeypatch.setattr("pathlib.Path.write_text", cut_off)
+    with pytest.raises(OSError, match="no space left"):
+        das.save(tmp_path)
+    assert not (tmp_path / "card.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -163,6 +180,7 @@ def test_files(tmp_path):
         ({"labels": torch.tensor([0, 1, 2, 0])}, "labels: has 2; the head has 2 logits"),
         ({"labels": torch.zeros(4)}, "labels: is \\(4,\\) of torch.float32"),
         ({"head": lambda h: h[0]}, "head: gives \\(32,\\) for 4 pairs"),
+        ({"head": lambda h: h.detach()[:, :2]}, "head: gives logits without gradients"),
         ({"steps": 0}, "steps=0: must be an integer of at least 1"),
         ({"batch": 0}, "batch=0"),
         ({"lr": -1.0}, "lr=-1.0"),

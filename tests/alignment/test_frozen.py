@@ -1,5 +1,6 @@
 """The layers above by themselves against full forward passes with hooks: logits, and the gradients of a DAS step."""
 
+import errno
 from functools import partial
 
 import pytest
@@ -149,3 +150,12 @@ def test_no_room_on_disk(monkeypatch, tmp_path):
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 10})())
     with pytest.raises(ValueError, match="has 0.0 MiB free, the cache takes"):
         Frozen(make_trunk(), BASES, SOURCES, [1], PLACES, max_bytes=0, directory=tmp_path)
+    monkeypatch.undo()
+
+    def full(handle, begin, n):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)  # others have filled it since
+    with pytest.raises(ValueError, match="cannot hold the cache, .* MiB: .*No space left on device"):
+        Frozen(make_trunk(), BASES, SOURCES, [1], PLACES, max_bytes=0, directory=tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -107,6 +107,8 @@ def test_a_run_goes_on_to_the_same_numbers(trunk, tmp_path, monkeypatch):
     assert (tmp_path / "checkpoint.pt").exists() and not (tmp_path / "card.json").exists()
     with pytest.raises(ValueError, match="checkpoint.pt: is of another configuration"):
         train(trunk, directory=tmp_path, lr=2e-2)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 7, "lo')  # as a full disk leaves it
     steps = []
     step = training.Fit.step
     monkeypatch.setattr(training.Fit, "step", lambda self, *args: steps.append(self.taken) or step(self, *args))
@@ -116,6 +118,11 @@ def test_a_run_goes_on_to_the_same_numbers(trunk, tmp_path, monkeypatch):
     assert same(train(trunk, directory=tmp_path), whole)
     with pytest.raises(ValueError, match="card.json: is of another configuration"):
         train(trunk, directory=tmp_path, sampler=sampler(2))
+    monkeypatch.undo()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "checkpoint.pt").write_bytes(b"half")
+    with pytest.raises(ValueError, match="checkpoint.pt: cannot be read .*; remove it, and training begins anew"):
+        train(trunk, directory=tmp_path / "other")
 
 
 def test_a_sweep_shares_a_store_and_gives_what_each_site_gives(trunk, tmp_path, monkeypatch):
@@ -148,6 +155,7 @@ def test_cache_is_said_and_capped(trunk, tmp_path, capsys):
         ({"layer": LAYERS}, "layer=4: must be an integer from 0 to 3"),
         ({"layer": []}, "layer=\\[\\]: must be one, or a list"),
         ({"position": [1, 1]}, "position=\\[1, 1\\]: .* each once"),
+        ({"position": [[1]]}, "position=\\[\\[1\\]\\]: must be one, or a list"),
         ({"position": 1}, "position=1: bases have 3 to 6 tokens; give a position for each"),
         ({"position": -4}, "position=-4: must be in "),
         ({"position": lambda inputs: 6}, "position=6: must be in "),

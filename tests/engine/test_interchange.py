@@ -13,10 +13,10 @@ from fastsmc import SMCError, SMCParams
 from fastsmc.alignment import Pairs, frozen_iia, heat_map, iia
 from fastsmc.hf import HFEngine
 from fastsmc.interventions import Interchange, Subspace
-from fastsmc.vllm import interchange
+from fastsmc.vllm import interchange, llm
 from fastsmc.vllm.model import Model
 
-from .conftest import make_engine
+from .conftest import VOCAB, make_engine
 from .test_attend import prompt_of, runner_of
 
 BASIS = orthonormal(7).T
@@ -131,6 +131,22 @@ def test_the_engine_goes_on_as_before(engine, compiled, tiny_path, all_blocks_ba
             assert abs(population.token_log_probs[i] - scores).max() <= 5e-4
 
 
+def test_an_interrupt_gives_the_engine_its_cache_back(engine, monkeypatch):
+    model = runner_of(engine)._model
+    context, prompt = model._config.compilation_config.static_forward_context, prompt_of(40)
+    want = engine.smc(prompt, SMCParams(n_particles=4, max_tokens=4))
+
+    def interrupted(self, batch):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Model, "hidden", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            engine.interchange(BASES, SOURCES, CONFIGS)
+    assert {context[name].kv_cache.data_ptr() for name in model.layers} == {c.data_ptr() for c in model.caches}
+    assert bits(engine.smc(prompt, SMCParams(n_particles=4, max_tokens=4))) == bits(want)
+
+
 def test_refusals(engine, tiny_path, monkeypatch):
     for arguments, message in (
         ((BASES, SOURCES[:2], CONFIGS), "sources: 6 bases and 2 sources"),
@@ -143,6 +159,16 @@ def test_refusals(engine, tiny_path, monkeypatch):
             engine.interchange(*arguments)
     with pytest.raises(ValueError, match="position=-1: is one from a prompt's end"):
         engine.register_intervention(Interchange(0, -1, value=noise(H)))
+    with monkeypatch.context() as patched:
+        patched.setattr(llm, "ANSWER_ELEMENTS", 6 * VOCAB)
+        assert engine.interchange(BASES, SOURCES, CONFIGS[:1], logits=True).shape == (1, 6, VOCAB)
+        for ask in (
+            lambda: engine.interchange(BASES, SOURCES, CONFIGS[:2], logits=True),
+            lambda: engine.interchange(BASES, SOURCES, CONFIGS[:1], labels=[[1] * 9] * 6),
+            lambda: engine.activations(BASES[:1], [0], [-1]),
+        ):
+            with pytest.raises(ValueError, match="answer would have .* elements, may have 48; ask of fewer prompts"):
+                ask()
     places = runner_of(engine).interventions.places
     monkeypatch.setattr(runner_of(engine).interventions, "places", places._replace(why_not="Gnu: of a kind"))
     for ask in (lambda: engine.interchange(BASES, SOURCES, CONFIGS), lambda: engine.activations(BASES, [0], [-1])):

@@ -6,12 +6,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from intervened import EACH, hooked_log_probs
+from intervened import EACH, hooked_log_probs, swapped
 from tiny import TableTwist, hf_log_probs, make_adapter, value_table
 from vllm import SamplingParams
 from vllm.lora.request import LoRARequest
 
 from fastsmc import SMCError, SMCParams
+from fastsmc.interventions import Interchange
 from fastsmc.potentials import Infill
 from fastsmc.vllm import adapters, compat
 from fastsmc.vllm.attention import Attend
@@ -37,6 +38,20 @@ def lora(tiny_path, tmp_path_factory):
         merged.append(whole)
     engine = make_engine(tiny_path, max_num_seqs=64, enable_lora=True, max_loras=MAX_LORAS, max_lora_rank=8)
     return engine, requests, merged
+
+
+def test_interchange_is_the_models_without_adapters(lora):
+    """Whatever the layers held of the step before; in one pass and in several."""
+    engine, requests, merged = lora
+    engine.generate(
+        [{"prompt_token_ids": PROMPT}], SamplingParams(max_tokens=2), use_tqdm=False, lora_request=requests[1]
+    )
+    bases, sources = ([prompt_of(n, i + seed) for i, n in enumerate((40, 33, 70))] for seed in (0, 20))
+    configs = [Interchange(layer, position) for layer in (0, 1) for position in (-1, -33)]
+    want = swapped(merged[0], bases, sources, configs)
+    for n in (1, 30):  # 120 pairs under 4 configurations are rows of several passes
+        found = engine.interchange(bases * n, sources * n, configs, logits=True)
+        assert (found - want.repeat(1, n, 1)).abs().max() <= 5e-5
 
 
 @pytest.fixture
