@@ -20,7 +20,7 @@ from machine import ROOT
 from openings import OPENINGS
 
 RESULTS = ROOT / "bench" / "results"
-FILES = ("bench/README.md", "README.md", "docs/counterfactuals.md")
+FILES = ("bench/README.md", "README.md", "docs/counterfactuals.md", "docs/alignment.md")
 Result = dict[str, Any]
 
 
@@ -442,10 +442,83 @@ def counterfactual_time(result: Result) -> list[str]:
     )  # fmt: skip
 
 
+def alignment(result: Result) -> list[str]:
+    """Makes a table of what was found where a variable was planted and where not, and one of the other settings."""
+
+    def row(r: Result) -> tuple[str, ...]:
+        mean, low, high = r["iia"]
+        found = f"{mean:.3f} ({low:.3f} to {high:.3f})"
+        found = f"**{found}**" if r["planted"] and r["variable"] == result["variables"][r["task"]][0] else found
+        known = f"{r['known'][0]:.3f}" if "known" in r else "–"
+        return found, *(f"{r[name][0]:.3f}" for name in ("agreement", "whole")), known, f"{r['dims'][0]:.0f}"
+
+    head = (
+        f"IIA, mean of {result['seeds']} seeds (least to most) | nothing interchanged | whole state | planted subspace"
+    )
+    lines = table(
+        f"task | network | variable | {head} | dimensions | accuracy",
+        (
+            (
+                r["task"].replace("_", " "), "planted" if r["planted"] else "task alone", f"`{r['variable']}`", *row(r),
+                f"{r['accuracy'][0]:.3f}",
+            )
+            for r in result["summary"] if r["setting"] == "same"
+        ),
+    )  # fmt: skip
+    margins = {task: _margins(result["records"], task, *of[:2]) for task, of in result["variables"].items()}
+    lines += ["", "Least of all seeds, planted: " + "; ".join(
+        f"{task.replace('_', ' ')} {least:.3f}, and {margin:.3f} above the control"
+        for task, (least, margin) in margins.items()
+    ) + ".", "", "Price tags in the planted networks, the basis frozen:", ""]  # fmt: skip
+    names = {
+        "same": "nothing is new", "prefix": "a prefix", "words": "other answer words",
+        "same ranges": "nothing, brackets of half of the numbers", "new ranges": "brackets of the other half",
+    }  # fmt: skip
+    settings = [r for r in result["summary"] if r["planted"] and r["variable"] in result["variables"]["price_tag"][:2]]
+    return lines + table(
+        f"what is new | variable | {head} | dimensions",
+        ((names[s], f"`{r['variable']}`", *row(r)) for s in names for r in settings if r["setting"] == s),
+    )
+
+
+def _margins(records: list[Result], task: str, planted: str, control: str) -> tuple[float, float]:
+    """Takes the least IIA of all seeds, and the least by which it is above the control's."""
+    same = {
+        (r["seed"], r["variable"]): r["iia"]
+        for r in records if r["setting"] == "same" and r["planted"] and r["task"] == task
+    }  # fmt: skip
+    seeds = {seed for seed, _ in same}
+    margin = min(same[seed, planted] - same[seed, control] for seed in seeds)
+    return min(same[seed, planted] for seed in seeds), margin
+
+
+def facts(result: Result) -> list[str]:
+    """Makes a table of the layers at which a map is highest, by position, and of what frames it."""
+    found = result["map"]
+    maps = {"this question": found, **found["controls"]}
+    rows = []
+    for name, one in maps.items():
+        for j, (position, token) in enumerate(zip(one["positions"], result["tokens"], strict=True)):
+            column = [values[j] for values in one["iia"]]
+            high = [layer for layer, value in zip(one["layers"], column, strict=True) if value > 0.5]
+            where = f"{high[0]} to {high[-1]}" if high else "none"
+            rows.append((
+                name, f"{position}, `{token.strip()}`", f"**{max(column):.3f}**", column.index(max(column)), where
+            ))  # fmt: skip
+    return [
+        *table("source | position, as of France | most IIA | at layer | layers above 0.5", rows),
+        "",
+        f"The model ({result['engine']}, {result['dtype']}) names the capital of {result['known']} of "
+        f"{result['asked']} countries; the others are left out ({', '.join(result['wrong'])}). "
+        f"{found['n_pairs']} pairs; without an intervention {found['accuracy']:.3f} of bases are answered rightly, and "
+        f"{found['agreement']:.3f} as the source is. All of both maps took {result['map_seconds']:.0f} s.",
+    ]
+
+
 TABLES: dict[str, Callable[[Result], list[str]]] = {
     "smc": smc, "step": step, "ops": ops, "attend steps": attend_steps, "attend ops": attend_ops, "twist": twist,
     "peers": peers, "order": order, "groups": groups, "intervene": intervene, "counterfactual": counterfactual,
-    "counterfactual time": counterfactual_time, "interchange": interchange,
+    "counterfactual time": counterfactual_time, "interchange": interchange, "alignment": alignment, "facts": facts,
 }  # fmt: skip
 
 
