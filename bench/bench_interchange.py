@@ -6,9 +6,10 @@
     same     the largest difference of log-probs between fastsmc's and pyvene's interchange, over the whole vocabulary
     sweep    the most likely token of every pair at 30 layers and the last position; at 30 layers and 16 positions
     train    Boundless DAS at layer 15: a step; `EPOCHS` epochs with all that comes before the first step
-    steer    64 texts under a vector at layer 15: `smc`, by Hugging Face with a hook, and `smc` without the vector; by
-             tokens of the prompt and of the texts, since `smc` has the prompt's keys and values once; prompts are from
-             the pages in docs/, since random tokens have no likely continuation that texts could share
+    steer    64 texts per prompt under a vector at layer 15: `smc`, by Hugging Face with a hook, and `smc` without the
+             vector; by prompts, their tokens, and those of the texts, since `smc` has a prompt's keys and values once;
+             prompts are from the pages in docs/, as random tokens have no likely continuation that texts could share.
+             Of several prompts Hugging Face has one batch
 
 SmolLM2 in float32, 8 pairs of 64 random tokens, and new ones for each call, so that nothing is left of the call before.
 The vector hardly changes what is generated, so that as many texts share their tokens with it as without.
@@ -47,10 +48,10 @@ PEER_CONFIGS = 6
 BATCHES, EPOCHS, PEER_STEPS = 4, 3, 3
 #: what makes a training step
 STEP = ("fastsmc.alignment.das:Fit.step", "fastsmc.alignment.frozen:Frozen.states")
-#: of `steer`: texts; tokens of the prompt and of each text; the vector's scale
-TEXTS, LENGTHS, SCALE = 64, ((TOKENS, 16), (TOKENS, 32), (8, 32)), 1e-3
+#: of `steer`: texts per prompt; prompts, their tokens, and those of each text; the vector's scale
+TEXTS, LENGTHS, SCALE = 64, ((PAIRS, TOKENS, 16), (1, TOKENS, 16), (1, TOKENS, 32), (1, 8, 32)), 1e-3
 SETTINGS: dict[str, Any] = {
-    "dtype": "float32", "max_num_seqs": 256, "max_model_len": 512, "kv_cache_memory_bytes": 1 << 29,
+    "dtype": "float32", "max_num_seqs": PAIRS * TEXTS, "max_model_len": 512, "kv_cache_memory_bytes": 1 << 32,
 }  # fmt: skip
 Tokens: TypeAlias = list[list[int]]
 Record: TypeAlias = dict[str, Any]
@@ -100,8 +101,8 @@ class Engine:
         theirs = torch.from_numpy(np.load(path))
         return (ours.log_softmax(-1) - theirs.log_softmax(-1)).abs().flatten(1).amax(1).tolist()
 
-    def smc(self, prompt: list[int], vector: list[float] | None, n: int, max_tokens: int, seed: int) -> float:
-        """Returns the seconds of n texts, under a vector or without."""
+    def smc(self, prompts: Tokens, vector: list[float] | None, n: int, max_tokens: int, seed: int) -> float:
+        """Returns the seconds of n texts per prompt, under a vector or without."""
         import torch
 
         from fastsmc import SMCParams
@@ -109,7 +110,7 @@ class Engine:
 
         steer = None if vector is None else Steer(LAYER, torch.tensor(vector))
         params = SMCParams(n_particles=n, max_tokens=max_tokens, ignore_eos=True, seed=seed)
-        return timed(lambda: self.llm.smc(prompt, params, intervention=steer))
+        return timed(lambda: self.llm.smc(prompts, params, intervention=steer))
 
 
 class Trainer:
@@ -160,10 +161,10 @@ class Draws:
     def tokens(self, n: int) -> list[int]:
         return self.rng.integers(self.sizes["vocab"], size=n).tolist()
 
-    def prompt(self, n: int) -> list[int]:
-        """Draws a stretch of the text of docs/."""
-        begin = int(self.rng.integers(len(self.text) - n))
-        return self.text[begin : begin + n]
+    def prompts(self, n: int, length: int) -> Tokens:
+        """Draws stretches of the text of docs/."""
+        begins = self.rng.integers(len(self.text) - length, size=n).tolist()
+        return [self.text[begin : begin + length] for begin in begins]
 
     def basis(self) -> list[list[float]]:
         return np.linalg.qr(self.rng.standard_normal((self.sizes["hidden"], RANK)))[0].astype(np.float32).tolist()
@@ -238,13 +239,13 @@ def steer(engine: Any, peer: Any, draws: Draws, repeats: int) -> Iterator[Record
     """Yields a record of steered texts: `ratio` to Hugging Face, `of_unsteered` to `smc` without the vector."""
     vector, seeds = draws.vector(), iter(range(1_000_000))
 
-    for n_prompt, n_new in LENGTHS:
+    for n, n_prompt, n_new in LENGTHS:
 
-        def ours(under: list[float] | None, n_prompt: int = n_prompt, n_new: int = n_new) -> float:
-            return engine.smc(draws.prompt(n_prompt), under, TEXTS, n_new, next(seeds))
+        def ours(under: list[float] | None, n: int = n, n_prompt: int = n_prompt, n_new: int = n_new) -> float:
+            return engine.smc(draws.prompts(n, n_prompt), under, TEXTS, n_new, next(seeds))
 
-        def theirs(n_prompt: int = n_prompt, n_new: int = n_new) -> float:
-            return peer.generate(draws.prompt(n_prompt), vector, LAYER, TEXTS, n_new, next(seeds))
+        def theirs(n: int = n, n_prompt: int = n_prompt, n_new: int = n_new) -> float:
+            return peer.generate(draws.prompts(n, n_prompt), vector, LAYER, TEXTS, n_new, next(seeds))
 
         calls: dict[str, Callable[[], Any]] = {
             "ours": functools.partial(ours, vector), "unsteered": functools.partial(ours, None),
@@ -252,9 +253,15 @@ def steer(engine: Any, peer: Any, draws: Draws, repeats: int) -> Iterator[Record
         if peer is not None:
             calls["peer"] = theirs
         found = in_turn(calls, repeats)
-        more = {"n": TEXTS, "prompt_tokens": n_prompt, "max_tokens": n_new, "unsteered_runs": found["unsteered"]}
+        more = {
+            "n": TEXTS,
+            "prompts": n,
+            "prompt_tokens": n_prompt,
+            "max_tokens": n_new,
+            "unsteered_runs": found["unsteered"],
+        }
         of_unsteered = ratio(found["unsteered"], found["ours"])  # of speeds
-        name = f"steer, {n_prompt} + {n_new} tokens"
+        name = f"steer, {n} prompt{'s' * (n > 1)}, {n_prompt} + {n_new} tokens"
         yield against(name, found["ours"], found.get("peer"), **more, of_unsteered=of_unsteered)
 
 
