@@ -7,7 +7,8 @@
              the task alone: interchange intervention accuracy (IIA) on pairs that were not trained on, of the planted
              variable, of an input as control, and of the other intermediate variable. Then the three settings of Wu et
              al. 2023 (arXiv 2305.08809, section 4), with the basis frozen: brackets of numbers that no bracket in the
-             alignment's training had, a prefix, other answer words. And one network's layers and positions.
+             alignment's training had, a prefix, other answer words; the last also where the variable was planted for
+             each of two vocabularies apart, not across them. And one network's layers and positions.
     facts    which layer and position of SmolLM2 has to be interchanged for it to name another country's capital, on
              countries whose capital it names; and the same with the country out of a sentence of something else
 
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import os
 import statistics
 import time
@@ -40,8 +42,16 @@ from fastsmc.models import resolve
 from fastsmc.trunk import Trunk
 
 SEEDS = 5
-#: the networks' training: price tags are learned sooner, but with prefixes and two vocabularies
-PLANTING: dict[str, dict[str, Any]] = {"price_tag": {"formats": True, "steps": 1000}, "equality": {}}
+#: networks of each task, and what their recipes say: price tags have prefixes and two vocabularies of answers
+PLANTED, APART, ALONE = "planted", "planted, words apart", "task alone"
+NETWORKS: dict[str, dict[str, dict[str, Any]]] = {
+    "price_tag": {
+        PLANTED: {"formats": "mixed", "steps": 1000},
+        APART: {"formats": "apart", "steps": 1000},
+        ALONE: {"formats": "mixed", "steps": 1000, "planted": False},
+    },
+    "equality": {PLANTED: {}, ALONE: {"planted": False}},
+}
 POSITION = -1
 #: the alignments' training; chosen on a network of another seed
 DAS: dict[str, Any] = {
@@ -113,31 +123,33 @@ def bracket_of(numbers: set[int]) -> Callable[[Inputs], bool]:
     return lambda inputs: {inputs["lo"], inputs["hi"]} <= numbers
 
 
-def bench_network(task: Task, seed: int, planted: bool) -> Iterator[Record]:
-    """Trains a network, alignments of three variables, and for price tags measures them in other settings."""
-    path, seen = planting.plant(Recipe(task.name, seed, planted, **PLANTING[task.name]))
+def bench_network(task: Task, network: str, seed: int) -> Iterator[Record]:
+    """Trains a network, alignments of its variables, and for price tags measures them in other settings."""
+    recipe = Recipe(task.name, seed, **NETWORKS[task.name][network])
+    path, seen = planting.plant(recipe)
     trunk = Trunk.load(path)
-    about = {"task": task.name, "seed": seed, "planted": planted}
+    about: Record = {"task": task.name, "network": network, "seed": seed}
     yield {**about, "setting": "network", **seen}
-    for variable in (task.planted, task.control, task.other):
+    new: dict[str, tuple[int, dict[str, Any]]] = {"same": (0, {}), "prefix": (0, {"prefix": PREFIX}), "words": (1, {})}
+    low = set(np.random.default_rng(seed).permutation(planting.NUMBERS)[: planting.NUMBERS // 2].tolist())
+    high = set(range(planting.NUMBERS)) - low
+    ranges = {name: (0, {"keep": bracket_of(of)}) for name, of in (("same ranges", low), ("new ranges", high))}
+
+    def records(variable: str, settings: dict[str, tuple[int, dict[str, Any]]]) -> Iterator[Record]:
+        """Trains in the first setting, measures in all."""
         begin = time.perf_counter()
-        das, trained = align(trunk, task, variable, seed)
-        about["das_seconds"] = time.perf_counter() - begin
-        here = measure(trunk, das, trained, task.make(0), task.sampler(), seed, planted)
-        yield {**about, "setting": "same", **here}
-        if not planted or variable == task.other or task.name != "price_tag":
-            continue
-        for name, model, sampler in (
-            ("prefix", task.make(0), task.sampler(PREFIX)),
-            ("words", task.make(1), task.sampler()),
-        ):
-            yield {**about, "setting": name, **measure(trunk, das, trained, model, sampler, seed, planted)}
-        low = set(np.random.default_rng(seed).permutation(planting.NUMBERS)[: planting.NUMBERS // 2].tolist())
-        ranges = {"same ranges": bracket_of(low), "new ranges": bracket_of(set(range(planting.NUMBERS)) - low)}
-        das, trained = align(trunk, task, variable, seed, keep=ranges["same ranges"])
-        for name, keep in ranges.items():
-            found = measure(trunk, das, trained, task.make(0), task.sampler(keep=keep), seed, planted)
-            yield {**about, "setting": name, **found}
+        das, trained = align(trunk, task, variable, seed, **next(iter(settings.values()))[1])
+        seconds = time.perf_counter() - begin
+        for name, (words, sampled) in settings.items():
+            found = measure(trunk, das, trained, task.make(words), task.sampler(**sampled), seed, recipe.planted)
+            yield {**about, "setting": name, **found, "das_seconds": seconds}
+
+    for variable in (task.planted, task.control):
+        yield from records(variable, new if recipe.planted and recipe.vocabularies > 1 else {"same": new["same"]})
+        if task.name == "price_tag" and network == PLANTED:
+            yield from records(variable, ranges)
+    if network != APART:
+        yield from records(task.other, {"same": new["same"]})
 
 
 def summarise(records: Iterable[Record]) -> list[Record]:
@@ -145,10 +157,10 @@ def summarise(records: Iterable[Record]) -> list[Record]:
     groups: dict[tuple, list[Record]] = {}
     for record in records:
         if record["setting"] != "network":
-            key = tuple(record[name] for name in ("task", "planted", "setting", "variable"))
+            key = tuple(record[name] for name in ("task", "network", "setting", "variable"))
             groups.setdefault(key, []).append(record)
     out = []
-    for (task, planted, setting, variable), those in groups.items():
+    for (task, network, setting, variable), those in groups.items():
         columns = {
             name: [record[name] for record in those]
             for name in ("iia", "agreement", "accuracy", "whole", "known", "inside", "dims")
@@ -156,14 +168,14 @@ def summarise(records: Iterable[Record]) -> list[Record]:
         }
         spans = {name: [statistics.mean(of), min(of), max(of)] for name, of in columns.items()}
         out.append({
-            "task": task, "planted": planted, "setting": setting, "variable": variable, "seeds": len(those), **spans
+            "task": task, "network": network, "setting": setting, "variable": variable, "seeds": len(those), **spans
         })  # fmt: skip
     return out
 
 
 def map_network(task: Task, seed: int, figure: str | None) -> HeatMap:
     """Trains alignments of the planted variable at all layers and positions of one network, and draws them."""
-    engine = HFEngine(planting.plant(Recipe(task.name, seed, **PLANTING[task.name]))[0])
+    engine = HFEngine(planting.plant(Recipe(task.name, seed, **NETWORKS[task.name][PLANTED]))[0])
     layers, model = range(planting.LAYERS), task.make(0)
     maps = []
     for variable in (task.planted, task.control):
@@ -181,14 +193,13 @@ def map_network(task: Task, seed: int, figure: str | None) -> HeatMap:
 def bench_planted(seeds: int, figure: str | None) -> Record:
     records, tasks = [], {name: make() for name, make in TASKS.items()}
     for task in tasks.values():
-        for seed in range(seeds):
-            for planted in (True, False):
-                for record in bench_network(task, seed, planted):
-                    print(record, flush=True)
-                    records.append(record)
+        for network, seed in itertools.product(NETWORKS[task.name], range(seeds)):
+            for record in bench_network(task, network, seed):
+                print(record, flush=True)
+                records.append(record)
     return {
         "bench": "alignment", "layer": LAYER, "position": POSITION, "dimensions": planting.DIMENSIONS,
-        "hidden": planting.HIDDEN, "planting": PLANTING, "das": DAS, "held_out": HELD_OUT, "map_steps": MAP_STEPS,
+        "hidden": planting.HIDDEN, "networks": NETWORKS, "das": DAS, "held_out": HELD_OUT, "map_steps": MAP_STEPS,
         "variables": {name: (task.planted, task.control, task.other) for name, task in tasks.items()}, "seeds": seeds,
         "summary": summarise(records), "map": map_network(tasks["price_tag"], 0, figure).to_dict(),
         "records": records,

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Measures on a CPU what bench/results says of one, most telling first:
 #
-#   bash bench/cpu.sh OUTDIR [part…]         default: all parts but serve, soak, groups, infill, order, counterfactual
-#                                          and interchange
+#   bash bench/cpu.sh OUTDIR [part…]         default: all parts but serve, soak, groups, infill, order, counterfactual,
+#                                          interchange, alignment and facts
 #   AGAINST=../old bash bench/cpu.sh OUTDIR against      steps of this tree and of another, in turn
 #
 # part           minutes on two quiet cores, and what for
@@ -21,6 +21,8 @@
 # p0             4    steps with top_k, top_p, min_p against steps without
 # intervene     17    what interventions cost a step; two engines in turn, with places for them and without
 # interchange   25    interchange interventions, Boundless DAS, steered texts in turn with pyvene; PEER as above
+# alignment     20    what alignments find where a variable was planted: numbers that a busy machine does not change
+# facts          7    where facts stand in SmolLM2: the same
 # serve         15    a server against the engine in process, and against a stock server
 # soak          30    10,000 requests of random end: what is counted, not timed
 # groups        35    several groups against stock, a step by their number, a group beside ordinary requests
@@ -31,7 +33,7 @@
 set -u
 cd "$(dirname "$0")/.."
 if [ $# -eq 0 ]; then
-  sed -n '2,30s/^# \{0,1\}//p' "$0" >&2
+  sed -n '2,32s/^# \{0,1\}//p' "$0" >&2
   exit 2
 fi
 python=${PYTHON:-.venv/bin/python}
@@ -79,6 +81,10 @@ for part in $parts; do
     p0) bench p0_cpu bench_p0.py ;;
     intervene) bench intervene_cpu bench_intervene.py ;;
     interchange) bench interchange_cpu bench_interchange.py --peer "$peer" ;;
+    alignment)
+      OMP_NUM_THREADS=1 bench alignment_cpu bench_alignment.py planted --figure docs/figures/alignment.png
+      ;;
+    facts) OMP_NUM_THREADS=1 bench facts_cpu bench_alignment.py facts --figure docs/figures/facts.png ;;
     serve) bench serve_cpu bench_serve.py ;;
     soak) bench soak_cpu bench_soak.py ;;
     twist) bench twist_cpu bench_twist.py ;;

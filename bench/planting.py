@@ -138,36 +138,44 @@ class Recipe:
 
     Attributes:
         planted: whether a variable is planted, or the task alone learned.
-        formats: whether prefixes and the second vocabulary of answers are learned too.
+        formats: "one": no prefixes, one vocabulary of answers; "apart": prefixes, and both vocabularies, of which base
+            and source have the same; "mixed": base and source have any.
     """
 
     task: str
     seed: int
     planted: bool = True
-    formats: bool = False
+    formats: str = "one"
     steps: int = 1500
     batch: int = 48
     rate: float = 2e-3
 
+    @property
+    def vocabularies(self) -> int:
+        return 1 if self.formats == "one" else 2
+
 
 class Table:
-    """Holds all inputs of a task as tensors, for a vocabulary of answers.
+    """Holds all n inputs of a task as tensors, in each of m vocabularies of answers.
 
     Attributes:
-        ids: (n, T) tokens.
-        values: (n,) the planted variable's value, an index into the second dimension of `labels`.
-        labels: (n, 2) the answer's token when the variable is set to a value.
+        ids: (m, n, T) tokens.
+        values: (n,) the planted variable's value, an index into the last dimension of `labels`.
+        labels: (m, n, 2) the answer's token when the variable is set to a value.
     """
 
-    def __init__(self, task: Task, words: int) -> None:
-        model = task.make(words)
-        ran = [model.run(inputs)[task.planted] for inputs in task.inputs]
+    def __init__(self, task: Task, vocabularies: int) -> None:
+        models = [task.make(words) for words in range(vocabularies)]
+        ran = [models[0].run(inputs)[task.planted] for inputs in task.inputs]
         sources = [task.inputs[ran.index(value)] for value in (False, True)]
-        self.ids = torch.tensor([model.say(inputs) for inputs in task.inputs])
+        self.ids = torch.tensor([[model.say(inputs) for inputs in task.inputs] for model in models])
         self.values = torch.tensor([int(value) for value in ran])
         self.labels = torch.tensor([
-            [model.answer(model.interchange(inputs, source, task.planted)[model.output]) for source in sources]
-            for inputs in task.inputs
+            [
+                [model.answer(model.interchange(inputs, source, task.planted)[model.output]) for source in sources]
+                for inputs in task.inputs
+            ]
+            for model in models
         ])  # fmt: skip
 
 
@@ -193,7 +201,7 @@ def network() -> Any:
 def train(recipe: Recipe) -> Any:
     """Trains a network by a recipe, always the same on one machine."""
     task = TASKS[recipe.task]()
-    tables = [Table(task, words) for words in range(2 if recipe.formats else 1)]
+    table = Table(task, recipe.vocabularies)
     groups = [torch.tensor(group) for group in task.groups().values()]
     shares = torch.tensor([math.prod(TRUE if value else 1 - TRUE for value in values) for values in task.groups()])
     with torch.random.fork_rng():
@@ -203,15 +211,18 @@ def train(recipe: Recipe) -> Any:
         optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.rate, weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.rate, recipe.steps, pct_start=0.1)
         for step in range(recipe.steps):
-            table = tables[step % len(tables)]
             which = draw(groups, shares, 2 * recipe.batch)
-            long = int(torch.randint(1, LONGEST_PREFIX + 1, ())) if recipe.formats and step // 2 % 2 else 0
+            words = torch.randint(recipe.vocabularies, (len(which),))
+            if recipe.formats == "apart":
+                words = words[: recipe.batch].repeat(2)
+            long = int(torch.randint(1, LONGEST_PREFIX + 1, ())) if recipe.formats != "one" and step % 2 else 0
             noise = torch.randint(NOISE[0], NOISE[-1] + 1, (len(which), long))
-            logits = run(model, torch.cat([noise, table.ids[which]], dim=1), planted)
-            labels = table.labels[which, table.values[which]]
+            logits = run(model, torch.cat([noise, table.ids[words, which]], dim=1), planted)
+            labels = table.labels[words, which, table.values[which]]
             if recipe.planted:
                 bases, sources = which.chunk(2)
-                labels = torch.cat([labels, table.labels[bases, table.values[sources]]])
+                exchanged = table.labels[words[: recipe.batch], bases, table.values[sources]]
+                labels = torch.cat([labels, exchanged])
             loss = torch.nn.functional.cross_entropy(logits, labels)
             optimizer.zero_grad()
             loss.backward()
@@ -274,9 +285,7 @@ def plant(recipe: Recipe, directory: Path | None = None) -> tuple[Path, dict[str
 @torch.no_grad()
 def accuracy(model: Any, recipe: Recipe) -> float:
     """Computes the share of all inputs that are answered rightly, as often in each vocabulary that was learned."""
-    right = []
-    for words in range(2 if recipe.formats else 1):
-        table = Table(TASKS[recipe.task](), words)
-        logits = model(input_ids=table.ids, use_cache=False, logits_to_keep=1).logits[:, 0]
-        right.append(logits.argmax(1) == table.labels[torch.arange(len(table.ids)), table.values])
-    return torch.cat(right).double().mean().item()
+    table = Table(TASKS[recipe.task](), recipe.vocabularies)
+    logits = model(input_ids=table.ids.flatten(0, 1), use_cache=False, logits_to_keep=1).logits[:, 0]
+    labels = table.labels[:, torch.arange(len(table.values)), table.values]
+    return (logits.argmax(1) == labels.flatten()).double().mean().item()

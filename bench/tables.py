@@ -448,7 +448,7 @@ def alignment(result: Result) -> list[str]:
     def row(r: Result) -> tuple[str, ...]:
         mean, low, high = r["iia"]
         found = f"{mean:.3f} ({low:.3f} to {high:.3f})"
-        found = f"**{found}**" if r["planted"] and r["variable"] == result["variables"][r["task"]][0] else found
+        found = f"**{found}**" if "known" in r and r["variable"] == result["variables"][r["task"]][0] else found
         known = f"{r['known'][0]:.3f}" if "known" in r else "–"
         return found, *(f"{r[name][0]:.3f}" for name in ("agreement", "whole")), known, f"{r['dims'][0]:.0f}"
 
@@ -459,37 +459,44 @@ def alignment(result: Result) -> list[str]:
         f"task | network | variable | {head} | dimensions | accuracy",
         (
             (
-                r["task"].replace("_", " "), "planted" if r["planted"] else "task alone", f"`{r['variable']}`", *row(r),
-                f"{r['accuracy'][0]:.3f}",
+                r["task"].replace("_", " "), r["network"], f"`{r['variable']}`", *row(r), f"{r['accuracy'][0]:.3f}",
             )
             for r in result["summary"] if r["setting"] == "same"
         ),
     )  # fmt: skip
-    margins = {task: _margins(result["records"], task, *of[:2]) for task, of in result["variables"].items()}
-    lines += ["", "Least of all seeds, planted: " + "; ".join(
-        f"{task.replace('_', ' ')} {least:.3f}, and {margin:.3f} above the control"
-        for task, (least, margin) in margins.items()
-    ) + ".", "", "Price tags in the planted networks, the basis frozen:", ""]  # fmt: skip
+    margins = "; ".join(
+        f"{network}, {task.replace('_', ' ')}: {least:.3f}, and {margin:.3f} above the control"
+        for task, of in result["variables"].items()
+        for network, (least, margin) in _margins(result["records"], task, *of[:2]).items()
+    )
     names = {
-        "same": "nothing is new", "prefix": "a prefix", "words": "other answer words",
+        "same": "nothing", "prefix": "a prefix", "words": "other answer words",
         "same ranges": "nothing, brackets of half of the numbers", "new ranges": "brackets of the other half",
     }  # fmt: skip
-    settings = [r for r in result["summary"] if r["planted"] and r["variable"] in result["variables"]["price_tag"][:2]]
-    return lines + table(
-        f"what is new | variable | {head} | dimensions",
-        ((names[s], f"`{r['variable']}`", *row(r)) for s in names for r in settings if r["setting"] == s),
-    )
+    settings = [r for r in result["summary"] if r["task"] == "price_tag" and "known" in r]
+    settings = [r for r in settings if r["variable"] in result["variables"]["price_tag"][:2]]
+    settings.sort(key=lambda r: (r["network"], list(names).index(r["setting"])))
+    return [
+        *lines, "", f"The least of all seeds, of the planted variable: {margins}.", "",
+        "Price tags, the basis frozen:", "", *table(
+            f"network | what is new | variable | {head} | dimensions",
+            ((r["network"], names[r["setting"]], f"`{r['variable']}`", *row(r)) for r in settings),
+        )
+    ]  # fmt: skip
 
 
-def _margins(records: list[Result], task: str, planted: str, control: str) -> tuple[float, float]:
-    """Takes the least IIA of all seeds, and the least by which it is above the control's."""
-    same = {
-        (r["seed"], r["variable"]): r["iia"]
-        for r in records if r["setting"] == "same" and r["planted"] and r["task"] == task
-    }  # fmt: skip
-    seeds = {seed for seed, _ in same}
-    margin = min(same[seed, planted] - same[seed, control] for seed in seeds)
-    return min(same[seed, planted] for seed in seeds), margin
+def _margins(records: list[Result], task: str, planted: str, control: str) -> dict[str, tuple[float, float]]:
+    """Takes the least IIA of all seeds, and the least by which it is above the control's, of each kind of network."""
+    found: dict[str, dict[tuple[int, str], float]] = {}
+    for r in records:
+        if r["setting"] == "same" and r["task"] == task and r["known"] is not None:
+            found.setdefault(r["network"], {})[r["seed"], r["variable"]] = r["iia"]
+    out = {}
+    for network, same in found.items():
+        seeds = {seed for seed, _ in same}
+        margin = min(same[seed, planted] - same[seed, control] for seed in seeds)
+        out[network] = min(same[seed, planted] for seed in seeds), margin
+    return out
 
 
 def facts(result: Result) -> list[str]:
