@@ -464,6 +464,7 @@ def alignment(result: Result) -> list[str]:
             for r in result["summary"] if r["setting"] == "same"
         ),
     )  # fmt: skip
+    planted = {of[0] for of in result["variables"].values()}
     margins = "; ".join(
         f"{network}, {task.replace('_', ' ')}: {least:.3f}, and {margin:.3f} above the control"
         for task, of in result["variables"].items()
@@ -476,8 +477,12 @@ def alignment(result: Result) -> list[str]:
     settings = [r for r in result["summary"] if r["task"] == "price_tag" and "known" in r]
     settings = [r for r in settings if r["variable"] in result["variables"]["price_tag"][:2]]
     settings.sort(key=lambda r: (r["network"], list(names).index(r["setting"])))
+    same = [r for r in result["records"] if r["setting"] == "same" and r["variable"] in planted]
+    inside = [r["inside"] for r in same if r["inside"] is not None]
     return [
-        *lines, "", f"The least of all seeds, of the planted variable: {margins}.", "",
+        *lines, "", f"The least of all seeds, of the planted variable: {margins}. Its bases are not the subspace of "
+        f"the planting, which holds {min(inside):.2f} to {max(inside):.2f} of them (of their columns' squared lengths; "
+        f"{result['dimensions'] / result['hidden']:.3f} by chance).", "",
         "Price tags, the basis frozen:", "", *table(
             f"network | what is new | variable | {head} | dimensions",
             ((r["network"], names[r["setting"]], f"`{r['variable']}`", *row(r)) for r in settings),
