@@ -452,7 +452,7 @@ def test_interchange_of_a_tiny_model(tmp_path, monkeypatch):
 
     for name, value in {
         "TOKENS": 20, "PAIRS": 2, "LAYER": 1, "RANK": 4, "SAME_LAYERS": (0, 1), "PEER_CONFIGS": 3, "TEXTS": 4,
-        "LENGTHS": ((2, 20, 2), (1, 3, 2)), "BATCHES": 2,
+        "STEERED": ((2, 20, 2, "all"), (1, 3, 2, "generated")), "BATCHES": 2,
     }.items():  # fmt: skip
         monkeypatch.setattr(bench, name, value)
     engine, trainer = bench.Engine.__new__(bench.Engine), bench.Trainer.__new__(bench.Trainer)
