@@ -9,7 +9,8 @@
     steer    64 texts per prompt under a vector at layer 15: `smc`, by Hugging Face with a hook, and `smc` without the
              vector; by prompts, their tokens, and those of the texts, since `smc` has a prompt's keys and values once;
              prompts are from the pages in docs/, as random tokens have no likely continuation that texts could share.
-             Of several prompts Hugging Face has one batch
+             Of several prompts Hugging Face has one batch. The vector is added at all positions, or at those
+             generated, for which a prompt needs no keys and values of its own
 
 SmolLM2 in float32, 8 pairs of 64 random tokens, and new ones for each call, so that nothing is left of the call before.
 The vector hardly changes what is generated, so that as many texts share their tokens with it as without.
@@ -48,8 +49,12 @@ PEER_CONFIGS = 6
 BATCHES, EPOCHS, PEER_STEPS = 4, 3, 3
 #: what makes a training step
 STEP = ("fastsmc.alignment.das:Fit.step", "fastsmc.alignment.frozen:Frozen.states")
-#: of `steer`: texts per prompt; prompts, their tokens, and those of each text; the vector's scale
-TEXTS, LENGTHS, SCALE = 64, ((PAIRS, TOKENS, 16), (1, TOKENS, 16), (1, TOKENS, 32), (1, 8, 32)), 1e-3
+#: of `steer`: texts per prompt; prompts, their tokens, those of each text, where the vector is added; its scale
+TEXTS, SCALE = 64, 1e-3
+STEERED = (
+    (PAIRS, TOKENS, 16, "all"), (1, TOKENS, 16, "all"), (1, TOKENS, 16, "generated"), (1, TOKENS, 32, "all"),
+    (1, 8, 32, "all"),
+)  # fmt: skip
 SETTINGS: dict[str, Any] = {
     "dtype": "float32", "max_num_seqs": PAIRS * TEXTS, "max_model_len": 512, "kv_cache_memory_bytes": 1 << 32,
 }  # fmt: skip
@@ -101,14 +106,14 @@ class Engine:
         theirs = torch.from_numpy(np.load(path))
         return (ours.log_softmax(-1) - theirs.log_softmax(-1)).abs().flatten(1).amax(1).tolist()
 
-    def smc(self, prompts: Tokens, vector: list[float] | None, n: int, max_tokens: int, seed: int) -> float:
+    def smc(self, prompts: Tokens, vector: list[float] | None, at: str, n: int, max_tokens: int, seed: int) -> float:
         """Returns the seconds of n texts per prompt, under a vector or without."""
         import torch
 
         from fastsmc import SMCParams
         from fastsmc.interventions import Steer
 
-        steer = None if vector is None else Steer(LAYER, torch.tensor(vector))
+        steer = None if vector is None else Steer(LAYER, torch.tensor(vector), at=at)
         params = SMCParams(n_particles=n, max_tokens=max_tokens, ignore_eos=True, seed=seed)
         return timed(lambda: self.llm.smc(prompts, params, intervention=steer))
 
@@ -239,13 +244,16 @@ def steer(engine: Any, peer: Any, draws: Draws, repeats: int) -> Iterator[Record
     """Yields a record of steered texts: `ratio` to Hugging Face, `of_unsteered` to `smc` without the vector."""
     vector, seeds = draws.vector(), iter(range(1_000_000))
 
-    for n, n_prompt, n_new in LENGTHS:
+    for case in STEERED:
+        n, n_prompt, n_new, at = case
 
-        def ours(under: list[float] | None, n: int = n, n_prompt: int = n_prompt, n_new: int = n_new) -> float:
-            return engine.smc(draws.prompts(n, n_prompt), under, TEXTS, n_new, next(seeds))
+        def ours(under: list[float] | None, case: tuple = case) -> float:
+            n, n_prompt, n_new, at = case
+            return engine.smc(draws.prompts(n, n_prompt), under, at, TEXTS, n_new, next(seeds))
 
-        def theirs(n: int = n, n_prompt: int = n_prompt, n_new: int = n_new) -> float:
-            return peer.generate(draws.prompts(n, n_prompt), vector, LAYER, TEXTS, n_new, next(seeds))
+        def theirs(case: tuple = case) -> float:
+            n, n_prompt, n_new, at = case
+            return peer.generate(draws.prompts(n, n_prompt), vector, at, LAYER, TEXTS, n_new, next(seeds))
 
         calls: dict[str, Callable[[], Any]] = {
             "ours": functools.partial(ours, vector), "unsteered": functools.partial(ours, None),
@@ -261,7 +269,7 @@ def steer(engine: Any, peer: Any, draws: Draws, repeats: int) -> Iterator[Record
             "unsteered_runs": found["unsteered"],
         }
         of_unsteered = ratio(found["unsteered"], found["ours"])  # of speeds
-        name = f"steer, {n} prompt{'s' * (n > 1)}, {n_prompt} + {n_new} tokens"
+        name = f"steer, {n} prompt{'s' * (n > 1)}, {n_prompt} + {n_new} tokens{', generated ones' * (at != 'all')}"
         yield against(name, found["ours"], found.get("peer"), **more, of_unsteered=of_unsteered)
 
 

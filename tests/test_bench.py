@@ -283,7 +283,8 @@ def test_groups_of_two_trees(tmp_path, monkeypatch, capsys):
 
     assert [r["engine"] for r in of["beside"]] == ["this", "2 rows", "against"]
     for record in of["beside"]:
-        assert 3 < record["itl_ratio"]["median"] < 8 and 3 < record["ttft_ratio"]["median"] < 8
+        # 6 by what sleeps; a busy machine adds as much to both, which brings them nearer
+        assert 1.5 < record["itl_ratio"]["median"] < 8 and 1.5 < record["ttft_ratio"]["median"] < 8
         assert record["group_share"]["stream"]["median"] == pytest.approx(10 / 12, rel=0.4)
         assert record["streams_tokens_per_s"]["with"] < record["streams_tokens_per_s"]["without"]
     assert set(of["beside"][0]["over_against"]) >= {"group, stream", "streams and group"}
@@ -451,7 +452,7 @@ def test_interchange_of_a_tiny_model(tmp_path, monkeypatch):
 
     for name, value in {
         "TOKENS": 20, "PAIRS": 2, "LAYER": 1, "RANK": 4, "SAME_LAYERS": (0, 1), "PEER_CONFIGS": 3, "TEXTS": 4,
-        "LENGTHS": ((2, 20, 2), (1, 3, 2)), "BATCHES": 2,
+        "STEERED": ((2, 20, 2, "all"), (1, 3, 2, "generated")), "BATCHES": 2,
     }.items():  # fmt: skip
         monkeypatch.setattr(bench, name, value)
     engine, trainer = bench.Engine.__new__(bench.Engine), bench.Trainer.__new__(bench.Trainer)

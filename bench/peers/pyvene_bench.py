@@ -154,15 +154,17 @@ class Pyvene:
     # ----------------------------------------------------------------------------------------------------- generation
     @torch.no_grad()
     def generate(
-        self, prompts: list[list[int]], vector: list[float], layer: int, n: int, max_tokens: int, seed: int
+        self, prompts: list[list[int]], vector: list[float], at: str, layer: int, n: int, max_tokens: int, seed: int
     ) -> float:
-        """Generates n texts per prompt, prompts of one length, under a hook that adds a vector at all positions, in one
-        batch, as Hugging Face samples: seconds."""
+        """Generates n texts per prompt, prompts of one length, under a hook that adds a vector at "all" positions or
+        those "generated", in one batch, as Hugging Face samples: seconds."""
         if not hasattr(self, "steered"):
             self.steered = self._load()
         added, ids = torch.tensor(vector), torch.tensor(prompts)
 
         def steer(module: Any, inputs: Any, output: Any) -> Any:
+            if at == "generated" and inputs[0].shape[1] > 1:  # the prompt
+                return output
             return (output[0] + added, *output[1:]) if isinstance(output, tuple) else output + added
 
         torch.manual_seed(seed)
@@ -203,7 +205,7 @@ def run(peer: Pyvene, repeats: int) -> dict[str, Any]:
         },
         "generate": {
             "n": TEXTS, "prompt_tokens": PROMPT_TOKENS, "max_tokens": NEW_TOKENS,
-            **median(lambda: [peer.generate([bases[0][:PROMPT_TOKENS]], vector, LAYER, TEXTS, NEW_TOKENS, 0)]),
+            **median(lambda: [peer.generate([bases[0][:PROMPT_TOKENS]], vector, "all", LAYER, TEXTS, NEW_TOKENS, 0)]),
         },
     }  # fmt: skip
 
