@@ -240,11 +240,11 @@ def train(trainer: Any, peer: Any, draws: Draws, repeats: int) -> Iterator[Recor
     yield against(f"DAS, {EPOCHS} epochs", totals, [steps * one for one in theirs], steps=steps, **more)
 
 
-def steer(engine: Any, peer: Any, draws: Draws, repeats: int) -> Iterator[Record]:
+def steer(engine: Any, peer: Any, draws: Draws, repeats: int, cases: Sequence[int] | None) -> Iterator[Record]:
     """Yields a record of steered texts: `ratio` to Hugging Face, `of_unsteered` to `smc` without the vector."""
     vector, seeds = draws.vector(), iter(range(1_000_000))
 
-    for case in STEERED:
+    for case in STEERED if cases is None else [STEERED[i] for i in cases]:
         n, n_prompt, n_new, at = case
 
         def ours(under: list[float] | None, case: tuple = case) -> float:
@@ -275,7 +275,7 @@ def steer(engine: Any, peer: Any, draws: Draws, repeats: int) -> Iterator[Record
 
 def run(
     json_path: str | None = None, model: str = "smollm2", peer: str | None = None, parts: Sequence[str] = PARTS,
-    repeats: int = 3,
+    repeats: int = 3, steered: Sequence[int] | None = None,
 ) -> list[Record]:  # fmt: skip
     """Measures the parts; writes and returns a record for each case."""
     os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
@@ -287,7 +287,7 @@ def run(
         "same": lambda: same(served["engine"], other, draws),
         "sweep": lambda: sweep(served["engine"], other, draws, repeats),
         "train": lambda: train(served["trainer"], other, draws, repeats),
-        "steer": lambda: steer(served["engine"], other, draws, repeats),
+        "steer": lambda: steer(served["engine"], other, draws, repeats, steered),
     }
     records = []
     for part in parts:
@@ -333,12 +333,13 @@ def main() -> None:
     parser.add_argument("--peer", metavar="PYTHON", help="of the peers' environment; without it only fastsmc runs")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--steered", type=int, nargs="+", help="cases of the part steer, by number; default: all")
     parser.add_argument("--serve", choices=("engine", "trainer"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
         serve(lambda: {"engine": Engine, "trainer": Trainer}[args.serve](args.model))
         return
-    run(args.json, args.model, args.peer, args.parts, args.repeats)
+    run(args.json, args.model, args.peer, args.parts, args.repeats, args.steered)
 
 
 if __name__ == "__main__":

@@ -474,7 +474,7 @@ def test_interchange_of_a_tiny_model(tmp_path, monkeypatch):
     step, epochs = records[-2:]
     assert epochs["steps"] == 6 and epochs["peer_runs"] == [6 * 0.25] and step["peer_runs"] == [0.25]
     assert 0 < 6 * step["seconds"] < epochs["seconds"]
-    records += bench.steer(engine, peer, draws, 1)
+    records += bench.steer(engine, peer, draws, 1, None)
     assert records[-1]["ratio"]["median"] == 40.0 / records[-1]["seconds"]
     assert all(bench.describe(record) for record in records)
     result = {"bench": "interchange", "peer": peer.versions(), "records": records}
@@ -483,7 +483,7 @@ def test_interchange_of_a_tiny_model(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     text = tables.make("made")
     assert "sweep, 16 positions" in text and "pyvene 0 by at most" in text and "of the speed of others" in text
-    alone = list(bench.sweep(engine, None, draws, 1)) + list(bench.steer(engine, None, draws, 1))
+    alone = list(bench.sweep(engine, None, draws, 1)) + list(bench.steer(engine, None, draws, 1, [1]))
     assert not any("ratio" in record for record in alone) and list(bench.same(engine, None, draws)) == []
 
 
