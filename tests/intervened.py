@@ -41,9 +41,9 @@ LISTS = {
     "at one site": [
         EACH["steer"],
         EACH["project"],
+        EACH["interchange"],
         EACH["affine"],
         EACH["steer generated"],
-        EACH["interchange"],
         EACH["steer positions"],
         EACH["rank one"],
         EACH["rank one"],
