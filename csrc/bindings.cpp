@@ -34,6 +34,14 @@ cpu::Matrix matrix(const MatrixArgs& m) {
   return {at<void>(std::get<0>(m)), std::get<1>(m), std::get<2>(m), at<int64_t>(std::get<3>(m))};
 }
 
+// T for all, T of each row or 0; the same of T/α; whether there is a power α
+using PowerArgs = std::tuple<double, Address, double, Address, bool>;
+
+cpu::Powered powered(const PowerArgs& args) {
+  const auto& [all, rows, powered_all, powered_rows, powers] = args;
+  return {{all, at<double>(rows)}, {powered_all, at<double>(powered_rows)}, powers};
+}
+
 // logits, factual, mask; tokens; rows, vocab; temperature, temperatures, and those of factual
 using ContrastArgs = std::tuple<MatrixArgs, MatrixArgs, MatrixArgs, Address, int64_t, int64_t, double, Address, double,
                                 Address>;
@@ -117,19 +125,19 @@ PYBIND11_MODULE(_C, m) {
   });
 
   m.def("weigh", [](const MatrixArgs& logits, const MatrixArgs& psi, const MatrixArgs& mask, int64_t n_rows,
-                    int64_t vocab, double temperature, Address temperatures, Address lse, Address lse_psi,
-                    Address tile_mass, Address max_psi) {
+                    int64_t vocab, const PowerArgs& temperature, Address lse, Address lse_psi, Address tile_mass,
+                    Address max_psi) {
     py::gil_scoped_release release;
-    cpu::weigh(matrix(logits), matrix(psi), matrix(mask), n_rows, vocab, {temperature, at<double>(temperatures)},
-               at<double>(lse), at<double>(lse_psi), at<double>(tile_mass), at<float>(max_psi));
+    cpu::weigh(matrix(logits), matrix(psi), matrix(mask), n_rows, vocab, powered(temperature), at<double>(lse),
+               at<double>(lse_psi), at<double>(tile_mass), at<float>(max_psi));
   });
 
   m.def("draw", [](const MatrixArgs& logits, const MatrixArgs& psi, const MatrixArgs& mask, int64_t vocab,
-                   double temperature, Address temperatures, Address lse, Address tile_mass, Address rows, Address u,
+                   const PowerArgs& temperature, Address lse, Address tile_mass, Address rows, Address u,
                    int64_t n_draws, Address tokens, Address log_prob, Address log_psi) {
     py::gil_scoped_release release;
-    cpu::draw(matrix(logits), matrix(psi), matrix(mask), vocab, {temperature, at<double>(temperatures)},
-              at<double>(lse), at<double>(tile_mass), at<int64_t>(rows), at<double>(u), n_draws, at<int64_t>(tokens),
+    cpu::draw(matrix(logits), matrix(psi), matrix(mask), vocab, powered(temperature), at<double>(lse),
+              at<double>(tile_mass), at<int64_t>(rows), at<double>(u), n_draws, at<int64_t>(tokens),
               at<double>(log_prob), at<double>(log_psi));
   });
 

@@ -37,11 +37,12 @@ auto with_mask(const Matrix& mask, int64_t r, F f) {
   return words ? f(words) : f(static_cast<const NoMask*>(nullptr));
 }
 
-// Calls f with null pointers of the types of logits and twist.
+// Calls f with null pointers of the types of logits and twist; where there is none, but a power, that is ZeroTwist.
 template <typename F>
-void dispatch(int logit_dtype, int psi_dtype, F f) {
+void dispatch(int logit_dtype, int psi_dtype, bool powers, F f) {
   const auto with_psi = [&](auto* logit) {
-    if (psi_dtype == kNone) f(logit, static_cast<NoTwist*>(nullptr));
+    if (psi_dtype == kNone && powers) f(logit, static_cast<ZeroTwist*>(nullptr));
+    else if (psi_dtype == kNone) f(logit, static_cast<NoTwist*>(nullptr));
     else if (psi_dtype == kFloat32) f(logit, static_cast<float*>(nullptr));
     else if (psi_dtype == kBFloat16) f(logit, static_cast<bf16*>(nullptr));
     else if (psi_dtype == kFloat16) f(logit, static_cast<fp16*>(nullptr));
@@ -63,10 +64,10 @@ void uniforms(double* out, int64_t n, const UniformGroups& of) {
 
 // lse, lse_psi, max_psi: (n_rows,); tile_mass: (n_rows, n_tiles)
 void weigh(const Matrix& logits, const Matrix& psi, const Matrix& mask, int64_t n_rows, int64_t vocab,
-           const Temperature& temperature, double* lse, double* lse_psi, double* tile_mass, float* max_psi) {
-  if (psi.dtype == kNone && mask.dtype == kNone) lse_psi = lse;
+           const Powered& temperature, double* lse, double* lse_psi, double* tile_mass, float* max_psi) {
+  if (psi.dtype == kNone && mask.dtype == kNone && !temperature.powers) lse_psi = lse;
   const int64_t n_tiles = (vocab + kTile - 1) / kTile;
-  dispatch(logits.dtype, psi.dtype, [&](auto* logit, auto* twist) {
+  dispatch(logits.dtype, psi.dtype, temperature.powers, [&](auto* logit, auto* twist) {
     using Logit = std::remove_pointer_t<decltype(logit)>;
     using Psi = std::remove_pointer_t<decltype(twist)>;
 #pragma omp parallel if (n_rows * vocab > kSerial)
@@ -81,7 +82,7 @@ void weigh(const Matrix& logits, const Matrix& psi, const Matrix& mask, int64_t 
           std::fill_n(tile_mass + r * n_tiles, n_tiles, 0.0);
           continue;
         }
-        const float scale = temperature.scale(r);
+        const Scale scale = temperature.scale(r);
         with_mask(mask, r, [&](auto* words) {
           weigh_row(TileWeigher(), row, row_of<Psi>(psi, r), words, vocab, scale, base_shifts.data(), base_mass.data(),
                     shifts.data(), lse + r, lse_psi + r, tile_mass + r * n_tiles, max_psi + r);
@@ -92,11 +93,11 @@ void weigh(const Matrix& logits, const Matrix& psi, const Matrix& mask, int64_t 
 }
 
 // Draw j: weighed row rows[j], uniform u[j]. tokens, log_prob, log_psi: (n_draws,).
-void draw(const Matrix& logits, const Matrix& psi, const Matrix& mask, int64_t vocab, const Temperature& temperature,
+void draw(const Matrix& logits, const Matrix& psi, const Matrix& mask, int64_t vocab, const Powered& temperature,
           const double* lse, const double* tile_mass, const int64_t* rows, const double* u, int64_t n_draws,
           int64_t* tokens, double* log_prob, double* log_psi) {
   const int64_t n_tiles = (vocab + kTile - 1) / kTile;
-  dispatch(logits.dtype, psi.dtype, [&](auto* logit, auto* twist) {
+  dispatch(logits.dtype, psi.dtype, temperature.powers, [&](auto* logit, auto* twist) {
     using Logit = std::remove_pointer_t<decltype(logit)>;
     using Psi = std::remove_pointer_t<decltype(twist)>;
 #pragma omp parallel for schedule(static) if (n_draws * kTile > kSerial)
@@ -104,14 +105,14 @@ void draw(const Matrix& logits, const Matrix& psi, const Matrix& mask, int64_t v
       const int64_t r = rows[j];
       const Logit* row = row_of<Logit>(logits, r);
       const Psi* twists = row_of<Psi>(psi, r);
-      const float scale = temperature.scale(r);
+      const Scale scale = temperature.scale(r);
       const int64_t token = with_mask(mask, r, [&](auto* words) {
         return row ? draw_row(row, twists, words, vocab, scale, tile_mass + r * n_tiles, u[j]) : kNoToken;
       });
       tokens[j] = token;
       log_prob[j] = log_psi[j] = std::numeric_limits<double>::quiet_NaN();
       if (token == kNoToken) continue;
-      log_prob[j] = static_cast<double>(load(row, token)) * scale * kLog2 - lse[r];
+      log_prob[j] = static_cast<double>(load(row, token)) * scale.z * kLog2 - lse[r];
       log_psi[j] = load(twists, token);
     }
   });
@@ -154,7 +155,7 @@ class Comparer {
 
   float load_row_of(const Matrix& m, const Matrix& mask, int64_t r, float* out) const {
     float max = kNegInf;
-    dispatch(m.dtype, kNone, [&](auto* typed, auto*) {
+    dispatch(m.dtype, kNone, false, [&](auto* typed, auto*) {
       using T = std::remove_pointer_t<decltype(typed)>;
       max = with_mask(mask, r, [&](auto* words) { return load_row(row_of<T>(m, r), words, of_.vocab, out); });
     });

@@ -30,16 +30,22 @@ struct Temperature {
   double all;
   const double* rows;
   double at(int64_t r) const { return rows ? rows[r] : all; }
-  float scale(int64_t r) const { return logit_scale(at(r)); }
+};
+
+// The temperatures of `weigh` and `draw`: T, and T/α of a power α; whether there is one.
+struct Powered {
+  Temperature base, powered;
+  bool powers;
+  Scale scale(int64_t r) const { return {logit_scale(base.at(r)), logit_scale(powered.at(r))}; }
 };
 
 void uniforms(double* out, int64_t n, const UniformGroups& of);
 
-// Without psi and mask lse_psi would equal lse, and is not written.
+// Without psi, mask and power lse_psi would equal lse, and is not written.
 void weigh(const Matrix& logits, const Matrix& psi, const Matrix& mask, int64_t n_rows, int64_t vocab,
-           const Temperature& temperature, double* lse, double* lse_psi, double* tile_mass, float* max_psi);
+           const Powered& temperature, double* lse, double* lse_psi, double* tile_mass, float* max_psi);
 
-void draw(const Matrix& logits, const Matrix& psi, const Matrix& mask, int64_t vocab, const Temperature& temperature,
+void draw(const Matrix& logits, const Matrix& psi, const Matrix& mask, int64_t vocab, const Powered& temperature,
           const double* lse, const double* tile_mass, const int64_t* rows, const double* u, int64_t n_draws,
           int64_t* tokens, double* log_prob, double* log_psi);
 

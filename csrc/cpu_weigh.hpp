@@ -138,7 +138,7 @@ struct Frame {
 class TileWeigher {
  public:
   template <typename Logit, typename Psi, typename Mask>
-  TileSums operator()(const Logit* logits, const Psi* psi, const Mask* mask, int n, float scale) {
+  TileSums operator()(const Logit* logits, const Psi* psi, const Mask* mask, int n, Scale scale) {
     constexpr bool reweighs = kReweighs<Psi, Mask>;
     TileSums sums;
     if (n == kTile && base_.frame == base_.frame && (!reweighs || both_.frame == both_.frame) &&
@@ -150,34 +150,33 @@ class TileWeigher {
  private:
   Frame base_, both_;
 
-  // Makes x of 16 tokens from their z.
+  // Makes x of 16 tokens from their scaled logits.
   template <typename Psi, typename Mask>
-  static __m512 reweigh(__m512 z, const Psi* psi, const Mask* mask, int i, __mmask16 lanes) {
-    __m512 x = z;
-    if constexpr (!std::is_same<Psi, NoTwist>::value)
-      x = _mm512_fmadd_ps(load16(psi + i, lanes), _mm512_set1_ps(1.44269504f), z);
+  static __m512 reweigh(__m512 scaled, const Psi* psi, const Mask* mask, int i, __mmask16 lanes) {
+    __m512 x = scaled;
+    if constexpr (kTwists<Psi>) x = _mm512_fmadd_ps(load16(psi + i, lanes), _mm512_set1_ps(1.44269504f), scaled);
     if constexpr (!std::is_same<Mask, NoMask>::value)
-      x = _mm512_mask_add_ps(x, static_cast<__mmask16>(~(mask[i >> 5] >> (i & 16))), z, _mm512_set1_ps(kNegInf));
+      x = _mm512_mask_add_ps(x, static_cast<__mmask16>(~(mask[i >> 5] >> (i & 16))), scaled, _mm512_set1_ps(kNegInf));
     return x;
   }
 
   // Weighs a whole tile in its row's frames; false if they are too far off.
   template <typename Logit, typename Psi, typename Mask>
-  bool weigh_quickly(const Logit* logits, const Psi* psi, const Mask* mask, float scale, TileSums* sums) const {
+  bool weigh_quickly(const Logit* logits, const Psi* psi, const Mask* mask, Scale scale, TileSums* sums) const {
     constexpr bool reweighs = kReweighs<Psi, Mask>;
-    const __m512 scales = _mm512_set1_ps(scale);
-    SumExp2 base(scale, base_.frame), both(1.0f, reweighs ? both_.frame : 0.0f);
+    const __m512 scales = _mm512_set1_ps(scale.x);
+    SumExp2 base(scale.z, base_.frame), both(1.0f, reweighs ? both_.frame : 0.0f);
     for (int i = 0; i < kTile; i += 64) {
       prefetch64(logits + kTile + i);
       Four x = load64<reweighs>(logits + i);
       base.add(x);
       if constexpr (reweighs) {
-        if constexpr (!std::is_same<Psi, NoTwist>::value) prefetch64(psi + kTile + i);
+        if constexpr (kTwists<Psi>) prefetch64(psi + kTile + i);
         each([&](int j) { x[j] = reweigh(_mm512_mul_ps(x[j], scales), psi, mask, i + 16 * j, 0xffff); });
         both.add(x);
       }
     }
-    sums->max.z = max_of(base.max) * scale;
+    sums->max.z = max_of(base.max) * scale.z;
     sums->shift.z = base_.frame;
     sums->z = sum_of(base.sum);
     if (!base_.holds(sums->max.z, &sums->z)) return false;
@@ -190,17 +189,19 @@ class TileWeigher {
 
   // Weighs any tile of n tokens; its maxima make the frames of the tiles after it.
   template <typename Logit, typename Psi, typename Mask>
-  TileSums weigh_carefully(const Logit* logits, const Psi* psi, const Mask* mask, int n, float scale) {
+  TileSums weigh_carefully(const Logit* logits, const Psi* psi, const Mask* mask, int n, Scale scale) {
     constexpr bool reweighs = kReweighs<Psi, Mask>;
     alignas(64) float z[kTile], x[reweighs ? kTile : 1];
-    const __m512 infinite = _mm512_set1_ps(kNegInf), scales = _mm512_set1_ps(scale);
+    const __m512 infinite = _mm512_set1_ps(kNegInf);
+    const __m512 scales = _mm512_set1_ps(scale.z), powered = _mm512_set1_ps(scale.x);
     __m512 z_max = infinite, x_max = infinite;
     for (int i = 0; i < kTile; i += 16) {
       const __mmask16 lanes = n - i >= 16 ? 0xffff : n > i ? static_cast<__mmask16>((1 << (n - i)) - 1) : 0;
       __m512 v = infinite, sum = infinite;
       if (lanes) {
-        v = _mm512_mask_mul_ps(infinite, lanes, load16(logits + i, lanes), scales);
-        sum = reweigh(v, psi, mask, i, lanes);
+        const __m512 logit = load16(logits + i, lanes);
+        v = _mm512_mask_mul_ps(infinite, lanes, logit, scales);
+        sum = reweigh(_mm512_mask_mul_ps(infinite, lanes, logit, powered), psi, mask, i, lanes);
       }
       z_max = _mm512_max_ps(v, z_max);  // of NaN and z_max: z_max, the second
       _mm512_store_ps(z + i, v);

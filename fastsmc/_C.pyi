@@ -14,6 +14,7 @@ Address: TypeAlias = int
 #: address, row stride in elements, dtype code, address of the row index
 MatrixArgs: TypeAlias = tuple[Address, int, int, Address]
 #: logits, factual, mask; tokens; rows, vocab; temperature, address of temperatures, and those of factual
+PowerArgs = tuple[float, Address, float, Address, bool]
 ContrastArgs: TypeAlias = tuple[MatrixArgs, MatrixArgs, MatrixArgs, Address, int, int, float, Address, float, Address]
 #: for all groups: seed, group, step, stream; addresses: seeds, groups, steps, offsets; groups
 UniformArgs: TypeAlias = tuple[int, int, int, int, Address, Address, Address, Address, int]
@@ -49,8 +50,7 @@ def weigh(
     mask: MatrixArgs,
     n_rows: int,
     vocab: int,
-    temperature: float,
-    temperatures: Address,
+    temperature: PowerArgs,
     lse: Address,
     lse_psi: Address,
     tile_mass: Address,
@@ -62,8 +62,7 @@ def draw(
     psi: MatrixArgs,
     mask: MatrixArgs,
     vocab: int,
-    temperature: float,
-    temperatures: Address,
+    temperature: PowerArgs,
     lse: Address,
     tile_mass: Address,
     rows: Address,

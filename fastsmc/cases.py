@@ -66,6 +66,8 @@ def read_cases(
     check_choice("noise", noise, NOISES)
     if params is not None and not isinstance(params, SMCParams):
         raise ValueError(f"params={short(params)}: must be SMCParams")
+    if params is not None and params.powered:
+        raise ValueError(f"power={params.power:g}: must be 1, without a ramp, for counterfactuals")
     if noise == "gumbel" and potential is not None:
         raise ValueError("noise='gumbel': takes no potential, whose resampling would give particles other numbers")
     facts, ids, single = _read_facts(prompts, sizes, tokenizer_hash)

@@ -48,6 +48,7 @@ def make_parser() -> argparse.ArgumentParser:
     run.add_argument("--ess-threshold", type=float, default=default.ess_threshold, help="default: %(default)s")
     run.add_argument("--resampling", choices=RESAMPLING_SCHEMES, default=default.resampling)
     run.add_argument("--proposal", choices=PROPOSALS, default=default.proposal)
+    _add_power(run, default)
     run.add_argument("--best", type=int, default=10, metavar="K", help="texts in the table (default: %(default)s)")
     run.add_argument("--json", metavar="FILE", help="write everything about the result there")
     run.add_argument("--save", metavar="FILE", help="write the population there, for Population.load")
@@ -82,6 +83,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_task(judge, default)
     judge.add_argument("--twist", metavar="DIR", help="a learned twist; brings its own potential if none is given")
     judge.add_argument("--ess-threshold", type=float, default=default.ess_threshold, help="default: %(default)s")
+    _add_power(judge, default)
     judge.add_argument("--exact", metavar="FILE", help="JSON list of exact samples (lists of token ids)")
     judge.add_argument("--rejection", type=int, default=32, metavar="K", help="else so many by rejection (%(default)s)")
     judge.add_argument("--runs", type=int, default=16, metavar="R", help="of each kind (default: %(default)s)")
@@ -160,6 +162,20 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--verbose", action="store_true", help="show the engine's log, which else goes to a file")
 
 
+def _add_power(parser: argparse.ArgumentParser, default: SMCParams) -> None:
+    parser.add_argument("--power", type=float, default=default.power, metavar="A", help="sample p0^A·φ (default: 1)")
+    parser.add_argument("--power-ramp", metavar="K|A1,A2,...", help="reach the power in K steps, or by these powers")
+
+
+def _ramp(text: str | None) -> int | tuple[float, ...] | None:
+    if text is None:
+        return None
+    try:
+        return int(text) if text.isdecimal() else tuple(float(each) for each in text.split(","))
+    except ValueError:
+        raise ValueError(f"--power-ramp {text!r}: must be a number of steps, or powers with commas between") from None
+
+
 # -- run ---------------------------------------------------------------------------------------------------------------
 def command_run(args: argparse.Namespace) -> int:
     params = SMCParams(
@@ -169,6 +185,8 @@ def command_run(args: argparse.Namespace) -> int:
         ess_threshold=args.ess_threshold,
         resampling=args.resampling,
         proposal=args.proposal,
+        power=args.power,
+        power_ramp=_ramp(args.power_ramp),
         ignore_eos=args.ignore_eos,
         seed=args.seed,
     )
@@ -489,6 +507,8 @@ def command_evaluate(args: argparse.Namespace) -> int:
         max_tokens=args.max_tokens,
         temperature=args.temperature,
         ess_threshold=args.ess_threshold,
+        power=args.power,
+        power_ramp=_ramp(args.power_ramp),
         ignore_eos=args.ignore_eos,
         seed=args.seed,
     )

@@ -240,7 +240,7 @@ def kl(
     log_z: float | None = None,
     bounds: LogZBounds | None = None,
 ) -> KL:
-    """Estimates KL(q‖σ) and KL(σ‖q), with q the law of one particle that is never resampled.
+    """Estimates KL(q‖σ) and KL(σ‖q), with q the law of one particle that is never resampled; σ has p0^α for a power α.
 
     q is the proposal of `params`: p0·ψ normalised token by token, or p0. It is sampled with `runs` groups of
     n_particles; every exact sample is weighed once.
@@ -283,7 +283,7 @@ def weigh(
     exact: Sequence[Sequence[int]],
     twist: str | os.PathLike | None = None,
 ) -> np.ndarray:
-    """Computes log p0 φ / q of complete sequences, (K,) float64, with n_particles of them per group."""
+    """Computes log p0^α φ / q of complete sequences, (K,) float64, with n_particles of them per group."""
     exact = read_samples("exact", exact)
     size = min(params.n_particles, len(exact))
     chunks = [list(exact[i : i + size]) for i in range(0, len(exact), size)]
@@ -300,15 +300,16 @@ def baselines(
 ) -> dict[str, float | None]:
     """Measures what plain sampling makes of as many tokens as SMC has: N particles per run, drawn from p0.
 
+    With a power α of p0 φ stands for p0^(α−1) φ, what the target is beside p0.
+
     Returns:
         acceptance: E[φ] / max(1, largest φ seen): the share of draws that rejection sampling keeps (exact for φ <= 1).
         accepted_per_run: how many of N that is.
         log_phi_best_of_n: mean over runs of the largest log φ of N draws; log_prob_best_of_n: their log p0.
         log_phi_base: mean log φ of a draw; None if it is −inf.
     """
-    free = dataclasses.replace(params, ess_threshold=0.0, proposal="base")
-    populations = _run(llm, prompt, free, potential, None, runs, 4 * runs)
-    log_phi = np.stack([p.log_weights for p in populations])
+    populations = _run(llm, prompt, _plain(params), potential, None, runs, 4 * runs)
+    log_phi = np.stack([_log_beside_p0(p, params.power) for p in populations])
     log_p = np.stack([p.log_probs for p in populations])
     best = log_phi.argmax(axis=1)
     rows = np.arange(runs)
@@ -324,6 +325,16 @@ def baselines(
     }
 
 
+def _plain(params: SMCParams) -> SMCParams:
+    """Gives the parameters of draws from p0."""
+    return dataclasses.replace(params, ess_threshold=0.0, proposal="base", power=1.0, power_ramp=None)
+
+
+def _log_beside_p0(population: Population, power: float) -> np.ndarray:
+    """Computes what the target p0^α φ is beside p0, (N,) log, of a population of `_plain`."""
+    return population.log_weights + (power - 1.0) * population.log_probs
+
+
 def rejection(
     llm: Any,
     prompt: str | Sequence[int],
@@ -335,26 +346,35 @@ def rejection(
 ) -> list[list[int]]:
     """Makes `count` exact samples of p0·φ/Z where φ <= 1, by keeping each draw from p0 with chance φ.
 
+    With a power α >= 1 the target is p0^α·φ, and each draw is kept with chance p0^(α−1) φ.
+
     Raises:
-        ValueError: a draw has φ > 1, or fewer than `count` of `max_draws` draws were kept; says how many.
+        ValueError: the power is below 1, a draw has φ > 1, or fewer than `count` of `max_draws` draws were kept; says how
+            many.
     """
-    free = dataclasses.replace(params, ess_threshold=0.0, proposal="base")
+    if params.power < 1.0:
+        raise ValueError(f"power={params.power:g}: must be at least 1 for rejection, whose chances would exceed 1")
+    free = _plain(params)
     rng = np.random.default_rng([params.seed, params.group])
     kept: list[list[int]] = []
     for first in range(-(-max_draws // params.n_particles)):
         population = _run(llm, prompt, free, potential, None, 1, first)[0]
-        kept += accept(population, rng)
+        kept += accept(population, rng, params.power)
         if len(kept) >= count:
             return kept[:count]
     raise ValueError(f"rejection: {len(kept)} of {max_draws} draws were kept, {count} are wanted; φ is too small")
 
 
-def accept(population: Population, rng: np.random.Generator) -> list[list[int]]:
-    """Keeps draws from p0, whose weights are their log φ, each with chance φ. ValueError: a φ is above 1."""
+def accept(population: Population, rng: np.random.Generator, power: float = 1.0) -> list[list[int]]:
+    """Keeps draws from p0, whose weights are their log φ, each with chance p0^(power − 1) φ.
+
+    Raises:
+        ValueError: a φ is above 1.
+    """
     log_phi = population.log_weights
     if (log_phi > 1e-6).any():
         raise ValueError(f"rejection: a draw has log φ = {log_phi.max():.4g}; φ must be at most 1")
-    hits = np.flatnonzero(np.log(rng.random(len(log_phi))) < log_phi)
+    hits = np.flatnonzero(np.log(rng.random(len(log_phi))) < _log_beside_p0(population, power))
     return [population.token_ids[i] for i in hits]
 
 

@@ -48,6 +48,11 @@ class SMCParams:
         force_stop: True draws token `max_tokens` among the stop tokens; it needs one. The target then is p0·φ on the
             sequences that end with a stop token, or, with fewer than `max_tokens` tokens, by `stop` or the potential's
             `stop`. One of `max_tokens` tokens whose last is no stop token is not among them.
+        power: α > 0; the target is p0^α·φ, whole sequences sharpened (α > 1) or flattened, which no temperature does.
+            log Z is that of Σ p0^α φ, and may be above 0 without a potential.
+        power_ramp: how α comes about over the steps t = 1, 2, …: None: at once; an integer K: α_t is
+            1 + (α − 1)·min(1, t/K); a sequence: α_1, α_2, …, the last of which is α and holds from then on. The target
+            is the same; steps before have another intermediate target.
         seed: 0 to 2**63 - 1; the same seed gives the same population.
         group: 0 to 2**32 - 1; a second key beside the seed, for independent groups under one seed. `LLM.smc` adds the
             prompt's index to it when it is given a list.
@@ -74,6 +79,8 @@ class SMCParams:
     min_tokens: int = 0
     stop: tuple[str, ...] | None = None
     force_stop: bool = False
+    power: float = 1.0
+    power_ramp: int | tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         def put(name: str, value: Any) -> None:
@@ -102,6 +109,8 @@ class SMCParams:
             raise ValueError("allowed_token_ids=[]: must hold at least one token id, or be None")
         put("min_tokens", check_int("min_tokens", self.min_tokens, 0, self.max_tokens))
         put("stop", _check_stop(self.stop))
+        put("power", check_power("power", self.power))
+        put("power_ramp", _check_ramp(self.power_ramp, self.power))
         if self.force_stop and self.ignore_eos and not self.stop_token_ids:
             raise ValueError("force_stop=True: needs a stop token; with ignore_eos=True give stop_token_ids")
         if self.force_stop and self.min_tokens == self.max_tokens:
@@ -109,13 +118,29 @@ class SMCParams:
                 f"min_tokens={self.min_tokens}: with force_stop=True must be below max_tokens={self.max_tokens}"
             )
 
+    @property
+    def powers(self) -> tuple[float, ...]:
+        """Lists the powers of p0 in the targets of the first steps, α_1, α_2, …; the last one holds from then on."""
+        if self.power_ramp is None:
+            return (self.power,)
+        if isinstance(self.power_ramp, int):
+            n = self.power_ramp
+            rising = (1.0 + (self.power - 1.0) * t / n for t in range(1, min(n, self.max_tokens + 1)))
+            return (*rising, self.power)
+        return self.power_ramp
+
+    @property
+    def powered(self) -> bool:
+        """Says whether the target, or one on the way to it, has a power of p0 other than 1."""
+        return any(power != 1.0 for power in self.powers)
+
     # -- as a vLLM request -----------------------------------------------------------------------------------------
     #: fields that SamplingParams has a word for, and those that travel as smc_* keys
     _SHARED = (
         *("max_tokens", "temperature", "ignore_eos", "stop_token_ids", "seed", "top_k", "top_p", "min_p"),
         *("logit_bias", "allowed_token_ids", "min_tokens", "stop"),
     )
-    _OWN = ("n_particles", "ess_threshold", "resampling", "proposal", "group", "force_stop")
+    _OWN = ("n_particles", "ess_threshold", "resampling", "proposal", "group", "force_stop", "power", "power_ramp")
 
     def to_extra_args(self) -> dict[str, Any]:
         """Makes the flat `smc_*` keys for `SamplingParams.extra_args`."""
@@ -168,6 +193,24 @@ REQUEST_KEYS = frozenset(
         "n_samples", "intervention", "counterfactual", "factual_temperature", "noise", "facts", "keep_logits",
     )
 )  # fmt: skip
+
+
+def check_power(name: str, value: Any) -> float:
+    """Reads a power of p0."""
+    return check_float(name, value, 1e-6, 1e6)
+
+
+def _check_ramp(ramp: Any, power: float) -> int | tuple[float, ...] | None:
+    """Reads a number of steps, powers that end with `power`, or None."""
+    if ramp is None:
+        return None
+    listed = ramp.tolist() if hasattr(ramp, "tolist") else ramp  # an array
+    if isinstance(listed, (str, bytes)) or not isinstance(listed, Sequence):
+        return check_int("power_ramp", listed, 1, 2**24)
+    powers = tuple(check_power(f"power_ramp[{t}]", each) for t, each in enumerate(listed))
+    if not powers or powers[-1] != power:
+        raise ValueError(f"power_ramp={ramp!r}: must be a number of steps, or powers that end with power={power:g}")
+    return powers
 
 
 def _check_ids(name: str, ids: Any) -> tuple[int, ...] | None:

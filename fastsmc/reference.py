@@ -83,14 +83,16 @@ class Weighed(NamedTuple):
     max_psi: Array
 
 
-def _scores(logits, log_psi, logit_rows, psi_rows, mask, mask_rows, temperature) -> tuple[Array, Array, Array]:
-    """Computes z = logits / T, x = z + twist and the twist, which is log_psi and −inf where masked; (R, V) each.
+def _scores(
+    logits, log_psi, logit_rows, psi_rows, mask, mask_rows, temperature, power=1.0
+) -> tuple[Array, Array, Array]:
+    """Computes z = logits / T, x = α z + twist and the twist, which is log_psi and −inf where masked; (R, V) each.
 
     An output row that has no row of logits has z = x = −inf.
     """
     logits = np.asarray(logits, np.float64)
     rows = np.arange(len(logits)) if logit_rows is None else logit_rows
-    temperature = np.broadcast_to(temperature, len(rows))
+    temperature, power = (np.broadcast_to(value, len(rows)) for value in (temperature, power))
     z, x = np.full((2, len(rows), logits.shape[1]), -np.inf)
     twist = np.zeros_like(z)
     for r in np.flatnonzero(np.asarray(rows) >= 0):
@@ -102,7 +104,7 @@ def _scores(logits, log_psi, logit_rows, psi_rows, mask, mask_rows, temperature)
             bits = [int(word) >> b & 1 for word in mask[at] for b in range(32)]
             twist[r, ~np.array(bits[: logits.shape[1]], bool)] = -np.inf
         with np.errstate(invalid="ignore"):  # −inf + inf
-            x[r] = z[r] + twist[r]
+            x[r] = power[r] * z[r] + twist[r]
     return z, x, twist
 
 
@@ -115,9 +117,9 @@ def _log_sum_exp(x: Array) -> float:
 
 
 def weigh(
-    logits, log_psi=None, *, logit_rows=None, psi_rows=None, mask=None, mask_rows=None, temperature=1.0
+    logits, log_psi=None, *, logit_rows=None, psi_rows=None, mask=None, mask_rows=None, temperature=1.0, power=1.0
 ) -> Weighed:
-    z, x, _ = _scores(logits, log_psi, logit_rows, psi_rows, mask, mask_rows, temperature)
+    z, x, _ = _scores(logits, log_psi, logit_rows, psi_rows, mask, mask_rows, temperature, power)
     lse = np.array([_log_sum_exp(row) for row in z])
     lse_psi = np.array([_log_sum_exp(row) for row in x])
     top = np.where(np.isnan(lse_psi), np.nan, x.max(axis=1, initial=-np.inf))
@@ -129,10 +131,11 @@ def weigh(
 
 
 def draw(
-    logits, rows, uniforms, log_psi=None, *, logit_rows=None, psi_rows=None, mask=None, mask_rows=None, temperature=1.0
-):
+    logits, rows, uniforms, log_psi=None, *, logit_rows=None, psi_rows=None, mask=None, mask_rows=None,
+    temperature=1.0, power=1.0,
+):  # fmt: skip
     """Draws (tokens, log_prob, log_psi) by a plain inverse CDF over the whole row: the first token with CDF > u."""
-    z, x, twist = _scores(logits, log_psi, logit_rows, psi_rows, mask, mask_rows, temperature)
+    z, x, twist = _scores(logits, log_psi, logit_rows, psi_rows, mask, mask_rows, temperature, power)
     tokens, log_prob, log_psi_drawn = np.full(len(rows), -1), np.full(len(rows), np.nan), np.full(len(rows), np.nan)
     for j, (r, u) in enumerate(zip(rows, uniforms, strict=True)):
         if not np.isfinite(_log_sum_exp(x[r])):

@@ -248,8 +248,11 @@ class Trainer:
             raise ValueError("exact: positives='data' needs exact samples of the target")
         self.engine, self.config, self.potential = engine, config, potential
         plain = {name: off for name, off in SMCParams().p0().items() if name != "temperature"}
-        if params.p0() != {**plain, "temperature": params.temperature} or params.stop or params.force_stop:
-            raise ValueError(f"params={params}: twists are trained without settings of p0, `stop` and `force_stop`")
+        others = params.stop or params.force_stop or params.powered
+        if params.p0() != {**plain, "temperature": params.temperature} or others:
+            raise ValueError(
+                f"params={params}: twists are trained without settings of p0, `stop`, `force_stop` and `power`"
+            )
         self.params = dataclasses.replace(params, ess_threshold=0.0)
         self.prompt = engine.encode(prompt)
         self.exact = [list(ids) for ids in exact or []]

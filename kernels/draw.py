@@ -19,7 +19,7 @@ from fastsmc.kernels.weigh import LOG2, TILE, exp2_below, max_of, row_arguments,
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from fastsmc.ops._tensors import Matrices
+    from fastsmc.ops._tensors import Matrices, Temperatures
 
 
 @triton.jit
@@ -38,10 +38,11 @@ def invert_cdf(mass, index, u, SIZE: tl.constexpr):
     return k, tl.minimum(tl.maximum(fraction, 0.0), 1.0)
 
 
-@triton.jit(do_not_specialize=["temperatures", "n_temperatures"])
+@triton.jit(do_not_specialize=["temperatures", "n_temperatures", "powereds", "n_powered"])
 def draw_one(
     logits, logit_stride, logit_rows, psi, psi_stride, psi_rows, mask, mask_stride, mask_rows,
-    vocab, n_tiles, scale, temperatures, n_temperatures, lse, tile_mass, rows, uniforms, tokens, log_prob, log_psi,
+    vocab, n_tiles, scale, temperatures, n_temperatures, powered, powereds, n_powered, lse, tile_mass, rows, uniforms,
+    tokens, log_prob, log_psi,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     j = tl.program_id(0).to(tl.int64)
@@ -63,7 +64,8 @@ def draw_one(
             masked = tl.where(tl.load(mask_rows + r) < 0, 0, vocab)
         mask = row_of(mask, mask_stride, mask_rows, r)
     scale = scale_of(scale, temperatures, n_temperatures, r)
-    _, x = tile_scores(logits, psi, mask, masked, tile, vocab, scale, True, False, False)
+    powered = scale_of(powered, powereds, n_powered, r)
+    _, x = tile_scores(logits, psi, mask, masked, tile, vocab, scale, powered, True, False, False)
     mass = tl.reshape(exp2_below(x, max_of(x)).to(tl.float64), (TILE,))
     offset, u = invert_cdf(mass, tl.arange(0, TILE), u, TILE)
     token = tile * TILE + offset
@@ -82,8 +84,7 @@ def draw(
     tile_mass: Tensor,
     rows: Tensor,
     uniforms: Tensor,
-    temperature: float,
-    temperatures: Tensor | None,
+    t: Temperatures,
     tile: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Draws (tokens, log_prob, log_psi), as in fastsmc.ops.Drawn."""
@@ -96,8 +97,8 @@ def draw(
     with on_device(device):
         draw_one[(n,)](
             *row_arguments(m), m.logits.shape[1], tile_mass.shape[1],
-            *temperature_arguments(temperature, temperatures, lse), lse, tile_mass, rows, uniforms, tokens, log_prob,
-            log_psi,
+            *temperature_arguments(t.all, t.rows, lse), *temperature_arguments(t.powered, t.powered_rows, lse),
+            lse, tile_mass, rows, uniforms, tokens, log_prob, log_psi,
             BLOCK=triton.next_power_of_2(tile_mass.shape[1]), enable_fp_fusion=False, **config("draw", m),
         )  # fmt: skip
     return tokens, log_prob, log_psi

@@ -20,7 +20,7 @@ from fastsmc.kernels.launch import config, on_device, temperature_arguments
 from fastsmc.kernels.weigh import INF, LOG2, LOG2E, TILE, row_arguments, row_of, scale_of, tile_scores, weigh
 from torch import Tensor
 
-from fastsmc.ops._tensors import Contrast, Matrices
+from fastsmc.ops._tensors import Contrast, Matrices, Temperatures
 
 #: as in redraw.cuh
 BINS = tl.constexpr(2048)
@@ -38,8 +38,8 @@ def tile_pair(
     logits, mask, masked, factual, tile, vocab, scale, top, q_k, factual_scale, factual_top, p_k,
 ):  # fmt: skip
     """Computes (e, f), (32, 32) float32 each, of one tile: masses of p, and of q where the odds rose, else 0."""
-    _, q = tile_scores(logits, None, mask, masked, tile, vocab, 1.0, True, False, False)
-    p, _ = tile_scores(factual, None, None, vocab, tile, vocab, 1.0, True, False, False)
+    _, q = tile_scores(logits, None, mask, masked, tile, vocab, 1.0, 1.0, True, False, False)
+    p, _ = tile_scores(factual, None, None, vocab, tile, vocab, 1.0, 1.0, True, False, False)
     rises = (q - q_k) * scale > (p - p_k) * factual_scale
     return tl.exp2(p * factual_scale - factual_top), tl.where(rises, tl.exp2(q * scale - top), 0.0)
 
@@ -222,8 +222,9 @@ def redraw(c: Contrast, uniforms: Tensor) -> tuple[Tensor, Tensor, Tensor, Tenso
         at = torch.arange(n, device=device) if rows is None else rows
         rows = torch.where(c.logit_rows < 0, -1, at)
     factual = Matrices(c.factual, rows, None, None, None, None)
-    lse, lse_psi, tile_mass, max_psi = weigh(m, c.temperature, c.temperatures, TILE.value)
-    factual_lse, _, _, factual_max = weigh(factual, c.factual_temperature, c.factual_temperatures, TILE.value)
+    lse, lse_psi, tile_mass, max_psi = weigh(m, Temperatures.plain(c.temperature, c.temperatures), TILE.value)
+    plain = Temperatures.plain(c.factual_temperature, c.factual_temperatures)
+    factual_lse, _, _, factual_max = weigh(factual, plain, TILE.value)
     n_tiles = tile_mass.shape[1]
     bins = torch.zeros(n * BINS.value * 3, dtype=torch.int64, device=device)
     left = torch.zeros(n * LEFT.value, dtype=torch.float64, device=device)

@@ -25,7 +25,7 @@ from fastsmc.kernels.launch import config, on_device, temperature_arguments
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from fastsmc.ops._tensors import Matrices
+    from fastsmc.ops._tensors import Matrices, Temperatures
 
 #: Rows are cut into parts until there are about so many programs: eight warps or more for each of 132 × 4 schedulers.
 PROGRAMS = 4096
@@ -66,12 +66,13 @@ def scale_of(scale, temperatures, n_temperatures, r):
 
 @triton.jit
 def tile_scores(
-    logits, psi, mask, masked, tile, vocab, scale,
+    logits, psi, mask, masked, tile, vocab, scale, powered,
     TAIL: tl.constexpr, LOGITS_ONCE: tl.constexpr, PSI_ONCE: tl.constexpr,
 ):  # fmt: skip
     """Computes the scores (z, x), (32, 32) float32 each, of one tile of a row; −inf behind the end of the row.
 
     logits, psi and mask are the addresses of the row. masked is how many tokens the mask covers: all of them, or none.
+    scale and powered are what logits are multiplied by in z and in x.
     """
     word, bit = tl.arange(0, 32)[:, None], tl.arange(0, 32)[None, :]
     column = tile * TILE + word * 32 + bit
@@ -79,11 +80,11 @@ def tile_scores(
     logits_policy: tl.constexpr = "evict_first" if LOGITS_ONCE else ""
     psi_policy: tl.constexpr = "evict_first" if PSI_ONCE else ""
     if TAIL:
-        z = tl.load(logits + column, mask=inside, other=-INF, eviction_policy=logits_policy)
+        logit = tl.load(logits + column, mask=inside, other=-INF, eviction_policy=logits_policy)
     else:
-        z = tl.load(logits + column, eviction_policy=logits_policy)
-    z = z.to(tl.float32) * scale
-    x = z
+        logit = tl.load(logits + column, eviction_policy=logits_policy)
+    z = logit.to(tl.float32) * scale
+    x = logit.to(tl.float32) * powered
     if psi is not None or mask is not None:
         twist = tl.zeros((32, 32), tl.float32)
         if psi is not None:
@@ -95,7 +96,7 @@ def tile_scores(
             words = tile * 32 + tl.arange(0, 32)
             allowed = tl.load(mask + words, mask=words * 32 < masked, other=-1)
             twist = tl.where((allowed[:, None] >> bit) & 1 != 0, twist, -INF)
-        x = tl.fma(twist, LOG2E, z)
+        x = tl.fma(twist, LOG2E, x)
     return z, x
 
 
@@ -112,10 +113,10 @@ def exp2_below(x, top):
 
 @triton.jit
 def scan_tile(
-    logits, psi, mask, masked, tile, vocab, scale, at, maxima, sums, base_maxima, base_sums,
+    logits, psi, mask, masked, tile, vocab, scale, powered, at, maxima, sums, base_maxima, base_sums,
     TAIL: tl.constexpr, LOGITS_ONCE: tl.constexpr, PSI_ONCE: tl.constexpr,
 ):  # fmt: skip
-    z, x = tile_scores(logits, psi, mask, masked, tile, vocab, scale, TAIL, LOGITS_ONCE, PSI_ONCE)
+    z, x = tile_scores(logits, psi, mask, masked, tile, vocab, scale, powered, TAIL, LOGITS_ONCE, PSI_ONCE)
     top = max_of(x)
     tl.store(maxima + at, top)
     tl.store(sums + at, tl.sum(exp2_below(x, top)))
@@ -125,10 +126,11 @@ def scan_tile(
         tl.store(base_sums + at, tl.sum(exp2_below(z, top)))
 
 
-@triton.jit(do_not_specialize=["tiles", "temperatures", "n_temperatures"])
+@triton.jit(do_not_specialize=["tiles", "temperatures", "n_temperatures", "powereds", "n_powered"])
 def scan(
     logits, logit_stride, logit_rows, psi, psi_stride, psi_rows, mask, mask_stride, mask_rows,
-    vocab, n_tiles, tiles, scale, temperatures, n_temperatures, maxima, sums, base_maxima, base_sums,
+    vocab, n_tiles, tiles, scale, temperatures, n_temperatures, powered, powereds, n_powered,
+    maxima, sums, base_maxima, base_sums,
     LOGITS_ONCE: tl.constexpr, PSI_ONCE: tl.constexpr,
 ):  # fmt: skip
     parts = tl.cdiv(n_tiles, tiles)
@@ -138,6 +140,7 @@ def scan(
         if tl.load(logit_rows + r) < 0:
             return
     scale = scale_of(scale, temperatures, n_temperatures, r)
+    powered = scale_of(powered, powereds, n_powered, r)
     logits = row_of(logits, logit_stride, logit_rows, r)
     if psi is not None:
         psi = row_of(psi, psi_stride, psi_rows, r)
@@ -149,13 +152,13 @@ def scan(
     full = vocab // TILE
     for tile in range(first, min(first + tiles, full)):
         scan_tile(
-            logits, psi, mask, masked, tile, vocab, scale, r * n_tiles + tile, maxima, sums, base_maxima, base_sums,
-            False, LOGITS_ONCE, PSI_ONCE,
+            logits, psi, mask, masked, tile, vocab, scale, powered, r * n_tiles + tile, maxima, sums, base_maxima,
+            base_sums, False, LOGITS_ONCE, PSI_ONCE,
         )  # fmt: skip
     if (first <= full) & (full < min(first + tiles, n_tiles)):
         scan_tile(
-            logits, psi, mask, masked, full, vocab, scale, r * n_tiles + full, maxima, sums, base_maxima, base_sums,
-            True, LOGITS_ONCE, PSI_ONCE,
+            logits, psi, mask, masked, full, vocab, scale, powered, r * n_tiles + full, maxima, sums, base_maxima,
+            base_sums, True, LOGITS_ONCE, PSI_ONCE,
         )  # fmt: skip
 
 
@@ -208,9 +211,7 @@ def row_arguments(m: Matrices) -> tuple[Tensor | int | None, ...]:
     )  # fmt: skip
 
 
-def weigh(
-    m: Matrices, temperature: float, temperatures: Tensor | None, tile: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def weigh(m: Matrices, t: Temperatures, tile: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Computes (lse, lse_psi, tile_mass, max_psi) of fastsmc.ops.Weighed; lse_psi is empty where it would equal lse.
 
     The first call for a new set of data types compiles, and for each of LOGITS_ONCE and PSI_ONCE, so it must come
@@ -221,17 +222,19 @@ def weigh(
     n_tiles = -(-vocab // tile)
     chosen = config("weigh", m)
     tiles = max(1, min(chosen["tiles"], n * n_tiles // PROGRAMS))
-    lse, lse_psi = (torch.empty(size, dtype=torch.float64, device=device) for size in (n, n if m.reweighs else 0))
+    reweighs = m.reweighs or t.powers
+    lse, lse_psi = (torch.empty(size, dtype=torch.float64, device=device) for size in (n, n if reweighs else 0))
     tile_mass = torch.empty(n, n_tiles, dtype=torch.float64, device=device)
     max_psi = torch.empty(n, dtype=torch.float32, device=device)
     if n == 0:
         return lse, lse_psi, tile_mass, max_psi
     # each at an address divisible by 16 bytes, whatever n is: what Triton compiles hangs on that
-    partials = torch.empty(4 if m.reweighs else 2, -(-n * n_tiles // 4) * 4, dtype=torch.float32, device=device)
+    partials = torch.empty(4 if reweighs else 2, -(-n * n_tiles // 4) * 4, dtype=torch.float32, device=device)
     partials = [*partials, None, None][:4]
     with on_device(device):
         scan[(n * -(-n_tiles // tiles),)](
-            *row_arguments(m), vocab, n_tiles, tiles, *temperature_arguments(temperature, temperatures, lse), *partials,
+            *row_arguments(m), vocab, n_tiles, tiles, *temperature_arguments(t.all, t.rows, lse),
+            *temperature_arguments(t.powered, t.powered_rows, lse), *partials,
             LOGITS_ONCE=read_once(m.logits, n), PSI_ONCE=read_once(m.log_psi, n),
             num_warps=chosen["num_warps"], enable_fp_fusion=False,
         )  # fmt: skip

@@ -171,7 +171,10 @@ def test_a_step_asks_the_device_nothing(path, proposal, potential, force_stop):
         potential = {"values": Values, "next only": NextOnly, "masked": MaskedNext}[potential](
             value_table(STEPS, VOCAB), device=device
         )
-    params = SMCParams(n_particles=5, max_tokens=4 * BLOCK, ess_threshold=0.7, proposal=proposal, force_stop=force_stop)
+    params = SMCParams(
+        n_particles=5, max_tokens=4 * BLOCK, ess_threshold=0.7, proposal=proposal, force_stop=force_stop,
+        power=2.0 if force_stop else 1.0, power_ramp=6,
+    )  # fmt: skip
     blocks = list(range(-(-len(PROMPT) // BLOCK)))
     pool = torch.arange(len(blocks), 64, dtype=torch.int32, device=device)
     group = CapturedGroup(params, model, potential, PROMPT, blocks, pool, frozenset([STOP]))
@@ -191,10 +194,11 @@ def test_a_step_asks_the_device_nothing(path, proposal, potential, force_stop):
 @pytest.mark.parametrize("scheme", RESAMPLING_SCHEMES)
 def test_equals_the_group(path, scheme, threshold, proposal, device):
     """A group asks the model for distinct histories, with a host in the loop; the particles are the same."""
-    for seed, n, steps, force in ((0, 1, 4, False), (1, 7, 9, True), (2, 64, 12, False)):
+    powers = (dict(), dict(power=2.0), dict(power=0.5, power_ramp=6))
+    for seed, (n, steps, force) in enumerate(((1, 4, False), (7, 9, True), (64, 12, False))):
         params = SMCParams(
             n_particles=n, max_tokens=steps, ess_threshold=threshold, resampling=scheme, proposal=proposal,
-            stop_token_ids=[STOP], seed=seed, force_stop=force,
+            stop_token_ids=[STOP], seed=seed, force_stop=force, **powers[seed],
         )  # fmt: skip
         for kind in (Values, NextOnly, MaskedNext):
             potential = kind(value_table(steps, VOCAB), device=device)
@@ -250,6 +254,10 @@ def test_lexicon_and_no_potential(path):
     plain = run_captured(path, forced, None)
     assert_same(plain, run_group(path, forced, None))
     assert plain.log_z < 0 and set(plain.finish_reasons) == {"stop"} and max(map(len, plain.token_ids)) == 9
+    powered = dataclasses.replace(params, power=2.0, power_ramp=4)
+    plain = run_captured(path, powered, None)
+    assert_same(plain, run_group(path, powered, None))
+    assert plain.log_z != 0.0 and plain.resampled.any()
     lexicon = Lexicon(token_ids=[2, 3], weight=1.5)
 
     class Engine:

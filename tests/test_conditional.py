@@ -64,6 +64,7 @@ def test_ancestors_by_weight(tiny, n):
 #: of p0 and of ends, none of which leaves a prefix without a token
 SETTINGS = [
     dict(top_k=4, top_p=0.95, temperature=1.2), dict(min_tokens=2, logit_bias={STOP: 1.0}), dict(force_stop=True),
+    dict(power=2.0, power_ramp=2), dict(power=0.5),
 ]  # fmt: skip
 
 
@@ -71,7 +72,7 @@ SETTINGS = [
     ("n", "threshold", "kind", "settings"),
     [
         *itertools.product([1, 4, 64], [0.0, 0.7, 1.0], ["twisted", "base", "guided"], [{}]),
-        *itertools.product([4], [0.7], ["twisted", "base"], SETTINGS),
+        *itertools.product([4], [0.7], ["twisted", "base", "guided"], SETTINGS),
     ],
 )
 def test_mean_of_the_reciprocal(tiny, n, threshold, kind, settings):

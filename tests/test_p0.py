@@ -156,6 +156,10 @@ CASES = {
     "force_stop": dict(force_stop=True, top_p=0.95),
     "stop": dict(top_k=5),
     "stop, forced": dict(force_stop=True),
+    "power": dict(power=2.0, top_k=5),
+    "flattened": dict(power=0.5, power_ramp=(2.0, 1.0, 0.5)),
+    "force_stop, power": dict(force_stop=True, power=4.0, power_ramp=2),
+    "stop, power": dict(power=3.0, power_ramp=STEPS + 2),
 }
 
 
@@ -187,7 +191,7 @@ def test_unbiased(tiny, case, proposal):
         assert all(s in target.log_p or w == 0.0 for s, w in zip(sequences, z, strict=True))
         for s, log_prob, reason in zip(sequences, population.log_probs, population.finish_reasons, strict=True):
             if s in target.log_p:
-                assert abs(log_prob - target.log_p[s]) < 1e-5
+                assert abs(log_prob - target.log_p[s] / params.power) < 1e-5
                 assert reason == ("stop" if s[-1] == STOP or (ends and ends(s)) else "length")
         got["one"].append(z.mean())
         got["first=0"].append(np.mean(z * [s[:1] == (0,) for s in sequences]))
@@ -386,7 +390,7 @@ def test_the_hugging_face_engine_equals_the_table(tiny_path, tiny):
 def test_parameters_and_files(tiny):
     params = SMCParams(
         n_particles=3, max_tokens=STEPS, top_k=-1, top_p=0.9, min_p=0.1, logit_bias={"2": 1}, stop_token_ids=[STOP],
-        allowed_token_ids=range(VOCAB), min_tokens=1, force_stop=True,
+        allowed_token_ids=range(VOCAB), min_tokens=1, force_stop=True, power=2, power_ramp=[0.5, 2.0],
     )  # fmt: skip
     assert (params.top_k, params.logit_bias) == (0, {2: 1.0})
     assert json.loads(json.dumps(params.p0())) == params.p0()
@@ -404,12 +408,23 @@ def test_parameters_and_files(tiny):
     [
         ("top_k", -2), ("top_k", 1.5), ("top_p", 0.0), ("top_p", 1.1), ("min_p", -0.1), ("min_tokens", 5),
         ("logit_bias", [1]), ("logit_bias", {"a": 1.0}), ("logit_bias", {3: math.nan}), ("allowed_token_ids", []),
-        ("allowed_token_ids", "12"), ("stop", ""), ("stop", [1]), ("force_stop", 1),
+        ("allowed_token_ids", "12"), ("stop", ""), ("stop", [1]), ("force_stop", 1), ("power", 0.0), ("power", -1),
+        ("power", math.inf), ("power", math.nan), ("power", "2"), ("power_ramp", 0), ("power_ramp", 1.5),
+        ("power_ramp", []), ("power_ramp", [2.0, 0.0, 1.0]), ("power_ramp", [1.0, 2.0]), ("power_ramp", "12"),
     ],
 )  # fmt: skip
 def test_refused_values(name, value):
     with pytest.raises(ValueError, match=name):
         SMCParams(max_tokens=4, **{name: value})
+
+
+def test_powers_of_the_steps():
+    assert SMCParams().powers == (1.0,) and not SMCParams(power_ramp=3).powered
+    assert SMCParams(power=4.0).powers == (4.0,)
+    assert SMCParams(power=4.0, power_ramp=3).powers == (2.0, 3.0, 4.0, 4.0)
+    assert SMCParams(power=0.5, power_ramp=10**6, max_tokens=2).powers[:2] == (1.0 - 0.5e-6, 1.0 - 1e-6)
+    assert SMCParams(power=1.0, power_ramp=np.array([2.0, 1.0])).powers == (2.0, 1.0)
+    assert SMCParams(power_ramp=[2.0, 1.0]).powered
 
 
 def test_refused_ends():

@@ -188,7 +188,7 @@ class TinyLlama:
 
     def restricted(self, params: SMCParams, ends: Callable[[tuple[int, ...]], bool] | None = None) -> TinyLlama:
         """The same under p0's settings in `params`, with sequences that end where `ends` says, too. With `force_stop`
-        the complete sequences are those that end by a stop token, or before the last step."""
+        the complete sequences are those that end by a stop token, or before the last step. `log_p` is to the power."""
         names = ("temperature", "top_k", "top_p", "min_p", "logit_bias", "allowed_token_ids", "min_tokens")
         settings = {name: getattr(params, name) for name in names}
         target = copy.copy(self)
@@ -201,6 +201,7 @@ class TinyLlama:
         if params.force_stop:
             kept = {s: p for s, p in target.log_p.items() if s[-1] in self.stop or len(s) < self.steps}
             target.log_p, target.sequences = kept, list(kept)
+        target.log_p = {s: params.power * p for s, p in target.log_p.items()}
         return target
 
     def log_z(self, log_phi) -> float:

@@ -193,6 +193,48 @@ def split_temperature(
     return 1.0, temperature
 
 
+class Temperatures(NamedTuple):
+    """Checked temperatures of `weigh` and `draw`: those of z and those of x, each for all rows or, if there is a
+    vector, one per output row.
+
+    Attributes:
+        all, rows: T.
+        powered, powered_rows: T/α, by which a power α multiplies scores.
+        powers: whether there is a power, so that x is not z even without twist and mask.
+    """
+
+    all: float
+    rows: Tensor | None
+    powered: float
+    powered_rows: Tensor | None
+    powers: bool
+
+    @classmethod
+    def plain(cls, all_: float, rows: Tensor | None) -> Temperatures:
+        """Makes those of rows without a power."""
+        return cls(all_, rows, all_, rows, False)
+
+    def arguments(self) -> tuple[float, int, float, int, bool]:
+        """Gives them as fastsmc._C takes them."""
+        return self.all, read_address(self.rows), self.powered, read_address(self.powered_rows), self.powers
+
+
+def split_power(temperature: float | Tensor, power: float | Tensor, m: Matrices) -> Temperatures:
+    """Splits temperatures and powers, each for all rows or one per output row."""
+    all_, rows = split_temperature(temperature, m)
+    if not isinstance(power, Tensor):
+        if not (power > 0 and math.isfinite(power)):
+            raise ValueError(f"power={power!r}: must be positive and finite")
+        if power == 1.0:
+            return Temperatures.plain(all_, rows)
+        if rows is None:
+            return Temperatures(all_, None, split_temperature(all_ / power, m, "temperature / power")[0], None, True)
+    else:
+        power = check_vector("power", power, torch.float64, m.logits.device, m.n_rows)
+    powered = (all_ if rows is None else rows) / power
+    return Temperatures(all_, rows, *split_temperature(powered, m, "temperature / power"), True)
+
+
 class Matrices(NamedTuple):
     """Checked matrices of `weigh` and `draw`: output row r is logits[logit_rows[r]] with log_psi[psi_rows[r]] where
     mask[mask_rows[r]] allows; an index of None is the identity."""

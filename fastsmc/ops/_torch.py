@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastsmc import _C
-from fastsmc.ops._tensors import Contrast, Matrices
+from fastsmc.ops._tensors import Contrast, Matrices, Temperatures
 
 _LOW32 = 0xFFFFFFFF
 #: of the noise of token 0: kNoiseStream in csrc/include/fastsmc/redraw.cuh
@@ -79,25 +79,25 @@ def _at(matrix: Tensor, rows: Tensor | None, r: Tensor | None, columns: Tensor |
     return matrix[rows] if columns is None else matrix[rows[:, None], columns]
 
 
-def _temperatures(m: Matrices, temperature: float, temperatures: Tensor | None) -> Tensor:
-    """Gives the temperatures of all output rows, (R, 1) float64 or, where they are one, (1, 1)."""
-    return (m.logits.new_full((1,), temperature, dtype=torch.float64) if temperatures is None else temperatures)[
-        :, None
-    ]
+def _column(m: Matrices, for_all: float, rows: Tensor | None, r: Tensor | None) -> Tensor:
+    """Gives a temperature of output rows r, None for all, (M, 1) float64 or, where it is the same for all, (1, 1)."""
+    if rows is None:
+        return m.logits.new_full((1, 1), for_all, dtype=torch.float64)
+    return (rows if r is None else rows[r])[:, None]
 
 
-def _scores(m: Matrices, r: Tensor | None, columns: Tensor | None, temperature: Tensor) -> tuple[Tensor, Tensor]:
-    """Computes the scores (z, x) of output rows r at columns, in float32; x is z if nothing reweighs.
-
-    temperature: (M, 1) for the M rows, or (1, 1).
-    """
-    z = _at(m.logits, m.logit_rows, r, columns).float() / temperature.float()
+def _scores(m: Matrices, r: Tensor | None, columns: Tensor | None, t: Temperatures) -> tuple[Tensor, Tensor]:
+    """Computes the scores (z, x) of output rows r at columns, in float32; x is z if nothing reweighs."""
+    logits = _at(m.logits, m.logit_rows, r, columns).float()
+    z = x = logits / _column(m, t.all, t.rows, r).float()
+    if t.powers:
+        x = logits / _column(m, t.powered, t.powered_rows, r).float()
     if not m.reweighs:
-        return z, z
+        return z, x
     twist = z.new_zeros(()) if m.log_psi is None else _at(m.log_psi, m.psi_rows, r, columns).float()
     if m.mask is not None:
         twist = torch.where(_allowed(m, m.mask, r, columns, z.shape), twist, -math.inf)
-    return z, z + twist
+    return z, x + twist
 
 
 def _allowed(m: Matrices, mask: Tensor, r: Tensor | None, columns: Tensor | None, shape: torch.Size) -> Tensor:
@@ -124,16 +124,14 @@ def _tile_sums(x: Tensor, tile: int) -> tuple[Tensor, Tensor]:
     return torch.where(bad[:, None], math.nan, mass), torch.where(bad, math.nan, top)
 
 
-def weigh(
-    m: Matrices, temperature: float, temperatures: Tensor | None, tile: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def weigh(m: Matrices, t: Temperatures, tile: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     m, absent = _without_minus_one(m)
-    z, x = _scores(m, None, None, _temperatures(m, temperature, temperatures))
+    z, x = _scores(m, None, None, t)
     if absent is not None:
-        z, x = (t.masked_fill(absent[:, None], -math.inf) for t in (z, x))
+        z, x = (scores.masked_fill(absent[:, None], -math.inf) for scores in (z, x))
     mass, top = _tile_sums(x, tile)
     lse = lse_psi = top.double() + mass.sum(1).log()
-    if m.reweighs:
+    if m.reweighs or t.powers:
         base_mass, base_top = _tile_sums(z, tile)
         lse = base_top.double() + base_mass.sum(1).log()
     else:
@@ -147,15 +145,11 @@ def draw(
     tile_mass: Tensor,
     rows: Tensor,
     u: Tensor,
-    temperature: float,
-    temperatures: Tensor | None,
+    t: Temperatures,
     tile: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     m, _ = _without_minus_one(m)
     vocab = m.logits.shape[1]
-    t = _temperatures(m, temperature, temperatures)
-    if temperatures is not None:
-        t = t[rows]
     k, u = _invert_cdf(tile_mass[rows], u)
     column = k[:, None] * tile + torch.arange(tile, device=rows.device)
     inside = column < vocab
@@ -166,7 +160,8 @@ def draw(
     has_mass = tile_mass.sum(1)[rows] > 0
     token = torch.where(has_mass, k * tile + offset, 0)
     column = token[:, None]
-    log_prob = (_at(m.logits, m.logit_rows, rows, column).double() / t).squeeze(1) - lse[rows]
+    z = _at(m.logits, m.logit_rows, rows, column).double() / _column(m, t.all, t.rows, rows)
+    log_prob = z.squeeze(1) - lse[rows]
     log_psi = torch.zeros_like(log_prob)
     if m.log_psi is not None:
         log_psi = _at(m.log_psi, m.psi_rows, rows, column).squeeze(1).double()
@@ -236,10 +231,8 @@ def _rows_of(c: Contrast, r: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def _couple(c: Contrast, r: Tensor) -> _Coupling:
     q_rows, p_rows, k, absent = _rows_of(c, r)
-    t_q = _temperatures(c.matrices, c.temperature, None if c.temperatures is None else c.temperatures[r])
-    t_p = _temperatures(
-        c.matrices, c.factual_temperature, None if c.factual_temperatures is None else c.factual_temperatures[r]
-    )
+    t_q = _column(c.matrices, c.temperature, c.temperatures, r)
+    t_p = _column(c.matrices, c.factual_temperature, c.factual_temperatures, r)
     at_k = k[:, None]
     rising = (q_rows - q_rows.gather(1, at_k)) / t_q > (p_rows - p_rows.gather(1, at_k)) / t_p
     log_q, log_p = (

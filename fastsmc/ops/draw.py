@@ -15,14 +15,14 @@ from fastsmc import _C
 from fastsmc.ops import _torch
 from fastsmc.ops._tensors import (
     Matrices,
+    Temperatures,
     check_index,
     check_matrices,
     check_uniforms,
     check_vector,
     custom_op,
     pick_backend,
-    read_address,
-    split_temperature,
+    split_power,
 )
 from fastsmc.ops.weigh import TILE, Weighed
 
@@ -56,22 +56,23 @@ def draw(
     mask: Tensor | None = None,
     mask_rows: Tensor | None = None,
     temperature: float | Tensor = 1.0,
+    power: float | Tensor = 1.0,
     backend: str | None = None,
 ) -> Drawn:
     """Draws M tokens; draw j is from weighed row rows[j] by uniforms[j]. Never a token of zero mass.
 
     Args:
-        weighed: what `weigh` returned for the same logits, log_psi, mask, row indices and temperature.
+        weighed: what `weigh` returned for the same logits, log_psi, mask, row indices, temperature and power.
         rows: (M,) int64 in [0, R).
         uniforms: (M,) float64 in [0, 1).
-        All others are as in `weigh`; a vector of temperatures is one per weighed row, too.
+        All others are as in `weigh`; vectors of temperatures and powers are one per weighed row, too.
 
     Raises:
         ValueError: naming the argument; values of rows, uniforms and vectors of temperatures are only checked on CPU
             tensors, outside torch.compile.
     """
     m = check_matrices(logits, log_psi, logit_rows, psi_rows, mask, mask_rows)
-    temperature, temperatures = split_temperature(temperature, m)
+    t = split_power(temperature, power, m)
     device, n_tiles = logits.device, -(-logits.shape[1] // TILE)
     if weighed.tile_mass.shape != (m.n_rows, n_tiles):
         raise ValueError(
@@ -82,7 +83,7 @@ def draw(
     uniforms = check_uniforms(uniforms, device, rows.shape[0])
     backend = pick_backend(backend, device, "triton")
     tile_mass = weighed.tile_mass.contiguous()
-    return Drawn(*_draw(device, *m, lse, tile_mass, rows, uniforms, temperature, temperatures, backend))
+    return Drawn(*_draw(device, *m, lse, tile_mass, rows, uniforms, *t, backend))
 
 
 @custom_op("fastsmc::draw")
@@ -99,19 +100,23 @@ def _draw(
     uniforms: Tensor,
     temperature: float,
     temperatures: Tensor | None,
+    powered: float,
+    powered_rows: Tensor | None,
+    powers: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     m = Matrices(logits, logit_rows, log_psi, psi_rows, mask, mask_rows)
+    t = Temperatures(temperature, temperatures, powered, powered_rows, powers)
     if backend == "torch":
-        return _torch.draw(m, lse, tile_mass, rows, uniforms, temperature, temperatures, TILE)
+        return _torch.draw(m, lse, tile_mass, rows, uniforms, t, TILE)
     if backend == "triton":
         from fastsmc.kernels import draw as kernel
 
-        return kernel.draw(m, lse, tile_mass, rows, uniforms, temperature, temperatures, TILE)
+        return kernel.draw(m, lse, tile_mass, rows, uniforms, t, TILE)
     out = _empty(rows)
     _C.draw(
-        *m.arguments(), logits.shape[1], temperature, read_address(temperatures), lse.data_ptr(), tile_mass.data_ptr(),
-        rows.data_ptr(), uniforms.data_ptr(), rows.shape[0], *(t.data_ptr() for t in out),
+        *m.arguments(), logits.shape[1], t.arguments(), lse.data_ptr(), tile_mass.data_ptr(), rows.data_ptr(),
+        uniforms.data_ptr(), rows.shape[0], *(x.data_ptr() for x in out),
     )  # fmt: skip
     return out
 
@@ -119,7 +124,7 @@ def _draw(
 @_draw.register_fake
 def _(
     logits, logit_rows, log_psi, psi_rows, mask, mask_rows, lse, tile_mass, rows, uniforms, temperature, temperatures,
-    backend,
+    powered, powered_rows, powers, backend,
 ):  # fmt: skip
     return _empty(rows)
 

@@ -123,7 +123,7 @@ class CapturedGroup(Setup):
         steps = params.max_tokens
         particles = self.particles = Particles(n, device)
         self.step = Step(
-            self.kind, [params], [sorted(self.stop_token_ids)], [potential is not None], particles, self
+            self.kind, [params], [sorted(self.stop_token_ids)], [self.weighed], particles, self
         )  # fmt: skip
         self._rows = self.step.layout.all
         self._position = torch.full((), len(prompt) - 1, dtype=torch.int64, device=device)

@@ -140,7 +140,7 @@ class Cohort:
             groups[0].kind,
             [group.params for group in groups],
             [sorted(group.stop_token_ids) for group in groups],
-            [group.asker is not None for group in groups],
+            [group.weighed for group in groups],
             self.particles,
             self.log,
         )

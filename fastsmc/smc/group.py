@@ -59,6 +59,7 @@ class Setup:
         stop_strings: end particles on their text; None without any.
         ends_itself: whether particles end otherwise than by stop tokens and length.
         kind: of the group.
+        weighed: whether its weights differ: it has a potential, or raises p0 to a power.
         weighs_by_next: base proposal: unfinished particles are weighed by `logw_next`, since there is no `prefix`.
         exact: (K, T) int64 tokens of the exact samples, −1 after the end, or None.
         watch: of a group that follows a text (`Group.companions`): is shown the logits (V,) of its only row at each
@@ -115,7 +116,9 @@ class Setup:
                 kind="refused",
             )
         by_next = "logw_next" in methods and not guided
-        twisted = by_next and params.proposal == "twisted"
+        without = potential is None
+        twisted = (by_next or (params.powered and without)) and params.proposal == "twisted"
+        self.weighed = params.powered or not without
         self.weighs_by_next = by_next and not twisted and "prefix" not in methods
         self.ends_itself = self.stop_strings is not None or (self.asker is not None and self.asker.stops)
         self.exact: Tensor | None = None
@@ -126,7 +129,7 @@ class Setup:
         scheme = params.resampling if self.exact is None else "multinomial"
         self.evidence = evidence
         noise = None if evidence is None else evidence.noise
-        self.kind = Kind(twisted, guided, self.exact is not None, scheme, noise)
+        self.kind = Kind(twisted, guided, self.exact is not None, scheme, noise, params.powered)
 
     def _read_exact(self, exact: Sequence[Sequence[int]], vocab: int | None) -> Tensor:
         steps = self.params.max_tokens

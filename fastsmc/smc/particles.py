@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 #: what each particle has, by what `follow` takes from its ancestor and what it does not: numbers of 64 bits, then flags
-_FOLLOWING = ("log_psi", "lengths", "last_tokens", "slots", "rows"), ("finished", "paused", "stopped")
+_FOLLOWING = ("log_psi", "log_prob", "lengths", "last_tokens", "slots", "rows"), ("finished", "paused", "stopped")
 _OWN = ("log_w", "rank", "count"), ("retained",)
-_FLOATS = ("log_psi", "log_w")
+_FLOATS = ("log_psi", "log_prob", "log_w")
 
 
 class Particles:
@@ -19,6 +19,7 @@ class Particles:
     Attributes:
         log_w: log weight since the last resampling.
         log_psi: the log ψ that is already in the weight.
+        log_prob: log p0 of the generated tokens.
         lengths: generated tokens.
         finished: ended particles.
         stopped: those of them that ended by a stop token, a stop string or their potential, not by their length.
@@ -31,6 +32,7 @@ class Particles:
     """
 
     log_psi: Tensor
+    log_prob: Tensor
     lengths: Tensor
     finished: Tensor
     paused: Tensor

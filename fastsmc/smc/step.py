@@ -40,6 +40,7 @@ class Kind:
         retains: holds exact samples.
         scheme: of resampling.
         noise: of counterfactual groups, `Evidence.noise`; None: of others.
+        powered: raises p0 to a power, `SMCParams.powers`.
     """
 
     twisted: bool
@@ -47,6 +48,7 @@ class Kind:
     retains: bool
     scheme: str
     noise: str | None = None
+    powered: bool = False
 
 
 class Record(Protocol):
@@ -61,7 +63,7 @@ class Step:
         kind: of the groups.
         params: of each.
         stops: the tokens that end a particle, of each.
-        weighed: of each, whether it has a potential; without one weights stay equal, and it never resamples.
+        weighed: of each, whether it has a potential or a power; else weights stay equal, and it never resamples.
         particles: of all of them.
         record: takes the steps.
 
@@ -92,6 +94,11 @@ class Step:
         shares = [[p.temperature, p.ess_threshold if w else 0.0] for p, w in zip(params, weighed, strict=True)]
         temperature, self._threshold = torch.tensor(shares, dtype=torch.float64, device=device).T.contiguous()
         self._temperature = temperature[of]
+        self._powers: Tensor | None = None  # (G, K), those of the first K steps; the last holds from then on
+        if kind.powered:
+            longest = max(len(p.powers) for p in params)
+            powers = [[*p.powers, *[p.power] * (longest - len(p.powers))] for p in params]
+            self._powers = torch.tensor(powers, dtype=torch.float64, device=device)
         width = max(1, *(len(stop) for stop in stops)) if stops else 1
         padded = [[*stop, *[-2] * (width - len(stop))] for stop in stops]  # no token is −2
         self._stop = torch.tensor(padded, dtype=torch.int64, device=device)[of]
@@ -154,13 +161,19 @@ class Step:
         if factual is not None and by_law:  # which holds it
             logits, temperature = self._law(model, factual), torch.ones_like(temperature)
         inputs |= {"logit_rows": rows, "temperature": temperature}
+        power: Tensor | float = 1.0
+        if self.kind.powered:
+            power = inputs["power"] = self._power()[self.layout.group_of]
+            rise = power - self._power(-1)[self.layout.group_of]
+            particles.log_w += torch.where(active, rise * particles.log_prob, 0.0)
         weighed = ops.weigh(logits, **inputs)
         self.check(weighed.lse.isnan(), MODEL, rows)
         if twist is not None:
             self.check(weighed.lse_psi.isnan(), NEXT_ROW)
         parents, gain = self.layout.all, torch.zeros_like(particles.log_w)
-        if shaped is not None:
-            gain = torch.where(active, weighed.lse_psi - weighed.lse, 0.0).nan_to_num(nan=-math.inf, neginf=-math.inf)
+        if shaped is not None or self.kind.powered:
+            gain = torch.where(active, weighed.lse_psi - power * weighed.lse, 0.0)
+            gain = gain.nan_to_num(nan=-math.inf, neginf=-math.inf)
         if self.kind.twisted:
             particles.log_w += gain
             self._check_retained()
@@ -181,6 +194,7 @@ class Step:
         kernel = None if factual is None else drawn.log_prob
         if factual is not None:
             drawn = self._under_model(drawn, model, None if by_law else weighed)
+        psi = torch.zeros_like(gain)
         if twist is not None:
             psi = drawn.log_psi.nan_to_num(nan=-math.inf, neginf=-math.inf)
         if self.kind.guided:  # p0 / q of what was drawn
@@ -285,7 +299,7 @@ class Step:
         psi = drawn.log_psi
         if twist is not None:
             psi = torch.where(at, twist.rounded().of_tokens(parents, token), psi)
-        elif not self.kind.twisted:
+        else:
             psi = torch.where(at, 0.0, psi)
         self.check(at & ((log_prob + psi == -math.inf) | (forced >= logits.shape[1])), RULED_OUT, forced)
         return ops.Drawn(torch.where(at, forced, drawn.tokens), log_prob, psi)
@@ -305,19 +319,35 @@ class Step:
         if kernel is not None:
             self.record.put("token_log_kernels", torch.where(drew, kernel, 0.0))
         particles.last_tokens.copy_(torch.where(particles.paused, particles.last_tokens, tokens))
+        particles.log_prob += torch.where(drew, drawn.log_prob, 0.0)
         particles.lengths += drew
         by_token = drew & (tokens[:, None] == self._stop).any(1)
         particles.stopped |= by_token
         ended = by_token | (drew & (particles.lengths >= self._max_tokens))
         particles.finished |= ended | (active ^ drew)
+        self._raise_to_last(ended)
         self._active = None
         return ended
 
     def end(self, stopped: Tensor) -> None:
         """Ends particles (M,) bool after the token that they have just drawn."""
+        self._raise_to_last(stopped & ~self.particles.finished)
         self.particles.stopped |= stopped
         self.particles.finished |= stopped
         self._active = None
+
+    # ---------------------------------------------------------------------------------------------------- the power
+    def _power(self, later: int = 0) -> Tensor:
+        """Gives the power of p0 that each group's target has at the step that is `later` than this, (G,) float64."""
+        assert self._powers is not None  # nobody else asks
+        at = (self.step + later).clamp(0, self._powers.shape[1] - 1)
+        return self._powers.gather(1, at[:, None]).squeeze(1)
+
+    def _raise_to_last(self, ended: Tensor) -> None:
+        """Raises p0 of particles (M,) bool that have ended at this step to the last power, before φ is asked."""
+        if self._powers is not None and self._powers.shape[1] > 1:
+            rise = self.of(self._powers[:, -1] - self._power())
+            self.particles.log_w += torch.where(ended, rise * self.particles.log_prob, 0.0)
 
     # --------------------------------------------------------------------------------------------------- the weights
     def close(self, new_psi: Tensor | None) -> None:

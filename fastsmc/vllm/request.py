@@ -292,6 +292,8 @@ def _read_factual(extra: Mapping[str, Any], params: SMCParams, potential: str | 
     ids = potentials.token_list(COUNTERFACTUAL, ids)
     if not ids:
         raise ValueError(f"{COUNTERFACTUAL}=[]: is empty; there is nothing to ask about")
+    if params.powered:
+        raise ValueError(f"smc_power={params.power:g}: with {COUNTERFACTUAL} must be 1, without a ramp")
     temperature = extra.get(PREFIX + "factual_temperature", params.temperature)
     temperature = check_float("smc_factual_temperature", temperature, 0.01, 1e6)
     noise = extra.get(PREFIX + "noise", "exact")

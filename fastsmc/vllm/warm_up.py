@@ -40,6 +40,7 @@ def call_ops(logits: Tensor) -> None:
             twist = {"log_psi": values, "psi_rows": rows.clamp(max=len(values) - 1)}
             # a regular expression's log ψ is float16
             twists += [twist, twist | masked, twist | {"log_psi": values.half()}]
+        twists.append({"power": torch.ones(n, dtype=torch.float64, device=device)})  # beside a twist it changes nothing
         for twist in twists:
             call(rows, logit_rows=rows.clamp(max=1), **twist)
 

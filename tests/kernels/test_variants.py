@@ -124,11 +124,10 @@ ANSWERS = {
 
 @pytest.mark.parametrize(
     ("dtype", "vocab", "stride", "scans", "draws"),
-    # scan: 1 without row indices; 2 without a twist, 2 with a mask (logits read once or more often), 4 with log ψ of
-    # float32, of float16, and
-    # with log ψ and a mask (each of the two read once or more often). Of an odd width, a row for all has another
-    # stride, 0, than several
-    [(torch.bfloat16, 96, 128, 1 + 2 * 2 + 3 * 4, 5), (torch.float32, 1111, 1152, 1 + 2 * 2 + 3 * 4 + 2 * 2, 7)],
+    # scan: 1 without row indices; 2 without a twist, 2 with a mask, 2 with a power alone (logits read once or more
+    # often), 4 with log ψ of float32, of float16, and with log ψ and a mask (each of the two read once or more often). Of
+    # an odd width, a row for all has another stride, 0, than several
+    [(torch.bfloat16, 96, 128, 1 + 3 * 2 + 3 * 4, 5), (torch.float32, 1111, 1152, 1 + 3 * 2 + 3 * 4 + 2 * 2, 7)],
 )
 def test_the_warm_up_compiles_what_groups_launch(launches, dtype, vocab, stride, scans, draws):
     model = Logits(dtype, vocab, stride)
@@ -142,7 +141,9 @@ def test_the_warm_up_compiles_what_groups_launch(launches, dtype, vocab, stride,
             assert {k: v.variants - warm[k] for k, v in launches.items() if v.variants - warm[k]} == {}, (name, n)
     for potential in (None, TableTwist(value_table(4, vocab))):
         for proposal in ("base", "twisted"):
-            run(model, SMCParams(n_particles=9, max_tokens=4, proposal=proposal, ess_threshold=1.0), potential)
+            for power in (1.0, 2.0):
+                params = SMCParams(n_particles=9, max_tokens=4, proposal=proposal, ess_threshold=1.0, power=power)
+                run(model, params, potential)
     temperatures = torch.ones(8, dtype=torch.float64)  # one for all rows or one each, at any address
     logits, rows, u = model.next(torch.arange(2), None)[0], torch.arange(2), torch.zeros(2, dtype=torch.float64)
     for temperature in (temperatures[:2], temperatures[1:3]):

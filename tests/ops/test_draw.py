@@ -206,6 +206,31 @@ def test_no_row(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", ["base", "twist", "mask"])
+def test_powers(kind, backend):
+    """Draws are those of x = α z + log ψ, log_prob is p0's; with α = 1 they have the bits of draws without powers."""
+    torch.manual_seed(18)
+    r, v, n = (4, 1100, 20) if slow(backend) else (12, 2500, 300)
+    logits, rows, u = torch.randn(r, v) * 3, torch.randint(0, r, (n,)), random_uniforms(n)
+    psi, kw = torch.randn(r, v) if kind == "twist" else None, {"temperature": 0.8}
+    if kind == "mask":
+        kw |= {"mask": random_mask(r, v)[1]}
+    power = 2 ** torch.randn(r, dtype=torch.float64)
+    power[0] = 1.0
+    got = weigh_and_draw(logits, rows, u, psi, backend, power=power, **kw)
+    plain = weigh_and_draw(logits, rows, u, psi, backend, **kw)
+    for a, b in zip(got, plain, strict=True):
+        assert torch.equal(a[rows == 0], b[rows == 0])
+    arrays = {k: x.numpy() if isinstance(x, torch.Tensor) else x for k, x in kw.items()}
+    psi = None if psi is None else psi.numpy()
+    want = reference.draw(logits.numpy(), rows.numpy(), u.numpy(), psi, power=power.numpy(), **arrays)
+    same = got.tokens.numpy() == want[0]
+    assert same.mean() >= 0.97 and (got.tokens != plain.tokens).any()
+    np.testing.assert_allclose(got.log_prob.numpy()[same], want[1][same], atol=1e-5)
+    np.testing.assert_allclose(got.log_psi.numpy()[same], want[2][same], atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["base", "twist", "mask"])
 def test_a_temperature_per_row(kind, backend):
     """Each draw has the bits that the temperature of its weighed row gives to all draws."""
     torch.manual_seed(16)
@@ -233,7 +258,8 @@ def test_custom_op(backend):
         w = weigh(logits, args[1], mask=args[3], backend=backend)
         given = to(backend, (logits, *args, w.lse, w.tile_mass, rows, u))
         for temperatures in (None, torch.tensor([0.9, 1.0, 2.0], dtype=torch.float64)):
-            torch.library.opcheck(torch.ops.fastsmc.draw.default, (*given, 1.0, to(backend, temperatures), backend))
+            rest = 1.0, to(backend, temperatures), 1.0, to(backend, temperatures), False, backend
+            torch.library.opcheck(torch.ops.fastsmc.draw.default, (*given, *rest))
 
 
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if not slow(b)])

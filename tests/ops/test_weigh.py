@@ -357,6 +357,35 @@ def test_a_temperature_per_row(kind, dtype, backend):
             assert torch.equal(a[i].nan_to_num(), b[i].nan_to_num()) and torch.equal(a[i].isnan(), b[i].isnan())
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["base", "twist", "mask", "both"])
+def test_powers(kind, dtype, backend):
+    """Powers of z by the reference, for all rows or one each; with 1 scores have the bits that they have without."""
+    torch.manual_seed(17)
+    r, v = (4, 1100) if slow(backend) else (12, 2500)
+    logits, rows = (torch.randn(6, v) * 4).to(dtype), torch.randint(-1, 6, (r,))
+    rows[:3] = torch.tensor([-1, 3, 5])
+    logits[3, 1:40], logits[5, 2], logits[2, 7] = -inf, nan, -1e9
+    t, power = torch.rand(r, dtype=torch.float64) + 0.5, 4 ** torch.randn(r, dtype=torch.float64)
+    power[:3] = torch.tensor([nan, 1e-3, 1.0])
+    power[-1] = 1.0
+    psi, kw = torch.randn(r, v) if kind in ("twist", "both") else None, {"logit_rows": rows}
+    if kind in ("mask", "both"):
+        kw |= {"mask": random_mask(r, v)[1]}
+    got = check(logits, psi, backend, temperature=t, power=power, **kw)
+    assert kind != "base" or got.lse_psi is not got.lse
+    without = weigh(logits, psi, backend=backend, temperature=t, **kw)
+    for a, b in zip(got[1:], without[1:], strict=True):
+        assert torch.equal(a[power == 1].nan_to_num(), b[power == 1].nan_to_num())
+    torch.testing.assert_close(got.lse, without.lse, rtol=1e-15, atol=0, equal_nan=True)
+    for i, alpha in enumerate(power[1:3].tolist(), 1):
+        for temperature in (t, t[i].item()):
+            for_all = weigh(logits, psi, backend=backend, temperature=temperature, power=alpha, **kw)
+            for a, b in zip(got, for_all, strict=True):
+                assert torch.equal(a[i].nan_to_num(), b[i].nan_to_num())
+
+
 @pytest.mark.skipif(not CUDA, reason="needs a GPU")
 @pytest.mark.parametrize("v", [49152, 50257, 128256])
 @pytest.mark.parametrize("n", [1, 63, 256, 1000])
@@ -377,8 +406,10 @@ def test_custom_op(backend):
     rows = torch.tensor([0, 1, 1])
     for args in ((None,) * 5, (rows, psi, rows, None, None), (None, None, None, mask, None)):
         for temperatures in (None, torch.tensor([0.9, 1.0, 2.0], dtype=torch.float64)):
-            given = *to(backend, (logits, *args)), 0.9, to(backend, temperatures), backend
-            torch.library.opcheck(torch.ops.fastsmc.weigh.default, given)
+            given = *to(backend, (logits, *args)), 0.9, to(backend, temperatures)
+            for powered in (given[-2:], (0.3, None)):
+                powers = powered[0] == 0.3
+                torch.library.opcheck(torch.ops.fastsmc.weigh.default, (*given, *powered, powers, backend))
 
 
 def test_results_do_not_depend_on_threads():
@@ -417,6 +448,11 @@ Z, P, T = torch.zeros(2, 8), torch.zeros(3, 8), torch.ones(2, dtype=torch.float6
         ((Z,), {"temperature": T * torch.tensor([1.0, inf])}, r"temperature\[1\]=inf: must be positive"),
         ((Z,), {"temperature": T * torch.tensor([nan, 1.0])}, r"temperature\[0\]=nan: must be positive"),
         ((Z,), {"temperature": T * 1e-40, "logit_rows": torch.tensor([-1, 0])}, r"temperature\[1\]=1e-40: must be"),
+        ((Z,), {"power": 0.0}, "power=0.0: must be positive and finite"),
+        ((Z,), {"power": inf}, "power=inf: must be positive and finite"),
+        ((Z,), {"power": T[:1]}, "power: must have 2 elements, got 1"),
+        ((Z,), {"power": T * torch.tensor([1.0, -2.0])}, r"temperature / power\[1\]=-0.5: must be positive and finite"),
+        ((Z,), {"power": 1e20, "temperature": 1e-20}, "temperature / power=1e-40: must be positive and finite"),
         ((Z,), {"psi_rows": torch.tensor([0])}, "psi_rows: given without log_psi"),
         ((Z,), {"logit_rows": torch.tensor([0, 2])}, r"logit_rows\[1\]=2: must be in \[-1, 2\)"),
         ((Z,), {"logit_rows": torch.tensor([0, -2])}, r"logit_rows\[1\]=-2: must be in \[-1, 2\)"),

@@ -38,7 +38,7 @@ FASTSMC_HD inline int64_t invert_cdf(const Mass* mass, int64_t n, double* u) {
 
 // Token of a row given its tile masses; kNoToken for a row without mass (weigh leaves NaN rows without mass).
 template <typename Logit, typename Psi, typename Mask>
-FASTSMC_HD inline int64_t draw_row(const Logit* logits, const Psi* psi, const Mask* mask, int64_t vocab, float scale,
+FASTSMC_HD inline int64_t draw_row(const Logit* logits, const Psi* psi, const Mask* mask, int64_t vocab, Scale scale,
                                    const double* tile_mass, double u) {
   const int64_t tile = invert_cdf(tile_mass, (vocab + kTile - 1) / kTile, &u);
   if (tile < 0) return kNoToken;

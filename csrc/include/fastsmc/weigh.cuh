@@ -1,6 +1,6 @@
 // weigh: for a row of logits and a row of log twists, in one streaming pass,
 //
-//   z_v = logit_v / T            x_v = z_v + log_psi_v         (float32; log_psi −inf where a mask bit is not set)
+//   z_v = logit_v / T            x_v = α z_v + log_psi_v       (float32; log_psi −inf where a mask bit is not set)
 //   lse = log Σ_v exp(z_v)       lse_psi = log Σ_v exp(x_v)    (float64)
 //   tile_mass[k] = Σ_{v in tile k} exp(x_v − max_v x_v)        (float64)
 //
@@ -37,10 +37,19 @@ struct fp16 {
   uint16_t bits;
 };
 struct NoTwist {};
+struct ZeroTwist {};  // log ψ is 0 everywhere, and yet x is not z: there is a power α
 struct NoMask {};  // else a mask is uint32_t words: token v is allowed where bit v % 32 of word v / 32 is set
 
 template <typename Psi, typename Mask>
 constexpr bool kReweighs = !std::is_same<Psi, NoTwist>::value || !std::is_same<Mask, NoMask>::value;
+// Whether log ψ lies in memory.
+template <typename Psi>
+constexpr bool kTwists = !std::is_same<Psi, NoTwist>::value && !std::is_same<Psi, ZeroTwist>::value;
+
+// What logits are multiplied by, in units of log 2: 1/T for z, α/T for x.
+struct Scale {
+  float z, x;
+};
 
 FASTSMC_HD inline float as_float(uint32_t bits) {
   float value;
@@ -62,6 +71,7 @@ FASTSMC_HD inline float load(const fp16* p, int64_t i) {
   return as_float(((h & 0x8000u) << 16) | (magnitude >= 0x0f800000u ? magnitude | 0x7f800000u : finite));
 }
 FASTSMC_HD inline float load(const NoTwist*, int64_t) { return 0.0f; }
+FASTSMC_HD inline float load(const ZeroTwist*, int64_t) { return 0.0f; }
 
 // 2^t for t <= 0, below 2 ulp and exactly 1 at 0: 2^round(t) · polynomial(t − round(t)), minimax of degree 5 on ±1/2.
 // Branch-free, so that loops over it vectorise. Below 2^-126.5 the result is 0; NaN gives NaN (hence the product, where
@@ -97,28 +107,40 @@ FASTSMC_HD inline const T* tile_of(const T* row, int64_t k) {
   return row + k * kTile;
 }
 FASTSMC_HD inline const NoTwist* tile_of(const NoTwist* row, int64_t) { return row; }
+FASTSMC_HD inline const ZeroTwist* tile_of(const ZeroTwist* row, int64_t) { return row; }
 FASTSMC_HD inline const NoMask* tile_of(const NoMask* row, int64_t) { return row; }
 FASTSMC_HD inline const uint32_t* tile_of(const uint32_t* row, int64_t k) { return row + k * (kTile / 32); }
 
-// Scaled scores of n tokens, padded with −inf to kTile: z = logit·scale and x = z + log_psi/log 2 (only if kReweighs);
-// returns their maxima, without NaN.
+// a·b + c, rounded once where that is fast. Left to itself a compiler may fuse either product of two, here and there
+// differently; scores of a power of 1 have the bits of those without a power.
+FASTSMC_HD inline float multiply_add(float a, float b, float c) {
+#ifdef __FP_FAST_FMAF
+  return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+// Scaled scores of n tokens, padded with −inf to kTile: z = logit·scale.z and x = logit·scale.x + log_psi/log 2 (only if
+// kReweighs); returns their maxima, without NaN.
 struct TileMax {
   float z, x;
 };
 template <typename Logit, typename Psi, typename Mask>
-FASTSMC_HD inline TileMax load_tile(const Logit* logits, const Psi* psi, const Mask* mask, int n, float scale, float* z,
+FASTSMC_HD inline TileMax load_tile(const Logit* logits, const Psi* psi, const Mask* mask, int n, Scale scale, float* z,
                                     float* x) {
   constexpr bool masked = !std::is_same<Mask, NoMask>::value, reweighs = kReweighs<Psi, Mask>;
   float z_max = kNegInf, x_max = kNegInf;
   if constexpr (masked) unpack_mask(mask, n, x);
 #pragma omp simd reduction(max : z_max, x_max)
   for (int i = 0; i < n; ++i) {
-    const float score = load(logits, i) * scale;
+    const float score = load(logits, i) * scale.z;
     z[i] = score;
     z_max = score > z_max ? score : z_max;
     if (reweighs) {
-      float sum = load(psi, i) * 1.44269504f + score;
-      if (masked) sum = x[i] < 0.0f ? score + kNegInf : sum;
+      const float powered = load(logits, i) * scale.x;
+      float sum = multiply_add(load(psi, i), 1.44269504f, powered);
+      if (masked) sum = x[i] < 0.0f ? powered + kNegInf : sum;
       x[i] = sum;
       x_max = sum > x_max ? sum : x_max;
     }
@@ -186,12 +208,12 @@ struct TileSums {
   float z, x;
 };
 template <typename Logit, typename Psi, typename Mask>
-FASTSMC_HD inline TileSums weigh_tile(const Logit* logits, const Psi* psi, const Mask* mask, int n, float scale) {
+FASTSMC_HD inline TileSums weigh_tile(const Logit* logits, const Psi* psi, const Mask* mask, int n, Scale scale) {
   constexpr bool reweighs = kReweighs<Psi, Mask>;
   alignas(64) float z[kTile], x[reweighs ? kTile : 1];
   const TileMax max = load_tile(logits, psi, mask, n, scale, z, x);
   prefetch_tile(tile_of(logits, 1));
-  if (!std::is_same<Psi, NoTwist>::value) prefetch_tile(tile_of(psi, 1));
+  if constexpr (kTwists<Psi>) prefetch_tile(tile_of(psi, 1));
   return {max, max, sum_tile(z, max.z), reweighs ? sum_tile(x, max.x) : 0.0f};
 }
 
@@ -199,7 +221,7 @@ FASTSMC_HD inline TileSums weigh_tile(const Logit* logits, const Psi* psi, const
 // base_shifts and base_mass; if not, lse_psi = lse.
 template <typename Tile, typename Logit, typename Psi, typename Mask>
 FASTSMC_HD inline void weigh_row(Tile tile, const Logit* logits, const Psi* psi, const Mask* mask, int64_t vocab,
-                                 float scale, float* base_shifts, double* base_mass, float* shifts, double* lse,
+                                 Scale scale, float* base_shifts, double* base_mass, float* shifts, double* lse,
                                  double* lse_psi, double* tile_mass, float* max_psi) {
   constexpr bool reweighs = kReweighs<Psi, Mask>;
   const int64_t n_tiles = (vocab + kTile - 1) / kTile;
