@@ -368,6 +368,8 @@ def rejection(
 def accept(population: Population, rng: np.random.Generator, power: float = 1.0) -> list[list[int]]:
     """Keeps draws from p0, whose weights are their log φ, each with chance p0^(power − 1) φ.
 
+    They come in random order: siblings draw in strata, so the first few in the order of particles would be no samples.
+
     Raises:
         ValueError: a φ is above 1.
     """
@@ -375,7 +377,7 @@ def accept(population: Population, rng: np.random.Generator, power: float = 1.0)
     if (log_phi > 1e-6).any():
         raise ValueError(f"rejection: a draw has log φ = {log_phi.max():.4g}; φ must be at most 1")
     hits = np.flatnonzero(np.log(rng.random(len(log_phi))) < _log_beside_p0(population, power))
-    return [population.token_ids[i] for i in hits]
+    return [population.token_ids[i] for i in rng.permutation(hits)]
 
 
 # -- the whole ---------------------------------------------------------------------------------------------------------

@@ -158,8 +158,8 @@ CASES = {
     "stop, forced": dict(force_stop=True),
     "power": dict(power=2.0, top_k=5),
     "flattened": dict(power=0.5, power_ramp=(2.0, 1.0, 0.5)),
-    "force_stop, power": dict(force_stop=True, power=4.0, power_ramp=2),
-    "stop, power": dict(power=3.0, power_ramp=STEPS + 2),
+    "force_stop, power": dict(force_stop=True, power=1.6, power_ramp=2),
+    "stop, power": dict(power=1.4, power_ramp=STEPS + 2),
 }
 
 

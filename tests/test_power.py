@@ -17,7 +17,7 @@ from fastsmc.smc.driving import run_group
 
 VOCAB, STEPS, STOP = 6, 4, 5
 VALUES = value_table(STEPS, VOCAB)
-RAMPS = {0.5: (None, 3), 1.0: (None, (0.5, 2.0, 1.0)), 2.0: (None, STEPS), 4.0: (3, (3.0, 1.0, 4.0))}
+RAMPS = {0.5: (None, 3), 1.0: (None, (0.7, 1.2, 1.0)), 2.0: (None, STEPS), 4.0: (3, (3.0, 1.0, 4.0))}
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,6 @@ def test_a_power_of_1_changes_nothing(tiny):
         )
         assert without.token_ids == ramped.token_ids and without.log_z == ramped.log_z
         np.testing.assert_array_equal(without.log_weights, ramped.log_weights)
-    assert without.log_z < 0
 
 
 def test_the_twisted_proposal_needs_no_potential(tiny):
