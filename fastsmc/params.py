@@ -40,6 +40,11 @@ class SMCParams:
         ess_threshold: in [0, 1]; resample when the effective sample size falls below `ess_threshold * N`.
             1.0 resamples at every step, 0.0 never.
         resampling: 'systematic', 'stratified', 'multinomial', 'residual' or 'ssp'.
+        resample_every: at least 1; resample only after this many tokens, twice as many, and so on.
+        resampling_temperature: τ, at least 1, or 'entropic'; ancestors are drawn in proportion to weight^(1/τ), and
+            children keep what that leaves of the weight, so that log Ẑ stays unbiased in Z. 1.0 draws by weight.
+            'entropic' is max(1, (N/ESS)(1 − t/max_tokens)) while ESS < N/2 and t < max_tokens/2, else 1, with t tokens
+            drawn. (Below 1 the weights that are left would have no bound.)
         proposal: 'twisted' draws from p0·ψ where the potential gives `logw_next`; 'base' draws from p0 and weighs
             afterwards.
         ignore_eos: True keeps particles going past the model's end-of-sequence token.
@@ -74,6 +79,8 @@ class SMCParams:
     min_tokens: int = 0
     stop: tuple[str, ...] | None = None
     force_stop: bool = False
+    resample_every: int = 1
+    resampling_temperature: float | str = 1.0
 
     def __post_init__(self) -> None:
         def put(name: str, value: Any) -> None:
@@ -85,6 +92,8 @@ class SMCParams:
         put("ess_threshold", check_float("ess_threshold", self.ess_threshold, 0.0, 1.0))
         check_choice("resampling", self.resampling, RESAMPLING_SCHEMES)
         check_choice("proposal", self.proposal, PROPOSALS)
+        put("resample_every", check_int("resample_every", self.resample_every, 1, 2**24))
+        put("resampling_temperature", _check_tau(self.resampling_temperature))
         for name in ("ignore_eos", "force_stop"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be True or False")
@@ -109,13 +118,21 @@ class SMCParams:
                 f"min_tokens={self.min_tokens}: with force_stop=True must be below max_tokens={self.max_tokens}"
             )
 
+    @property
+    def never_resamples(self) -> bool:
+        """Says whether no weights whatever make the group resample."""
+        return self.ess_threshold == 0.0 or self.resample_every >= self.max_tokens
+
     # -- as a vLLM request -----------------------------------------------------------------------------------------
     #: fields that SamplingParams has a word for, and those that travel as smc_* keys
     _SHARED = (
         *("max_tokens", "temperature", "ignore_eos", "stop_token_ids", "seed", "top_k", "top_p", "min_p"),
         *("logit_bias", "allowed_token_ids", "min_tokens", "stop"),
     )
-    _OWN = ("n_particles", "ess_threshold", "resampling", "proposal", "group", "force_stop")
+    _OWN = (
+        *("n_particles", "ess_threshold", "resampling", "proposal", "group", "force_stop"),
+        *("resample_every", "resampling_temperature"),
+    )
 
     def to_extra_args(self) -> dict[str, Any]:
         """Makes the flat `smc_*` keys for `SamplingParams.extra_args`."""
@@ -168,6 +185,16 @@ REQUEST_KEYS = frozenset(
         "n_samples", "intervention", "counterfactual", "factual_temperature", "noise", "facts", "keep_logits",
     )
 )  # fmt: skip
+
+
+def _check_tau(tau: Any) -> float | str:
+    """Reads a resampling temperature: 'entropic', or a number of at least 1."""
+    if isinstance(tau, str) and tau == "entropic":
+        return tau
+    try:
+        return check_float("resampling_temperature", tau, 1.0, 1e6)
+    except ValueError as error:
+        raise ValueError(f"{error}, or 'entropic'") from None
 
 
 def _check_ids(name: str, ids: Any) -> tuple[int, ...] | None:

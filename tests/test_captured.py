@@ -171,7 +171,10 @@ def test_a_step_asks_the_device_nothing(path, proposal, potential, force_stop):
         potential = {"values": Values, "next only": NextOnly, "masked": MaskedNext}[potential](
             value_table(STEPS, VOCAB), device=device
         )
-    params = SMCParams(n_particles=5, max_tokens=4 * BLOCK, ess_threshold=0.7, proposal=proposal, force_stop=force_stop)
+    params = SMCParams(
+        n_particles=5, max_tokens=4 * BLOCK, ess_threshold=0.7, proposal=proposal, force_stop=force_stop,
+        resample_every=2, resampling_temperature="entropic",
+    )  # fmt: skip
     blocks = list(range(-(-len(PROMPT) // BLOCK)))
     pool = torch.arange(len(blocks), 64, dtype=torch.int32, device=device)
     group = CapturedGroup(params, model, potential, PROMPT, blocks, pool, frozenset([STOP]))
@@ -185,6 +188,10 @@ def test_a_step_asks_the_device_nothing(path, proposal, potential, force_stop):
         group.population()
 
 
+#: resampling of groups of so many particles
+TEMPERED = {1: {}, 7: dict(resampling_temperature="entropic"), 64: dict(resampling_temperature=2.0, resample_every=2)}
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("proposal", ["twisted", "base"])
 @pytest.mark.parametrize("threshold", [0.0, 0.7, 1.0])
@@ -194,7 +201,7 @@ def test_equals_the_group(path, scheme, threshold, proposal, device):
     for seed, n, steps, force in ((0, 1, 4, False), (1, 7, 9, True), (2, 64, 12, False)):
         params = SMCParams(
             n_particles=n, max_tokens=steps, ess_threshold=threshold, resampling=scheme, proposal=proposal,
-            stop_token_ids=[STOP], seed=seed, force_stop=force,
+            stop_token_ids=[STOP], seed=seed, force_stop=force, **TEMPERED[n],
         )  # fmt: skip
         for kind in (Values, NextOnly, MaskedNext):
             potential = kind(value_table(steps, VOCAB), device=device)
