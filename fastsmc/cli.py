@@ -45,8 +45,8 @@ def make_parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="run one group of particles and show its best texts")
     _add_task(run, default)
     run.add_argument("--twist", metavar="DIR", help="a learned twist; brings its own potential if none is given")
-    run.add_argument("--ess-threshold", type=float, default=default.ess_threshold, help="default: %(default)s")
     run.add_argument("--resampling", choices=RESAMPLING_SCHEMES, default=default.resampling)
+    _add_resampling(run, default)
     run.add_argument("--proposal", choices=PROPOSALS, default=default.proposal)
     _add_power(run, default)
     run.add_argument("--best", type=int, default=10, metavar="K", help="texts in the table (default: %(default)s)")
@@ -82,7 +82,7 @@ def make_parser() -> argparse.ArgumentParser:
     judge = commands.add_parser("evaluate", help="bounds on log Z, divergences, ESS; against plain sampling")
     _add_task(judge, default)
     judge.add_argument("--twist", metavar="DIR", help="a learned twist; brings its own potential if none is given")
-    judge.add_argument("--ess-threshold", type=float, default=default.ess_threshold, help="default: %(default)s")
+    _add_resampling(judge, default)
     _add_power(judge, default)
     judge.add_argument("--exact", metavar="FILE", help="JSON list of exact samples (lists of token ids)")
     judge.add_argument("--rejection", type=int, default=32, metavar="K", help="else so many by rejection (%(default)s)")
@@ -116,6 +116,26 @@ def _add_task(parser: argparse.ArgumentParser, default: SMCParams) -> None:
     add("--max-tokens", type=int, default=default.max_tokens, metavar="T", help="default: %(default)s")
     add("--potential", metavar="NAME", help="a registered potential; `fastsmc info` lists them")
     add("--potential-args", metavar="JSON", default="{}", help='for instance \'{"pattern": "yes|no"}\'')
+
+
+def _add_resampling(parser: argparse.ArgumentParser, default: SMCParams) -> None:
+    """Adds the options that say when a group resamples, and how strictly by weight."""
+    parser.add_argument("--ess-threshold", type=float, default=default.ess_threshold, help="default: %(default)s")
+    parser.add_argument(
+        "--resample-every", type=int, default=default.resample_every, metavar="B", help="tokens (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--resampling-temperature",
+        type=lambda text: text if text == "entropic" else float(text),
+        default=default.resampling_temperature,
+        metavar="TAU",
+        help="at least 1, or 'entropic' (default: %(default)s)",
+    )
+
+
+def _resampling(args: argparse.Namespace) -> dict[str, Any]:
+    names = ("ess_threshold", "resample_every", "resampling_temperature")
+    return {name: getattr(args, name) for name in names}
 
 
 def _add_prompt(parser: argparse.ArgumentParser, default: SMCParams) -> None:
@@ -182,7 +202,7 @@ def command_run(args: argparse.Namespace) -> int:
         n_particles=args.particles,
         max_tokens=args.max_tokens,
         temperature=args.temperature,
-        ess_threshold=args.ess_threshold,
+        **_resampling(args),
         resampling=args.resampling,
         proposal=args.proposal,
         power=args.power,
@@ -506,7 +526,7 @@ def command_evaluate(args: argparse.Namespace) -> int:
         n_particles=args.particles,
         max_tokens=args.max_tokens,
         temperature=args.temperature,
-        ess_threshold=args.ess_threshold,
+        **_resampling(args),
         power=args.power,
         power_ramp=_ramp(args.power_ramp),
         ignore_eos=args.ignore_eos,

@@ -7,14 +7,17 @@ ids (`rejection` makes some where φ <= 1). Everything random is keyed by `param
     log_z_bounds    E[log Ẑ] <= log Z <= E[log Ẑ*], by ordinary and by conditional SMC
     kl              KL(q‖σ) and KL(σ‖q) of the proposal q that `params` and `potential` make
     baselines       rejection and best-of-n with the tokens that SMC would have used
+    particle_gibbs  a Markov chain of sequences that leaves σ invariant, by conditional SMC
     report          all of it, as JSON values; `table` and `plot` show a report
 
-Sources: Grosse et al. 2015 (arXiv 1511.02543), Zhao et al. 2024 (arXiv 2404.17546), Bennett 1976.
+Sources: Grosse et al. 2015 (arXiv 1511.02543), Zhao et al. 2024 (arXiv 2404.17546), Bennett 1976, Andrieu, Doucet &
+Holenstein 2010 (particle Gibbs), Gelman et al. 2013 and Geyer 1992 (autocorrelation over chains).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import os
 from collections.abc import Sequence
@@ -26,7 +29,7 @@ from fastsmc import plots
 from fastsmc.arguments import read_samples
 from fastsmc.params import SMCParams
 from fastsmc.plots import Z95
-from fastsmc.population import Population
+from fastsmc.population import Population, draw_indices
 from fastsmc.potentials import Potential
 from fastsmc.values import check_int, json_safe
 
@@ -285,13 +288,20 @@ def weigh(
 ) -> np.ndarray:
     """Computes log p0^α φ / q of complete sequences, (K,) float64, with n_particles of them per group."""
     exact = read_samples("exact", exact)
+    populations = _weigh(llm, prompt, params, potential, exact, twist)
+    return np.concatenate([p.log_weights for p in populations])[: len(exact)]
+
+
+def _weigh(
+    llm: Any, prompt: Any, params: SMCParams, potential: Potential | None, exact: list[list[int]], twist: Any
+) -> list[Population]:
+    """Runs the groups that weigh complete sequences, the last of them filled up by its first."""
     size = min(params.n_particles, len(exact))
     chunks = [list(exact[i : i + size]) for i in range(0, len(exact), size)]
     fill = size - len(chunks[-1])
     chunks[-1] = chunks[-1] + chunks[-1][:1] * fill
     params = dataclasses.replace(params, n_particles=size, ess_threshold=0.0)
-    populations = _run(llm, prompt, params, potential, twist, len(chunks), 0, chunks)
-    return np.concatenate([p.log_weights for p in populations])[: len(exact)]
+    return _run(llm, prompt, params, potential, twist, len(chunks), 0, chunks)
 
 
 # -- plain sampling ----------------------------------------------------------------------------------------------------
@@ -349,8 +359,8 @@ def rejection(
     With a power α >= 1 the target is p0^α·φ, and each draw is kept with chance p0^(α−1) φ.
 
     Raises:
-        ValueError: the power is below 1, a draw has φ > 1, or fewer than `count` of `max_draws` draws were kept; says how
-            many.
+        ValueError: the power is below 1, a draw has φ > 1, or fewer than `count` of `max_draws` draws were kept; it
+            says how many.
     """
     if params.power < 1.0:
         raise ValueError(f"power={params.power:g}: must be at least 1 for rejection, whose chances would exceed 1")
@@ -378,6 +388,181 @@ def accept(population: Population, rng: np.random.Generator, power: float = 1.0)
         raise ValueError(f"rejection: a draw has log φ = {log_phi.max():.4g}; φ must be at most 1")
     hits = np.flatnonzero(np.log(rng.random(len(log_phi))) < _log_beside_p0(population, power))
     return [population.token_ids[i] for i in rng.permutation(hits)]
+
+
+# -- particle Gibbs ---------------------------------------------------------------------------------------------------
+@dataclasses.dataclass(eq=False, repr=False)
+class ParticleGibbs:
+    """Holds C chains of S sweeps, each after the state that it began with.
+
+    Attributes:
+        token_ids: C lists of S + 1 states, each a list of token ids; the first is the initial one.
+        texts: as token_ids, what each adds to the prompt's text; None without a tokenizer.
+        log_probs: (C, S + 1) float64, log p0 of each state.
+        log_phi: (C, S + 1) float64, log φ of each state.
+        log_z: (C, S) float64, log Ẑ* of each sweep's conditional run; in equilibrium E[1/Ẑ*] = 1/Z.
+        moved: (C, S) bool, whether a sweep ended in another sequence than it began with.
+        initial: says in a sentence how the first states came about.
+        n_particles: N.
+        power: α of the target p0^α·φ.
+    """
+
+    token_ids: list[list[list[int]]]
+    texts: list[list[str]] | None
+    log_probs: np.ndarray
+    log_phi: np.ndarray
+    log_z: np.ndarray
+    moved: np.ndarray
+    initial: str
+    n_particles: int
+    power: float = 1.0
+
+    @property
+    def log_target(self) -> np.ndarray:
+        """Adds log φ to α log p0: (C, S + 1) float64, log σ up to log Z."""
+        return self.power * self.log_probs + self.log_phi
+
+    @property
+    def acceptance(self) -> float:
+        """Gives the share of sweeps that ended in another sequence."""
+        return float(self.moved.mean())
+
+    @property
+    def acceptance_by_position(self) -> np.ndarray:
+        """Gives for each position the share of sweeps that changed its token, or whether it has any: (T,) float64.
+
+        T is the length of the longest state. A retained sequence's first tokens change least: most of the final
+        particles descend from it there.
+        """
+        longest = max(len(ids) for chain in self.token_ids for ids in chain)
+        padded = np.array([[[*ids, *[-1] * (longest - len(ids))] for ids in chain] for chain in self.token_ids])
+        return (padded[:, 1:] != padded[:, :-1]).mean(axis=(0, 1))
+
+    def autocorrelation(self, burn_in: int = 0) -> np.ndarray:
+        """Estimates the autocorrelation of log p0·φ over all chains, (S − burn_in,) float64 by lag in sweeps.
+
+        Chains that have not mixed show as correlation, since the variance is that within and between them. NaN where
+        log p0·φ never changes.
+
+        Args:
+            burn_in: so many sweeps, and the initial states, are left out; at most S − 2.
+        """
+        if (sweeps := self.moved.shape[1]) < 2:
+            raise ValueError(f"autocorrelation: needs at least 2 sweeps, there are {sweeps}")
+        burn_in = check_int("burn_in", burn_in, 0, sweeps - 2)
+        values = self.log_target[:, 1 + burn_in :]
+        n = values.shape[1]
+        centred = values - values.mean(axis=1, keepdims=True)
+        lagged = np.array([(centred[:, : n - lag] * centred[:, lag:]).sum(axis=1).mean() / n for lag in range(n)])
+        within = lagged[0] * n / (n - 1)
+        between = float(np.var(values.mean(axis=1), ddof=1)) if len(values) > 1 else 0.0
+        total = lagged[0] + between
+        return 1 - (within - lagged) / total if total > 0 else np.full(n, math.nan)
+
+    def effective_samples(self, burn_in: int = 0) -> float:
+        """Estimates how many independent draws say as much about the mean of log p0·φ: at most C·(S − burn_in).
+
+        The sum over lags ends by Geyer's initial monotone sequence. NaN where log p0·φ never changes.
+        """
+        rho = self.autocorrelation(burn_in)
+        if math.isnan(rho[0]):
+            return math.nan
+        rho[0] = 1.0
+        pairs = rho[: len(rho) // 2 * 2].reshape(-1, 2).sum(axis=1)
+        kept = np.minimum.accumulate(pairs[: int((pairs <= 0).argmax()) if (pairs <= 0).any() else len(pairs)])
+        return len(self.moved) * len(rho) / max(2 * float(kept.sum()) - 1, 1.0)
+
+    def __repr__(self) -> str:
+        chains, sweeps = self.moved.shape
+        return f"ParticleGibbs(C={chains}, S={sweeps}, N={self.n_particles}, acceptance={self.acceptance:.3f})"
+
+
+def particle_gibbs(
+    llm: Any,
+    prompt: str | Sequence[int],
+    params: SMCParams,
+    potential: Potential | None,
+    *,
+    sweeps: int,
+    initial: Sequence[Sequence[int]] | None = None,
+    chains: int = 1,
+    twist: str | os.PathLike | None = None,
+) -> ParticleGibbs:
+    """Runs Markov chains of sequences that leave σ invariant: a sweep is a conditional run that retains the state, and
+    one draw by its final weights is the next.
+
+    The runs of a sweep share their passes. Ancestors are not redrawn, so that with few particles and long sequences
+    first tokens seldom change (`acceptance_by_position`): more particles, or a better twist, help.
+
+    Args:
+        sweeps: S, at least 1.
+        initial: complete sequences of token ids that φ allows, one for all chains or one per chain. None: each chain
+            begins with one draw by weight of an ordinary run, which is no draw from σ: the first sweeps are burn-in.
+        chains: C, at least 1; independent.
+
+    Raises:
+        ValueError: an argument that cannot be; n_particles below 2, with which no state changes; a potential that is
+            proposal-only, since log φ is asked by the base proposal; a chain's ordinary run has no weight.
+        SMCError: a run failed; also if an initial sequence has weight zero, or is not complete.
+    """
+    sweeps, chains = check_int("sweeps", sweeps, 1), check_int("chains", chains, 1)
+    check_int("n_particles", params.n_particles, 2)
+    if potential is None and twist is not None:
+        from fastsmc.twists import card_potential
+
+        potential = card_potential(twist)
+    if potential is not None and potential.proposal_only:
+        raise ValueError(f"potential={type(potential).__name__}: is proposal-only, so its φ cannot be told from its ψ")
+    rng, how = np.random.default_rng([params.seed, params.group]), "given"
+    if initial is None:
+        how = f"drawn by weight from an ordinary run of {params.n_particles} particles: needs burn-in"
+        runs = _run(llm, prompt, params, potential, twist, chains, 0)
+        if any(population.degenerate for population in runs):
+            raise ValueError("initial=None: an ordinary run has no weight left to draw from; give initial sequences")
+        states = [_draw_state(population, rng) for population in runs]
+    else:
+        states = read_samples("initial", initial)
+        if len(states) not in (1, chains):
+            raise ValueError(f"initial: {len(states)} sequences for {chains} chains; give one, or one per chain")
+        states = states * (chains // len(states))
+    token_ids, log_z = [[state] for state in states], np.empty((chains, sweeps))
+    for sweep in range(sweeps):
+        retained = [[chain[-1]] for chain in token_ids]
+        runs = _run(llm, prompt, params, potential, twist, chains, (sweep + 1) * chains, retained)
+        log_z[:, sweep] = [population.log_z for population in runs]
+        for chain, population in zip(token_ids, runs, strict=True):
+            chain.append(_draw_state(population, rng))
+    known = _look_up(llm, prompt, params, potential, token_ids)
+    columns = [[known[tuple(ids)] for ids in chain] for chain in token_ids]
+    return ParticleGibbs(
+        token_ids=token_ids,
+        texts=None if runs[0].texts is None else [[text for *_, text in chain] for chain in columns],
+        log_probs=np.array([[log_prob for log_prob, *_ in chain] for chain in columns]),
+        log_phi=np.array([[log_phi for _, log_phi, _ in chain] for chain in columns]),
+        log_z=log_z,
+        moved=np.array([[a != b for a, b in itertools.pairwise(chain)] for chain in token_ids]),
+        initial=how,
+        n_particles=params.n_particles,
+        power=params.power,
+    )
+
+
+def _draw_state(population: Population, rng: np.random.Generator) -> list[int]:
+    return population.token_ids[int(draw_indices(population.weights, rng.random(1))[0])]
+
+
+def _look_up(
+    llm: Any, prompt: Any, params: SMCParams, potential: Potential | None, token_ids: list[list[list[int]]]
+) -> dict[tuple[int, ...], tuple[float, float, str]]:
+    """Finds log p0, log φ and text of each state; under the base proposal, unforced, a weight is φ."""
+    plain = dataclasses.replace(_plain(params), force_stop=False)
+    distinct = [list(ids) for ids in dict.fromkeys(tuple(ids) for chain in token_ids for ids in chain)]
+    found = {}
+    for population in _weigh(llm, prompt, plain, potential, distinct, None):
+        for i, ids in enumerate(population.token_ids):
+            text = "" if population.texts is None else population.texts[i]
+            found[tuple(ids)] = float(population.log_probs[i]), float(population.log_weights[i]), text
+    return found
 
 
 # -- the whole ---------------------------------------------------------------------------------------------------------

@@ -40,6 +40,11 @@ class SMCParams:
         ess_threshold: in [0, 1]; resample when the effective sample size falls below `ess_threshold * N`.
             1.0 resamples at every step, 0.0 never.
         resampling: 'systematic', 'stratified', 'multinomial', 'residual' or 'ssp'.
+        resample_every: at least 1; resample only after this many tokens, twice as many, and so on.
+        resampling_temperature: τ, at least 1, or 'entropic'; ancestors are drawn in proportion to weight^(1/τ), and
+            children keep what that leaves of the weight, so that log Ẑ stays unbiased in Z. 1.0 draws by weight.
+            'entropic' is max(1, (N/ESS)(1 − t/max_tokens)) while ESS < N/2 and t < max_tokens/2, else 1, with t tokens
+            drawn. (Below 1 the weights that are left would have no bound.)
         proposal: 'twisted' draws from p0·ψ where the potential gives `logw_next`; 'base' draws from p0 and weighs
             afterwards.
         ignore_eos: True keeps particles going past the model's end-of-sequence token.
@@ -81,6 +86,8 @@ class SMCParams:
     force_stop: bool = False
     power: float = 1.0
     power_ramp: int | tuple[float, ...] | None = None
+    resample_every: int = 1
+    resampling_temperature: float | str = 1.0
 
     def __post_init__(self) -> None:
         def put(name: str, value: Any) -> None:
@@ -92,6 +99,8 @@ class SMCParams:
         put("ess_threshold", check_float("ess_threshold", self.ess_threshold, 0.0, 1.0))
         check_choice("resampling", self.resampling, RESAMPLING_SCHEMES)
         check_choice("proposal", self.proposal, PROPOSALS)
+        put("resample_every", check_int("resample_every", self.resample_every, 1, 2**24))
+        put("resampling_temperature", _check_tau(self.resampling_temperature))
         for name in ("ignore_eos", "force_stop"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be True or False")
@@ -134,13 +143,21 @@ class SMCParams:
         """Says whether the target, or one on the way to it, has a power of p0 other than 1."""
         return any(power != 1.0 for power in self.powers)
 
+    @property
+    def never_resamples(self) -> bool:
+        """Says whether no weights whatever make the group resample."""
+        return self.ess_threshold == 0.0 or self.resample_every >= self.max_tokens
+
     # -- as a vLLM request -----------------------------------------------------------------------------------------
     #: fields that SamplingParams has a word for, and those that travel as smc_* keys
     _SHARED = (
         *("max_tokens", "temperature", "ignore_eos", "stop_token_ids", "seed", "top_k", "top_p", "min_p"),
         *("logit_bias", "allowed_token_ids", "min_tokens", "stop"),
     )
-    _OWN = ("n_particles", "ess_threshold", "resampling", "proposal", "group", "force_stop", "power", "power_ramp")
+    _OWN = (
+        *("n_particles", "ess_threshold", "resampling", "proposal", "group", "force_stop"),
+        *("resample_every", "resampling_temperature", "power", "power_ramp"),
+    )
 
     def to_extra_args(self) -> dict[str, Any]:
         """Makes the flat `smc_*` keys for `SamplingParams.extra_args`."""
@@ -211,6 +228,16 @@ def _check_ramp(ramp: Any, power: float) -> int | tuple[float, ...] | None:
     if not powers or powers[-1] != power:
         raise ValueError(f"power_ramp={ramp!r}: must be a number of steps, or powers that end with power={power:g}")
     return powers
+
+
+def _check_tau(tau: Any) -> float | str:
+    """Reads a resampling temperature: 'entropic', or a number of at least 1."""
+    if isinstance(tau, str) and tau == "entropic":
+        return tau
+    try:
+        return check_float("resampling_temperature", tau, 1.0, 1e6)
+    except ValueError as error:
+        raise ValueError(f"{error}, or 'entropic'") from None
 
 
 def _check_ids(name: str, ids: Any) -> tuple[int, ...] | None:

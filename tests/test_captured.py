@@ -174,6 +174,7 @@ def test_a_step_asks_the_device_nothing(path, proposal, potential, force_stop):
     params = SMCParams(
         n_particles=5, max_tokens=4 * BLOCK, ess_threshold=0.7, proposal=proposal, force_stop=force_stop,
         power=2.0 if force_stop else 1.0, power_ramp=6,
+        resample_every=2, resampling_temperature="entropic",
     )  # fmt: skip
     blocks = list(range(-(-len(PROMPT) // BLOCK)))
     pool = torch.arange(len(blocks), 64, dtype=torch.int32, device=device)
@@ -188,6 +189,10 @@ def test_a_step_asks_the_device_nothing(path, proposal, potential, force_stop):
         group.population()
 
 
+#: resampling of groups of so many particles
+TEMPERED = {1: {}, 7: dict(resampling_temperature="entropic"), 64: dict(resampling_temperature=2.0, resample_every=2)}
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("proposal", ["twisted", "base"])
 @pytest.mark.parametrize("threshold", [0.0, 0.7, 1.0])
@@ -198,7 +203,7 @@ def test_equals_the_group(path, scheme, threshold, proposal, device):
     for seed, (n, steps, force) in enumerate(((1, 4, False), (7, 9, True), (64, 12, False))):
         params = SMCParams(
             n_particles=n, max_tokens=steps, ess_threshold=threshold, resampling=scheme, proposal=proposal,
-            stop_token_ids=[STOP], seed=seed, force_stop=force, **powers[seed],
+            stop_token_ids=[STOP], seed=seed, force_stop=force, **powers[seed], **TEMPERED[n],
         )  # fmt: skip
         for kind in (Values, NextOnly, MaskedNext):
             potential = kind(value_table(steps, VOCAB), device=device)

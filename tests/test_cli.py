@@ -102,6 +102,10 @@ def test_run_passes_everything_on(fake):
         "1",
         "--resampling",
         "ssp",
+        "--resample-every",
+        "4",
+        "--resampling-temperature",
+        "entropic",
         "--proposal",
         "base",
         "--ignore-eos",
@@ -111,8 +115,9 @@ def test_run_passes_everything_on(fake):
     assert cli.main(["run", "--model", "m", "--prompt", "x", *options, "--engine-args", '{"dtype": "float32"}']) == 0
     assert fake.calls[0][2] == {"dtype": "float32", "max_num_seqs": 2000, **EAGER}
     assert fake.calls[1][2] == SMCParams(
-        n_particles=2000, temperature=0.5, ess_threshold=1.0, resampling="ssp", proposal="base", ignore_eos=True
-    )
+        n_particles=2000, temperature=0.5, ess_threshold=1.0, resampling="ssp", proposal="base", ignore_eos=True,
+        resample_every=4, resampling_temperature="entropic",
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -127,6 +132,9 @@ def test_run_passes_everything_on(fake):
         (["run", "--prompt", "x", "--temperature", "0"], "temperature"),
         (["run", "--prompt", "x", "--ess-threshold", "nan"], "ess_threshold"),
         (["run", "--prompt", "x", "--resampling", "coin"], "coin"),
+        (["run", "--prompt", "x", "--resample-every", "0"], "resample_every=0"),
+        (["run", "--prompt", "x", "--resampling-temperature", "0.5"], "resampling_temperature=0.5"),
+        (["run", "--prompt", "x", "--resampling-temperature", "hot"], "--resampling-temperature"),
         (["run", "--prompt", "x", "--seed", "-1"], "seed"),
         (["run", "--prompt", "x", "--best", "-1"], "--best"),
         (["run", "--prompt", "x", "--potential", "absent"], "'absent'"),

@@ -119,7 +119,8 @@ def random_request(rng):
     params = SMCParams(
         n_particles=rng.choice([1, 2, 5, 17]), max_tokens=STEPS if exact else rng.choice([3, STEPS]),
         ess_threshold=rng.choice([0.0, 0.6, 1.0]), resampling=rng.choice(["systematic", "ssp"]),
-        seed=rng.randint(0, 99),
+        seed=rng.randint(0, 99), resample_every=rng.choice([1, 1, 2]),
+        resampling_temperature=rng.choice([1, 1, 1.5, "entropic"]),
         proposal="base" if kind != "guide" and rng.random() < 0.4 else "twisted", temperature=rng.choice([1.0, 0.7]),
     )  # fmt: skip
     return params, KINDS[kind], exact

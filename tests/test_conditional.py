@@ -58,13 +58,21 @@ def test_ancestors_by_weight(tiny, n):
     u[:2] = 0.0, 1 - 2.0**-53
     want = np.searchsorted(np.cumsum(weights) / weights.sum(), u, side="right").clip(max=np.flatnonzero(weights)[-1])
     want[int(step._uniform_places(1)[0])] = retained(group)
-    assert step._conditional(torch.from_numpy(u), torch.tensor([True])).tolist() == want.tolist()
+    assert step._conditional(step.particles.log_w, torch.from_numpy(u), torch.tensor([True])).tolist() == want.tolist()
 
 
 #: of p0 and of ends, none of which leaves a prefix without a token
 SETTINGS = [
-    dict(top_k=4, top_p=0.95, temperature=1.2), dict(min_tokens=2, logit_bias={STOP: 1.0}), dict(force_stop=True),
-    dict(power=2.0, power_ramp=2), dict(power=0.5),
+    dict(top_k=4, top_p=0.95, temperature=1.2),
+    dict(min_tokens=2, logit_bias={STOP: 1.0}),
+    dict(force_stop=True),
+    dict(power=2.0, power_ramp=2),
+    dict(power=0.5),
+]
+#: of resampling
+TEMPERED = [
+    dict(resampling_temperature=2.0), dict(resampling_temperature="entropic"),
+    dict(resampling_temperature=3.0, resample_every=2),
 ]  # fmt: skip
 
 
@@ -73,6 +81,7 @@ SETTINGS = [
     [
         *itertools.product([1, 4, 64], [0.0, 0.7, 1.0], ["twisted", "base", "guided"], [{}]),
         *itertools.product([4], [0.7], ["twisted", "base", "guided"], SETTINGS),
+        *itertools.product([4], [1.0], ["twisted", "base", "guided"], TEMPERED),
     ],
 )
 def test_mean_of_the_reciprocal(tiny, n, threshold, kind, settings):
@@ -88,7 +97,7 @@ def test_mean_of_the_reciprocal(tiny, n, threshold, kind, settings):
         assert group.population().token_ids[retained(group)] == exact
     ratio = np.exp(log_z - np.array(upper))
     error = ratio.std(ddof=1) / np.sqrt(runs)
-    assert abs(ratio.mean() - 1) <= 3.5 * error + 1e-6, (ratio.mean(), error)  # 33 cases
+    assert abs(ratio.mean() - 1) <= 3.5 * error + 1e-6, (ratio.mean(), error)  # 42 cases
     assert np.mean(upper) >= log_z - 3 * np.std(upper, ddof=1) / np.sqrt(runs) - 1e-6
 
 

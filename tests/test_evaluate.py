@@ -1,14 +1,15 @@
 """Bounds and divergences against enumeration, over the table of a tiny Llama."""
 
+import dataclasses
 import itertools
 import json
 import math
 
 import numpy as np
 import pytest
-from tiny import PROMPT, TableLLM, TableTwist, TinyLlama, make_llama, value_table
+from tiny import PROMPT, Guide, TableLLM, TableTwist, TinyLlama, make_llama, value_table
 
-from fastsmc import SMCParams, evaluate
+from fastsmc import SMCError, SMCParams, evaluate
 
 VOCAB, STEPS, STOP = 6, 3, 5
 POTENTIAL = TableTwist(np.where(np.isinf(v := value_table(STEPS, VOCAB, seed=4)), -1.0, 1.5 * v))
@@ -141,3 +142,113 @@ def test_refusals(tiny):
     for exact, runs, why in (([], 4, "exact="), (None, 4, "exact="), ([5, 6], 4, "exact="), ([[0, 0, 0]], 0, "runs=0")):
         with pytest.raises(ValueError, match=why):
             evaluate.log_z_bounds(llm, PROMPT, params, POTENTIAL, exact=exact, runs=runs)
+
+
+# -- particle Gibbs ----------------------------------------------------------------------------------------------------
+class Joined(TableTwist):
+    per_particle = ()  # asked once for all chains
+
+
+JOINED = Joined(2 * POTENTIAL.value.numpy())
+WAYS = [
+    dict(proposal="twisted", ess_threshold=0.7), dict(proposal="base", ess_threshold=1.0),
+    dict(proposal="twisted", ess_threshold=1.0, resampling_temperature=2.0),
+]  # fmt: skip
+
+
+def excess(tiny, potential, sequences):
+    """How far counts of sequences are from the posterior: (χ² − degrees of freedom) / its standard deviation."""
+    posterior = tiny.posterior(potential.log_phi)
+    cells = [s for s, p in posterior.items() if p * len(sequences) >= 5]
+    want = np.array([posterior[s] for s in cells] + [1 - sum(posterior[s] for s in cells)]) * len(sequences)
+    seen = [sum(tuple(ids) == s for ids in sequences) for s in cells]
+    got = np.array([*seen, len(sequences) - sum(seen)])
+    return float((np.square(got - want) / want).sum() - len(cells)) / math.sqrt(2 * len(cells))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_particle_gibbs_leaves_the_posterior_as_it_is(tiny, way):
+    """From exact draws every sweep ends in exact draws; from a state that is rare it gets there; E[1/Ẑ*] = 1/Z."""
+    chains, truth = 300, tiny.log_z(JOINED.log_phi)
+    params = SMCParams(n_particles=4, max_tokens=STEPS, seed=3, **way)
+    posterior = tiny.posterior(JOINED.log_phi)
+    picks = np.random.default_rng(1).choice(len(posterior), size=chains, p=list(posterior.values()))
+    exact = [list(list(posterior)[i]) for i in picks]
+    out = evaluate.particle_gibbs(TableLLM(tiny), PROMPT, params, JOINED, sweeps=2, initial=exact, chains=chains)
+    assert [chain[0] for chain in out.token_ids] == exact and out.initial == "given" and out.texts is None
+    for sweep in range(3):
+        assert abs(excess(tiny, JOINED, [chain[sweep] for chain in out.token_ids])) < 4, sweep
+    ratio = np.exp(truth - out.log_z)
+    for column in ratio.T:
+        assert abs(column.mean() - 1) <= 4 * column.std(ddof=1) / math.sqrt(chains)
+    for chain, log_probs, log_phi in zip(out.token_ids[:50], out.log_probs, out.log_phi, strict=False):
+        for ids, log_prob, value in zip(chain, log_probs, log_phi, strict=True):
+            assert abs(log_prob - tiny.log_p[tuple(ids)]) < 1e-4 and abs(value - JOINED.log_phi(tuple(ids))) < 1e-9
+    rare = [list(min(posterior, key=posterior.get))]
+    params = dataclasses.replace(params, n_particles=8)
+    out = evaluate.particle_gibbs(TableLLM(tiny), PROMPT, params, JOINED, sweeps=5, initial=rare, chains=chains)
+    assert excess(tiny, JOINED, [chain[0] for chain in out.token_ids]) > 100
+    assert abs(excess(tiny, JOINED, [chain[-1] for chain in out.token_ids])) < 4
+    assert out.moved[:, 0].mean() > 0.5
+
+
+def test_particle_gibbs_from_a_run(tiny):
+    """Chains are independent and begin with a draw each; a forced stop keeps its target, whose log φ is φ's."""
+    params = SMCParams(n_particles=6, max_tokens=STEPS, stop_token_ids=[STOP], force_stop=True)
+    run = dict(sweeps=30, chains=4)
+    out = evaluate.particle_gibbs(TableLLM(tiny), PROMPT, params, JOINED, **run)
+    again = evaluate.particle_gibbs(TableLLM(tiny), PROMPT, params, JOINED, **run)
+    assert out.token_ids == again.token_ids and "burn-in" in out.initial
+    assert out.log_probs.shape == out.log_phi.shape == (4, 31) and out.log_z.shape == out.moved.shape == (4, 30)
+    assert len({repr(chain) for chain in out.token_ids}) == 4
+    assert all(ids[-1] == STOP for chain in out.token_ids for ids in chain)
+    assert abs(out.log_phi[2, 7] - JOINED.log_phi(tuple(out.token_ids[2][7]))) < 1e-9
+    changes = [a != b for chain in out.token_ids for a, b in itertools.pairwise(chain)]
+    assert out.acceptance == np.mean(changes) and "acceptance=" in repr(out)
+    firsts = [a[0] != b[0] for chain in out.token_ids for a, b in itertools.pairwise(chain)]
+    assert out.acceptance_by_position[0] == np.mean(firsts) and len(out.acceptance_by_position) <= STEPS
+    assert 1 < out.effective_samples(burn_in=5) <= 4 * 25
+
+
+def test_autocorrelation_of_known_chains():
+    """AR(1) chains: ρ^lag, and (1 − ρ)/(1 + ρ) of the draws count; chains that stay apart, or still, do not."""
+    rng, rho, chains, sweeps = np.random.default_rng(0), 0.6, 8, 4000
+    values = np.zeros((chains, sweeps + 1))
+    for t in range(sweeps):
+        values[:, t + 1] = rho * values[:, t] + rng.normal(size=chains)
+
+    def made(log_phi):
+        ids = [[[0]] * log_phi.shape[1]] * len(log_phi)
+        zeros = np.zeros_like(log_phi)
+        return evaluate.ParticleGibbs(ids, None, zeros, log_phi, zeros[:, 1:], zeros[:, 1:] > 0, "given", 2)
+
+    out = made(values)
+    np.testing.assert_allclose(out.autocorrelation(100)[:6], rho ** np.arange(6), atol=0.04)
+    want = chains * (sweeps - 100) * (1 - rho) / (1 + rho)
+    assert abs(out.effective_samples(100) / want - 1) < 0.1
+    apart = made(values + 20 * np.arange(chains)[:, None])
+    assert apart.autocorrelation(100)[5] > 0.9 and apart.effective_samples(100) < 5 * chains
+    assert np.isnan(made(np.zeros((2, 9))).effective_samples())
+    with pytest.raises(ValueError, match="at least 2 sweeps"):
+        made(np.zeros((2, 2))).autocorrelation()
+    with pytest.raises(ValueError, match="burn_in=8"):
+        made(np.zeros((2, 10))).autocorrelation(8)
+
+
+def test_particle_gibbs_refusals(tiny):
+    llm, params = TableLLM(tiny), SMCParams(n_particles=4, max_tokens=STEPS)
+    none = TableTwist(np.full((STEPS, VOCAB), -np.inf))
+    for change, error, why in (
+        (dict(sweeps=0), ValueError, "sweeps=0"),
+        (dict(chains=0), ValueError, "chains=0"),
+        (dict(params=SMCParams(max_tokens=STEPS, n_particles=1)), ValueError, "n_particles=1"),
+        (dict(initial=[[STOP], [STOP]], chains=3), ValueError, "initial: 2 sequences for 3 chains"),
+        (dict(initial=[STOP]), ValueError, "initial="),
+        (dict(initial=[[0]]), SMCError, "no complete sequence"),
+        (dict(potential=Guide(POTENTIAL.value.numpy())), ValueError, "Guide: is proposal-only"),
+        (dict(potential=none), ValueError, "initial=None: an ordinary run has no weight"),
+        (dict(potential=none, initial=[[STOP]]), SMCError, "weight zero"),
+    ):
+        asked = dict(params=params, potential=POTENTIAL, sweeps=2) | change
+        with pytest.raises(error, match=why):
+            evaluate.particle_gibbs(llm, PROMPT, asked.pop("params"), asked.pop("potential"), **asked)

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from fastsmc import Potential, SMCParams, reference
-from fastsmc.smc import Group
+from fastsmc.smc import Group, arrange, finish
 from fastsmc.smc.driving import run_group
 
 PROMPT = [1, 3, 2, 5, 4]
@@ -245,6 +245,25 @@ def run_table(tiny: TinyLlama, params: SMCParams, potential: Potential | None):
     return run_group(Group(params, potential, PROMPT, tiny.stop), TableRows(tiny, params.n_particles))
 
 
+def run_tables(tiny: TinyLlama, groups: list[Group]) -> list:
+    """The populations of groups stepped over the table side by side: those that each has alone."""
+    rows = {id(group): TableRows(tiny, group.n) for group in groups}
+    while going := [group for group in groups if not group.done]:
+        for cohort in arrange(going):
+            wants, logits = cohort.wants(), []
+            for g, group in enumerate(cohort.groups):
+                part, first, model = slice(*wants.bounds[g : g + 2]), cohort.layout.bounds[g], rows[id(group)]
+                if wants.moves is not None:
+                    model.reindex(wants.moves[cohort.layout.part(g)] - first)
+                out = model.first() if group.t == 0 else model.next(wants.tokens[part], wants.slots[part] - first)
+                logits.append(out[0])
+            finish(cohort.take(torch.cat(logits), None))
+    for group in groups:
+        if group.error is not None:
+            raise group.error
+    return [group.population() for group in groups]
+
+
 class TableLLM:
     """`smc` as `fastsmc.LLM` has it, over the table."""
 
@@ -253,13 +272,12 @@ class TableLLM:
 
     def smc(self, prompts, params, potential, *, twist=None, exact=None):
         assert twist is None
-        populations = []
+        groups = []
         for i, prompt in enumerate(prompts):
             own = dataclasses.replace(params, group=params.group + i)
             kept = None if exact is None else exact[i]
-            group = Group(own, potential, prompt, self.tiny.stop, exact=kept)
-            populations.append(run_group(group, TableRows(self.tiny, own.n_particles)))
-        return populations
+            groups.append(Group(own, potential, prompt, self.tiny.stop, exact=kept))
+        return run_tables(self.tiny, groups)
 
 
 class TableTwist(Potential):

@@ -209,7 +209,7 @@ def make_population(
         stopped: (N,) bool, particles that ended otherwise than by their length.
     """
     n, steps = len(log_w), len(record["tokens"])
-    log_mean = ops.ess_log_mean(log_w)[1]
+    ess, log_mean = ops.ess_log_mean(log_w)
     rows: dict[str, Any] = {name: [*values] for name, values in record.items()}
     if not twisted:
         rows["ancestors"] = [np.arange(n), *rows["ancestors"]][: steps + ended_by_resampling]
@@ -217,8 +217,8 @@ def make_population(
     if ended_by_resampling:
         rows["tokens"].append(np.full(n, -1))
         rows["token_log_probs"].append(np.zeros(n))
-        rows["ess"].append(float(n))
-        rows["step_log_w"].append(np.full(n, log_z))
+        rows["ess"].append(ess)
+        rows["step_log_w"].append(log_w.cpu().numpy() + log_z)
 
     def whole(name: str, dtype: type) -> np.ndarray:
         return np.array(rows[name], dtype=dtype).reshape(len(rows[name]), n)

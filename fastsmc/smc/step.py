@@ -93,6 +93,10 @@ class Step:
         self._seed, self._key, self._max_tokens = numbers[0], numbers[1], numbers[2][of]
         shares = [[p.temperature, p.ess_threshold if w else 0.0] for p, w in zip(params, weighed, strict=True)]
         temperature, self._threshold = torch.tensor(shares, dtype=torch.float64, device=device).T.contiguous()
+        taus = [0.0 if isinstance(tau := p.resampling_temperature, str) else tau for p in params]  # 0: 'entropic'
+        self._tau = torch.tensor(taus, dtype=torch.float64, device=device) if any(tau != 1 for tau in taus) else None
+        every = [p.resample_every for p in params]
+        self._every = torch.tensor(every, device=device) if max(every) > 1 else None
         self._temperature = temperature[of]
         self._powers: Tensor | None = None  # (G, K), those of the first K steps; the last holds from then on
         if kind.powered:
@@ -380,24 +384,54 @@ class Step:
         particles = self.particles
         # Resampling may come after a step's weights (base) or before its draw (twisted): the same counter either way
         # is used once, because a group has one order.
-        u = self.uniforms(RESAMPLE)
-        done = ops.resample(
-            particles.log_w, u, scheme=self.kind.scheme, threshold=torch.where(may, self._threshold, 0.0),
-            offsets=self.layout.offsets, largest=max(self.layout.sizes),
-        )  # fmt: skip
+        u, drawn = self.uniforms(RESAMPLE), self.step if self.kind.twisted else self.step + 1
+        may = may if self._every is None else may & (drawn % self._every == 0)
+        threshold = torch.where(may, self._threshold, 0.0)
+        if self._tau is None:
+            done, log_r, kept = self._by_weight(particles.log_w, u, threshold), particles.log_w, None
+        else:
+            done, log_r, kept = self._tempered(self._tau, u, threshold, drawn)
         ancestors, rank, count = done.ancestors, done.rank, done.counts[done.ancestors]
         if self.kind.retains:
-            ancestors, rank, count = self._conditional(u, done.resampled), rank.zero_(), count.fill_(1)
+            ancestors, rank, count = self._conditional(log_r, u, done.resampled), rank.zero_(), count.fill_(1)
         self.ess, self.log_mean, self.resampled, self.ancestors = done.ess, done.log_mean, done.resampled, ancestors
         self.record.put("ancestors", ancestors)
         self.record.put("resampled", done.resampled)
         self.log_z += torch.where(done.resampled, done.log_mean, 0.0)
-        particles.log_w.copy_(torch.where(self.of(done.resampled), 0.0, particles.log_w))
+        after = 0.0 if kept is None else kept[ancestors]
+        particles.log_w.copy_(torch.where(self.of(done.resampled), after, particles.log_w))
         particles.rank.copy_(rank)
         particles.count.copy_(count)
         particles.follow(ancestors)
         self._active = None
         return ancestors
+
+    def _by_weight(self, log_w: Tensor, u: Tensor, threshold: float | Tensor) -> ops.Resampled:
+        return ops.resample(
+            log_w, u, scheme=self.kind.scheme, threshold=threshold, offsets=self.layout.offsets,
+            largest=max(self.layout.sizes),
+        )  # fmt: skip
+
+    def _tempered(
+        self, tau: Tensor, u: Tensor, threshold: Tensor, drawn: Tensor
+    ) -> tuple[ops.Resampled, Tensor, Tensor]:
+        """Resamples by r ∝ W^{1/τ} the groups whose true ESS is low (docs/mathematics.md §3). τ is 0 for 'entropic'.
+
+        Returns:
+            what `ops.resample` gives, with ESS and mean of the true weights; log r up to a constant per group, (M,);
+            log of W / r, which a particle's children keep, (M,), −∞ without a weight.
+        """
+        layout, log_w = self.layout, self.particles.log_w
+        true = self._by_weight(log_w, u, 0.0)
+        size = layout.offsets[1:] - layout.offsets[:-1]
+        low = (threshold == 1.0) | (true.ess < threshold * size)
+        share, time = true.ess.clamp(min=1.0) / size, drawn / self._max_tokens[layout.offsets[:-1]]
+        entropic = torch.where((share < 0.5) & (time < 0.5), ((1 - time) / share).clamp(min=1.0), 1.0)
+        log_r = log_w / self.of(torch.where(tau == 0.0, entropic, tau))
+        done = self._by_weight(log_r, u, low.double())
+        kept = log_w - log_r - self.of(true.log_mean - done.log_mean)
+        kept = torch.where(log_w > -math.inf, kept, -math.inf)
+        return done._replace(ess=true.ess, log_mean=true.log_mean), log_r, kept
 
     def log_z_so_far(self) -> Tensor:
         """Computes the log of the mean weight, that of closed intervals included, as the last weights were: (G,)."""
@@ -405,8 +439,8 @@ class Step:
         return torch.where(self.ess > 0, so_far, -math.inf)
 
     # ------------------------------------------------------------------------------------------------- exact samples
-    def _conditional(self, u: Tensor, resampled: Tensor) -> Tensor:
-        """Draws ancestors (M,) by weight, independently, but that a retained particle goes to a uniform place."""
+    def _conditional(self, log_r: Tensor, u: Tensor, resampled: Tensor) -> Tensor:
+        """Draws ancestors (M,) by r, independently, but that a retained particle goes to a uniform place."""
         layout, particles = self.layout, self.particles
         place = self._uniform_places(1)
         ancestors = layout.all.clone()
@@ -414,7 +448,7 @@ class Step:
             part, start = layout.part(g), layout.bounds[g]
             # in integers, because a GPU adds float64 numbers in no fixed order. What is cut off is less than 2**-50 of
             # the weights; a total of about 2**50 times u < 1 rounds to less than the total
-            cumulative = (torch.softmax(particles.log_w[part], 0) * 2.0**50).long().cumsum(0)
+            cumulative = (torch.softmax(log_r[part], 0) * 2.0**50).long().cumsum(0)
             drawn = torch.searchsorted(cumulative, (u[part] * cumulative[-1]).long(), right=True) + start
             kept = particles.retained[part].byte().argmax() + start
             drawn = torch.where(layout.local[part] == place[g], kept, drawn)

@@ -209,7 +209,7 @@ def check_fits(
     prompt_blocks = -(-prompt_len // size)
     columns = last_position(params.max_tokens, prompt_len, lookahead) // size + 1 - prompt_len // size
     private = first_columns(params, prompt_len, lookahead, size)
-    never = params.ess_threshold == 0.0
+    never = params.never_resamples
     blocks = prompt_blocks + n * (columns if never else private) + (0 if never else columns - private)
     blocks += (again := intervened_blocks(first_reached, prompt_len, size))
     if n_companions:

@@ -8,7 +8,7 @@ import torch
 from tiny import PROMPT, TableTwist, hf_log_probs, value_table
 from vllm import SamplingParams
 
-from fastsmc import Potential, SMCError, SMCParams
+from fastsmc import Potential, SMCError, SMCParams, evaluate
 from fastsmc.potentials import Infill
 from fastsmc.vllm.passes import Pass
 
@@ -51,6 +51,21 @@ def test_base_proposal_and_temperature(engine, tiny_path, all_blocks_back):
     params = SMCParams(n_particles=16, max_tokens=40, ess_threshold=1.0, proposal="base", temperature=0.7)
     population = engine.smc(PROMPT, params, POTENTIAL)
     check_log_probs(tiny_path, PROMPT, population, 0.7)
+
+
+def test_tempered_resampling_every_few_tokens(engine, tiny_path, all_blocks_back):
+    """Both keys of a request arrive; exact samples beside them. log Ẑ of both kinds of runs encloses the truth."""
+    params = dataclasses.replace(EVERY_STEP, max_tokens=12, resample_every=5, resampling_temperature="entropic")
+    population = engine.smc(PROMPT, params, POTENTIAL)
+    assert np.flatnonzero(population.resampled).tolist() == [5, 10]
+    check_log_probs(tiny_path, PROMPT, population)
+    same(engine.smc(PROMPT, dataclasses.replace(params, resampling_temperature=1.0, resample_every=1), POTENTIAL),
+         engine.smc(PROMPT, dataclasses.replace(EVERY_STEP, max_tokens=12), POTENTIAL))  # fmt: skip
+    out = evaluate.particle_gibbs(engine, PROMPT, params, POTENTIAL, sweeps=2, chains=3)
+    assert out.log_z.shape == (3, 2) and np.isfinite(out.log_z).all() and out.texts is None
+    for chain, log_probs in zip(out.token_ids, out.log_probs, strict=True):
+        want = [each.sum() for each in hf_log_probs(tiny_path, PROMPT, chain)]
+        assert np.allclose(log_probs, want, atol=1e-3)
 
 
 def test_beside_other_groups_and_ordinary_requests(engine, tiny_path, all_blocks_back):
@@ -400,6 +415,8 @@ def test_no_weight_left(engine, all_blocks_back):
         (dict(extra_args={"smc_n_particles": [4]}), "n_particles="),
         (dict(extra_args={"smc_n_particles": 4, "smc_ess_threshold": None}), "ess_threshold=None"),
         (dict(extra_args={"smc_n_particles": 4, "smc_resampling": ["ssp"]}), "resampling="),
+        (dict(extra_args={"smc_n_particles": 4, "smc_resampling_temperature": 0.5}), "resampling_temperature=0.5"),
+        (dict(extra_args={"smc_n_particles": 4, "smc_resample_every": 0}), "resample_every=0"),
         (dict(max_tokens=5000), "max_model_len"),
     ],
 )

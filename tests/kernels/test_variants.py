@@ -125,8 +125,8 @@ ANSWERS = {
 @pytest.mark.parametrize(
     ("dtype", "vocab", "stride", "scans", "draws"),
     # scan: 1 without row indices; 2 without a twist, 2 with a mask, 2 with a power alone (logits read once or more
-    # often), 4 with log ψ of float32, of float16, and with log ψ and a mask (each of the two read once or more often). Of
-    # an odd width, a row for all has another stride, 0, than several
+    # often), 4 with log ψ of float32, of float16, and with log ψ and a mask (each of the two read once or more often).
+    # Of an odd width, a row for all has another stride, 0, than several
     [(torch.bfloat16, 96, 128, 1 + 3 * 2 + 3 * 4, 5), (torch.float32, 1111, 1152, 1 + 3 * 2 + 3 * 4 + 2 * 2, 7)],
 )
 def test_the_warm_up_compiles_what_groups_launch(launches, dtype, vocab, stride, scans, draws):
