@@ -14,7 +14,7 @@ from typing import Any
 from fastsmc.values import check_choice, check_float, check_int
 
 RESAMPLING_SCHEMES = ("systematic", "stratified", "multinomial", "residual", "ssp")
-PROPOSALS = ("twisted", "base")
+PROPOSALS = ("twisted", "base", "rejection")
 
 #: Prefix of the keys in `SamplingParams.extra_args` that make a request stand for a group.
 PREFIX = "smc_"
@@ -41,7 +41,8 @@ class SMCParams:
             1.0 resamples at every step, 0.0 never.
         resampling: 'systematic', 'stratified', 'multinomial', 'residual' or 'ssp'.
         proposal: 'twisted' draws from p0·ψ where the potential gives `logw_next`; 'base' draws from p0 and weighs
-            afterwards.
+            afterwards; 'rejection' draws as 'twisted' does, but asks potentials such as `Condition` for single tokens
+            until they allow one (docs/conditions.md).
         ignore_eos: True keeps particles going past the model's end-of-sequence token.
         stop_token_ids: further tokens that end a particle; the stop token is part of its tokens.
         stop: strings, or a string; a particle whose text comes to hold one ends with that token, which it keeps.
