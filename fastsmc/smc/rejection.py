@@ -8,7 +8,7 @@ is allowed, as a share of the row's, and b = 1 − p_x / B the chance that a sec
     w = B · (1 − (b / π) · (1 − c(y)))        else, with y the candidate after x
 
 which is min(p_x, B/2) where y is not allowed. x comes by p restricted to what is allowed, and E[w | x] is that set's
-mass (docs/mathematics.md, "Rejection proposals"). It is positive, at most 1, and 1 where all is allowed.
+mass (docs/mathematics.md §8). It is positive, at most 1, and 1 where all is allowed.
 
 The rounds are the host's, since it asks; a round weighs and draws only the rows of particles that still ask.
 """
