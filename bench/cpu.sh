@@ -2,7 +2,7 @@
 # Measures on a CPU what bench/results says of one, most telling first:
 #
 #   bash bench/cpu.sh OUTDIR [part…]         default: all parts but serve, soak, groups, infill, order, counterfactual,
-#                                          interchange, alignment and facts
+#                                          condition, interchange, alignment and facts
 #   AGAINST=../old bash bench/cpu.sh OUTDIR against      steps of this tree and of another, in turn
 #
 # part           minutes on two quiet cores, and what for
@@ -25,6 +25,7 @@
 # facts          7    where facts stand in SmolLM2: the same
 # serve         15    a server against the engine in process, and against a stock server
 # soak          30    10,000 requests of random end: what is counted, not timed
+# condition     20    questions asked under black boxes, beside genlm-control's AWRS; PEER as above: what is counted
 # groups        35    several groups against stock, a step by their number, a group beside ordinary requests
 # against        6
 #
@@ -33,7 +34,7 @@
 set -u
 cd "$(dirname "$0")/.."
 if [ $# -eq 0 ]; then
-  sed -n '2,32s/^# \{0,1\}//p' "$0" >&2
+  sed -n '2,33s/^# \{0,1\}//p' "$0" >&2
   exit 2
 fi
 python=${PYTHON:-.venv/bin/python}
@@ -92,6 +93,7 @@ for part in $parts; do
     infill) bench infill_cpu bench_infill.py ;;
     counterfactual) OMP_NUM_THREADS=1 bench counterfactual_cpu bench_counterfactual.py found ;;
     counterfactual_time) bench counterfactual_time_cpu bench_counterfactual.py time ;;
+    condition) OMP_NUM_THREADS=1 bench condition_cpu bench_condition.py --peer "$peer" ;;
     order) bench resample_order bench_order.py ;;
     *)
       echo "$part: no such part; see the list at the top of bench/cpu.sh" >&2

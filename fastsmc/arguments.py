@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 
 from fastsmc.params import SMCParams
 from fastsmc.potentials import Potential
+from fastsmc.potentials.condition import conditions, no_condition
 from fastsmc.potentials.tokens import short, token_list
 
 #: what a type checker can know to be one prompt, and to be several; the other forms tell by their shape
@@ -117,10 +118,12 @@ def read_exact(name: str, exact: Any, params: SMCParams, vocab_size: int | None 
     """Reads the samples of one group, which takes a single sample or as many as it has particles.
 
     Raises:
-        ValueError: naming `name`: it is no list of samples, or not of so many, or the group has stop strings.
+        ValueError: naming `name`: it is no list of samples, or not of so many, or the group takes none.
     """
     if params.stop is not None:
         raise ValueError(f"{name}: a group with stop={list(params.stop)} takes no exact samples")
+    if params.proposal == "rejection":
+        raise ValueError(f"{name}: proposal='rejection' takes no exact samples; use 'twisted' or 'base'")
     rows, n = read_samples(name, exact, vocab_size), params.n_particles
     if len(rows) not in (1, n) or (len(rows) > 1 and params.ess_threshold > 0.0):
         raise ValueError(
@@ -151,6 +154,9 @@ def read_each(
     for each in chosen:
         if each is not None and not isinstance(each, Potential):
             raise ValueError(f"potential={each!r}: must be a fastsmc.Potential (an instance, not a class)")
+    for each, own in zip(chosen, each_params, strict=True):
+        if own.proposal == "rejection" and (each is None or not conditions(each)):
+            raise ValueError(no_condition(each))
     kept: list[Any] = [None] * n_prompts
     if exact is not None and single:
         kept = [read_exact("exact", exact, each_params[0], vocab_size)]

@@ -14,7 +14,7 @@ from typing import Any
 from fastsmc.values import check_choice, check_float, check_int
 
 RESAMPLING_SCHEMES = ("systematic", "stratified", "multinomial", "residual", "ssp")
-PROPOSALS = ("twisted", "base")
+PROPOSALS = ("twisted", "base", "rejection")
 
 #: Prefix of the keys in `SamplingParams.extra_args` that make a request stand for a group.
 PREFIX = "smc_"
@@ -46,7 +46,8 @@ class SMCParams:
             'entropic' is max(1, (N/ESS)(1 − t/max_tokens)) while ESS < N/2 and t < max_tokens/2, else 1, with t tokens
             drawn. (Below 1 the weights that are left would have no bound.)
         proposal: 'twisted' draws from p0·ψ where the potential gives `logw_next`; 'base' draws from p0 and weighs
-            afterwards.
+            afterwards; 'rejection' draws as 'twisted' does, but asks potentials such as `Condition` for single tokens
+            until they allow one (docs/conditions.md).
         ignore_eos: True keeps particles going past the model's end-of-sequence token.
         stop_token_ids: further tokens that end a particle; the stop token is part of its tokens.
         stop: strings, or a string; a particle whose text comes to hold one ends with that token, which it keeps.

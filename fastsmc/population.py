@@ -69,6 +69,8 @@ class Population:
         finish_reasons: N of "stop" (a stop token, a stop string or `Potential.stop`), "length" (max_tokens) and "dead"
             (neither: no next token had any weight, or no particle of the group had); None: not known, of an old file.
         texts: N str, what the tokens add to the prompt's text; None without a tokenizer.
+        questions: of a group with a `Condition`: "asked", texts that it was asked about, "calls" of its functions, and
+            "cut", how often `max_asked` ended a particle's search; None without.
 
     Raises:
         ValueError: naming the field that has a wrong shape or dtype, a NaN or a +inf, or an ancestor out of range.
@@ -101,6 +103,7 @@ class Population:
     params: SMCParams
     finish_reasons: list[str] | None = None
     texts: list[str] | None = _Texts()  # type: ignore[assignment]  # a descriptor, typed as what it gives
+    questions: dict[str, int] | None = None
 
     def __post_init__(self) -> None:
         sizes = self._sizes()
@@ -133,6 +136,9 @@ class Population:
                 check_choice("finish_reasons", reason, FINISH_REASONS)
             if len(self.finish_reasons) != sizes["N"]:
                 raise ValueError(f"finish_reasons: {len(self.finish_reasons)} of them for {sizes['N']} particles")
+
+        if self.questions is not None and self.questions.keys() != {"asked", "calls", "cut"}:
+            raise ValueError(f"questions={self.questions!r}: must have 'asked', 'calls' and 'cut'")
 
     def _sizes(self) -> dict[str, int]:
         """Says what the letters of ARRAYS stand for."""
@@ -194,6 +200,11 @@ class Population:
     def degenerate(self) -> bool:
         """Says whether every particle has weight zero."""
         return bool(np.isneginf(self.log_weights).all())
+
+    @property
+    def biased(self) -> bool:
+        """Says whether Ẑ is biased, too low on average: `max_asked` ended a particle's search for a token."""
+        return self.questions is not None and self.questions["cut"] > 0
 
     @property
     def weights(self) -> np.ndarray:
@@ -274,6 +285,7 @@ class Population:
             "log_z": json_safe(self.log_z),
             "final_ess": self.final_ess,
             "degenerate": self.degenerate,
+            **({} if self.questions is None else {"questions": self.questions, "biased": self.biased}),
             "resamplings": int(self.resampled.sum()),
             "total_tokens": sum(map(len, self.token_ids)),
             "distinct_first_ancestors": int(self.distinct_ancestors()[0]) if self.T else self.n_particles,
@@ -313,6 +325,7 @@ class Population:
             "prompt_token_ids": self.prompt_token_ids,
             "texts": self.texts,
             "finish_reasons": self.finish_reasons,
+            "questions": self.questions,
             "digest": _digest(arrays),
             **self._more(),
         }
@@ -359,6 +372,7 @@ class Population:
                 params=SMCParams(**meta["params"]),
                 texts=meta["texts"],
                 finish_reasons=meta.get("finish_reasons"),
+                questions=meta.get("questions"),
                 **arrays,
                 **cls._read_more(meta),
             )

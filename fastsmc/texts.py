@@ -89,6 +89,11 @@ def is_whole(text: str) -> bool:
     return not text.endswith(_PARTIAL)
 
 
+def strip_partial(text: str) -> str:
+    """Takes bytes off a text's end that are no whole character."""
+    return text.rstrip(_PARTIAL)
+
+
 def _beyond(before: str, text: str) -> str:
     """Takes `before` off `text`, where its last character may have been completed or its end rewritten."""
     if text.startswith(before):

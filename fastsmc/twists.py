@@ -405,8 +405,8 @@ class Twist(Potential):
             return zeros
         if self._rows is not None and self._last is None:  # logw_next has moved the trunk
             raise ValueError(
-                f"a twist of kind {self.card.kind!r} cannot stand beside a proposal-only one: it would be asked twice "
-                "a step, and its trunk goes on by one token each time"
+                f"a twist of kind {self.card.kind!r} cannot stand beside a proposal-only one, nor be used with "
+                "proposal='rejection': it would be asked twice a step, and its trunk goes on by one token each time"
             )
         features, log_psi = self._advance(state, self._last)
         self._last = state.last_tokens

@@ -13,7 +13,7 @@ import torch
 from tiny import PROMPT, Guide, TableRows, TableTwist, TinyLlama, make_llama, value_table
 
 from fastsmc import Potential, SMCParams
-from fastsmc.potentials import Final, Lexicon
+from fastsmc.potentials import Condition, Final, Lexicon
 from fastsmc.smc import Group, GroupEngine, SMCError, arrange, finish
 from fastsmc.smc.driving import run_group
 
@@ -105,6 +105,9 @@ KINDS = {
     "lexicon": LEXICON,
     "product": Remembers(VALUE) * LEXICON,
     "final": Final(Remembers(VALUE)),
+    "condition": Condition(lambda rows: [ids[-1:] != [1] for ids in rows], on="tokens", max_asked=4),
+    "condition twisted": Condition(lambda rows: [ids[-1:] != [3] for ids in rows], on="tokens") * TableTwist(VALUE),
+    "condition fails": Condition(lambda rows: [len(ids) < 2 or 1 // ids[-1] >= 0 for ids in rows], on="tokens"),
 }
 
 
@@ -121,7 +124,8 @@ def random_request(rng):
         ess_threshold=rng.choice([0.0, 0.6, 1.0]), resampling=rng.choice(["systematic", "ssp"]),
         seed=rng.randint(0, 99), resample_every=rng.choice([1, 1, 2]),
         resampling_temperature=rng.choice([1, 1, 1.5, "entropic"]),
-        proposal="base" if kind != "guide" and rng.random() < 0.4 else "twisted", temperature=rng.choice([1.0, 0.7]),
+        proposal="base" if kind != "guide" and rng.random() < 0.4 else
+        "rejection" if kind.startswith("condition") else "twisted", temperature=rng.choice([1.0, 0.7]),
     )  # fmt: skip
     return params, KINDS[kind], exact
 

@@ -141,6 +141,9 @@ class Potential:
     #: them. `reset` is called for each. What else changes from step to step are numbers that are the same for all
     #: groups at a step. A subclass has to say it anew.
     per_particle: tuple[str, ...] | None = None
+    #: with the rejection proposal: how many candidate tokens a particle is asked about at most per step; None: as many
+    #: as it takes. A particle that needs more has weight zero, which is biased: `Population.questions` counts them
+    max_asked: int | None = None
     #: names of attributes that hold the potentials, one or a tuple, that this one is made of
     made_of: tuple[str, ...] = ()
 
@@ -184,9 +187,17 @@ class Potential:
         They need no stop token, and no weight is corrected: such a sequence is complete, so `complete` is asked about
         it. It must hang on the tokens alone. Default: what any of the potentials that this one is made of says.
         """
-        answers = [part.stop(state) for part in _parts(self)]
+        answers = [part.stop(state) for part in parts(self)]
         told = [answer for answer in answers if answer is not None]
         return torch.stack(told).any(0) if told else None
+
+    def allows(self, state: State, particles: Tensor, tokens: Tensor) -> Tensor | None:
+        """Returns (K,) bool, whether candidate tokens (K,) int64 of particles (K,) int64 are allowed; None: undefined.
+
+        Only the rejection proposal asks, and draws among what is allowed. What is not allowed must have log ψ = −inf:
+        `prefix` with that token, or `complete` if the particle ends with it.
+        """
+        return None
 
     def logw_next(self, state: State) -> Tensor | Rows | Masked | None:
         """Returns (N, V) log ψ_{t+1}(s, v) − log ψ_t(s) for every next token v; None: not used in the proposal.
@@ -201,7 +212,7 @@ class Potential:
         return self._product(self, other) if isinstance(other, Potential) else NotImplemented
 
 
-def _parts(potential: Potential) -> list[Potential]:
+def parts(potential: Potential) -> list[Potential]:
     """Lists the potentials that this one is made of."""
     held = [getattr(potential, name) for name in potential.made_of]
     return [part for each in held for part in (each if isinstance(each, tuple) else (each,))]
@@ -209,7 +220,7 @@ def _parts(potential: Potential) -> list[Potential]:
 
 def stops(potential: Potential) -> bool:
     """Says whether a potential, or one that it is made of, defines `stop`."""
-    return type(potential).stop is not Potential.stop or any(map(stops, _parts(potential)))
+    return type(potential).stop is not Potential.stop or any(map(stops, parts(potential)))
 
 
 def answered(potential: Potential) -> set[str]:

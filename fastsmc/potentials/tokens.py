@@ -57,6 +57,13 @@ def log_of(ok: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.zeros(ok.shape, dtype=dtype, device=ok.device).masked_fill_(~ok, -math.inf)
 
 
+def text_ids(tokenizer: Any) -> frozenset[int]:
+    """Collects the token ids that stand for text: those of the vocabulary that are not special."""
+    special = set(tokenizer.all_special_ids)
+    special |= {i for i, token in getattr(tokenizer, "added_tokens_decoder", {}).items() if token.special}
+    return frozenset(tokenizer.get_vocab().values()) - special
+
+
 _token_bytes_cache: weakref.WeakKeyDictionary[Any, list[bytes | None]] = weakref.WeakKeyDictionary()
 
 
@@ -65,11 +72,7 @@ def token_bytes(tokenizer: Any) -> list[bytes | None]:
     if tokenizer not in _token_bytes_cache:
         from xgrammar import TokenizerInfo  # comes with vLLM; knows byte-level BPE, byte fallback and raw vocabularies
 
-        special = set(tokenizer.all_special_ids)
-        special |= {i for i, token in getattr(tokenizer, "added_tokens_decoder", {}).items() if token.special}
-        known = set(tokenizer.get_vocab().values())
+        plain = text_ids(tokenizer)
         decoded = TokenizerInfo.from_huggingface(tokenizer).decoded_vocab
-        _token_bytes_cache[tokenizer] = [
-            token if token and i in known and i not in special else None for i, token in enumerate(decoded)
-        ]
+        _token_bytes_cache[tokenizer] = [token if token and i in plain else None for i, token in enumerate(decoded)]
     return _token_bytes_cache[tokenizer]

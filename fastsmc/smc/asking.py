@@ -13,6 +13,7 @@ from fastsmc.params import SMCParams
 from fastsmc.potentials import Potential, State
 from fastsmc.potentials.answers import NextRows, check_next, check_scores
 from fastsmc.potentials.base import stops
+from fastsmc.potentials.condition import conditions, most_asked
 from fastsmc.potentials.copying import for_others
 from fastsmc.potentials.joint import is_joinable
 from fastsmc.smc.engine import GroupEngine, SMCError
@@ -70,6 +71,8 @@ class Asker:
         last_sizes: rows of log ψ and of the mask in the last answer of `logw_next`.
         scorer: answers `continuation_log_prob` while it is asked for scores.
         stops: whether the potential ends particles.
+        conditions: the potentials in it that are asked for candidate tokens.
+        most_asked: how many candidates a particle is asked about per step at most, a number or inf.
         known: a continuation, and its (N,) float64 log-probs in this step.
     """
 
@@ -90,14 +93,15 @@ class Asker:
         self.scorer: Callable[[list[int]], Tensor] | None = None
         self.known: tuple[list[int], Tensor] | None = None
         self.stops = stops(potential)
+        self.conditions, self.most_asked = conditions(potential), most_asked(potential)
 
-    def error(self, method: str, what: str, step: int | None = None) -> SMCError:
-        """Makes an error that names the step of the `State` that the potential saw."""
-        step = self.last_step if step is None else step
-        return SMCError(f"potential {type(self.potential).__name__}.{method} at step {step}: {what}")
+    def error(self, method: str, what: str, step: int | None = None, of: Potential | None = None) -> SMCError:
+        """Makes an error that names the step of the `State` that the potential, or a part of it, saw."""
+        step, name = self.last_step if step is None else step, type(of or self.potential).__name__
+        return SMCError(f"potential {name}.{method} at step {step}: {what}")
 
-    def call(self, method: str, *args: object) -> Any:
-        """Calls a method.
+    def call(self, method: str, *args: object, of: Potential | None = None) -> Any:
+        """Calls a method of the potential, or of a part of it.
 
         Raises:
             SMCError: it raised.
@@ -105,11 +109,11 @@ class Asker:
         if self.engine is not None:
             self.engine.scorer = self.scorer
         try:
-            return getattr(self.potential, method)(*args)
+            return getattr(of or self.potential, method)(*args)
         except KeyboardInterrupt:
             raise
         except BaseException as error:
-            raise self.error(method, f"raised {type(error).__name__}: {error}") from error
+            raise self.error(method, f"raised {type(error).__name__}: {error}", of=of) from error
         finally:
             if self.engine is not None:
                 self.engine.scorer = None
@@ -141,6 +145,26 @@ class Asker:
                 "stop", f"returned {got}; must be a torch.bool tensor of shape {tuple(like.shape)} or None"
             )
         return answer.to(like.device)
+
+    def allows(self, state: State, particles: Tensor, tokens: Tensor) -> Tensor:
+        """Asks whether candidate tokens (K,) int64 of particles (K,) int64 are allowed by all conditions: (K,) bool.
+
+        Of several conditions each is asked about what those before it allow.
+
+        Raises:
+            SMCError: it raised, or answered with something else.
+        """
+        left = torch.arange(len(tokens), device=tokens.device)
+        for each in self.conditions:
+            if not len(left):
+                break
+            answer = self.call("allows", state, particles[left], tokens[left], of=each)
+            if not isinstance(answer, Tensor) or answer.dtype != torch.bool or answer.shape != left.shape:
+                got = f"{tuple(answer.shape)} {answer.dtype}" if isinstance(answer, Tensor) else type(answer).__name__
+                what = f"returned {got}; must be a torch.bool tensor of shape {tuple(left.shape)}"
+                raise self.error("allows", what, of=each)
+            left = left[answer.to(left.device)]
+        return torch.zeros_like(tokens, dtype=torch.bool).index_fill_(0, left, True)
 
     def next_rows(self, state: State, vocab: int) -> NextRows | None:
         """Asks `logw_next`; None: it does not shape the proposal. Indices are not looked at: the host would wait.

@@ -59,11 +59,13 @@ class PagedModel(Protocol):
 
 
 def why_not_captured(params: SMCParams, potential: Potential | None) -> str | None:
-    """Says why a group's steps need the host, as top_p, stop strings and `Potential.stop` do; None: they do not."""
+    """Says why a group's steps need the host, as top_p, stop strings or a rejection proposal do; None: they do not."""
     if potential is not None and not potential.capturable:
         return f"potential={type(potential).__name__}: is not capturable (Potential.capturable)"
     if potential is not None and stops(potential):
         return f"potential={type(potential).__name__}: has `stop`, which ends particles on the host"
+    if params.proposal == "rejection":
+        return "params.proposal='rejection': asks for tokens on the host"
     if params.stop is not None:
         return f"params.stop={list(params.stop)}: stop strings end particles on the host"
     if P0(params, params.stop_token_ids or (0,), torch.device("cpu")).restricted:

@@ -28,7 +28,7 @@ from fastsmc.p0 import restrict
 from fastsmc.potentials import joint
 from fastsmc.potentials.answers import NextRows, together
 from fastsmc.potentials.tokens import token_list
-from fastsmc.smc import faults
+from fastsmc.smc import faults, rejection
 from fastsmc.smc.asking import Asker, GroupState
 from fastsmc.smc.engine import SMCError
 from fastsmc.smc.evidence import Factual
@@ -280,9 +280,12 @@ class Cohort:
         told = together(answers, sizes, self.particles.log_w.device) if any(answers) else None
         first = step.step == 0 if any(group.t == 0 for group in self.groups) else None
         factual = self._factual(logits.device) if step.kind.noise is not None else None
-        ended, change = step.draw(
-            logits, told if shaped else None, None if shaped else told, first, self._forced(), factual
-        )
+        if step.kind.rejects:
+            ended, change = self._reject(logits, told, first)
+        else:
+            ended, change = step.draw(
+                logits, told if shaped else None, None if shaped else told, first, self._forced(), factual
+            )
         moving = step.resampled if step.kind.twisted else None
         if any(group.ends_itself for group in self.groups):
             bad, moved = self._read(self._bad(), moving)
@@ -295,6 +298,30 @@ class Cohort:
         new_psi = yield from self._ask_scores(ended, n_ended, left, change)
         step.close(new_psi)
         self._end_step()
+
+    def _reject(self, logits: Tensor, twist: NextRows | None, first: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Draws by the rejection proposal; gives what `Step.draw` does."""
+        states = [self._state(run) if run.asker is not None else None for run in self._asked]
+
+        def allows(particles: Tensor, tokens: Tensor) -> Tensor:
+            out = torch.zeros_like(tokens, dtype=torch.bool)
+            for run, state in zip(self._asked, states, strict=True):
+                at = ((particles >= run.part.start) & (particles < run.part.stop)).nonzero().squeeze(1)
+                if not len(at) or not any(self._own(group) for group in self.groups[run.first : run.last]):
+                    continue
+                assert run.asker is not None and state is not None  # all of this kind have conditions
+                try:
+                    out[at] = run.asker.allows(state, particles[at] - run.part.start, tokens[at])
+                except SMCError as error:
+                    self._fail(run, error)
+            return out
+
+        limits = [min(group.asker.most_asked, 2**62) if group.asker else 0 for group in self.groups]
+        most = self.step.of(torch.tensor([int(limit) for limit in limits], device=logits.device))
+        ended, cut = rejection.draw(self.step, logits, twist, first, allows, most.expand(len(self.layout.all)))
+        for group, n_cut in zip(self.groups, self.layout.counts(cut).tolist(), strict=True):
+            group.n_cut += n_cut
+        return ended, torch.zeros_like(self.particles.log_w)
 
     def _let_go(self, logits: Tensor, hidden: Tensor | None) -> Flow:
         """Lets groups go that turn out not to be twisted: they take their first step as a cohort of their own."""
@@ -402,7 +429,7 @@ class Cohort:
                     if answer is None and kind.twisted and group.t == 0:
                         for group in self.groups[run.first : run.last]:
                             group.become_base()
-                    elif answer is None:
+                    elif answer is None and not kind.rejects:
                         later = " after it had returned a tensor" * (group.t > 0)
                         raise run.asker.error("logw_next", "returned None" + later)
                 except SMCError as error:

@@ -17,6 +17,7 @@ from fastsmc.p0 import P0, restrict
 from fastsmc.params import SMCParams
 from fastsmc.population import Population, draw_indices
 from fastsmc.potentials import Potential, answered
+from fastsmc.potentials.condition import guides, no_condition, questions
 from fastsmc.potentials.copying import own_copy
 from fastsmc.smc import faults
 from fastsmc.smc.asking import Asker
@@ -108,14 +109,19 @@ class Setup:
             except ValueError as error:
                 raise SMCError(str(error)) from error
             self.asker = Asker(copy, potential, params, self.prompt, self.stop_token_ids, engine)
-        guided = potential is not None and potential.proposal_only
-        if guided and params.proposal != "twisted":
+        rejects = params.proposal == "rejection"
+        if rejects and (self.asker is None or not self.asker.conditions):
+            raise SMCError(no_condition(potential), kind="refused")
+        if rejects and evidence is not None:
+            raise SMCError("proposal='rejection': counterfactuals are not drawn by it; use 'twisted'", kind="refused")
+        guided = potential is not None and (guides(potential) if rejects else potential.proposal_only)
+        if guided and params.proposal == "base":
             raise SMCError(
                 f"potential {type(potential).__name__}: is proposal-only and no intermediate target, so "
                 f"proposal={params.proposal!r} cannot use it; use proposal='twisted'",
                 kind="refused",
             )
-        by_next = "logw_next" in methods and not guided
+        by_next = "logw_next" in methods and not guided and not rejects
         without = potential is None
         twisted = (by_next or (params.powered and without)) and params.proposal == "twisted"
         self.weighed = params.powered or not without
@@ -129,7 +135,7 @@ class Setup:
         scheme = params.resampling if self.exact is None else "multinomial"
         self.evidence = evidence
         noise = None if evidence is None else evidence.noise
-        self.kind = Kind(twisted, guided, self.exact is not None, scheme, noise, params.powered)
+        self.kind = Kind(twisted, guided, self.exact is not None, scheme, noise, params.powered, rejects)
 
     def _read_exact(self, exact: Sequence[Sequence[int]], vocab: int | None) -> Tensor:
         steps = self.params.max_tokens
@@ -189,6 +195,7 @@ class Group(Setup):
         n_rows: how many rows it wants of the model at its next step.
         copies: whether slots must be copied for that.
         lineages: its record.
+        n_cut: how often a particle was asked about no more tokens because of `Potential.max_asked`.
         progress: None, or how each step went, for whoever takes it away: the step, ESS and log Ẑ so far as it was
             weighed (log of the mean weight in the record; None: no weight is left), whether it `resampled` thereupon,
             particles that have `finished`, and `distinct` histories that go on.
@@ -196,7 +203,7 @@ class Group(Setup):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.t, self.n_rows, self.copies = 0, 1, False
+        self.t, self.n_rows, self.copies, self.n_cut = 0, 1, False, 0
         self.started = self.done = self.ended_by_resampling = False
         self.error: SMCError | None = None
         self.lineages = Lineages(self.n, self.device)
@@ -279,6 +286,9 @@ class Group(Setup):
             prompt=self.prompt,
             params=self.params,
         )
+        asked = None if self.asker is None else questions(self.asker.potential)
+        if asked is not None:
+            population.questions = {**asked, "cut": self.n_cut}
         if self.evidence is None:
             return population
         kernels = self.lineages.stacked("token_log_kernels")

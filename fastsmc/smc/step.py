@@ -2,6 +2,7 @@
 
     twisted     weigh → resample → draw → ended particles are weighed by φ
     base        draw → weigh → resample
+    rejection   the same, with draws and weights of `rejection`
 
 The order is that of docs/mathematics.md §1: with the twisted proposal the weight of a step does not depend on the
 token, so a group resamples before it draws; with the base proposal, and with a proposal-only potential, it draws,
@@ -28,6 +29,7 @@ from fastsmc.smc.particles import Layout, Particles
 
 # Philox streams: one per purpose, so that no random number serves twice.
 DRAW, RESAMPLE, CHOOSE, RETAIN, REDRAW, MOVE = 0, 1, 2, 3, 4, 5
+ASK_MORE, WALK = 14, 16  # of the rejection proposal; WALK and what comes after it, one per candidate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,11 +38,12 @@ class Kind:
 
     Attributes:
         twisted: draws from p0·ψ and resamples before.
-        guided: draws from p0·ψ of a proposal-only potential, and weighs afterwards.
+        guided: draws from p0·ψ of a proposal-only potential, and weighs afterwards; if it `rejects`, of any potential.
         retains: holds exact samples.
         scheme: of resampling.
         noise: of counterfactual groups, `Evidence.noise`; None: of others.
         powered: raises p0 to a power, `SMCParams.powers`.
+        rejects: asks for candidate tokens, and weighs afterwards; then it is not twisted.
     """
 
     twisted: bool
@@ -49,6 +52,7 @@ class Kind:
     scheme: str
     noise: str | None = None
     powered: bool = False
+    rejects: bool = False
 
 
 class Record(Protocol):
@@ -72,6 +76,7 @@ class Step:
         log_z: (G,) float64, log of the closed resampling intervals.
         going: (G,) bool, groups that are not over.
         faults: of this step, in the order of their coming.
+        temperature: (M,) float64, of each particle's group.
         ess, log_mean, resampled, ancestors: of the last resampling, or of what would have been one: (G,), the log of
             the mean weight before it (G,), (G,), (M,).
     """
@@ -97,7 +102,7 @@ class Step:
         self._tau = torch.tensor(taus, dtype=torch.float64, device=device) if any(tau != 1 for tau in taus) else None
         every = [p.resample_every for p in params]
         self._every = torch.tensor(every, device=device) if max(every) > 1 else None
-        self._temperature = temperature[of]
+        self.temperature = temperature[of]
         self._powers: Tensor | None = None  # (G, K), those of the first K steps; the last holds from then on
         if kind.powered:
             longest = max(len(p.powers) for p in params)
@@ -157,19 +162,17 @@ class Step:
             (M,) bool, the particles that end with their token; (M,) float64, what log ψ changes by beside that.
         """
         particles, active = self.particles, self.active
-        shaped = twist if not any(self._stops) else self._must_stop(twist, logits.shape[1])
+        shaped = self.shape(twist, logits.shape[1])
         inputs: dict[str, Any] = {} if shaped is None else shaped.rounded()._asdict()
         rows = torch.where(active, particles.rows, -1)
         model, by_law = logits, shaped is not None or forced is not None or self.kind.noise == "gumbel"
-        temperature = self._temperature
+        temperature = self.temperature
         if factual is not None and by_law:  # which holds it
             logits, temperature = self._law(model, factual), torch.ones_like(temperature)
         inputs |= {"logit_rows": rows, "temperature": temperature}
         power: Tensor | float = 1.0
         if self.kind.powered:
-            power = inputs["power"] = self._power()[self.layout.group_of]
-            rise = power - self._power(-1)[self.layout.group_of]
-            particles.log_w += torch.where(active, rise * particles.log_prob, 0.0)
+            power = inputs["power"] = self.rise()
         weighed = ops.weigh(logits, **inputs)
         self.check(weighed.lse.isnan(), MODEL, rows)
         if twist is not None:
@@ -184,7 +187,7 @@ class Step:
             parents = self._resample_before(weighed, first)
             active = self.active & (self.of(self.ess) > 0)  # without any weight nothing is drawn
         elif first is not None and not self.kind.retains:
-            self._take_for_siblings(first, particles.log_w == particles.log_w[self.layout.start])
+            self.take_for_siblings(first, particles.log_w == particles.log_w[self.layout.start])
         # what is given is a text, which numbers of DRAW may have drawn: its counterfactuals have their own
         u = ops.stratify(self.uniforms(DRAW if factual is None else REDRAW), particles.rank, particles.count)
         if self.kind.noise == "gumbel" and factual is not None:
@@ -211,7 +214,7 @@ class Step:
         elif by_next is not None:
             values = by_next.of_tokens(self.layout.all, drawn.tokens.clamp(min=0))
             change = self.checked(values, active & (drawn.tokens >= 0), NEXT)
-        return self._append(drawn, active, kernel), change
+        return self.append(drawn, active, kernel), change
 
     # ------------------------------------------------------------------------------------------------- counterfactuals
     def _redraw(self, logits: Tensor, factual: Factual, rows: Tensor, u: Tensor) -> ops.Drawn:
@@ -219,7 +222,7 @@ class Step:
         group_of = self.layout.group_of
         again = ops.redraw(
             logits, factual.logits, factual.tokens, torch.stack([u, self.uniforms(MOVE)], 1), logit_rows=rows,
-            factual_rows=group_of, temperature=self._temperature, factual_temperature=factual.temperature[group_of],
+            factual_rows=group_of, temperature=self.temperature, factual_temperature=factual.temperature[group_of],
         )  # fmt: skip
         return ops.Drawn(again.tokens, again.log_kernel, torch.zeros_like(again.log_kernel))
 
@@ -228,7 +231,7 @@ class Step:
         of = self.layout.group_of
         tokens = ops.gumbel(
             logits, factual.logits, factual.tokens, seed=self._seed[of], group=self._key[of], step=self.step[of],
-            particles=self.layout.local, logit_rows=rows, factual_rows=of, temperature=self._temperature,
+            particles=self.layout.local, logit_rows=rows, factual_rows=of, temperature=self.temperature,
             factual_temperature=factual.temperature[of],
         )  # fmt: skip
         log_prob = law[rows.clamp(min=0), tokens.clamp(min=0)].double()
@@ -237,7 +240,7 @@ class Step:
     def _law(self, logits: Tensor, factual: Factual) -> Tensor:
         """Makes of the model's rows (R, V) the law of counterfactual tokens, to be drawn from at temperature 1."""
         of, places = factual.group_of, torch.arange(len(factual.logits), device=self.device)
-        temperature = self._temperature[self.layout.offsets[:-1]][of]
+        temperature = self.temperature[self.layout.offsets[:-1]][of]
         law = ops.redraw_logits(
             logits, factual.logits, factual.tokens, factual_rows=places[of], temperature=temperature,
             factual_temperature=factual.temperature[of],
@@ -249,12 +252,14 @@ class Step:
         """Puts the model's log-probs in the place of those of the law; `weighed` are its rows, if they are known."""
         rows = self.particles.rows.clamp(min=0)
         if weighed is None:
-            weighed = ops.weigh(model, logit_rows=rows, temperature=self._temperature)
-        z = model[rows, drawn.tokens.clamp(min=0)].double() / self._temperature
+            weighed = ops.weigh(model, logit_rows=rows, temperature=self.temperature)
+        z = model[rows, drawn.tokens.clamp(min=0)].double() / self.temperature
         return ops.Drawn(drawn.tokens, z - weighed.lse, drawn.log_psi)
 
-    def _must_stop(self, twist: NextRows | None, vocab: int) -> NextRows:
+    def shape(self, twist: NextRows | None, vocab: int) -> NextRows | None:
         """Restricts the last draw of groups that are forced to stop to their stop tokens, whatever `twist` says."""
+        if not any(self._stops):
+            return twist
         if self._stop_bits is None:
             allowed = torch.zeros((len(self._stops), -(-vocab // 32) * 32), dtype=torch.bool)
             for row, stop in zip(allowed, self._stops, strict=True):
@@ -281,10 +286,10 @@ class Step:
         if first is not None and not self.kind.retains:
             same = particles.log_w == particles.log_w[self.layout.start]
             same &= (weighed.tile_mass == weighed.tile_mass[self.layout.start]).all(1)
-            self._take_for_siblings(first, same)
+            self.take_for_siblings(first, same)
         return parents
 
-    def _take_for_siblings(self, first: Tensor, same: Tensor) -> None:
+    def take_for_siblings(self, first: Tensor, same: Tensor) -> None:
         """Takes the particles of groups at their first step, one empty sequence, for siblings if all are `same`."""
         layout, particles = self.layout, self.particles
         siblings = self.of(first & layout.every(same))
@@ -308,7 +313,7 @@ class Step:
         self.check(at & ((log_prob + psi == -math.inf) | (forced >= logits.shape[1])), RULED_OUT, forced)
         return ops.Drawn(torch.where(at, forced, drawn.tokens), log_prob, psi)
 
-    def _append(self, drawn: ops.Drawn, active: Tensor, kernel: Tensor | None) -> Tensor:
+    def append(self, drawn: ops.Drawn, active: Tensor, kernel: Tensor | None = None) -> Tensor:
         """Records a draw of the particles in `active` (M,) bool. Returns (M,) bool, those that end with it.
 
         `kernel` (M,) are log-probs given a text, of counterfactual groups.
@@ -346,6 +351,12 @@ class Step:
         assert self._powers is not None  # nobody else asks
         at = (self.step + later).clamp(0, self._powers.shape[1] - 1)
         return self._powers.gather(1, at[:, None]).squeeze(1)
+
+    def rise(self) -> Tensor:
+        """Raises p0 of the particles that draw to this step's power, and returns it, (M,) float64."""
+        power, before = self._power()[self.layout.group_of], self._power(-1)[self.layout.group_of]
+        self.particles.log_w += torch.where(self.active, (power - before) * self.particles.log_prob, 0.0)
+        return power
 
     def _raise_to_last(self, ended: Tensor) -> None:
         """Raises p0 of particles (M,) bool that have ended at this step to the last power, before φ is asked."""

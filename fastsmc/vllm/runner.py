@@ -435,6 +435,8 @@ class ParticleRunner:
             "seed": group.params.seed,
             "p0": group.params.p0(),
         }
+        if population.questions is not None:
+            result.summary |= {"questions": population.questions, "biased": population.biased}
         if not samples:
             result.summary["log_z_is_minus_inf"] = True
         if isinstance(population, Counterfactuals):
