@@ -7,9 +7,13 @@ import copy
 import gc
 import json
 import math
+import os
 import pickle
 import random
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import jsonschema
 import numpy as np
@@ -571,7 +575,7 @@ def test_an_impossible_target_is_a_population_without_weight(engine, grammar, pr
         (lambda: JsonSchema([]), "schema=[]: must be a JSON Schema, an object"),
         (lambda: JsonSchema("{"), "schema='{': is no JSON"),
         (lambda: JsonSchema({}, whitespace="none"), "whitespace='none': must be one of 'compact', 'flexible'"),
-        (lambda: JsonSchema({"const": math.nan}), "cannot be written as JSON"),
+        (lambda: JsonSchema({"const": math.nan}), "schema: cannot be written as JSON"),
         (lambda: JsonSchema({"type": "foo"}), "Invalid type: foo"),
         (lambda: JsonSchema({"$ref": "#/x"}), "Pointer '/x' does not exist"),
         (lambda: JsonSchema({"x-guidance": 3}), "x-guidance=3: must be an object"),
@@ -584,9 +588,23 @@ def test_an_impossible_target_is_a_population_without_weight(engine, grammar, pr
         (lambda: Choice(["a", 1]), "choices=['a', 1]: must be a list of texts"),
     ],
 )  # fmt: skip
-def test_refusals(make, message):
+def test_refusals(tokenizer, make, message):  # noqa: F811
     with pytest.raises(ValueError, match=re.escape(message)):
-        make()
+        make().prepare(tokenizer)
+
+
+def test_what_would_hold_up_the_worker_is_refused(tokenizer, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("fastsmc.potentials.matchers.MAX_SECONDS", 0.0)
+    with pytest.raises(ValueError, match=r"grammar='start: /a/': takes 0\.0 s of processor time to compile"):
+        Grammar("start: /a/").prepare(tokenizer)
+
+
+def test_what_is_nested_too_deeply_ends_its_own_process():
+    """llguidance descends by recursion, to the end of the stack: only `prepare` may meet it first."""
+    rules = "".join(f"r{i}: r{i + 1}\n" for i in range(5000))
+    code = f"from test_grammar import *\nGrammar({'start: r0' + chr(10) + rules + 'r5000: /a/'!r})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, env=os.environ, timeout=300)
+    assert done.returncode == 0  # the front end of a server does no more
 
 
 def test_it_needs_a_tokenizer():

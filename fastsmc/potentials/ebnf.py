@@ -35,9 +35,9 @@ def to_lark(text: str) -> str:
     numbers: dict[str, int] = {}
     rules: list[tuple[str, list[str]]] = []
     used: dict[str, int] = {}
-    at = 0
+    at, line = 0, 1
     while at < len(text):
-        line, found = text.count("\n", 0, at) + 1, _TOKEN.match(text, at)
+        found = _TOKEN.match(text, at)
         if found is None:
             raise ValueError(f"line {line}: {text[at : at + 20]!r} is no part of a rule")
         at, kind, what = found.end(), found.lastgroup, found[found.lastgroup or 0]
@@ -52,6 +52,7 @@ def to_lark(text: str) -> str:
             if kind == "name":
                 used.setdefault(what, line)
             rules[-1][1].append(_written(str(kind), what, line))
+        line += found[0].count("\n")
     if "root" not in numbers:
         raise ValueError("has no rule 'root'")
     if missing := [name for name in used if name not in numbers]:

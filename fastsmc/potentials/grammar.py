@@ -6,6 +6,7 @@ a list of texts         → `Regex`
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from fastsmc.potentials import ebnf
 from fastsmc.potentials.base import Engine, Masked, Potential, State
-from fastsmc.potentials.matchers import NOWHERE, START, Matchers, start_of, vocabulary_of
+from fastsmc.potentials.matchers import NOWHERE, START, Matchers, check, on_a_small_stack, vocabulary_of
 from fastsmc.potentials.regex import Regex
 from fastsmc.potentials.tokens import log_of, short, token_bytes, tokenizer_of
 from fastsmc.values import check_choice
@@ -26,8 +27,8 @@ from fastsmc.values import check_choice
 MAX_CHARACTERS = 1 << 20
 #: behind a grammar, where it wins: llguidance would allow a single tokenization of what is forced
 _ALL_TOKENS = '\n%llguidance {"no_forcing": true}\n'
-#: behind this llguidance says what is wrong with a schema
-_OF_JSON = "failed to compile JSON schema: "
+#: how llguidance's reason begins where a schema is to blame
+_OF_JSON = "at 1(8): failed to compile JSON schema: "
 #: how JSON is written, as llguidance's options
 WHITESPACE: Mapping[str, Mapping[str, Any]] = {
     "compact": {"whitespace_flexible": False, "item_separator": ",", "key_separator": ":"},
@@ -53,7 +54,7 @@ class Grammar(Potential):
         grammar: the grammar's text.
 
     Raises:
-        ValueError: the grammar is none, or has what llguidance does not support.
+        ValueError: the grammar is no text, or no EBNF; in `prepare`: llguidance does not support it, or takes too long.
     """
 
     shared_by_groups = ("_matchers",)
@@ -62,30 +63,33 @@ class Grammar(Potential):
     def __init__(self, grammar: str) -> None:
         _check_text("grammar", grammar)
         self.grammar = grammar
-        self._read(_from_ebnf(grammar) if re.search(r"::=", grammar) else grammar, f"grammar={short(grammar)}")
+        lark = grammar
+        if "::=" in grammar:
+            try:
+                lark = ebnf.to_lark(grammar)
+            except ValueError as error:
+                raise ValueError(f"grammar={short(grammar)}: {error}") from None
+        self._take(lark, f"grammar={short(grammar)}")
 
-    def _read(self, lark: str, what: str) -> None:
-        """Takes a grammar in Lark, `what` its user gave.
-
-        Raises:
-            ValueError: naming it, and llguidance's reason.
-        """
+    def _take(self, lark: str, what: str) -> None:
+        """Takes a grammar in Lark; `what` is what its user gave. llguidance sees it in `prepare`."""
         self._lark, self._what = lark + _ALL_TOKENS, what
         self._matchers: Any = None
-        if reason := _why_not(lark):
-            raise self._refused(reason)
-
-    def _refused(self, reason: Any) -> ValueError:
-        return ValueError(f"{type(self).__name__}: {self._what}: {reason}")
 
     def prepare(self, tokenizer: Any) -> None:
         if tokenizer is None:
             raise ValueError(f"{type(self).__name__}: this engine has no tokenizer")
+        on_a_small_stack(functools.partial(self._check, tokenizer))
+
+    def _check(self, tokenizer: Any) -> None:
         tokens = token_bytes(tokenizer)
         try:
-            start_of(vocabulary_of(tokenizer, tokens, len(tokens)), self._lark)
+            check(vocabulary_of(tokenizer, tokens, len(tokens)), self._lark)
         except ValueError as error:
-            raise self._refused(error) from None
+            raise self._refused(str(error)) from None
+
+    def _refused(self, reason: str) -> ValueError:
+        return ValueError(f"{type(self).__name__}: {self._what}: {_shortened(reason)}")
 
     def setup(self, engine: Engine) -> None:
         tokenizer = tokenizer_of(engine, type(self).__name__)
@@ -94,7 +98,7 @@ class Grammar(Potential):
         try:
             self._matchers = Matchers(vocabulary, self._lark, tokens, engine.vocab_size, engine.device)
         except ValueError as error:
-            raise self._refused(error) from None
+            raise self._refused(str(error)) from None
         self._device = engine.device
         self.reset(0, [])
 
@@ -153,17 +157,9 @@ def _check_text(name: str, text: Any) -> None:
         raise ValueError(f"{name}: has {len(text)} characters; must have at most {MAX_CHARACTERS}")
 
 
-def _why_not(lark: str) -> str:
-    """Returns llguidance's reason to refuse a grammar, without its quotation of the grammar; "": it is one."""
-    failed, reasons = LLMatcher.validate_grammar_with_warnings(lark)
-    return re.split(r"\n +\d+ \| ", reasons[0])[0].strip() if failed else ""
-
-
-def _from_ebnf(grammar: str) -> str:
-    try:
-        return ebnf.to_lark(grammar)
-    except ValueError as error:
-        raise ValueError(f"Grammar: grammar={short(grammar)}: {error}") from None
+def _shortened(reason: str) -> str:
+    """Returns llguidance's reason without its quotation of the grammar."""
+    return re.split(r"\n +\d+ \| ", reason)[0].strip()
 
 
 class JsonSchema(Grammar):
@@ -177,7 +173,7 @@ class JsonSchema(Grammar):
             wherever JSON may have some.
 
     Raises:
-        ValueError: the schema is none, or has keywords that llguidance does not support.
+        ValueError: the schema is no JSON object; in `prepare`: it has what llguidance does not support.
     """
 
     per_particle = ("_at",)
@@ -193,22 +189,10 @@ class JsonSchema(Grammar):
         if not isinstance(schema, Mapping):
             raise ValueError(f"schema={short(schema)}: must be a JSON Schema, an object")
         self.schema, self.whitespace = dict(schema), whitespace
-        self._read(self._lark_of(self.schema), f"schema={short(self.schema)}")
-
-    def _refused(self, reason: Any) -> ValueError:
-        """Names the smallest part of the schema that is refused by itself, for the same reason."""
-        reason, path = str(reason).partition(_OF_JSON)[2] or str(reason), "$"
-        part: Mapping[str, Any] = self.schema
-        rest: dict[str, Any] = {name: part[name] for name in ("$defs", "definitions") if name in part}
-        while True:
-            for name, inner in _subschemas(part):
-                if _why_not(self._lark_of({**rest, **inner})).endswith(reason):
-                    path, part = path + name, inner
-                    break
-            else:
-                return super()._refused(reason if path == "$" else f"at {path}: {reason}")
+        self._take(self._lark_of(self.schema), f"schema={short(self.schema)}")
 
     def _lark_of(self, schema: Mapping[str, Any]) -> str:
+        """Writes a grammar of the JSON that a schema allows. ValueError: it is none, or too long."""
         options = schema.get("x-guidance", {})
         if not isinstance(options, Mapping):
             raise ValueError(f"schema: x-guidance={short(options)}: must be an object")
@@ -216,9 +200,23 @@ class JsonSchema(Grammar):
         try:
             text = json.dumps({**schema, "x-guidance": options}, allow_nan=False)
         except (TypeError, ValueError, RecursionError) as error:
-            raise ValueError(f"schema={short(schema)}: cannot be written as JSON: {error}") from None
+            raise ValueError(f"schema: cannot be written as JSON: {error}") from None
         _check_text("schema", text)
         return f"start: %json {text}"
+
+    def _refused(self, reason: str) -> ValueError:
+        """Names the smallest part of the schema that is refused by itself, for the same reason."""
+        reason, path = _shortened(reason).removeprefix(_OF_JSON), "$"
+        part: Mapping[str, Any] = self.schema
+        rest = {name: part[name] for name in ("$defs", "definitions") if name in part}
+        while True:
+            for name, inner in _subschemas(part):
+                failed, reasons = LLMatcher.validate_grammar_with_warnings(self._lark_of({**rest, **inner}))
+                if failed and _shortened(reasons[0]).endswith(reason):
+                    path, part = path + name, inner
+                    break
+            else:
+                return super()._refused(reason if path == "$" else f"at {path}: {reason}")
 
 
 def _subschemas(schema: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:

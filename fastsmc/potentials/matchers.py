@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
+import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -22,6 +25,8 @@ from fastsmc.potentials.base import Masked
 
 #: numbers of the state of texts that no sentence begins with, and of the empty text
 NOWHERE, START = 0, 1
+#: seconds of processor time that making the first state may take, and bytes of stack
+MAX_SECONDS, STACK = 2.0, 4 << 20
 #: states that may be kept beside those that particles are in
 _SPARE = 64
 #: how the error of a matcher begins that has only found that nothing can follow
@@ -75,6 +80,31 @@ def start_of(vocabulary: LLTokenizer, grammar: str) -> LLMatcher:
     if reason := _failure(matcher):
         raise ValueError(reason)
     return matcher
+
+
+def check(vocabulary: LLTokenizer, grammar: str) -> None:
+    """Makes what `Matchers` will make in the worker, where a grammar must neither crash it nor hold up its steps.
+
+    Raises:
+        ValueError: llguidance's reason why it cannot be, or it took longer than `MAX_SECONDS`.
+    """
+    begin = time.thread_time()
+    start_of(vocabulary, grammar)
+    if (seconds := time.thread_time() - begin) > MAX_SECONDS:
+        raise ValueError(f"takes {seconds:.1f} s of processor time to compile; must take at most {MAX_SECONDS:g} s")
+
+
+def on_a_small_stack(function: Callable[[], None]) -> None:
+    """Calls a function in a thread with half of the usual stack. llguidance descends into what is nested by recursion:
+    what does not end the process here will not end the worker."""
+    usual = threading.stack_size(STACK)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            future = pool.submit(function)
+            threading.stack_size(usual)
+            future.result()
+    finally:
+        threading.stack_size(usual)
 
 
 def _failure(matcher: LLMatcher) -> str:
