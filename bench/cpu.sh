@@ -2,7 +2,7 @@
 # Measures on a CPU what bench/results says of one, most telling first:
 #
 #   bash bench/cpu.sh OUTDIR [part…]         default: all parts but serve, soak, groups, infill, order, counterfactual,
-#                                          condition, interchange, alignment and facts
+#                                          condition, interchange, alignment, facts and grammar
 #   AGAINST=../old bash bench/cpu.sh OUTDIR against      steps of this tree and of another, in turn
 #
 # part           minutes on two quiet cores, and what for
@@ -14,6 +14,7 @@
 # twist          3    what a twist's head costs a step
 # attend_ops     5    one layer's attention, and the costs that the engine's switch goes by (with COSTS=1 it writes them)
 # peers          5    genlm-control in turn with fastsmc; PEER: its interpreter (bench/peers/.venv/bin/python)
+# grammar       15    steps with a JSON Schema and without in turn, and genlm-control's own JSON path; PEER as above
 # infill        25    training and divergences: numbers that a busy machine does not change, only their time
 # order          2    orders of ancestors: the same
 # counterfactual 25   where texts are left under interventions: the same
@@ -90,6 +91,7 @@ for part in $parts; do
     soak) bench soak_cpu bench_soak.py ;;
     twist) bench twist_cpu bench_twist.py ;;
     peers) bench peers_cpu peers/fastsmc_bench.py --peer "$peer" ;;
+    grammar) bench grammar_cpu bench_grammar.py --peer "$peer" ;;
     infill) bench infill_cpu bench_infill.py ;;
     counterfactual) OMP_NUM_THREADS=1 bench counterfactual_cpu bench_counterfactual.py found ;;
     counterfactual_time) bench counterfactual_time_cpu bench_counterfactual.py time ;;

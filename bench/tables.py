@@ -335,6 +335,31 @@ def peers(result: Result) -> list[str]:
     return [*lines, "", f"Ratio {result['ratio']:.1f}."]
 
 
+def grammar(result: Result) -> list[str]:
+    steps = [r for r in result["records"] if r["part"] == "step"]
+    lines = table(
+        "N | ms per step without schema | with | outside the model without | with | cost | distinct histories",
+        (
+            (
+                r["n_particles"],
+                *(f"{r['step_ms'][name][part]:.1f}" for part in ("total", "outside") for name in ("without", "with")),
+                f"**{r['cost']:.1%}**",
+                " → ".join(f"{r['forward_share'][name]:.2f}" for name in ("without", "with")),
+            )
+            for r in steps
+        ),
+    )
+    for r in result["records"]:
+        if r["part"] == "peer":
+            theirs = statistics.median(run["potential_ms"] for run in r["peer"]["runs"])
+            lines += [
+                "",
+                f"Milliseconds per step in the JSON potential at N = {r['n_particles']}: {r['potential_ms']:.1f}, "
+                f"genlm-control {r['peer']['version']} {theirs:.0f}, **{r['ratio']:.0f} ×**.",
+            ]
+    return lines
+
+
 def order(result: Result) -> list[str]:
     def row(threshold: float, scheme: str) -> tuple[object, ...]:
         those = [r for r in result["records"] if (r["threshold"], r["scheme"]) == (threshold, scheme)]
@@ -529,7 +554,8 @@ def facts(result: Result) -> list[str]:
 
 TABLES: dict[str, Callable[[Result], list[str]]] = {
     "smc": smc, "step": step, "ops": ops, "attend steps": attend_steps, "attend ops": attend_ops, "twist": twist,
-    "peers": peers, "order": order, "groups": groups, "intervene": intervene, "counterfactual": counterfactual,
+    "peers": peers, "grammar": grammar, "order": order, "groups": groups, "intervene": intervene,
+    "counterfactual": counterfactual,
     "counterfactual time": counterfactual_time, "interchange": interchange, "alignment": alignment, "facts": facts,
 }  # fmt: skip
 

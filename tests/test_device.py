@@ -13,7 +13,7 @@ from tiny import TableTwist, value_table
 
 from fastsmc import Potential, SMCParams
 from fastsmc.ops import plan_attend
-from fastsmc.potentials import Infill, Lexicon, Regex, Rows, TextPotential
+from fastsmc.potentials import Grammar, Infill, Lexicon, Regex, Rows, TextPotential
 from fastsmc.smc import Group, GroupEngine, arrange, finish
 from fastsmc.smc.driving import take_step
 from fastsmc.smc.paging import BlockTables, Paging
@@ -65,12 +65,14 @@ POTENTIALS = {
     "none": lambda: None,
     "lexicon": lambda: Lexicon(token_ids=[1, 2], weight=0.5),
     "regex": lambda: Regex("(ab|b|a )*c"),
+    "grammar": lambda: Grammar('root ::= ("ab" | "b" | "a ")* "c"'),
     "text": lambda: TextPotential(lambda texts: [0.3 * len(text) for text in texts], every_step=True),
     "infill": lambda: Infill([1, 2]),
     "infill every step": lambda: Infill([1, 2], every_step=True),
     "hidden": ByHidden,
     "table": lambda: TableTwist(value_table(STEPS, V)),
     "product": lambda: Regex("(ab|b|a )*c") * Lexicon(token_ids=[1, 2], weight=0.5),
+    "product of masks": lambda: Regex("(ab|b|a )*c") * Grammar('root ::= [ab ]* "bc"'),
 }
 
 

@@ -37,7 +37,7 @@ def twist(kind, loss="ctl"):
     return TogetherOnACPU(card, head)
 
 
-JOINT = {name: POTENTIALS[name] for name in ("lexicon", "regex", "infill", "infill every step", "product")}
+JOINT = {name: POTENTIALS[name] for name in ("lexicon", "regex", "grammar", "infill", "infill every step", "product")}
 TWISTS = ("linear twist", "perceptron", "proposal-only twist")
 JOINT["linear twist"] = lambda: twist("linear").guide(POTENTIALS["infill"]())
 JOINT["perceptron"] = lambda: twist("mlp").guide(POTENTIALS["regex"]())

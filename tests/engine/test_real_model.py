@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 
+import jsonschema
 import numpy as np
 import pytest
 import torch
@@ -18,7 +19,7 @@ from fastsmc import Population, Potential, SMCError, SMCParams
 from fastsmc.hf import HFEngine
 from fastsmc.interventions import Interchange, Subspace
 from fastsmc.models import smollm2
-from fastsmc.potentials import Infill, Lexicon, Regex, TextPotential
+from fastsmc.potentials import Infill, JsonSchema, Lexicon, Regex, TextPotential
 
 from .conftest import TINY_ARGS, make_engine
 
@@ -185,6 +186,36 @@ def test_a_regular_expression_is_obeyed(real, proposal):
     else:
         population = real.smc(PROMPT, params, Lexicon(words=["."], weight=-np.inf) * Regex(r"[^!]*"))
         assert all("!" not in t for t, w in zip(population.texts, population.weights, strict=True) if w > 0)
+
+
+def test_json_of_a_schema(real):
+    """The same population by the object and by its name; what is no schema ends its own request."""
+    schema = {
+        "type": "object",
+        "properties": {"place": {"enum": ["a village", "the sea"]}, "people": {"type": "integer", "maximum": 99}},
+        "required": ["place", "people"],
+        "additionalProperties": False,
+    }
+    params = SMCParams(n_particles=16, max_tokens=20, ess_threshold=0.5, seed=2)
+    population = real.smc(PROMPT, params, JsonSchema(schema))
+    done = [text for text, w in zip(population.texts, population.weights, strict=True) if w > 0]
+    assert done and population.log_z < 0
+    for text in done:
+        jsonschema.validate(value := json.loads(text), schema)
+        assert text == json.dumps(value, separators=(",", ":"))
+    leads = [real.lead_params(params, "json_schema", return_population=True) for _ in range(2)]
+    for lead, arguments in zip(leads, ({"schema": schema}, {"schema": {"not": {}}}), strict=True):
+        lead.extra_args["smc_potential_args"] = json.dumps(arguments)
+    rules = "".join(f"r{i}: r{i + 1}\n" for i in range(9000))  # ends whoever compiles it
+    leads.append(real.lead_params(params, "grammar", return_population=True))
+    leads[2].extra_args["smc_potential_args"] = json.dumps({"grammar": f"start: r0\n{rules}r9000: /a/"})
+    outputs = real.generate([PROMPT] * 3, leads, use_tqdm=False)
+    again = real.population(outputs[0])
+    assert again.token_ids == population.token_ids and again.log_z == population.log_z
+    with pytest.raises(SMCError, match=r"JsonSchema: schema=\{'not': \{\}\}: Unimplemented keys: \[\"not\"\]"):
+        real.population(outputs[1])
+    with pytest.raises(SMCError, match="the process that prepared it ended, with SIGSEGV"):
+        real.population(outputs[2])
 
 
 def test_a_hostile_pattern_by_name_ends_alone(real):
