@@ -12,12 +12,15 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fastsmc.genealogy import normalise
 from fastsmc.params import SMCParams
-from fastsmc.population import Population
+
+if TYPE_CHECKING:
+    from fastsmc.population import Population
 
 #: from so many islands on their spread gives the standard error; it rests on nothing but their independence
 SPREAD_FROM = 8
@@ -25,9 +28,8 @@ SPREAD_FROM = 8
 _FREE = ("n_particles", "seed", "group")
 
 
-def pool(populations: Sequence[Population]) -> Population:
-    """Makes one population of islands; what `Population.pool` says."""
-    parts = list(populations)
+def pool(parts: Sequence[Population]) -> dict[str, Any]:
+    """Gives the fields of the population that islands are together; what `Population.pool` says."""
     _check(parts)
     steps, sizes = max(part.T for part in parts), [part.n_particles for part in parts]
     rows = [0, *itertools.accumulate(sizes)]
@@ -42,26 +44,26 @@ def pool(populations: Sequence[Population]) -> Population:
     step_log_weights, island_resampled = beside("step_log_weights"), beside("island_resampled")
     log_z = _log_mean(log_weights)
     stderr, reason = _stderr(parts, log_weights, island, log_z)
-    return Population(
-        token_ids=[ids for part in parts for ids in part.token_ids],
-        log_weights=log_weights,
-        log_z=log_z,
-        log_z_stderr=stderr,
-        log_z_stderr_reason=reason,
-        log_probs=np.concatenate([part.log_probs for part in parts]),
-        token_log_probs=beside("token_log_probs").T,
-        ess=np.array([_ess(row) for row in step_log_weights]),
-        resampled=np.asarray(island_resampled.any(axis=1)),
-        ancestors=beside("ancestors"),
-        tokens=beside("tokens"),
-        step_log_weights=step_log_weights,
-        prompt_token_ids=parts[0].prompt_token_ids,
-        params=dataclasses.replace(parts[0].params, n_particles=len(log_weights)),
-        finish_reasons=_joined([part.finish_reasons for part in parts]),
-        texts=_joined([part.texts for part in parts]),
-        island=island,
-        island_resampled=island_resampled,
-    )
+    return {
+        "token_ids": [ids for part in parts for ids in part.token_ids],
+        "log_weights": log_weights,
+        "log_z": log_z,
+        "log_z_stderr": stderr,
+        "log_z_stderr_reason": reason,
+        "log_probs": np.concatenate([part.log_probs for part in parts]),
+        "token_log_probs": beside("token_log_probs").T,
+        "ess": np.array([_ess(row) for row in step_log_weights]),
+        "resampled": island_resampled.any(axis=1),
+        "ancestors": beside("ancestors"),
+        "tokens": beside("tokens"),
+        "step_log_weights": step_log_weights,
+        "prompt_token_ids": parts[0].prompt_token_ids,
+        "params": dataclasses.replace(parts[0].params, n_particles=len(log_weights)),
+        "finish_reasons": _joined([part.finish_reasons for part in parts]),
+        "texts": _joined([part.texts for part in parts]),
+        "island": island,
+        "island_resampled": island_resampled,
+    }
 
 
 def _check(parts: Sequence[Population]) -> None:
@@ -69,8 +71,6 @@ def _check(parts: Sequence[Population]) -> None:
     if not parts:
         raise ValueError("populations=[]: must hold at least one population")
     for i, part in enumerate(parts):
-        if type(part) is not Population:
-            raise ValueError(f"populations[{i}]: must be a Population, got {type(part).__name__}")
         if part.prompt_token_ids != parts[0].prompt_token_ids:
             raise ValueError(f"populations[{i}]: has another prompt than populations[0], so another target")
         for field in dataclasses.fields(SMCParams):

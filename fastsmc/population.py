@@ -26,7 +26,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from fastsmc import plots
+from fastsmc import plots, pooling
 from fastsmc.genealogy import find_roots
 from fastsmc.params import SMCParams
 from fastsmc.values import check_choice, check_int, json_safe
@@ -240,9 +240,11 @@ class Population:
         Raises:
             ValueError: naming what differs between which: the prompt, or a parameter but n_particles, seed and group.
         """
-        from fastsmc.pooling import pool  # which makes populations
-
-        return pool(populations)
+        parts = list(populations)
+        for i, part in enumerate(parts):
+            if type(part) is not Population:
+                raise ValueError(f"populations[{i}]: must be a Population, got {type(part).__name__}")
+        return Population(**pooling.pool(parts))
 
     # -- sizes and weights -----------------------------------------------------------------------------------------
     @property
