@@ -300,7 +300,12 @@ def format_result(population: Any, k: int, seconds: float, width: int) -> str:
     lines.append("")
     if population.degenerate:
         lines.append("every particle has weight zero: the potential allows none of them")
-    lines.append(f"log Ẑ {population.log_z:.4f}   ESS {population.final_ess:.1f} of {n}")
+    reason = population.log_z_stderr_reason
+    error = f" ± {population.log_z_stderr:.4f}" if reason is None else ""
+    roots = f"{population.n_roots} roots"
+    lines.append(f"log Ẑ {population.log_z:.4f}{error}   ESS {population.final_ess:.1f} of {n}, {roots}")
+    if reason is not None:
+        lines.append(_cut(f"no standard error: {reason}", width))
     resamplings = int(population.resampled.sum())
     lines.append(f"{tokens} tokens in {seconds:.2f} s: {tokens / seconds:.0f} tokens/s, {resamplings} resamplings")
     return "\n".join(lines)

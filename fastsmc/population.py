@@ -7,6 +7,8 @@ How rows and steps are counted, for N particles and T steps:
 - Final particle i is row i of step T - 1; `token_ids[i]`, `log_weights[i]` and `log_probs[i]` belong to it.
 
 So `lineage(i)` walks back from row i of the last step, and `tokens[t, lineage[t]]` spells `token_ids[i]`.
+
+`Population.pool` makes one of populations of independent runs, islands (fastsmc/pooling.py): island after island.
 """
 
 from __future__ import annotations
@@ -24,12 +26,15 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from fastsmc import plots
+from fastsmc import plots, pooling
+from fastsmc.genealogy import find_roots
 from fastsmc.params import SMCParams
 from fastsmc.values import check_choice, check_int, json_safe
 
 VERSION = 1
 FINISH_REASONS = ("stop", "length", "dead")
+#: why a population that says nothing of its error has no standard error
+NO_STDERR = "not known: whoever made this population did not say"
 
 
 class _Texts:
@@ -71,6 +76,11 @@ class Population:
         texts: N str, what the tokens add to the prompt's text; None without a tokenizer.
         questions: of a group with a `Condition`: "asked", texts that it was asked about, "calls" of its functions, and
             "cut", how often `max_asked` ended a particle's search; None without.
+        log_z_stderr: float, standard error of `log_z` by this very run (fastsmc/genealogy.py); NaN where there is none.
+        log_z_stderr_reason: why there is none; None where there is one.
+        island: (N,) int32, which of K independent runs each particle is of, as `pool` counts them, K being the highest
+            plus 1; None: all of one.
+        island_resampled: (T, K) bool, whether island k was resampled before step t; None: as `resampled`, of one.
 
     Raises:
         ValueError: naming the field that has a wrong shape or dtype, a NaN or a +inf, or an ancestor out of range.
@@ -87,7 +97,11 @@ class Population:
         "ancestors": (np.int32, "TN"),
         "tokens": (np.int32, "TN"),
         "step_log_weights": (np.float64, "TN"),
+        "island": (np.int32, "N"),
+        "island_resampled": (np.bool_, "TK"),
     }
+    #: those that older files lack
+    NEW_ARRAYS: ClassVar[tuple[str, ...]] = ("island", "island_resampled")
 
     token_ids: list[list[int]]
     log_weights: np.ndarray
@@ -104,8 +118,16 @@ class Population:
     finish_reasons: list[str] | None = None
     texts: list[str] | None = _Texts()  # type: ignore[assignment]  # a descriptor, typed as what it gives
     questions: dict[str, int] | None = None
+    log_z_stderr: float = math.nan
+    log_z_stderr_reason: str | None = NO_STDERR
+    island: np.ndarray = None  # type: ignore[assignment]  # None only until __post_init__
+    island_resampled: np.ndarray = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
+        if self.island is None:
+            self.island = np.zeros(len(self.token_ids), dtype=np.int32)
+        if self.island_resampled is None:
+            self.island_resampled = np.asarray(self.resampled)[:, None]
         sizes = self._sizes()
         if sizes["N"] == 0:
             raise ValueError("token_ids: a population has at least one particle")
@@ -130,6 +152,9 @@ class Population:
             raise ValueError(f"log_z={self.log_z}: must be finite or -inf")
         if not isinstance(self.params, SMCParams):
             raise ValueError(f"params={self.params!r}: must be SMCParams")
+        if not 0 <= self.island.min() <= self.island.max() < sizes["K"]:
+            raise ValueError(f"island: must lie in [0, {sizes['K']})")
+        self._check_stderr()
         if self.finish_reasons is not None:
             self.finish_reasons = list(self.finish_reasons)
             for reason in self.finish_reasons:
@@ -140,9 +165,22 @@ class Population:
         if self.questions is not None and self.questions.keys() != {"asked", "calls", "cut"}:
             raise ValueError(f"questions={self.questions!r}: must have 'asked', 'calls' and 'cut'")
 
+    def _check_stderr(self) -> None:
+        value, reason = self.log_z_stderr, self.log_z_stderr_reason
+        try:
+            self.log_z_stderr = float(value)
+        except (TypeError, ValueError):
+            raise ValueError(f"log_z_stderr={value!r}: must be a number") from None
+        if reason is not None and not isinstance(reason, str):
+            raise ValueError(f"log_z_stderr_reason={reason!r}: must be a str or None")
+        if not (math.isnan(self.log_z_stderr) if reason is not None else 0.0 <= self.log_z_stderr < math.inf):
+            raise ValueError(
+                f"log_z_stderr={value!r}: must be at least 0 and finite, or NaN with a reason; the reason is {reason!r}"
+            )
+
     def _sizes(self) -> dict[str, int]:
         """Says what the letters of ARRAYS stand for."""
-        return {"N": len(self.token_ids), "T": len(self.ess)}
+        return {"N": len(self.token_ids), "T": len(self.ess), "K": np.shape(self.island_resampled)[-1]}
 
     @classmethod
     def from_record(
@@ -156,6 +194,8 @@ class Population:
         step_log_weights: np.ndarray,
         log_weights: np.ndarray,
         log_z: float,
+        log_z_stderr: float,
+        log_z_stderr_reason: str | None,
         stopped: np.ndarray,
         prompt: list[int],
         params: SMCParams,
@@ -173,6 +213,8 @@ class Population:
             token_ids=token_ids,
             log_weights=log_weights,
             log_z=log_z,
+            log_z_stderr=log_z_stderr,
+            log_z_stderr_reason=log_z_stderr_reason,
             log_probs=log_probs.sum(axis=1),
             token_log_probs=log_probs,
             ess=ess,
@@ -184,6 +226,31 @@ class Population:
             params=params,
             finish_reasons=["stop" if s else "length" if f else "dead" for s, f in zip(stopped, full, strict=True)],
         )
+
+    @staticmethod
+    def pool(populations: Sequence[Population]) -> Population:
+        """Makes one population of independent ones, islands, of the same prompt, target and kind of run.
+
+        Its weights are on one scale, so that Ẑ = Σ N_k Ẑ_k / Σ N_k, which is unbiased for any N_k, also unequal ones.
+        The number of islands must not hang on what they gave: choose it before, or by other runs. Rows of island k
+        follow those of island k − 1, in the genealogy too; an island of fewer steps is padded by steps without a draw.
+        `resampled` says whether any island was, `island_resampled` which; `params` are those of the first, but for
+        n_particles; `texts` and `finish_reasons` are None if an island has none. Pools can be pooled.
+
+        `log_z_stderr` comes from the spread of 8 islands or more, which rests on their independence alone; from fewer,
+        of the figures of each: √(Σ_k (N_k/N)² Ẑ_k² V_k) / Ẑ (docs/mathematics.md §9).
+
+        Args:
+            populations: at least one. That they had the same potential is the caller's word: none is recorded.
+
+        Raises:
+            ValueError: naming what differs between which: the prompt, or a parameter but n_particles, seed and group.
+        """
+        parts = list(populations)
+        for i, part in enumerate(parts):
+            if type(part) is not Population:
+                raise ValueError(f"populations[{i}]: must be a Population, got {type(part).__name__}")
+        return Population(**pooling.pool(parts))
 
     # -- sizes and weights -----------------------------------------------------------------------------------------
     @property
@@ -220,6 +287,11 @@ class Population:
         weights = self.weights
         return 0.0 if self.degenerate else float(1.0 / np.square(weights).sum())
 
+    @property
+    def n_islands(self) -> int:
+        """Counts the independent runs that these particles are of; 1 unless they were pooled."""
+        return self.island_resampled.shape[1]
+
     def sample(self, k: int, seed: int = 0) -> np.ndarray:
         """Draws (k,) int64 particle indices independently by `weights`, with replacement.
 
@@ -246,6 +318,16 @@ class Population:
             rows[t] = row
             row = self.ancestors[t, row]
         return rows
+
+    @property
+    def roots(self) -> np.ndarray:
+        """Finds the row of the first step that each final particle descends from, (N,) int64."""
+        return find_roots(self.ancestors)
+
+    @property
+    def n_roots(self) -> int:
+        """Counts the distinct roots of particles with weight, which `log_z_stderr` rests on; 0 if `degenerate`."""
+        return len(set(self.roots[~np.isneginf(self.log_weights)].tolist()))
 
     def distinct_ancestors(self) -> np.ndarray:
         """Counts the rows of each step that have descendants among the final particles, (T,) int64; the last is N."""
@@ -283,7 +365,11 @@ class Population:
             "n_particles": self.n_particles,
             "steps": self.T,
             "log_z": json_safe(self.log_z),
+            "log_z_stderr": json_safe(self.log_z_stderr),
+            "log_z_stderr_reason": self.log_z_stderr_reason,
             "final_ess": self.final_ess,
+            "distinct_roots": self.n_roots,
+            "islands": self.n_islands,
             "degenerate": self.degenerate,
             **({} if self.questions is None else {"questions": self.questions, "biased": self.biased}),
             "resamplings": int(self.resampled.sum()),
@@ -294,7 +380,7 @@ class Population:
 
     def to_dict(self) -> dict[str, Any]:
         """Adds to `summary()` what each particle is, in plain JSON values under the names of the attributes."""
-        names = ("log_weights", "weights", "log_probs", "ess", "resampled")
+        names = ("log_weights", "weights", "log_probs", "ess", "resampled", "island")
         return {
             **self.summary(),
             "params": dataclasses.asdict(self.params),
@@ -326,6 +412,8 @@ class Population:
             "texts": self.texts,
             "finish_reasons": self.finish_reasons,
             "questions": self.questions,
+            "log_z_stderr": json_safe(self.log_z_stderr),
+            "log_z_stderr_reason": self.log_z_stderr_reason,
             "digest": _digest(arrays),
             **self._more(),
         }
@@ -356,9 +444,12 @@ class Population:
                 raise ValueError("it is not a fastsmc population")
             if meta.get("version") != VERSION:
                 raise ValueError(f"its format version is {meta.get('version')!r}; this fastsmc reads {VERSION}")
-            kinds: dict[str, Any] = {name: dtype for name, (dtype, _) in cls.ARRAYS.items()}
+            old = "log_z_stderr" not in meta
+            kinds: dict[str, Any] = {
+                name: dtype for name, (dtype, _) in cls.ARRAYS.items() if not (old and name in cls.NEW_ARRAYS)
+            }
             kinds |= {"log_z": np.float64, "flat_token_ids": np.int64, "lengths": np.int64}
-            arrays = {name: _array(members, name, dtype) for name, dtype in kinds.items()}
+            arrays: dict[str, Any] = {name: _array(members, name, dtype) for name, dtype in kinds.items()}
             good = meta.get("digest") in (None, _digest(arrays))  # older files have none
             log_z, lengths, flat = (arrays.pop(name) for name in ("log_z", "lengths", "flat_token_ids"))
             ends = np.cumsum(lengths).tolist()
@@ -374,6 +465,7 @@ class Population:
                 finish_reasons=meta.get("finish_reasons"),
                 questions=meta.get("questions"),
                 **arrays,
+                **({} if old else _read_stderr(meta)),
                 **cls._read_more(meta),
             )
             if not good:
@@ -435,6 +527,15 @@ def draw_indices(weights: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
     cumulative = np.cumsum(weights)
     last = int(np.flatnonzero(weights)[-1])  # rounding must not reach a weightless particle
     return np.minimum(np.searchsorted(cumulative, uniforms * cumulative[-1], side="right"), last).astype(np.int64)
+
+
+def _read_stderr(meta: dict[str, Any]) -> dict[str, Any]:
+    """Reads the standard error and its reason, NaN being null in a file."""
+    value = meta["log_z_stderr"]
+    return {
+        "log_z_stderr": math.nan if value is None else value,
+        "log_z_stderr_reason": meta["log_z_stderr_reason"],
+    }
 
 
 def _as_array(name: str, value: Any, dtype: type) -> np.ndarray:

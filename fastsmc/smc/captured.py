@@ -382,6 +382,8 @@ class CapturedGroup(Setup):
             self.particles.log_w,
             float(self.step.log_z),
             twisted=self.kind.twisted,
+            retains=self.kind.retains,
+            has_potential=self.asker is not None,
             ended_by_resampling=False,
             stopped=self.particles.stopped,
             prompt=self.prompt,

@@ -281,6 +281,8 @@ class Group(Setup):
             self.log_w,
             self.log_z,
             twisted=self.kind.twisted,
+            retains=self.kind.retains,
+            has_potential=self.asker is not None,
             ended_by_resampling=self.ended_by_resampling,
             stopped=self.cohort.particles.stopped[self.cohort.layout.part(self.index)],
             prompt=self.prompt,

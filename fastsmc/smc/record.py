@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastsmc import ops
+from fastsmc import genealogy, ops
 from fastsmc.params import SMCParams
 from fastsmc.population import Population
 
@@ -194,6 +194,8 @@ def make_population(
     log_z: float,
     *,
     twisted: bool,
+    retains: bool,
+    has_potential: bool,
     ended_by_resampling: bool,
     stopped: Tensor,
     prompt: Sequence[int],
@@ -204,6 +206,7 @@ def make_population(
     Args:
         log_w, log_z: (N,) since the last resampling, and the log of what lies before it.
         twisted: whether a step's ancestors are those before its draw; else those after it, of the step that follows.
+        retains, has_potential: whether the group had exact samples, and a potential.
         ended_by_resampling: the last resampling left finished particles only. Then a step without draws holds where
             they came from.
         stopped: (N,) bool, particles that ended otherwise than by their length.
@@ -223,15 +226,27 @@ def make_population(
     def whole(name: str, dtype: type) -> np.ndarray:
         return np.array(rows[name], dtype=dtype).reshape(len(rows[name]), n)
 
+    ancestors, resampled = whole("ancestors", np.int32), np.array(rows["resampled"], dtype=bool)
+    step_log_weights, log_weights = whole("step_log_w", np.float64), log_w.cpu().numpy() + log_z
+    stderr, reason = genealogy.log_z_stderr(
+        ancestors,
+        resampled,
+        step_log_weights if twisted else np.roll(step_log_weights, 1, axis=0),  # base: those of the step before
+        log_weights,
+        has_potential=has_potential,
+        retains=retains,
+    )
     return Population.from_record(
         tokens=whole("tokens", np.int32),
         token_log_probs=whole("token_log_probs", np.float64),
-        ancestors=whole("ancestors", np.int32),
-        resampled=np.array(rows["resampled"], dtype=bool),
+        ancestors=ancestors,
+        resampled=resampled,
         ess=np.array(rows["ess"], dtype=np.float64),
-        step_log_weights=whole("step_log_w", np.float64),
-        log_weights=log_w.cpu().numpy() + log_z,
+        step_log_weights=step_log_weights,
+        log_weights=log_weights,
         log_z=log_z + log_mean,
+        log_z_stderr=stderr,
+        log_z_stderr_reason=reason,
         stopped=stopped.cpu().numpy(),
         prompt=list(prompt),
         params=params,

@@ -424,6 +424,9 @@ class ParticleRunner:
             result.stopped_by_potential = by_potential and reasons[0] == "stop"
         result.summary = {
             "log_z": json_safe(population.log_z),
+            "log_z_stderr": json_safe(population.log_z_stderr),
+            "log_z_stderr_reason": population.log_z_stderr_reason,
+            "distinct_roots": population.n_roots,
             "n_particles": group.n,
             "steps": group.t,
             "ess": population.final_ess,

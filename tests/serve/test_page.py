@@ -90,7 +90,9 @@ def test_a_run_from_form_to_download(page, server):
     seen = page.run("steps")
     assert [step["step"] for step in seen] == list(range(seen[0]["step"], seen[0]["step"] + expected["steps"]))
     assert all(1 - 1e-3 <= step["ess"] <= 24 + 1e-3 and 0 <= step["distinct"] <= 24 for step in seen)
-    assert float(text_of(page, "log-z").replace("−", "-")) == pytest.approx(expected["log_z"], abs=1e-4)
+    log_z, error = text_of(page, "log-z").replace("−", "-").split(" ± ")
+    assert float(log_z) == pytest.approx(expected["log_z"], abs=1e-4)
+    assert float(error) == pytest.approx(expected["log_z_stderr"], rel=0.05)
     assert float(text_of(page, "ess")) == pytest.approx(expected["ess"], rel=1e-3)
     assert text_of(page, "tokens") == str(expected["usage"]["particle_tokens"])
     assert text_of(page, "status").startswith("Done: 24 particles") and text_of(page, "error") == ""
@@ -231,7 +233,7 @@ def test_what_a_model_says_is_text_at_any_size(page):
     page.run(f"""{{
         const N = 1000, T = 128, rows = [...Array(N).keys()], hostile = {json.dumps(hostile)};
         asked = {{ n_particles: N, max_tokens: T }};
-        showPopulation({{ event: 'population', id: hostile, model: hostile, log_z: -3.5, ess: 500,
+        showPopulation({{ event: 'population', id: hostile, model: hostile, log_z: -3.5, log_z_stderr: null, ess: 500,
             samples: [0], usage: {{}},
             particles: rows.map(i => ({{ text: hostile + i, token_ids: [i], weight: 1 / N,
                 log_weight: 0, log_prob: -1, finish_reason: 'length' }})),

@@ -85,6 +85,8 @@ def test_one_population_everywhere(server, llm):
     assert answer["log_z"] == pytest.approx(population.log_z, abs=1e-5) and answer["ess"] == pytest.approx(
         population.final_ess, rel=1e-5
     )
+    assert answer["log_z_stderr"] == pytest.approx(population.log_z_stderr, rel=1e-4) and 0 < answer["log_z_stderr"] < 1
+    assert (answer["log_z_stderr_reason"], answer["distinct_roots"]) == (None, population.n_roots)
     genealogy = answer["genealogy"]
     assert genealogy["ancestors"] == population.ancestors.tolist()
     assert genealogy["tokens"] == population.tokens.tolist()
@@ -101,6 +103,7 @@ def test_one_population_everywhere(server, llm):
     assert len(answer["samples"]) == 5
     [summary] = completion["smc"]
     assert summary["log_z"] == pytest.approx(answer["log_z"], abs=1e-5) and summary["p0"] == answer["p0"]
+    assert summary["log_z_stderr"] == pytest.approx(answer["log_z_stderr"], rel=1e-4)
     drawn = [particles[i] for i in answer["samples"]]
     assert [c["finish_reason"] for c in completion["choices"]] == [p["finish_reason"] for p in drawn]
     assert [c["text"] for c in completion["choices"]] == [p["text"] for p in drawn]

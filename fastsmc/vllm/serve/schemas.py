@@ -135,6 +135,9 @@ class SMCPopulation(BaseModel):
     model: str
     log_z: float | None = Field(description="log of the unbiased estimate of Z; null: -inf")
     log_z_is_minus_inf: bool = Field(False, description="never in a 200: such a population comes beside a 422")
+    log_z_stderr: float | None = Field(description="standard error of log_z by this run; null: there is none")
+    log_z_stderr_reason: str | None = Field(description="why there is no standard error")
+    distinct_roots: int = Field(description="first tokens' rows that particles with weight descend from")
     ess: float = Field(description="effective sample size of the final weights")
     steps: int
     seed: int

@@ -1,0 +1,137 @@
+"""Populations of independent runs, islands, as one population (`Population.pool`). NumPy only.
+
+    islands  →  rows side by side, shorter ones padded at their end  →  one population, its weights on one scale
+
+The log weights of an island have Ẑ_k for their mean, so those of all islands, laid side by side, have the mean
+Σ N_k Ẑ_k / Σ N_k for theirs, which is unbiased whatever the N_k are (docs/mathematics.md §9).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fastsmc.genealogy import normalise
+from fastsmc.params import SMCParams
+
+if TYPE_CHECKING:
+    from fastsmc.population import Population
+
+#: from so many islands on their spread gives the standard error; it rests on nothing but their independence
+SPREAD_FROM = 8
+#: what islands of one target may differ in
+_FREE = ("n_particles", "seed", "group")
+
+
+def pool(parts: Sequence[Population]) -> dict[str, Any]:
+    """Gives the fields of the population that islands are together; what `Population.pool` says."""
+    _check(parts)
+    steps, sizes = max(part.T for part in parts), [part.n_particles for part in parts]
+    rows = [0, *itertools.accumulate(sizes)]
+    islands = [0, *itertools.accumulate(part.n_islands for part in parts)]
+    padded = [_Padded.of(part, steps, row) for part, row in zip(parts, rows, strict=False)]
+
+    def beside(name: str) -> np.ndarray:
+        return np.concatenate([getattr(part, name) for part in padded], axis=1)
+
+    log_weights = np.concatenate([part.log_weights for part in parts])
+    island = np.concatenate([part.island + first for part, first in zip(parts, islands, strict=False)])
+    step_log_weights, island_resampled = beside("step_log_weights"), beside("island_resampled")
+    log_z = _log_mean(log_weights)
+    stderr, reason = _stderr(parts, log_weights, island, log_z)
+    return {
+        "token_ids": [ids for part in parts for ids in part.token_ids],
+        "log_weights": log_weights,
+        "log_z": log_z,
+        "log_z_stderr": stderr,
+        "log_z_stderr_reason": reason,
+        "log_probs": np.concatenate([part.log_probs for part in parts]),
+        "token_log_probs": beside("token_log_probs").T,
+        "ess": np.array([_ess(row) for row in step_log_weights]),
+        "resampled": island_resampled.any(axis=1),
+        "ancestors": beside("ancestors"),
+        "tokens": beside("tokens"),
+        "step_log_weights": step_log_weights,
+        "prompt_token_ids": parts[0].prompt_token_ids,
+        "params": dataclasses.replace(parts[0].params, n_particles=len(log_weights)),
+        "finish_reasons": _joined([part.finish_reasons for part in parts]),
+        "texts": _joined([part.texts for part in parts]),
+        "island": island,
+        "island_resampled": island_resampled,
+    }
+
+
+def _check(parts: Sequence[Population]) -> None:
+    """Refuses what is no pool. ValueError: says what differs, and between which populations."""
+    if not parts:
+        raise ValueError("populations=[]: must hold at least one population")
+    for i, part in enumerate(parts):
+        if part.prompt_token_ids != parts[0].prompt_token_ids:
+            raise ValueError(f"populations[{i}]: has another prompt than populations[0], so another target")
+        for field in dataclasses.fields(SMCParams):
+            its, first = (getattr(p.params, field.name) for p in (part, parts[0]))
+            if field.name not in _FREE and its != first:
+                raise ValueError(f"populations[{i}]: has {field.name}={its!r}, populations[0] {first!r}; must be alike")
+
+
+@dataclasses.dataclass
+class _Padded:
+    """Is what a population has per step, (T, N) each, brought to so many steps and so many rows on."""
+
+    tokens: np.ndarray
+    token_log_probs: np.ndarray
+    ancestors: np.ndarray
+    step_log_weights: np.ndarray
+    island_resampled: np.ndarray
+
+    @classmethod
+    def of(cls, part: Population, steps: int, first_row: int) -> _Padded:
+        n, more = part.n_particles, steps - part.T
+        return cls(
+            np.concatenate([part.tokens, np.full((more, n), -1, np.int32)]),
+            np.concatenate([part.token_log_probs.T, np.zeros((more, n))]),
+            np.concatenate([part.ancestors, np.tile(np.arange(n, dtype=np.int32), (more, 1))]) + np.int32(first_row),
+            np.concatenate([part.step_log_weights, np.tile(part.log_weights, (more, 1))]),
+            np.concatenate([part.island_resampled, np.zeros((more, part.n_islands), bool)]),
+        )
+
+
+def _stderr(
+    parts: Sequence[Population], log_weights: np.ndarray, island: np.ndarray, log_z: float
+) -> tuple[float, str | None]:
+    """Gives the standard error of a pool's log Ẑ, or NaN and why there is none."""
+    if log_z == -math.inf:
+        return math.nan, "all weights are zero"
+    sizes, n = np.bincount(island), len(island)
+    if all(part.log_z_stderr == 0.0 for part in parts):
+        return 0.0, None
+    if len(sizes) >= SPREAD_FROM:
+        means = np.bincount(island, np.exp(log_weights - log_weights.max())) / sizes  # Ẑ_k, but for a factor
+        ratios = means / (sizes @ means / n)
+        variance = float(sizes @ np.square(ratios - 1.0)) / ((len(sizes) - 1) * n)
+        return (math.sqrt(variance), None) if variance > 0.0 else (math.nan, "all islands have the same Ẑ")
+    missing = [f"island {i}: {part.log_z_stderr_reason}" for i, part in enumerate(parts) if part.log_z_stderr_reason]
+    if missing:
+        return math.nan, f"{'; '.join(missing)}; from {SPREAD_FROM} islands on their spread gives it"
+    terms = [part.n_particles / n * math.exp(part.log_z - log_z) * part.log_z_stderr for part in parts]
+    return math.sqrt(sum(term * term for term in terms)), None
+
+
+def _log_mean(log_weights: np.ndarray) -> float:
+    top = log_weights.max()
+    return float(top if top == -math.inf else top + math.log(np.exp(log_weights - top).mean()))
+
+
+def _ess(log_weights: np.ndarray) -> float:
+    return 0.0 if np.isneginf(log_weights).all() else float(1.0 / np.square(normalise(log_weights)).sum())
+
+
+def _joined(lists: Sequence[list[str] | None]) -> list[str] | None:
+    """Joins lists, of which each may be missing: then there is none."""
+    known = [each for each in lists if each is not None]
+    return list(itertools.chain(*known)) if len(known) == len(lists) else None

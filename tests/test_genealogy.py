@@ -1,0 +1,90 @@
+"""The error of log Ẑ by the run that gave it, against what runs do and against arithmetic by hand."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+from tiny import PROMPT, TableLLM, TableTwist, TinyLlama, make_llama, run_table, value_table
+
+from fastsmc import SMCParams, genealogy
+from fastsmc.population import Population
+
+VOCAB, STEPS, STOP = 6, 4, 5
+VALUE = value_table(STEPS, VOCAB, seed=4)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return TinyLlama(make_llama(tmp_path_factory.mktemp("tiny"), VOCAB), VOCAB, STEPS, frozenset([STOP]))
+
+
+def by_hand(population, twisted):
+    """V in plain loops: for each root what its descendants gain by weighing."""
+    n, gains = population.n_particles, {}
+    ends = [*np.flatnonzero(population.resampled), population.T]
+    shares = [1 / n] * n
+    root = list(range(n))
+    for end in ends:
+        last = end == population.T
+        log_w = population.log_weights if last else population.step_log_weights[end if twisted else end - 1]
+        w = np.exp(log_w - log_w.max())
+        for i in range(n):
+            gains[root[i]] = gains.get(root[i], 0.0) + w[i] / w.sum() - shares[i]
+        if not last:
+            root = [root[a] for a in population.ancestors[end]]
+    return n / (n - 1) * sum(g * g for g in gains.values())
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize("proposal", ["twisted", "base"])
+def test_by_hand(tiny, proposal, threshold):
+    params = SMCParams(n_particles=40, max_tokens=STEPS, ess_threshold=threshold, proposal=proposal, seed=3)
+    population = run_table(tiny, params, TableTwist(VALUE))
+    assert population.log_z_stderr_reason is None
+    assert population.log_z_stderr**2 == pytest.approx(by_hand(population, proposal == "twisted"), rel=1e-9)
+    lineages = [population.lineage(i) for i in range(40)]
+    assert population.roots.tolist() == [rows[0] for rows in lineages]
+    alive = population.log_weights > -math.inf
+    assert population.n_roots == len({rows[0] for rows, a in zip(lineages, alive, strict=True) if a})
+    if threshold == 0.0:  # the usual variance of a mean of N weights
+        w = np.exp(population.log_weights)
+        assert population.log_z_stderr == pytest.approx(w.std(ddof=1) / math.sqrt(40) / w.mean())
+    again = Population.from_bytes(population.to_bytes())
+    assert again.log_z_stderr == population.log_z_stderr and again.log_z_stderr_reason is None
+
+
+def test_where_there_is_none(tiny):
+    twist = TableTwist(VALUE)
+
+    def run(potential=twist, exact=None, **params):
+        params = SMCParams(**{"n_particles": 8, "max_tokens": STEPS, **params})
+        return TableLLM(tiny).smc([PROMPT], params, potential, exact=None if exact is None else [exact])[0]
+
+    exact = [[0, 1, 0, 1]]
+    reasons = {
+        "a single particle": run(n_particles=1),
+        "exact samples": run(exact=exact, ess_threshold=1.0),
+        "all weights are zero": run(TableTwist(np.full_like(VALUE, -np.inf)), ess_threshold=1.0),
+        "all weights are equal": run(TableTwist(np.zeros_like(VALUE)), proposal="base"),
+    }
+    for reason, population in reasons.items():
+        assert math.isnan(population.log_z_stderr) and reason in population.log_z_stderr_reason
+        summary = Population.from_bytes(population.to_bytes()).summary()
+        assert summary["log_z_stderr"] is None and reason in summary["log_z_stderr_reason"]
+    assert (run(None).log_z_stderr, run(None).log_z_stderr_reason) == (0.0, None)
+    one_root = np.array([[0, 1, 2, 3], [2, 2, 2, 2]])
+    values = genealogy.log_z_stderr(
+        one_root, np.array([False, True]), np.zeros((2, 4)), np.arange(4.0), has_potential=True, retains=False
+    )
+    assert math.isnan(values[0]) and "one root" in values[1]
+
+
+@pytest.mark.parametrize(
+    ("value", "reason", "message"),
+    [(0.1, "why", "log_z_stderr=0.1"), (math.nan, None, "log_z_stderr=nan"), (-1.0, None, "=-1"), ("x", None, "'x'")],
+)
+def test_a_figure_or_a_reason(tiny, value, reason, message):
+    population = run_table(tiny, SMCParams(n_particles=4, max_tokens=STEPS), TableTwist(VALUE))
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(population, log_z_stderr=value, log_z_stderr_reason=reason)
