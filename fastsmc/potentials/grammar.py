@@ -109,6 +109,7 @@ class Grammar(Potential):
     def reset(self, n_particles: int, prompt: list[int]) -> None:
         self._at = torch.full((n_particles,), START, dtype=torch.int64, device=self._device)
         self._consumed = 0
+        self._matchers.add(self)
 
     def reindex(self, ancestors: Tensor) -> None:
         self._at = self._at[ancestors]
@@ -134,7 +135,7 @@ class Grammar(Potential):
     def _go_on(self, state: State) -> Tensor:
         """Returns the same, and goes on from there. `complete` does not, so groups at one step are equally far."""
         self._at, self._consumed = self._states(state), state.step
-        self._matchers.free(self)
+        self._matchers.free()
         return self._at
 
     def prefix(self, state: State) -> Tensor:

@@ -215,9 +215,12 @@ class Matchers:
         if reason := _failure(matcher):
             raise RuntimeError(f"llguidance: {reason}")
 
-    def free(self, member: Any) -> None:
-        """Frees the states that are in no `_at` of a potential that has called this and lives, where there are many."""
+    def add(self, member: Any) -> None:
+        """Has the states in `member._at` kept, as long as that potential lives."""
         self._members.add(member)
+
+    def free(self) -> None:
+        """Frees the states that no member is in, where there are many."""
         if len(self._states) <= self._limit:
             return
         members = [member._at for member in self._members]
