@@ -20,7 +20,7 @@ from machine import ROOT
 from openings import OPENINGS
 
 RESULTS = ROOT / "bench" / "results"
-FILES = ("bench/README.md", "README.md", "docs/counterfactuals.md", "docs/alignment.md")
+FILES = ("bench/README.md", "README.md", "docs/counterfactuals.md", "docs/alignment.md", "docs/conditions.md")
 Result = dict[str, Any]
 
 
@@ -552,11 +552,27 @@ def facts(result: Result) -> list[str]:
     ]
 
 
+def condition(result: Result) -> list[str]:
+    return table(
+        "lines of | log Ẑ | rows | questions per particle and row: ours | AWRS | ratio | in all, N particles: ours | "
+        "without sharing | AWRS | ratio",
+        (
+            (
+                f"{r['task']}, N = {r['n_particles']}", f"{r['log_z']:.2f}", r["distinct_histories"],
+                f"{r['alone']:.2f}", f"{r['peer_alone']:.2f}", f"**{r['alone_ratio']:.2f}**", r["in_all"],
+                f"{r['in_all_without_sharing']:.0f}", f"{r['peer_in_all']:.0f}", f"**{r['in_all_ratio']:.2f}**",
+            )
+            for r in result["records"]
+        ),
+    )  # fmt: skip
+
+
 TABLES: dict[str, Callable[[Result], list[str]]] = {
     "smc": smc, "step": step, "ops": ops, "attend steps": attend_steps, "attend ops": attend_ops, "twist": twist,
     "peers": peers, "grammar": grammar, "order": order, "groups": groups, "intervene": intervene,
     "counterfactual": counterfactual,
     "counterfactual time": counterfactual_time, "interchange": interchange, "alignment": alignment, "facts": facts,
+    "condition": condition,
 }  # fmt: skip
 
 

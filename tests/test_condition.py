@@ -2,8 +2,10 @@
 
 import ast
 import dataclasses
+import importlib.util
 import itertools
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -457,3 +459,37 @@ def test_a_parser_of_python(tiny):
         batch=False, on="tokens",
     )  # fmt: skip
     check_unbiased(tiny, params_of(32, 0.5), condition, value, 60)
+
+
+def load(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_example():
+    """examples/conditions.py: what its functions say of beginnings and wholes; a whole is also a beginning."""
+    tasks = load(Path(__file__).parents[1] / "examples" / "conditions.py").TASKS
+    person = '{"name": "Al", "age": 37}'
+    cases = {
+        "python": (["pi * r**2", "f(x, [1, 2])", "3"], ["", " ", "3 *", "f(x, [", "'a", "r**"],
+                   ["3 * r)", "a\nb", "for x", "1 2"]),
+        "json": ([person, person + "\n", '{"age":0,"name":""}'], [person[:n] for n in range(len(person))],
+                 ['{"x', '{"name": 3', '{"age": 200', '{"age": 3, "age"', person + "}", '{"name": "' + 13 * "a"]),
+    }  # fmt: skip
+    for task, (wholes, beginnings, neither) in cases.items():
+        may_be, is_whole = tasks[task]
+        assert all(is_whole(text) and may_be(text) for text in wholes)
+        assert all(may_be(text) and not is_whole(text) for text in beginnings), [t for t in beginnings if not may_be(t)]
+        assert not any(may_be(text) or is_whole(text) for text in neither), [t for t in neither if may_be(t)]
+
+
+def test_the_walk_of_the_benchmark(monkeypatch):
+    """Without sharing: on (0.9, 0.1), both allowed, one question and with twice 0.1 another, or two."""
+    bench = Path(__file__).parents[1] / "bench"
+    monkeypatch.syspath_prepend(str(bench))
+    walk = load(bench / "bench_condition.py").walk
+    asked = walk(torch.tensor([0.9, 0.1]).log(), lambda token: True, {0, 1}, 4000)
+    assert abs(asked - (1 + 0.9 * 0.2 + 0.1)) < 4 * 0.45 / math.sqrt(4000)
+    assert walk(torch.tensor([0.9, 0.1]).log(), lambda token: token == 1, {1}, 10) == 1
