@@ -20,6 +20,7 @@
 # counterfactual 25   where texts are left under interventions: the same
 # counterfactual_time 3  counterfactuals against the published procedure and against smc, in turn
 # p0             4    steps with top_k, top_p, min_p against steps without
+# score          6    continuations of a prompt of 512 tokens against stock prompt_logprobs, in turn
 # intervene     17    what interventions cost a step; two engines in turn, with places for them and without
 # interchange   25    interchange interventions, Boundless DAS, steered texts in turn with pyvene; PEER as above
 # alignment     20    what alignments find where a variable was planted: numbers that a busy machine does not change
@@ -93,6 +94,7 @@ for part in $parts; do
     peers) bench peers_cpu peers/fastsmc_bench.py --peer "$peer" ;;
     grammar) bench grammar_cpu bench_grammar.py --peer "$peer" ;;
     infill) bench infill_cpu bench_infill.py ;;
+    score) bench score_cpu bench_score.py ;;
     counterfactual) OMP_NUM_THREADS=1 bench counterfactual_cpu bench_counterfactual.py found ;;
     counterfactual_time) bench counterfactual_time_cpu bench_counterfactual.py time ;;
     condition) OMP_NUM_THREADS=1 bench condition_cpu bench_condition.py --peer "$peer" ;;

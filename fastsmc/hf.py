@@ -19,6 +19,7 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from fastsmc import twists
 from fastsmc.arguments import Prompt, Prompts, read_each, read_prompts
@@ -33,6 +34,7 @@ from fastsmc.params import SMCParams
 from fastsmc.population import Population
 from fastsmc.potentials import Potential
 from fastsmc.potentials.tokens import short, token_list
+from fastsmc.scoring import Scored, read_wanted
 from fastsmc.smc import Group, GroupEngine, SMCError, set_up
 from fastsmc.smc.driving import run_group, take_step
 from fastsmc.smc.evidence import Evidence
@@ -88,7 +90,7 @@ class TrunkRows:
         self._row_of = self._row_of[ancestors]
 
     def continuation_log_prob(
-        self, tokens: Tensor, slots: Tensor, continuation: list[int], p0: P0, before: int
+        self, tokens: Tensor, slots: Tensor, continuation: list[int], p0: P0, before: int, given: int = 0
     ) -> Tensor:
         target = torch.tensor(continuation, device=slots.device)
         chunk = max(1, SCORE_ELEMENTS // (self._trunk.vocab_size * len(continuation)))
@@ -100,7 +102,7 @@ class TrunkRows:
             logits = self._trunk.logits(hidden).flatten(0, 1).detach()
             at = (before + torch.arange(len(continuation), device=slots.device)).repeat(len(part))
             score = token_log_probs(logits, target.repeat(len(part)), [p0], [0, len(logits)], at)
-            out.append(score.reshape(len(part), -1).sum(1))
+            out.append(score.reshape(len(part), -1)[:, given:].sum(1))
         return torch.cat(out)
 
 
@@ -246,6 +248,35 @@ class HFEngine(Effects, Interchanges):
             single,
         )
         return done[0] if single else done
+
+    @torch.no_grad()
+    def score(self, prompt: Any, continuations: Sequence, params: SMCParams | None = None) -> Scored:
+        """Scores continuations as `fastsmc.LLM.score` does."""
+        trunk = self.trunk
+        wanted, params = read_wanted(
+            prompt, continuations, params, self.engine.tokenizer, trunk.vocab_size, trunk.max_positions
+        )
+        if not wanted.distinct:
+            return wanted.scored(torch.zeros(0))
+        p0 = P0(params, self.stops(params) | self.stop_token_ids, trunk.device)
+        first, cache = trunk.start(wanted.prompt)
+        order = sorted(range(len(wanted.distinct)), key=lambda i: len(wanted.distinct[i]))
+        found: dict[int, Tensor] = {}
+        while order:  # the longest ones first, padded to one length
+            longest = len(wanted.distinct[order[-1]])
+            n = max(1, SCORE_ELEMENTS // (trunk.vocab_size * longest))
+            chosen, order = order[-n:], order[:-n]
+            targets = pad_sequence([torch.tensor(wanted.distinct[i]) for i in chosen], True).to(trunk.device)
+            hidden = first[:, None].expand(len(chosen), -1, -1)
+            if longest > 1:
+                parents = torch.zeros(len(chosen), dtype=torch.int64, device=trunk.device)
+                after, _ = trunk.next(fork(cache), parents, targets[:, :-1])
+                hidden = torch.cat([hidden, after.reshape(len(chosen), longest - 1, -1)], dim=1)
+            at = torch.arange(longest, device=trunk.device).repeat(len(chosen))
+            logits = trunk.logits(hidden).flatten(0, 1)
+            scored = token_log_probs(logits, targets.flatten(), [p0], [0, len(logits)], at).view(targets.shape)
+            found |= {i: row[: len(wanted.distinct[i])] for i, row in zip(chosen, scored, strict=True)}
+        return wanted.scored(torch.cat([found[i] for i in range(len(found))]).cpu())
 
     @torch.no_grad()
     def facts(self, prompt: Any, text: Any, params: SMCParams | None = None) -> Facts:

@@ -114,5 +114,5 @@ class SlotRows:
         for cache in self.model.caches:
             cache[self.table.long()] = cache[self.table[ancestors].long()]
 
-    def continuation_log_prob(self, tokens, slots, continuation, p0, before):
+    def continuation_log_prob(self, tokens, slots, continuation, p0, before, given=0):
         raise NotImplementedError

@@ -39,10 +39,10 @@ class LastToken:
     def reindex(self, ancestors):
         assert ancestors.device == self.logits.device
 
-    def continuation_log_prob(self, tokens, slots, continuation, p0, before):
+    def continuation_log_prob(self, tokens, slots, continuation, p0, before, given=0):
         scores = (self.logits.double() / p0.temperature).log_softmax(1)
-        later = sum(float(scores[a, b]) for a, b in pairwise(continuation))
-        return scores[tokens, continuation[0]] + later
+        later = sum(float(scores[a, b]) for a, b in [*pairwise(continuation)][max(given - 1, 0) :])
+        return later + scores[tokens, continuation[0]] * (given == 0)
 
 
 class ByHidden(Potential):

@@ -14,6 +14,7 @@ from fastsmc import SMCParams
 from fastsmc.potentials import (
     Engine,
     Infill,
+    Judge,
     Lexicon,
     Masked,
     Potential,
@@ -361,7 +362,7 @@ def test_regex_in_a_group(engine, proposal, others):
 class ScoringEngine(Engine):
     tokenizer, device, vocab_size, hidden_size, model = None, torch.device("cpu"), V, None, None
 
-    def continuation_log_prob(self, token_ids):
+    def continuation_log_prob(self, token_ids, given=0):
         return torch.full((2,), -float(len(token_ids)), dtype=torch.float64)
 
 
@@ -502,3 +503,54 @@ def test_resolve_without_any_entry_point(register):
     register([])
     with pytest.raises(ValueError, match="none"):
         resolve("regex")
+
+
+# -- Judge -------------------------------------------------------------------------------------------------------------
+def test_judge(tokenizer):
+    asked = []
+
+    class Answers(ScoringEngine):
+        def continuation_log_prob(self, token_ids, given=0):
+            asked.append((token_ids, given))
+            return torch.tensor([-1.0, -float(token_ids[-1])], dtype=torch.float64)
+
+    by_ids = Judge([1, 2], [3], [4, 5])
+    assert by_ids.lookahead == 4
+    by_ids.setup(Answers())
+    state = make_state([[1], [2]], 4)
+    torch.testing.assert_close(by_ids.complete(state).exp(), torch.tensor([0.5, 1 / (1 + np.exp(-2))]).double())
+    assert asked == [([1, 2, 3], 2), ([1, 2, 4, 5], 2)]
+    assert by_ids.prefix(state).tolist() == [0, 0] and len(asked) == 2
+    every = Judge([1, 2], [3], [4], every_step=True)
+    every.setup(Answers())
+    assert every.prefix(state)[0] == np.log(0.5) and every.prefix(make_state([[], []], 4)).tolist() == [0, 0]
+    by_text = Judge("abc", "a", "b")
+    assert by_text.lookahead == 0
+    by_text.prepare(tokenizer)
+    assert by_text.lookahead == len(tokenizer.encode("abc")) + max(len(tokenizer.encode(x)) for x in "ab")
+    given = Judge.tokenize_args({"question": "abc", "yes": [1], "no": "b"}, tokenizer)
+    assert given == {"question": tokenizer.encode("abc"), "yes": [1], "no": tokenizer.encode("b")}
+    with pytest.raises(ValueError, match="Judge: no=' No' has no tokens"):  # the default is encoded, too
+        Judge.tokenize_args({"question": "abc", "yes": [1]}, tokenizer)
+
+
+def test_judge_refusals():
+    class RulesOut(ScoringEngine):
+        def continuation_log_prob(self, token_ids, given=0):
+            return torch.tensor([-torch.inf, 0.0], dtype=torch.float64)
+
+    for args, message in (
+        (("", "a", "b"), "question='': is empty"), (([1], [], [2]), r"yes=\[\]: is empty"), ((3,), "question=3"),
+        (([1], [2], [-1]), r"no\[0\]=-1"), (([1], "a", "a"), "yes and no are both 'a'"),
+        (([1], [2], [3], 1), "every_step=1"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"Judge: .*{message}"):
+            Judge(*args)
+    with pytest.raises(ValueError, match="Judge: yes, given as text, needs a tokenizer"):
+        Judge([1]).prepare(None)
+    with pytest.raises(ValueError, match=rf"Judge: question\[0\]={V}: is beyond"):
+        Judge([V], [1], [2]).setup(ScoringEngine())
+    judge = Judge([1], [2], [3])
+    judge.setup(RulesOut())
+    with pytest.raises(ValueError, match="Judge: settings of p0 .* rule out yes and no"):
+        judge.complete(make_state([[1], [2]], 4))

@@ -236,7 +236,7 @@ class TableRows:
     def reindex(self, ancestors):
         self.rows = [self.rows[a] for a in ancestors.tolist()]
 
-    def continuation_log_prob(self, tokens, slots, continuation, p0, before):
+    def continuation_log_prob(self, tokens, slots, continuation, p0, before, given=0):
         raise NotImplementedError
 
 

@@ -6,14 +6,15 @@ next token at once. A potential sees all N particles of a group in one call, as 
     base       the contract: Potential, State, Engine, Rows, Masked
     answers    what `logw_next` answered, checked, as the ops take it
     registry   potentials by name, as commands and HTTP clients give them
-    one file per potential: lexicon, regex (with automaton), grammar (with matchers, ebnf), infill, text, condition,
-               product
+    one file per potential: lexicon, regex (with automaton), grammar (with matchers, ebnf), infill, judge, text,
+               condition, product
 """
 
 from fastsmc.potentials.base import Engine, Masked, Potential, Rows, State, answered
 from fastsmc.potentials.condition import Condition
 from fastsmc.potentials.grammar import Choice, Grammar, JsonSchema
 from fastsmc.potentials.infill import Infill
+from fastsmc.potentials.judge import Judge
 from fastsmc.potentials.lexicon import Lexicon
 from fastsmc.potentials.product import Final, Product
 from fastsmc.potentials.regex import Regex
@@ -22,7 +23,7 @@ from fastsmc.potentials.text import TextPotential
 from fastsmc.potentials.tokens import token_bytes, token_list
 
 __all__ = [
-    "GROUP", "Choice", "Condition", "Engine", "Final", "Grammar", "Infill", "JsonSchema", "Lexicon", "Masked",
-    "Potential", "Product", "Regex", "Rows", "State", "TextPotential", "answered", "registered", "resolve",
+    "GROUP", "Choice", "Condition", "Engine", "Final", "Grammar", "Infill", "JsonSchema", "Judge", "Lexicon",
+    "Masked", "Potential", "Product", "Regex", "Rows", "State", "TextPotential", "answered", "registered", "resolve",
     "token_bytes", "token_list",
 ]  # fmt: skip

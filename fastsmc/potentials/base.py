@@ -51,6 +51,8 @@ class State:
     Attributes:
         tokens: (N, t) int64, generated tokens so far, -1 after a particle's end.
         last_tokens: (N,) int64, each particle's token of the last step, -1 where it had ended; None before the first.
+        log_prob: (N,) float64, log p0 of each particle's tokens so far.
+        token_log_probs: (N, t) float64, log p0 of each of `tokens`, 0 after a particle's end.
         lengths: (N,) int64, generated tokens of each particle.
         finished: (N,) bool, particles that have ended.
         hidden: (N, H) last hidden state of the base model at the position whose logits came last (in `logw_next`: of
@@ -67,6 +69,8 @@ class State:
 
     tokens: Tensor
     last_tokens: Tensor | None
+    log_prob: Tensor
+    token_log_probs: Tensor
     lengths: Tensor
     finished: Tensor
     hidden: Tensor | None
@@ -97,8 +101,10 @@ class Engine:
     model: Any
     model_name: str | None
 
-    def continuation_log_prob(self, token_ids: list[int]) -> Tensor:
+    def continuation_log_prob(self, token_ids: list[int], given: int = 0) -> Tensor:
         """Returns (N,) float64 log p0(token_ids | prompt, particle) at the group's temperature, by the engine's KV.
+
+        Of the first `given` tokens nothing is scored: it is log p0 of the others after them.
 
         To be called from within `prefix` or `complete` of a potential whose `lookahead >= len(token_ids)`; rows that
         the call was not about (in `prefix` the finished ones, in `complete` those that did not end now) are 0.

@@ -36,11 +36,15 @@ class Infill(Potential):
     @classmethod
     def tokenize_args(cls, args: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
         text = args.get("continuation")
-        return {**args, "continuation": _encode(text, tokenizer)} if text and isinstance(text, str) else args
+        return (
+            {**args, "continuation": encode("Infill: continuation", text, tokenizer)}
+            if text and isinstance(text, str)
+            else args
+        )
 
     def prepare(self, tokenizer: Any) -> None:
         if self._text is not None:
-            self.continuation = _encode(self._text, tokenizer)
+            self.continuation = encode("Infill: continuation", self._text, tokenizer)
             self.lookahead = len(self.continuation)
 
     def setup(self, engine: Engine) -> None:
@@ -62,10 +66,11 @@ class Infill(Potential):
         return self._engine.continuation_log_prob(self._ids)
 
 
-def _encode(text: str, tokenizer: Any) -> list[int]:
+def encode(name: str, text: str, tokenizer: Any) -> list[int]:
+    """Encodes a text without special tokens. ValueError, naming `name`: there is no tokenizer, or are no tokens."""
     if tokenizer is None:
-        raise ValueError("Infill: a continuation given as text needs a tokenizer; give token ids")
+        raise ValueError(f"{name}, given as text, needs a tokenizer; give token ids")
     ids = list(tokenizer.encode(text, add_special_tokens=False))
     if not ids:
-        raise ValueError(f"Infill: continuation={text!r} has no tokens")
+        raise ValueError(f"{name}={text!r} has no tokens")
     return ids

@@ -23,7 +23,7 @@ from fastsmc.smc.particles import Particles
 class GroupState(State):
     """The view of particles that their potential gets. It shares no memory with them, so it may be written to.
 
-    `tokens`, `hidden` and `hidden_rows` are made when they are looked at: properties, where `State` has attributes.
+    `tokens`, log-probs and hidden states are made when they are looked at: properties, where `State` has attributes.
     """
 
     def __init__(
@@ -34,6 +34,7 @@ class GroupState(State):
         first_row: int,
         step: Any,
         tokens: Callable[[], Tensor],
+        token_log_probs: Callable[[], Tensor],
         hidden: Callable[[], Tensor | None],
     ) -> None:
         self.lengths, self.finished = particles.lengths[part].clone(), particles.finished[part].clone()
@@ -41,11 +42,20 @@ class GroupState(State):
         self.rows = torch.where(rows >= 0, rows - first_row, -1) if first_row else rows.clone()
         self.step, self.prompt, self.max_tokens = step, list(asker.prompt), asker.params.max_tokens
         self.stop_token_ids = asker.stop_token_ids
-        self._tokens, self._hidden = tokens, hidden
+        self._tokens, self._token_log_probs, self._hidden = tokens, token_log_probs, hidden
+        self._log_prob = particles.log_prob[part]
 
     @property
     def tokens(self) -> Tensor:  # type: ignore[override]  # see above
         return self._tokens()
+
+    @property
+    def log_prob(self) -> Tensor:  # type: ignore[override]
+        return self._log_prob.clone()
+
+    @property
+    def token_log_probs(self) -> Tensor:  # type: ignore[override]
+        return self._token_log_probs()
 
     @cached_property
     def hidden_rows(self) -> Tensor | None:  # type: ignore[override]
@@ -90,7 +100,7 @@ class Asker:
         self.engine = engine
         self.last_step = 0
         self.last_sizes = (0, 0)
-        self.scorer: Callable[[list[int]], Tensor] | None = None
+        self.scorer: Callable[[list[int], int], Tensor] | None = None
         self.known: tuple[list[int], Tensor] | None = None
         self.stops = stops(potential)
         self.conditions, self.most_asked = conditions(potential), most_asked(potential)

@@ -290,15 +290,18 @@ class CapturedGroup(Setup):
         assert self.asker is not None  # else nobody looks
         self.asker.last_step = self.t + drawn
         hidden, step = self._hidden, self.step.step[0] + drawn
-        return GroupState(self.asker, self.particles, slice(None), 0, step, self._tokens, lambda: hidden)
+        return GroupState(
+            self.asker, self.particles, slice(None), 0, step, lambda: self._trace("tokens"),
+            lambda: self._trace("token_log_probs"), lambda: hidden,
+        )  # fmt: skip
 
-    def _tokens(self) -> Tensor:
-        """Traces each particle back: (N, T) int64 tokens, −1 beyond the last. T gathers of N, when looked at only."""
+    def _trace(self, name: str) -> Tensor:
+        """Traces tokens or their log-probs back: (N, T), −1 or 0 beyond the last. T gathers of N, if looked at."""
         rows, columns = self._rows, []
         for t in reversed(range(self.params.max_tokens)):
             if not self.kind.twisted:
                 rows = self._record["ancestors"][t].long()[rows]
-            columns.append(self._record["tokens"][t][rows])
+            columns.append(self._record[name][t][rows])
             if self.kind.twisted:
                 rows = self._record["ancestors"][t].long()[rows]
         return torch.stack(columns[::-1], dim=1)

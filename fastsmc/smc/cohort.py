@@ -35,7 +35,7 @@ from fastsmc.smc.evidence import Factual
 from fastsmc.smc.particles import Layout, Particles
 from fastsmc.smc.record import Log
 from fastsmc.smc.step import Step
-from fastsmc.values import json_safe
+from fastsmc.values import check_int, json_safe
 
 if TYPE_CHECKING:
     from fastsmc.smc.group import Group
@@ -67,10 +67,12 @@ class Scores(NamedTuple):
     Attributes:
         wants: the histories, with copies to be made first; groups that ask for nothing have no rows.
         continuations: the token ids to score, of each group.
+        given: so many of the first ones are conditioned on, and not scored.
     """
 
     wants: Wants
     continuations: list[list[int]]
+    given: int = 0
 
 
 #: what `Cohort.take` yields, is sent, and returns
@@ -411,6 +413,7 @@ class Cohort:
             rows.start,
             asker.last_step,
             lambda: torch.cat([group.lineages.tokens() for group in groups]),
+            lambda: torch.cat([group.lineages.token_log_probs() for group in groups]),
             lambda: None if hidden is None else hidden[rows],
         )
         if asker.last_step == 0:
@@ -556,7 +559,7 @@ class Cohort:
             if ids and run.asker is not None:
                 run.asker.known = ids, values[run.part]
 
-    def _continuation(self, run: Together, asked: Tensor, token_ids: list[int]) -> Tensor:
+    def _continuation(self, run: Together, asked: Tensor, token_ids: list[int], given: int) -> Tensor:
         """Scores a continuation of a run's particles in `asked` (M,) bool: (N,) float64, 0 for the others."""
         asker, part = run.asker, run.part
         assert asker is not None and asker.engine is not None  # the potential asks through it
@@ -565,9 +568,10 @@ class Cohort:
             raise ValueError(
                 f"token_ids of length {len(token_ids)}: must have 1 to lookahead={asker.potential.lookahead} tokens"
             )
+        given = check_int("given", given, 0, len(token_ids) - 1)
         if asker.last_step == 0:
             raise ValueError("continuation_log_prob: there is no token yet; return 0 for the empty sequence")
-        if asker.known is not None and asker.known[0] == token_ids:
+        if given == 0 and asker.known is not None and asker.known[0] == token_ids:
             return torch.where(asked[part], asker.known[1], 0.0)
         if self.scorer is None:
             raise NotImplementedError("this engine cannot score continuations")
@@ -576,7 +580,7 @@ class Cohort:
         scores, row_of = self._want_scores(about, [token_ids if other is run else [] for other in self._asked])
         if not scores.wants.bounds[-1]:
             return torch.zeros_like(self.particles.log_w[part])
-        return torch.where(about, self.scorer(scores)[row_of], 0.0)[part]
+        return torch.where(about, self.scorer(scores._replace(given=given))[row_of], 0.0)[part]
 
     # ---------------------------------------------------------------------------------------------------- what failed
     def _own(self, group: Group) -> bool:

@@ -29,11 +29,11 @@ class RowModel(Protocol):
         """Makes slot i a copy of slot ancestors[i], (N,) int64 with ancestors[ancestors[i]] == ancestors[i]."""
 
     def continuation_log_prob(
-        self, tokens: Tensor, slots: Tensor, continuation: list[int], p0: P0, before: int
+        self, tokens: Tensor, slots: Tensor, continuation: list[int], p0: P0, before: int, given: int = 0
     ) -> Tensor:
         """Computes (R,) float64 log p0(continuation | slot, token); tokens (R,) are drawn but not yet appended.
 
-        `before` tokens were generated, those included.
+        `before` tokens were generated, those included. The first `given` tokens of the continuation are not scored.
         """
 
 
@@ -46,10 +46,10 @@ def take_step(group: Group, model: RowModel) -> None:
     """
 
     def score(scores: Scores) -> Tensor:
-        wants, (continuation,) = scores
+        wants, (continuation,), given = scores
         if wants.moves is not None:
             model.reindex(wants.moves)
-        return model.continuation_log_prob(wants.tokens, wants.slots, continuation, group.p0, group.t + 1)
+        return model.continuation_log_prob(wants.tokens, wants.slots, continuation, group.p0, group.t + 1, given)
 
     (cohort,) = arrange([group])
     cohort.scorer = score

@@ -47,12 +47,12 @@ class GroupEngine(Engine):
     ) -> None:
         self.tokenizer, self.device, self.model, self.model_name = tokenizer, torch.device(device), model, model_name
         self.vocab_size, self.hidden_size = vocab_size, hidden_size
-        self.scorer: Callable[[list[int]], Tensor] | None = None  # while a potential is asked for scores
+        self.scorer: Callable[[list[int], int], Tensor] | None = None  # while a potential is asked for scores
 
-    def continuation_log_prob(self, token_ids: list[int]) -> Tensor:
+    def continuation_log_prob(self, token_ids: list[int], given: int = 0) -> Tensor:
         if self.scorer is None:
             raise RuntimeError("continuation_log_prob: only from within prefix or complete")
-        return self.scorer(token_ids)
+        return self.scorer(token_ids, given)
 
 
 def set_up(potential: Potential, engine: GroupEngine) -> Potential:

@@ -15,8 +15,8 @@ from fastsmc import genealogy, ops
 from fastsmc.params import SMCParams
 from fastsmc.population import Population
 
-#: what moves tokens from row to row, in the order in which a step does it
-_EVENTS = ("ancestors", "tokens")
+#: what moves from row to row, and what moves it, in the order in which a step does it
+_EVENTS = ("ancestors", "tokens", "token_log_probs")
 
 
 class Log:
@@ -24,7 +24,7 @@ class Log:
 
     Attributes:
         steps: per step name → tensor (M,) or (G,), as `put` got them.
-        events: ("tokens" or "ancestors", (M,)) in the order of their coming.
+        events: ("ancestors", "tokens" or "token_log_probs", (M,)) in the order of their coming.
     """
 
     def __init__(self) -> None:
@@ -74,8 +74,8 @@ class Lineages:
 
     def __init__(self, n: int, device: torch.device) -> None:
         self.spans: list[Span] = []
-        self._tokens = torch.zeros((n, 0), dtype=torch.int64, device=device)
-        self._seen = Seen()  # what is in `_tokens`
+        nothing = torch.zeros((n, 0), dtype=torch.int64, device=device)
+        self._traced = {"tokens": (Seen(), nothing), "token_log_probs": (Seen(), nothing.double())}
         self._all = torch.arange(n, device=device)
 
     def enter(self, log: Log, g: int, part: slice) -> None:
@@ -91,21 +91,30 @@ class Lineages:
             if i > seen.spans:
                 seen.spans, seen.events = i, 0
             events = span.log.events[span.event + seen.events : span.last_event]
-            news += [(k, v[span.part] if k == "tokens" else v[span.part] - span.part.start) for k, v in events]
+            news += [(k, v[span.part] - span.part.start if k == "ancestors" else v[span.part]) for k, v in events]
             seen.events += len(events)
         return news
 
     def tokens(self) -> Tensor:
         """Traces each particle's history back: (N, t) int64 tokens, −1 after its end."""
-        rows, columns, news = self._all, [], self.news(self._seen)
+        return self._trace("tokens")
+
+    def token_log_probs(self) -> Tensor:
+        """Traces each particle's history back: (N, t) float64 log p0 of its tokens, 0 after its end."""
+        return self._trace("token_log_probs")
+
+    def _trace(self, name: str) -> Tensor:
+        seen, traced = self._traced[name]
+        rows, columns, news = self._all, [], self.news(seen)
         for kind, values in reversed(news):
-            if kind == "tokens":
+            if kind == name:
                 columns.append(values[rows])
-            else:
+            elif kind == "ancestors":
                 rows = values[rows]
         if news:
-            self._tokens = torch.cat([self._tokens[rows], *(c[:, None] for c in reversed(columns))], dim=1)
-        return self._tokens
+            traced = torch.cat([traced[rows], *(c[:, None] for c in reversed(columns))], dim=1)
+            self._traced[name] = seen, traced
+        return traced
 
     def _steps(self, name: str) -> Iterator[Tensor]:
         for span in self.spans:
@@ -145,7 +154,7 @@ class CommonTokens:
         Args:
             log_w, finished, lengths: (N,) of the particles, after whole steps.
         """
-        self._put(self._lineages.news(self._seen))
+        self._put([event for event in self._lineages.news(self._seen) if event[0] != "token_log_probs"])
         if self._rows is None:
             return []
         alive = log_w > -math.inf

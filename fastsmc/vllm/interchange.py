@@ -33,7 +33,7 @@ def read_states(model: Model, prompts: Sequence[Sequence[int]], spots: Spots, la
     n_blocks = [model.n_blocks(prompt) for prompt in prompts]
     room = max(CACHE_BYTES // model.block_bytes, 1 + max(n_blocks))
     with model.own_cache(min(room, 1 + sum(n_blocks))):
-        for part in _fitting(n_blocks, room - 1, model.max_rows):
+        for part in fitting(n_blocks, room - 1, model.max_rows):
             block = itertools.count(1)  # the first one stands where a table has none
             run_stretches(
                 model,
@@ -64,7 +64,7 @@ def put_states(model: Model, asked: Asked) -> Answers:
     half = max(CACHE_BYTES // model.block_bytes // 2, 1 + max(n_blocks))
     n_own = min(half, len(asked.configs) * sum(n_blocks))
     with model.own_cache(1 + min(half, sum(n_blocks)) + n_own) as caches:
-        for part in _fitting(n_blocks, half, model.max_rows):
+        for part in fitting(n_blocks, half, model.max_rows):
             block = itertools.count(1)
             tables = {b: [next(block) for _ in range(n_blocks[b])] for b in part}
             nothing = {b: torch.full((len(asked.bases[b]),), -1, device=model.device) for b in part}
@@ -83,7 +83,7 @@ def _put_rows(
     """Runs rows of bases whose keys and values are there, as many at a time as have room in the blocks `own`."""
     size = model.block_size
     wanted = [len(tables[b]) - asked.at[c][b] // size for c, b in rows]
-    for chunk in _fitting(wanted, len(own), model.max_rows):
+    for chunk in fitting(wanted, len(own), model.max_rows):
         block, chosen = iter(own), [rows[i] for i in chunk]
         stretches, copies = [], []
         for number, (i, (c, b)) in enumerate(zip(chunk, chosen, strict=True)):
@@ -106,7 +106,7 @@ def _put_rows(
                 answers.put(chosen[taken], logits)
 
 
-def _fitting(needs: Sequence[int], room: int, most: int) -> Iterator[list[int]]:
+def fitting(needs: Sequence[int], room: int, most: int) -> Iterator[list[int]]:
     """Cuts 0, 1, … into runs, each of at most `most` whose needs come to `room` at most."""
     run: list[int] = []
     left = room

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
 import cloudpickle
+import torch
 import vllm
 from safetensors.torch import load as load_tensors
 from vllm import RequestOutput, SamplingParams
@@ -37,6 +38,7 @@ from fastsmc.params import PREFIX, SMCParams
 from fastsmc.population import Population
 from fastsmc.potentials import Potential
 from fastsmc.potentials.tokens import short
+from fastsmc.scoring import Scored, read_wanted
 from fastsmc.smc import SMCError
 from fastsmc.texts import population_texts
 from fastsmc.vllm import compat, options
@@ -262,6 +264,40 @@ class LLM(Effects, WorkerInterchanges, vllm.LLM):
             for name in kept.values():
                 self.drop_intervention(name)
         return self._populations(outputs, single)
+
+    def score(  # type: ignore[override]  # vLLM's compares texts by a pooling model, which has no next tokens
+        self, prompt: Any, continuations: Sequence, params: SMCParams | None = None
+    ) -> Scored:
+        """Computes log p0 of continuations of one prompt, which runs once for all of them.
+
+        p0 is the base model's, without an adapter or an intervention. A stop token is scored as any other, wherever it
+        stands. A text is encoded by itself, without special tokens, so its tokens may be others than those that the
+        whole text would have there.
+
+        Args:
+            prompt: one prompt, in any form that `smc` takes.
+            continuations: texts, or lists of token ids; none of them, and one without tokens, are fine.
+            params: whose settings of p0 hold (temperature, top_k, min_tokens, …), and nothing else of it; None:
+                temperature 1, and nothing else.
+
+        Raises:
+            ValueError: naming the argument; a continuation with more tokens than a forward pass takes, or than fit the
+                context.
+            SMCError: the model gave NaN.
+        """
+        config = self.model_config
+        wanted, params = read_wanted(
+            prompt, continuations, params, self._tokenizer(), config.get_vocab_size(), config.max_model_len
+        )
+        most = self.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens
+        for i, ids in enumerate(wanted.token_ids):
+            if len(ids) > most:
+                raise ValueError(f"continuations[{i}]: has {len(ids)} tokens; at most max_num_batched_tokens={most}")
+        if not wanted.distinct:
+            return wanted.scored(torch.zeros(0))
+        early = sorted(self._stops(dataclasses.replace(params, ignore_eos=False)))
+        data = self.collective_rpc("smc_score", args=(wanted.prompt, wanted.distinct, params.p0(), early))[0]
+        return wanted.scored(load_tensors(data)["found"])
 
     def facts(self, prompt: Any, text: Any, params: SMCParams | None = None) -> Facts:
         """Makes the facts of a text, for counterfactuals of it under another model of the same vocabulary.

@@ -551,33 +551,39 @@ class Pass:
         batch = Batch(tokens, at, slots, table, lengths, longest, tuple(queries), adapters=adapters, variants=variants)
         query_group = group_of[row_of]
         prompts = torch.tensor([len(group.prompt) for group in groups], device=device)
-        scored = self._score_queries(
-            batch, targets[query_group, before], [group.p0 for group in groups], [0, *itertools.accumulate(counted)],
-            at + 1 - prompts[query_group],
+        scored = score_queries(
+            self._model, batch, targets[query_group, before], [group.p0 for group in groups],
+            [0, *itertools.accumulate(counted)], at + 1 - prompts[query_group],
         )  # fmt: skip
+        if any(scores.given for scores in wanted):
+            given = torch.tensor([scores.given for scores in wanted for _ in scores.wants.groups], device=device)
+            scored = torch.where(before >= given[query_group], scored, 0.0)
         by_row = torch.zeros(len(queries), dtype=torch.float64, device=device).index_add_(0, row_of, scored)
         return list(by_row.split([scores.wants.bounds[-1] for scores in wanted]))
 
-    def _score_queries(
-        self, batch: Batch, targets: Tensor, p0s: list[P0], of_group: list[int], before: Tensor
-    ) -> Tensor:
-        """Computes log p0 of the token that follows each query of a batch, (Q,) float64.
 
-        Args:
-            of_group: queries [of_group[g], of_group[g + 1]) have p0s[g].
-            before: (Q,) int64, tokens that were generated before the one that follows.
-        """
-        model, queries, scores = self._model, batch.queries or (), []
-        bounds, begin = [0, *itertools.accumulate(queries)], 0
-        while begin < len(queries):
-            end = begin + 1
-            while end < len(queries) and bounds[end + 1] - bounds[begin] <= model.max_tokens:
-                end += 1
-            hidden = model.hidden(batch.part(begin, end))
-            for low in range(bounds[begin], bounds[end], model.max_logits_rows):
-                high = min(low + model.max_logits_rows, bounds[end])
-                logits = model.logits(hidden, slice(low - bounds[begin], high - bounds[begin]))
+def score_queries(
+    model: PagedCalls, batch: Batch, targets: Tensor, p0s: list[P0], of_group: list[int], before: Tensor
+) -> Tensor:
+    """Computes log p0 of the token that follows each query of a batch, (Q,) float64; empty where there are no logits,
+    as on tensor-parallel ranks but the first.
+
+    Args:
+        of_group: queries [of_group[g], of_group[g + 1]) have p0s[g].
+        before: (Q,) int64, tokens that were generated before the one that follows.
+    """
+    queries, scores = batch.queries or (), [torch.zeros(0, dtype=torch.float64, device=model.device)]
+    bounds, begin = [0, *itertools.accumulate(queries)], 0
+    while begin < len(queries):
+        end = begin + 1
+        while end < len(queries) and bounds[end + 1] - bounds[begin] <= model.max_tokens:
+            end += 1
+        hidden = model.hidden(batch.part(begin, end))
+        for low in range(bounds[begin], bounds[end], model.max_logits_rows):
+            high = min(low + model.max_logits_rows, bounds[end])
+            logits: Tensor | None = model.logits(hidden, slice(low - bounds[begin], high - bounds[begin]))
+            if logits is not None:
                 within = [min(max(bound, low), high) - low for bound in of_group]
                 scores.append(token_log_probs(logits, targets[low:high], p0s, within, before[low:high]))
-            begin = end
-        return torch.cat(scores)
+        begin = end
+    return torch.cat(scores)

@@ -25,7 +25,9 @@ from vllm.v1.worker.gpu_worker import Worker
 from fastsmc.interchange import Spots, read_asked
 from fastsmc.interventions import Facts, LayerIntervention, Sizes, from_bytes
 from fastsmc.ops._tensors import built_backends, missing_on_gpu
-from fastsmc.vllm import attention, capacity, compat, interchange, interventions
+from fastsmc.p0 import P0
+from fastsmc.scoring import p0_params
+from fastsmc.vllm import attention, capacity, compat, interchange, interventions, scoring
 from fastsmc.vllm.compat import get_logger
 from fastsmc.vllm.messages import GroupResult
 from fastsmc.vllm.ranks import Follower, make_runner
@@ -143,6 +145,19 @@ class SMCWorkerMixin(_Worker):
         model, read = self.smc_runner.own_model, from_bytes(configs)
         asked = read_asked(bases, sources, read, logits, labels, model.interventions.places.sizes)
         return self._without_engine(lambda: interchange.put_states(model, asked).result())
+
+    @torch.inference_mode()
+    def smc_score(
+        self, prompt: list[int], continuations: list[list[int]], p0: dict[str, Any], early: list[int]
+    ) -> bytes | None:
+        """Scores continuations of a prompt, all with tokens: (Q,) float64 as safetensors; None on other ranks than 0.
+
+        Args:
+            p0, early: settings of p0, and the tokens that min_tokens rules out.
+        """
+        model = self.smc_runner.own_model
+        found = scoring.score(model, prompt, continuations, P0(p0_params(p0), early, model.device))
+        return save({"found": found.cpu()}) if isinstance(self.smc_runner, ParticleRunner) else None
 
     @torch.inference_mode()
     def _without_engine(self, run: Callable[[], torch.Tensor]) -> tuple[bytes | None, str | None]:

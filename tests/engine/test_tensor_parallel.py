@@ -102,6 +102,9 @@ def test_interchange(parallel, tiny_path, all_blocks_back):
     torch.testing.assert_close(found, want, rtol=0, atol=5e-5)
     states = HFEngine(tiny_path).activations(bases, [0, 1], [-1])
     torch.testing.assert_close(parallel.activations(bases, [0, 1], [-1]), states, rtol=0, atol=2e-5)
+    texts = [prompt_of(n) for n in (40, 1, 7)]
+    got, want = parallel.score(bases[0], texts), HFEngine(tiny_path).score(bases[0], texts)
+    np.testing.assert_allclose(got.log_probs, want.log_probs, atol=5e-4)
     with pytest.raises(ValueError, match="Subspace: is for hidden states of 9 elements"):
         parallel.interchange(bases, sources, Subspace(0, -1, torch.eye(9, 2)))
 
