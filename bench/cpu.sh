@@ -20,6 +20,7 @@
 # counterfactual 25   where texts are left under interventions: the same
 # counterfactual_time 3  counterfactuals against the published procedure and against smc, in turn
 # p0             4    steps with top_k, top_p, min_p against steps without
+# power          8    powers of p0: what a step costs, and the spread of log Ẑ against re-weighted samples
 # score          6    continuations of a prompt of 512 tokens against stock prompt_logprobs, in turn
 # intervene     17    what interventions cost a step; two engines in turn, with places for them and without
 # interchange   25    interchange interventions, Boundless DAS, steered texts in turn with pyvene; PEER as above
@@ -36,7 +37,7 @@
 set -u
 cd "$(dirname "$0")/.."
 if [ $# -eq 0 ]; then
-  sed -n '2,33s/^# \{0,1\}//p' "$0" >&2
+  sed -n '2,34s/^# \{0,1\}//p' "$0" >&2
   exit 2
 fi
 python=${PYTHON:-.venv/bin/python}
@@ -82,6 +83,7 @@ for part in $parts; do
     attend_ops) bench attend_ops_cpu bench_attend.py ops --seconds 0.1 ${COSTS:+--costs} ;;
     ops) bench ops_cpu bench_ops.py --seconds 0.8 ;;
     p0) bench p0_cpu bench_p0.py ;;
+    power) bench power_cpu bench_power.py ;;
     intervene) bench intervene_cpu bench_intervene.py ;;
     interchange) bench interchange_cpu bench_interchange.py --peer "$peer" ;;
     alignment)

@@ -20,7 +20,14 @@ from machine import ROOT
 from openings import OPENINGS
 
 RESULTS = ROOT / "bench" / "results"
-FILES = ("bench/README.md", "README.md", "docs/counterfactuals.md", "docs/alignment.md", "docs/conditions.md")
+FILES = (
+    "bench/README.md",
+    "README.md",
+    "docs/counterfactuals.md",
+    "docs/alignment.md",
+    "docs/conditions.md",
+    "docs/powers.md",
+)
 Result = dict[str, Any]
 
 
@@ -567,12 +574,33 @@ def condition(result: Result) -> list[str]:
     )  # fmt: skip
 
 
+def power(result: Result) -> list[str]:
+    lines = table(
+        "α | ramp | log Ẑ | its standard deviation | of re-weighted samples | ratio",
+        (
+            (
+                f"{r['power']:g}", "none" if r["ramp"] is None else f"{r['ramp']} steps",
+                f"{statistics.mean(r['log_z']):.2f}", f"{r['sd']:.2f}", f"{r['sd_weighed']:.2f}",
+                f"**{r['ratio']:.2f}**",
+            )
+            for r in result["records"]
+            if r["part"] == "spread"
+        ),
+    )  # fmt: skip
+    costs = {r["name"]: r["ratio"]["median"] for r in result["records"] if r["part"] == "cost"}
+    return [
+        *lines, "",
+        f"{result['runs']} groups of N = {result['n_particles']} each, {result['max_tokens']} tokens. A step of "
+        f"{result['cost_particles']} particles takes **{costs['power']:.3f}** of its time without a power, and "
+        f"{costs['ramp']:.3f} with a ramp.",
+    ]  # fmt: skip
+
+
 TABLES: dict[str, Callable[[Result], list[str]]] = {
     "smc": smc, "step": step, "ops": ops, "attend steps": attend_steps, "attend ops": attend_ops, "twist": twist,
     "peers": peers, "grammar": grammar, "order": order, "groups": groups, "intervene": intervene,
-    "counterfactual": counterfactual,
-    "counterfactual time": counterfactual_time, "interchange": interchange, "alignment": alignment, "facts": facts,
-    "condition": condition,
+    "counterfactual": counterfactual, "counterfactual time": counterfactual_time, "interchange": interchange,
+    "alignment": alignment, "facts": facts, "condition": condition, "power": power,
 }  # fmt: skip
 
 

@@ -275,7 +275,8 @@ class Group(Setup):
 
     def population(self) -> Population:
         """Gives the weighted particles, traced back through the genealogy."""
-        names = ("tokens", "token_log_probs", "ancestors", "resampled", "ess", "step_log_w")
+        names = ["tokens", "token_log_probs", "ancestors", "resampled", "ess", "step_log_w"]
+        names += ["kept"] * self.params.tempered
         population = make_population(
             {name: self.lineages.stacked(name) for name in names},
             self.log_w,

@@ -212,6 +212,8 @@ def make_population(
 ) -> Population:
     """Makes the population of a record: name → (T, N) or (T,), as `Lineages.stacked` gives it.
 
+    "kept" are log weights right after a resampling, of groups whose children may keep unequal ones.
+
     Args:
         log_w, log_z: (N,) since the last resampling, and the log of what lies before it.
         twisted: whether a step's ancestors are those before its draw; else those after it, of the step that follows.
@@ -224,8 +226,9 @@ def make_population(
     ess, log_mean = ops.ess_log_mean(log_w)
     rows: dict[str, Any] = {name: [*values] for name, values in record.items()}
     if not twisted:
-        rows["ancestors"] = [np.arange(n), *rows["ancestors"]][: steps + ended_by_resampling]
-        rows["resampled"] = [False, *rows["resampled"]][: steps + ended_by_resampling]
+        before_first = {"ancestors": np.arange(n), "resampled": False, "kept": np.zeros(n)}
+        for name in before_first.keys() & rows.keys():
+            rows[name] = [before_first[name], *rows[name]][: steps + ended_by_resampling]
     if ended_by_resampling:
         rows["tokens"].append(np.full(n, -1))
         rows["token_log_probs"].append(np.zeros(n))
@@ -242,6 +245,7 @@ def make_population(
         resampled,
         step_log_weights if twisted else np.roll(step_log_weights, 1, axis=0),  # base: those of the step before
         log_weights,
+        whole("kept", np.float64) if "kept" in rows else None,
         has_potential=has_potential,
         retains=retains,
     )

@@ -409,7 +409,10 @@ class Step:
         self.record.put("ancestors", ancestors)
         self.record.put("resampled", done.resampled)
         self.log_z += torch.where(done.resampled, done.log_mean, 0.0)
-        after = 0.0 if kept is None else kept[ancestors]
+        after = 0.0
+        if kept is not None:
+            after = kept[ancestors]
+            self.record.put("kept", torch.where(self.of(done.resampled), after, 0.0))
         particles.log_w.copy_(torch.where(self.of(done.resampled), after, particles.log_w))
         particles.rank.copy_(rank)
         particles.count.copy_(count)
