@@ -20,7 +20,7 @@ def tiny(tmp_path_factory):
 
 
 def by_hand(population, twisted):
-    """V in plain loops: for each root what its descendants gain by weighing."""
+    """V in plain loops: for each root what its descendants gain by weighing. Children keep W^(1 − 1/τ)."""
     n, gains = population.n_particles, {}
     ends = [*np.flatnonzero(population.resampled), population.T]
     shares = [1 / n] * n
@@ -33,13 +33,18 @@ def by_hand(population, twisted):
             gains[root[i]] = gains.get(root[i], 0.0) + w[i] / w.sum() - shares[i]
         if not last:
             root = [root[a] for a in population.ancestors[end]]
+            kept = w[population.ancestors[end]] ** (1 - 1 / population.params.resampling_temperature)
+            shares = list(kept / kept.sum())
     return n / (n - 1) * sum(g * g for g in gains.values())
 
 
-@pytest.mark.parametrize("threshold", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize(("threshold", "tau"), [(0.0, 1), (0.6, 1), (1.0, 1), (1.0, 2)])
 @pytest.mark.parametrize("proposal", ["twisted", "base"])
-def test_by_hand(tiny, proposal, threshold):
-    params = SMCParams(n_particles=40, max_tokens=STEPS, ess_threshold=threshold, proposal=proposal, seed=3)
+def test_by_hand(tiny, proposal, threshold, tau):
+    params = SMCParams(
+        n_particles=40, max_tokens=STEPS, ess_threshold=threshold, proposal=proposal, seed=3,
+        resampling_temperature=tau,
+    )  # fmt: skip
     population = run_table(tiny, params, TableTwist(VALUE))
     assert population.log_z_stderr_reason is None
     assert population.log_z_stderr**2 == pytest.approx(by_hand(population, proposal == "twisted"), rel=1e-9)
