@@ -34,8 +34,10 @@ from fastsmc.potentials import Potential
 from fastsmc.values import check_int, json_safe
 
 
-def _check(exact: Any, runs: int) -> list[list[int]]:
+def _check(exact: Any, runs: int, params: SMCParams) -> list[list[int]]:
     check_int("runs", runs, 1)
+    if params.proposal == "rejection":
+        raise ValueError("params.proposal='rejection': its q has no density that is known; use 'twisted' or 'base'")
     return read_samples("exact", exact)
 
 
@@ -159,10 +161,10 @@ def log_z_bounds(
     is right, but looser than that of systematic resampling would be.
 
     Raises:
-        ValueError: no exact samples, or no runs.
+        ValueError: no exact samples, no runs, or the rejection proposal.
         SMCError: a run failed; also if an exact sample has weight zero.
     """
-    exact = _check(exact, runs)
+    exact = _check(exact, runs, params)
     ordinary = _run(llm, prompt, params, potential, twist, runs, 0)
     sample = np.arange(runs) % len(exact)
     kept = _run(llm, prompt, params, potential, twist, runs, runs, [[exact[i]] for i in sample])
@@ -254,7 +256,7 @@ def kl(
     Raises:
         As `log_z_bounds`.
     """
-    exact = _check(exact, runs)
+    exact = _check(exact, runs, params)
     log_z_se = 0.0
     if log_z is None:
         if bounds is None:

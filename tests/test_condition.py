@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import PROMPT, Guide, TableRows, TableTwist, TinyLlama, make_llama, run_table, value_table
+from tiny import PROMPT, Guide, TableLLM, TableRows, TableTwist, TinyLlama, make_llama, run_table, value_table
 
-from fastsmc import SMCParams
+from fastsmc import SMCParams, evaluate
 from fastsmc.population import Population
 from fastsmc.potentials import Condition, Final, Lexicon, Potential
 from fastsmc.smc import Group, GroupEngine, SMCError
@@ -388,6 +388,9 @@ def test_refusals(tiny):
         SMCError, match=r"SaysNothing.allows at step 0: returned \(16,\) torch.int64; must be a torch.bool"
     ):
         run_table(tiny, params_of(), SaysNothing())
+    for measure in (evaluate.log_z_bounds, evaluate.kl):
+        with pytest.raises(ValueError, match="params.proposal='rejection': its q has no density"):
+            measure(TableLLM(tiny), PROMPT, params_of(), rules(), exact=[[1, STOP]])
     assert why_not_captured(params_of(), SaysNothing()) is not None
     for arguments, message in [
         (dict(function=None), "function=None: must be callable"),
