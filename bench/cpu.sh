@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Measures on a CPU what bench/results says of one, most telling first:
 #
-#   bash bench/cpu.sh OUTDIR [part…]         default: all parts but serve, soak, groups, infill, order, counterfactual,
-#                                          condition, interchange, alignment, facts and grammar
+#   bash bench/cpu.sh OUTDIR [part…]         default: all parts but serve, soak, groups, infill, order, stderr,
+#                                          counterfactual, condition, interchange, alignment, facts and grammar
 #   AGAINST=../old bash bench/cpu.sh OUTDIR against      steps of this tree and of another, in turn
 #
 # part           minutes on two quiet cores, and what for
@@ -17,6 +17,7 @@
 # grammar       15    steps with a JSON Schema and without in turn, and genlm-control's own JSON path; PEER as above
 # infill        25    training and divergences: numbers that a busy machine does not change, only their time
 # order          2    orders of ancestors: the same
+# stderr        15    whether a run's standard error covers: the same
 # counterfactual 25   where texts are left under interventions: the same
 # counterfactual_time 3  counterfactuals against the published procedure and against smc, in turn
 # p0             4    steps with top_k, top_p, min_p against steps without
@@ -37,7 +38,7 @@
 set -u
 cd "$(dirname "$0")/.."
 if [ $# -eq 0 ]; then
-  sed -n '2,34s/^# \{0,1\}//p' "$0" >&2
+  sed -n '2,37s/^# \{0,1\}//p' "$0" >&2
   exit 2
 fi
 python=${PYTHON:-.venv/bin/python}
@@ -100,6 +101,7 @@ for part in $parts; do
     counterfactual) OMP_NUM_THREADS=1 bench counterfactual_cpu bench_counterfactual.py found ;;
     counterfactual_time) bench counterfactual_time_cpu bench_counterfactual.py time ;;
     condition) OMP_NUM_THREADS=1 bench condition_cpu bench_condition.py --peer "$peer" ;;
+    stderr) OMP_NUM_THREADS=1 bench stderr_cpu bench_stderr.py ;;
     order) bench resample_order bench_order.py ;;
     *)
       echo "$part: no such part; see the list at the top of bench/cpu.sh" >&2

@@ -21,13 +21,9 @@ from openings import OPENINGS
 
 RESULTS = ROOT / "bench" / "results"
 FILES = (
-    "bench/README.md",
-    "README.md",
-    "docs/counterfactuals.md",
-    "docs/alignment.md",
-    "docs/conditions.md",
-    "docs/powers.md",
-)
+    *("bench/README.md", "README.md", "docs/counterfactuals.md", "docs/alignment.md", "docs/conditions.md"),
+    *("docs/error.md", "docs/powers.md"),
+)  # fmt: skip
 Result = dict[str, Any]
 
 
@@ -390,6 +386,23 @@ def order(result: Result) -> list[str]:
     ]
 
 
+def stderr(result: Result) -> list[str]:
+    def row(r: Result) -> tuple[object, ...]:
+        figures = [
+            cell
+            for name in ("gains", "lee_whiteley")
+            for cell in (f"{r[name]['finite']:.2f}", f"{r[name]['coverage']:.3f}", f"{r[name]['ratio']:.2f}")
+        ]
+        about = f"{r['relative_sd']:.3f}", f"{r['final_ess']:.0f}", f"{r['roots']:.0f}"
+        return r["model"], r["threshold"], r["scheme"], *about, *figures
+
+    head = (
+        "model | threshold | scheme | sd of Ẑ / Z | final ESS | roots | finite | coverage | stderr : sd | "
+        "L. & W.: finite | coverage | stderr : sd"
+    )
+    return table(head, (row(r) for r in result["records"]))
+
+
 def counterfactual(result: Result) -> list[str]:
     def span(low: float, high: float) -> str:
         return f"{low:.2f} to {high:.2f}"
@@ -601,6 +614,7 @@ TABLES: dict[str, Callable[[Result], list[str]]] = {
     "peers": peers, "grammar": grammar, "order": order, "groups": groups, "intervene": intervene,
     "counterfactual": counterfactual, "counterfactual time": counterfactual_time, "interchange": interchange,
     "alignment": alignment, "facts": facts, "condition": condition, "power": power,
+    "stderr": stderr,
 }  # fmt: skip
 
 

@@ -49,6 +49,9 @@ def make_parser() -> argparse.ArgumentParser:
     _add_resampling(run, default)
     run.add_argument("--proposal", choices=PROPOSALS, default=default.proposal)
     _add_power(run, default)
+    run.add_argument("--n-particles", choices=("auto",), help="as many islands of --particles as --target-stderr needs")
+    run.add_argument("--target-stderr", type=float, metavar="E", help="with --n-particles auto (default: 0.1)")
+    run.add_argument("--max-particles", type=int, metavar="M", help="with --n-particles auto (default: 65536)")
     run.add_argument("--best", type=int, default=10, metavar="K", help="texts in the table (default: %(default)s)")
     run.add_argument("--json", metavar="FILE", help="write everything about the result there")
     run.add_argument("--save", metavar="FILE", help="write the population there, for Population.load")
@@ -217,7 +220,12 @@ def command_run(args: argparse.Namespace) -> int:
         _check_writable(f"--{option}", getattr(args, option))
     plots = _plot_paths(args.plot) if args.plot else None
     potential, potential_args = _potential(args)
-    more = {} if args.twist is None else {"twist": _twist(args.twist)}
+    more: dict[str, Any] = {} if args.twist is None else {"twist": _twist(args.twist)}
+    from fastsmc.islands import Auto
+
+    asked = {name: getattr(args, name) for name in ("n_particles", "target_stderr", "max_particles")}
+    Auto.read(**asked, exact=None, params=[params])  # refused before an engine starts
+    more |= {name: value for name, value in asked.items() if value is not None}
 
     rows = params.n_particles
     with engine_log("run", args.verbose) as log, _engine(args.model, engine_args, rows, log) as llm:
@@ -304,6 +312,9 @@ def format_result(population: Any, k: int, seconds: float, width: int) -> str:
     error = f" ± {population.log_z_stderr:.4f}" if reason is None else ""
     roots = f"{population.n_roots} roots"
     lines.append(f"log Ẑ {population.log_z:.4f}{error}   ESS {population.final_ess:.1f} of {n}, {roots}")
+    if population.pilot is not None:
+        cap = "; --max-particles allowed no more" if population.capped else ""
+        lines.append(f"{population.n_islands} islands, by {population.pilot.n_islands} pilots{cap}")
     if reason is not None:
         lines.append(_cut(f"no standard error: {reason}", width))
     resamplings = int(population.resampled.sum())

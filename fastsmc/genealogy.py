@@ -22,11 +22,7 @@ def normalise(log_weights: np.ndarray) -> np.ndarray:
 
 
 def relative_variance(
-    ancestors: np.ndarray,
-    resampled: np.ndarray,
-    weighed: np.ndarray,
-    log_weights: np.ndarray,
-    kept: np.ndarray | None = None,
+    ancestors: np.ndarray, resampled: np.ndarray, weighed: np.ndarray, kept: np.ndarray, log_weights: np.ndarray
 ) -> float:
     """Estimates the variance of Ẑ / Z from one run of N >= 2 particles, at least 0.
 
@@ -37,17 +33,16 @@ def relative_variance(
 
     Args:
         ancestors: (T, N), resampled: (T,) bool, as of a `Population`.
-        weighed: (T, N) float64; where resampled[t], weighed[t] are the log weights of rows of step t − 1 that were
-            resampled by.
+        weighed: (T, N) float64; where resampled[t], weighed[t] are the log weights of rows of step t − 1 before it.
+        kept: (T,) float64, the power of its weight that a particle's children keep, 1 − 1/τ.
         log_weights: (N,) float64, final ones.
-        kept: (T, N) float64; where resampled[t], log weights that rows of step t then have; None: equal ones.
     """
     n = len(log_weights)
     roots, share, gain = np.arange(n), np.full(n, 1.0 / n), np.zeros(n)
     for t in np.flatnonzero(resampled):
         gain += np.bincount(roots, normalise(weighed[t]), n) - share
         roots = roots[ancestors[t]]
-        share = np.bincount(roots, minlength=n) / n if kept is None else np.bincount(roots, normalise(kept[t]), n)
+        share = np.bincount(roots, normalise(kept[t] * weighed[t][ancestors[t]]), n)
     gain += np.bincount(roots, normalise(log_weights), n) - share
     return float(np.square(gain).sum() * n / (n - 1))
 
@@ -56,8 +51,8 @@ def log_z_stderr(
     ancestors: np.ndarray,
     resampled: np.ndarray,
     weighed: np.ndarray,
+    kept: np.ndarray,
     log_weights: np.ndarray,
-    kept: np.ndarray | None = None,
     *,
     has_potential: bool,
     retains: bool,
@@ -65,7 +60,7 @@ def log_z_stderr(
     """Gives the standard error of log Ẑ, √V by the delta method, and None; or NaN, and why there is none.
 
     Args:
-        ancestors, resampled, weighed, log_weights, kept: as of `relative_variance`.
+        ancestors, resampled, weighed, kept, log_weights: as of `relative_variance`.
         has_potential: without one Z is 1 by definition, and where weights are equal the error is exactly 0.
         retains: exact samples were given, so that log Ẑ is no estimate but a bound.
     """
@@ -79,7 +74,7 @@ def log_z_stderr(
         return math.nan, "a single particle shows no spread"
     if len(set(find_roots(ancestors)[log_weights > -math.inf].tolist())) < 2:
         return math.nan, "all particles with weight descend from one root"
-    variance = relative_variance(ancestors, resampled, weighed, log_weights, kept)
+    variance = relative_variance(ancestors, resampled, weighed, kept, log_weights)
     if variance <= 0.0:
         return math.nan, "all weights are equal, which says nothing of their spread"
     return math.sqrt(variance), None

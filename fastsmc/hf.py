@@ -28,6 +28,7 @@ from fastsmc.counterfactuals import Counterfactuals
 from fastsmc.effects import Effects
 from fastsmc.interchange import Answers, Asked, Interchanges, Spots, putting, reading
 from fastsmc.interventions import Facts, Intervention, LayerIntervention, Reading, Sizes, read_interventions, take_apart
+from fastsmc.islands import Auto
 from fastsmc.maps import Maps, blame, lay_out
 from fastsmc.p0 import P0, token_log_probs
 from fastsmc.params import SMCParams
@@ -35,7 +36,7 @@ from fastsmc.population import Population
 from fastsmc.potentials import Potential
 from fastsmc.potentials.tokens import short, token_list
 from fastsmc.scoring import Scored, read_wanted
-from fastsmc.smc import Group, GroupEngine, SMCError, set_up
+from fastsmc.smc import Group, GroupEngine, SMCError, gather, set_up
 from fastsmc.smc.driving import run_group, take_step
 from fastsmc.smc.evidence import Evidence
 from fastsmc.texts import population_texts
@@ -169,6 +170,9 @@ class HFEngine(Effects, Interchanges):
         twist: str | os.PathLike | None = None,
         exact: Sequence | None = None,
         intervention: Intervention | Sequence | None = None,
+        n_particles: str | None = None,
+        target_stderr: float | None = None,
+        max_particles: int | None = None,
         use_tqdm: bool = False,
     ) -> Population: ...
     @overload
@@ -181,6 +185,9 @@ class HFEngine(Effects, Interchanges):
         twist: str | os.PathLike | None = None,
         exact: Sequence | None = None,
         intervention: Intervention | Sequence | None = None,
+        n_particles: str | None = None,
+        target_stderr: float | None = None,
+        max_particles: int | None = None,
         use_tqdm: bool = False,
     ) -> list[Population]: ...
     @overload  # forms that are one prompt or several by their shape
@@ -193,6 +200,9 @@ class HFEngine(Effects, Interchanges):
         twist: str | os.PathLike | None = None,
         exact: Sequence | None = None,
         intervention: Intervention | Sequence | None = None,
+        n_particles: str | None = None,
+        target_stderr: float | None = None,
+        max_particles: int | None = None,
         use_tqdm: bool = False,
     ) -> Population | list[Population]: ...
     @torch.no_grad()  # not inference mode: what is sampled may be trained on
@@ -205,12 +215,16 @@ class HFEngine(Effects, Interchanges):
         twist: str | os.PathLike | None = None,
         exact: Sequence | None = None,
         intervention: Intervention | Sequence | None = None,
+        n_particles: str | None = None,
+        target_stderr: float | None = None,
+        max_particles: int | None = None,
         use_tqdm: bool = False,
     ) -> Population | list[Population]:
         """Samples as `fastsmc.LLM.smc` does, one group after the other; potentials are set up at every call.
 
         Args:
-            prompts, params, potential, twist, exact, intervention, use_tqdm: as there.
+            prompts, params, potential, twist, exact, intervention, n_particles, target_stderr, max_particles, use_tqdm:
+                as there.
 
         Raises:
             ValueError: an argument that cannot be, or one that a potential's `setup` refuses.
@@ -220,6 +234,7 @@ class HFEngine(Effects, Interchanges):
         if twist is not None and potential is None:
             potential = twists.card_potential(twist)
         each, chosen, kept = read_each(len(ids), single, params, potential, exact, self.engine.vocab_size)
+        auto = Auto.read(n_particles, target_stderr, max_particles, exact, each)
         if not ids:
             return []
         layers, ids, each = self._intervene(intervention, ids, each)
@@ -234,19 +249,24 @@ class HFEngine(Effects, Interchanges):
             ready[id(target)] = None if guided is None else self._set_up(guided)
         for prompt, asked, target in zip(ids, each, chosen, strict=True):
             self._check_context(prompt, asked, ready[id(target)])
-        bar = None
-        if use_tqdm:
-            from tqdm.auto import tqdm
 
-            bar = tqdm(total=sum(asked.max_tokens for asked in each), desc="particle steps", file=sys.stderr)
-        jobs = zip(ids, each, chosen, kept, layers, strict=True)
-        done = _run_each(
-            [
-                partial(self._run, prompt, asked, ready[id(target)], samples, parts, bar=bar)
-                for prompt, asked, target, samples, parts in jobs
-            ],
-            single,
-        )
+        def sample(which: Sequence[int], asked: Sequence[SMCParams]) -> list[Any]:
+            bar = None
+            if use_tqdm:
+                from tqdm.auto import tqdm
+
+                bar = tqdm(total=sum(one.max_tokens for one in asked), desc="particle steps", file=sys.stderr)
+            return _run_each(
+                [
+                    partial(self._run, ids[i], one, ready[id(chosen[i])], kept[i], layers[i], bar=bar)
+                    for i, one in zip(which, asked, strict=True)
+                ]
+            )
+
+        if auto is None:
+            done = gather(sample(range(len(ids)), each), single)
+        else:
+            done = gather(auto.run(sample, each, apart=isinstance(params, (list, tuple))), single)
         return done[0] if single else done
 
     @torch.no_grad()
@@ -350,7 +370,7 @@ class HFEngine(Effects, Interchanges):
             for case, under in zip(cases, readings, strict=True)
         ]
         try:
-            done = _run_each(jobs, single)
+            done = gather(_run_each(jobs), single)
         except SMCError as error:
             if single and error.kind == "refused":
                 raise ValueError(str(error)) from None
@@ -484,21 +504,12 @@ class HFEngine(Effects, Interchanges):
         return population
 
 
-def _run_each(jobs: Sequence[Callable[[], Any]], single: bool) -> list[Any]:
-    """Runs groups one after the other; those that fail do not keep the others from it."""
-    populations: list[Population | None] = []
-    failures = []
-    for i, run in enumerate(jobs):
+def _run_each(jobs: Sequence[Callable[[], Any]]) -> list[Any]:
+    """Runs groups one after the other; those that fail, which give their error, do not keep the others from it."""
+    outcomes: list[Any] = []
+    for run in jobs:
         try:
-            populations.append(run())
+            outcomes.append(run())
         except SMCError as error:
-            error.populations = [None]
-            if single:
-                raise
-            populations.append(None)
-            failures.append((f"prompt {i}: {error}", error))
-    if failures:
-        failure = SMCError("; ".join(text for text, _ in failures))
-        failure.populations = populations
-        raise failure from failures[0][1]
-    return populations
+            outcomes.append(error)
+    return outcomes

@@ -145,11 +145,6 @@ class SMCParams:
         return any(power != 1.0 for power in self.powers)
 
     @property
-    def tempered(self) -> bool:
-        """Says whether children of a resampling may keep unequal weights."""
-        return self.resampling_temperature != 1.0
-
-    @property
     def never_resamples(self) -> bool:
         """Says whether no weights whatever make the group resample."""
         return self.ess_threshold == 0.0 or self.resample_every >= self.max_tokens

@@ -81,6 +81,8 @@ class Population:
         island: (N,) int32, which of K independent runs each particle is of, as `pool` counts them, K being the highest
             plus 1; None: all of one.
         island_resampled: (T, K) bool, whether island k was resampled before step t; None: as `resampled`, of one.
+        pilot: with `n_particles="auto"` the pool of islands that said how many others to run; None: there were none.
+        capped: whether they asked for more than `max_particles` allows.
 
     Raises:
         ValueError: naming the field that has a wrong shape or dtype, a NaN or a +inf, or an ancestor out of range.
@@ -122,6 +124,8 @@ class Population:
     log_z_stderr_reason: str | None = NO_STDERR
     island: np.ndarray = None  # type: ignore[assignment]  # None only until __post_init__
     island_resampled: np.ndarray = None  # type: ignore[assignment]
+    pilot: Population | None = None
+    capped: bool = False
 
     def __post_init__(self) -> None:
         if self.island is None:
@@ -155,6 +159,10 @@ class Population:
         if not 0 <= self.island.min() <= self.island.max() < sizes["K"]:
             raise ValueError(f"island: must lie in [0, {sizes['K']})")
         self._check_stderr()
+        if self.pilot is not None and not isinstance(self.pilot, Population):
+            raise ValueError(f"pilot={self.pilot!r}: must be a Population or None")
+        if not isinstance(self.capped, bool):
+            raise ValueError(f"capped={self.capped!r}: must be True or False")
         if self.finish_reasons is not None:
             self.finish_reasons = list(self.finish_reasons)
             for reason in self.finish_reasons:
@@ -370,6 +378,8 @@ class Population:
             "final_ess": self.final_ess,
             "distinct_roots": self.n_roots,
             "islands": self.n_islands,
+            "capped": self.capped,
+            "pilot": None if self.pilot is None else self.pilot.summary(0),
             "degenerate": self.degenerate,
             **({} if self.questions is None else {"questions": self.questions, "biased": self.biased}),
             "resamplings": int(self.resampled.sum()),
@@ -404,6 +414,8 @@ class Population:
         flat = np.fromiter((v for ids in self.token_ids for v in ids), dtype=np.int64, count=int(lengths.sum()))
         arrays = {name: getattr(self, name) for name in self.ARRAYS}
         arrays |= {"log_z": np.float64(self.log_z), "flat_token_ids": flat, "lengths": lengths}
+        if self.pilot is not None:
+            arrays["pilot"] = np.frombuffer(self.pilot.to_bytes(), dtype=np.uint8)
         meta = {
             "format": self.FORMAT,
             "version": VERSION,
@@ -414,6 +426,7 @@ class Population:
             "questions": self.questions,
             "log_z_stderr": json_safe(self.log_z_stderr),
             "log_z_stderr_reason": self.log_z_stderr_reason,
+            "capped": self.capped,
             "digest": _digest(arrays),
             **self._more(),
         }
@@ -449,9 +462,11 @@ class Population:
                 name: dtype for name, (dtype, _) in cls.ARRAYS.items() if not (old and name in cls.NEW_ARRAYS)
             }
             kinds |= {"log_z": np.float64, "flat_token_ids": np.int64, "lengths": np.int64}
+            kinds |= {"pilot": np.uint8} if "pilot" in members else {}
             arrays: dict[str, Any] = {name: _array(members, name, dtype) for name, dtype in kinds.items()}
             good = meta.get("digest") in (None, _digest(arrays))  # older files have none
             log_z, lengths, flat = (arrays.pop(name) for name in ("log_z", "lengths", "flat_token_ids"))
+            pilot = arrays.pop("pilot", None)
             ends = np.cumsum(lengths).tolist()
             if lengths.ndim != 1 or (lengths < 0).any() or (ends[-1] if ends else 0) != flat.size:
                 raise ValueError("its token lengths do not add up")
@@ -466,6 +481,8 @@ class Population:
                 questions=meta.get("questions"),
                 **arrays,
                 **({} if old else _read_stderr(meta)),
+                pilot=None if pilot is None else Population.from_bytes(pilot.tobytes(), "its pilot"),
+                capped=meta.get("capped", False),
                 **cls._read_more(meta),
             )
             if not good:

@@ -1,5 +1,6 @@
 """The command line, as far as it needs no engine: a stand-in for `fastsmc.LLM` gives the populations."""
 
+import dataclasses
 import json
 import os
 import re
@@ -57,8 +58,8 @@ class FakeLLM:
     def shutdown(self):
         self.calls.append("shutdown")
 
-    def smc(self, prompt, params, potential=None, use_tqdm=False):
-        self.calls.append(("smc", prompt, params, potential, use_tqdm))
+    def smc(self, prompt, params, potential=None, use_tqdm=False, **more):
+        self.calls.append(("smc", prompt, params, potential, use_tqdm, *([more] if more else [])))
         if self.error is not None:
             raise self.error
         return some_population(params)
@@ -85,13 +86,30 @@ def test_run(fake, tmp_path, capsys, monkeypatch):
     lines = out.splitlines()
     assert "0.4000" in lines[1] and "text 3\\n" in lines[1] and "…" in lines[1]
     assert all(len(line) <= 60 for line in lines) and len([x for x in lines if "text " in x]) == 3
-    assert "log Ẑ -0.5000" in out and "ESS 3.3 of 4" in out and "tokens/s" in out
+    assert (
+        "log Ẑ -0.5000   ESS 3.3 of 4, 4 roots" in out and "no standard error: not known" in out and "tokens/s" in out
+    )
     result = json.loads((tmp_path / "out.json").read_text())
     assert result["token_ids"] == [[i, 7] for i in range(4)]
     assert result["weights"] == pytest.approx([0.1, 0.2, 0.3, 0.4])
     assert (result["log_z"], result["ess"], result["prompt"]) == (-0.5, [4, 2], "Hello")
     assert Population.load(files["save"]).params == expected
     assert (tmp_path / "p.svg").exists() and (tmp_path / "p-genealogy.svg").exists()
+
+
+def test_run_with_as_many_islands_as_needed(fake, capsys, monkeypatch):
+    def smc(self, prompt, params, potential=None, use_tqdm=False, **more):
+        self.calls.append(more)
+        pools = [Population.pool([some_population(params)] * k) for k in (8, 9)]
+        return dataclasses.replace(pools[1], pilot=pools[0], capped=True)
+
+    monkeypatch.setattr(fake, "smc", smc)
+    arguments = ["run", "--prompt", "x", "--particles", "4", "--n-particles", "auto", "--target-stderr", "0.2"]
+    assert cli.main([*arguments, "--max-particles", "100"]) == 0
+    assert fake.calls[1] == {"n_particles": "auto", "target_stderr": 0.2, "max_particles": 100}
+    out = capsys.readouterr().out
+    assert "of 36, 36 roots" in out and "9 islands, by 8 pilots; --max-particles allowed no more" in out
+    assert "no standard error: all islands have the same Ẑ" in out
 
 
 def test_run_passes_everything_on(fake):
@@ -136,6 +154,9 @@ def test_run_passes_everything_on(fake):
         (["run", "--prompt", "x", "--resampling-temperature", "0.5"], "resampling_temperature=0.5"),
         (["run", "--prompt", "x", "--resampling-temperature", "hot"], "--resampling-temperature"),
         (["run", "--prompt", "x", "--seed", "-1"], "seed"),
+        (["run", "--prompt", "x", "--n-particles", "64"], "--n-particles"),
+        (["run", "--prompt", "x", "--target-stderr", "0.1"], "target_stderr=0.1: needs n_particles='auto'"),
+        (["run", "--prompt", "x", "--n-particles", "auto", "--max-particles", "9"], "max_particles=9"),
         (["run", "--prompt", "x", "--best", "-1"], "--best"),
         (["run", "--prompt", "x", "--potential", "absent"], "'absent'"),
         (["run", "--prompt", "x", "--potential", "regex", "--potential-args", "{"], "not JSON"),

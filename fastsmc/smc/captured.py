@@ -134,7 +134,7 @@ class CapturedGroup(Setup):
         float64, shapes = torch.float64, {"tokens": torch.int64, "ancestors": torch.int32}
         self._record = {
             name: torch.zeros((steps, n), dtype=shapes.get(name, float64), device=device)
-            for name in ("tokens", "token_log_probs", "step_log_w", "ancestors", *["kept"] * params.tempered)
+            for name in ("tokens", "token_log_probs", "step_log_w", "ancestors")
         }
         self._record["tokens"].fill_(-1)
         self._record["ancestors"] += self._rows.int()

@@ -220,7 +220,6 @@ class Cohort:
             self.log.put("tokens", torch.full_like(self.layout.all, -1))
             self.log.put("token_log_probs", torch.zeros_like(particles.log_w))
             self.log.put("token_log_kernels", torch.zeros_like(particles.log_w))
-            self.log.put("kept", torch.zeros_like(particles.log_w))
             self.log.close()
             group.done = True
 

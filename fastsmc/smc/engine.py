@@ -30,6 +30,24 @@ class SMCError(RuntimeError):
         self.kind = kind
 
 
+def gather(outcomes: Sequence[Population | SMCError], single: bool) -> list[Population]:
+    """Returns what the prompts of a call of `smc` gave.
+
+    Raises:
+        SMCError: some have failed; it holds what the others gave. Of a `single` prompt it is the prompt's.
+    """
+    failures = [(i, one) for i, one in enumerate(outcomes) if isinstance(one, SMCError)]
+    if not failures:
+        return [one for one in outcomes if isinstance(one, Population)]
+    first = failures[0][1]
+    if single:
+        first.populations = [None]
+        raise first
+    error = SMCError("; ".join(f"prompt {i}: {failure}" for i, failure in failures), kind=failures[-1][1].kind)
+    error.populations = [None if isinstance(one, SMCError) else one for one in outcomes]
+    raise error from first
+
+
 class GroupEngine(Engine):
     """The worker's engine as potentials see it; `continuation_log_prob` answers for the group whose potential asks.
 

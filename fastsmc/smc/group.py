@@ -275,8 +275,7 @@ class Group(Setup):
 
     def population(self) -> Population:
         """Gives the weighted particles, traced back through the genealogy."""
-        names = ["tokens", "token_log_probs", "ancestors", "resampled", "ess", "step_log_w"]
-        names += ["kept"] * self.params.tempered
+        names = ("tokens", "token_log_probs", "ancestors", "resampled", "ess", "step_log_w")
         population = make_population(
             {name: self.lineages.stacked(name) for name in names},
             self.log_w,

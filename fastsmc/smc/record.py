@@ -14,6 +14,7 @@ from torch import Tensor
 from fastsmc import genealogy, ops
 from fastsmc.params import SMCParams
 from fastsmc.population import Population
+from fastsmc.smc.step import find_tau
 
 #: what moves from row to row, and what moves it, in the order in which a step does it
 _EVENTS = ("ancestors", "tokens", "token_log_probs")
@@ -212,8 +213,6 @@ def make_population(
 ) -> Population:
     """Makes the population of a record: name → (T, N) or (T,), as `Lineages.stacked` gives it.
 
-    "kept" are log weights right after a resampling, of groups whose children may keep unequal ones.
-
     Args:
         log_w, log_z: (N,) since the last resampling, and the log of what lies before it.
         twisted: whether a step's ancestors are those before its draw; else those after it, of the step that follows.
@@ -226,9 +225,8 @@ def make_population(
     ess, log_mean = ops.ess_log_mean(log_w)
     rows: dict[str, Any] = {name: [*values] for name, values in record.items()}
     if not twisted:
-        before_first = {"ancestors": np.arange(n), "resampled": False, "kept": np.zeros(n)}
-        for name in before_first.keys() & rows.keys():
-            rows[name] = [before_first[name], *rows[name]][: steps + ended_by_resampling]
+        rows["ancestors"] = [np.arange(n), *rows["ancestors"]][: steps + ended_by_resampling]
+        rows["resampled"] = [False, *rows["resampled"]][: steps + ended_by_resampling]
     if ended_by_resampling:
         rows["tokens"].append(np.full(n, -1))
         rows["token_log_probs"].append(np.zeros(n))
@@ -240,12 +238,20 @@ def make_population(
 
     ancestors, resampled = whole("ancestors", np.int32), np.array(rows["resampled"], dtype=bool)
     step_log_weights, log_weights = whole("step_log_w", np.float64), log_w.cpu().numpy() + log_z
+    back = 0 if twisted else 1  # with the base proposal a step is resampled by the weights of the step before
+    ess_share = torch.tensor(np.roll(np.array(rows["ess"], dtype=np.float64), back)) / n
+    tau = params.resampling_temperature
+    taus = find_tau(
+        torch.full_like(ess_share, 0.0 if isinstance(tau, str) else tau),
+        ess_share.clamp(min=1 / n),
+        torch.arange(len(ess_share)) / params.max_tokens,
+    )
     stderr, reason = genealogy.log_z_stderr(
         ancestors,
         resampled,
-        step_log_weights if twisted else np.roll(step_log_weights, 1, axis=0),  # base: those of the step before
+        np.roll(step_log_weights, back, axis=0),
+        1.0 - 1.0 / taus.numpy(),
         log_weights,
-        whole("kept", np.float64) if "kept" in rows else None,
         has_potential=has_potential,
         retains=retains,
     )

@@ -55,6 +55,12 @@ class Kind:
     rejects: bool = False
 
 
+def find_tau(tau: Tensor, share: Tensor, time: Tensor) -> Tensor:
+    """Finds the temperatures of resamplings by τ, 0 for 'entropic', ESS / N and t / max_tokens, all of one shape."""
+    entropic = torch.where((share < 0.5) & (time < 0.5), ((1 - time) / share).clamp(min=1.0), 1.0)
+    return torch.where(tau == 0.0, entropic, tau)
+
+
 class Record(Protocol):
     def put(self, name: str, values: Tensor) -> None:
         """Keeps values (M,) or (G,) of this step, in the place of those that were put before."""
@@ -409,10 +415,7 @@ class Step:
         self.record.put("ancestors", ancestors)
         self.record.put("resampled", done.resampled)
         self.log_z += torch.where(done.resampled, done.log_mean, 0.0)
-        after = 0.0
-        if kept is not None:
-            after = kept[ancestors]
-            self.record.put("kept", torch.where(self.of(done.resampled), after, 0.0))
+        after = 0.0 if kept is None else kept[ancestors]
         particles.log_w.copy_(torch.where(self.of(done.resampled), after, particles.log_w))
         particles.rank.copy_(rank)
         particles.count.copy_(count)
@@ -440,8 +443,7 @@ class Step:
         size = layout.offsets[1:] - layout.offsets[:-1]
         low = (threshold == 1.0) | (true.ess < threshold * size)
         share, time = true.ess.clamp(min=1.0) / size, drawn / self._max_tokens[layout.offsets[:-1]]
-        entropic = torch.where((share < 0.5) & (time < 0.5), ((1 - time) / share).clamp(min=1.0), 1.0)
-        log_r = log_w / self.of(torch.where(tau == 0.0, entropic, tau))
+        log_r = log_w / self.of(find_tau(tau, share, time))
         done = self._by_weight(log_r, u, low.double())
         kept = log_w - log_r - self.of(true.log_mean - done.log_mean)
         kept = torch.where(log_w > -math.inf, kept, -math.inf)

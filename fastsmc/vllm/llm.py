@@ -34,12 +34,13 @@ from fastsmc.interventions import (
     read_interventions,
     take_apart,
 )  # fmt: skip
+from fastsmc.islands import Auto
 from fastsmc.params import PREFIX, SMCParams
 from fastsmc.population import Population
 from fastsmc.potentials import Potential
 from fastsmc.potentials.tokens import short
 from fastsmc.scoring import Scored, read_wanted
-from fastsmc.smc import SMCError
+from fastsmc.smc import SMCError, gather
 from fastsmc.texts import population_texts
 from fastsmc.vllm import compat, options
 from fastsmc.vllm.asking import WorkerInterchanges
@@ -125,6 +126,9 @@ class LLM(Effects, WorkerInterchanges, vllm.LLM):
         alone: bool = False,
         lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
         intervention: Intervention | Sequence | None = None,
+        n_particles: str | None = None,
+        target_stderr: float | None = None,
+        max_particles: int | None = None,
         use_tqdm: bool = False,
     ) -> Population: ...
 
@@ -140,6 +144,9 @@ class LLM(Effects, WorkerInterchanges, vllm.LLM):
         alone: bool = False,
         lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
         intervention: Intervention | Sequence | None = None,
+        n_particles: str | None = None,
+        target_stderr: float | None = None,
+        max_particles: int | None = None,
         use_tqdm: bool = False,
     ) -> list[Population]: ...
 
@@ -155,6 +162,9 @@ class LLM(Effects, WorkerInterchanges, vllm.LLM):
         alone: bool = False,
         lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
         intervention: Intervention | Sequence | None = None,
+        n_particles: str | None = None,
+        target_stderr: float | None = None,
+        max_particles: int | None = None,
         use_tqdm: bool = False,
     ) -> Population | list[Population]: ...
 
@@ -169,6 +179,9 @@ class LLM(Effects, WorkerInterchanges, vllm.LLM):
         alone: bool = False,
         lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
         intervention: Intervention | Sequence | None = None,
+        n_particles: str | None = None,
+        target_stderr: float | None = None,
+        max_particles: int | None = None,
         use_tqdm: bool = False,
     ) -> Population | list[Population]:
         """Samples p0(s | prompt)·φ(s)/Z with N weighted particles.
@@ -191,6 +204,14 @@ class LLM(Effects, WorkerInterchanges, vllm.LLM):
             intervention: what the model does otherwise (`fastsmc.interventions`): an intervention or a list of them,
                 which is one, for all prompts; or a list of one of these or None for each prompt, at least one of which
                 is a list or None. It is part of p0, as are the keys and values of prompt positions that it reaches.
+            n_particles: "auto": `params.n_particles` is the size of an island; 8 pilot islands per prompt say how many
+                others are run, which are pooled (`Population.pool`), so that the standard error of log Ẑ comes to
+                `target_stderr`. The pilots are in `pilot` of the population, and in its estimates they are not. Runs
+                are counted on from `params.group`: pilots of all prompts, then islands; with a list of params each
+                prompt's from its own. None: a group per prompt.
+            target_stderr: 1e-6 to 10; None: 0.1. What comes out scatters around it.
+            max_particles: of the islands of a prompt; None: 65536. Where the pilots ask for more, the population is
+                `capped`, and there is a warning.
             use_tqdm: a progress bar over particle steps.
 
         Raises:
@@ -203,34 +224,40 @@ class LLM(Effects, WorkerInterchanges, vllm.LLM):
         if twist is not None and potential is None:
             potential = twists.card_potential(twist)
         each, chosen, retained = read_each(len(ids), single, params, potential, exact, config.get_vocab_size())
+        auto = Auto.read(n_particles, target_stderr, max_particles, exact, each)
         if not ids:
             return []
         adapters = self._read_adapters(lora_request, len(ids))
         intervened = [()] * len(ids) if intervention is None else self._read_interventions(intervention, len(ids))
-        populations = self._sample(
-            [take_apart(*one) for one in zip(intervened, ids, each, strict=True)],
-            chosen,
-            single,
-            use_tqdm,
-            twist=twist,
-            alone=alone,
-            each=[{"exact": samples} for samples in retained],
-            adapters=adapters,
-        )
+
+        def sample(which: Sequence[int], asked: Sequence[SMCParams]) -> list[Any]:
+            return self._sample(
+                [take_apart(intervened[i], ids[i], one) for i, one in zip(which, asked, strict=True)],
+                [chosen[i] for i in which],
+                use_tqdm,
+                twist=twist,
+                alone=alone,
+                each=[{"exact": retained[i]} for i in which],
+                adapters=[adapters[i] for i in which],
+            )
+
+        if auto is None:
+            populations = gather(sample(range(len(ids)), each), single)
+        else:
+            populations = gather(auto.run(sample, each, apart=isinstance(params, (list, tuple))), single)
         return populations[0] if single else populations
 
     def _sample(
         self,
         readings: Sequence[Reading],
         chosen: Sequence[Potential | None],
-        single: bool,
         use_tqdm: bool,
         *,
         each: Sequence[dict[str, Any]] | None = None,
         adapters: list[LoRARequest | None] | None = None,
         **common: Any,
     ) -> list[Any]:
-        """Runs groups side by side.
+        """Runs groups side by side: the population of each, or the error that it ended with.
 
         Args:
             readings, chosen: what each is to do, and its potential.
@@ -263,7 +290,7 @@ class LLM(Effects, WorkerInterchanges, vllm.LLM):
                 self.drop_potential(name)
             for name in kept.values():
                 self.drop_intervention(name)
-        return self._populations(outputs, single)
+        return self._outcomes(outputs)
 
     def score(  # type: ignore[override]  # vLLM's compares texts by a pooling model, which has no next tokens
         self, prompt: Any, continuations: Sequence, params: SMCParams | None = None
@@ -329,7 +356,7 @@ class LLM(Effects, WorkerInterchanges, vllm.LLM):
             (requests[-1].extra_args or {})[PREFIX + "keep_logits"] = name
             inputs.append(self._prompt(case.prompt))
         try:
-            self._populations(self._run_groups(inputs, requests, [None] * len(cases)), len(cases) == 1)
+            gather(self._outcomes(self._run_groups(inputs, requests, [None] * len(cases))), len(cases) == 1)
         finally:
             kept = [self.collective_rpc("smc_take_logits", args=(name,))[0] for name in names]
         tokenizer, made = twists.tokenizer_hash(self._tokenizer()), []
@@ -411,10 +438,9 @@ class LLM(Effects, WorkerInterchanges, vllm.LLM):
                 if facts is not None and id(facts) not in facts_names:
                     facts_names[id(facts)] = name = uuid.uuid4().hex
                     self.collective_rpc("smc_put_facts", args=(name, interventions.to_bytes([facts])))
-            found = self._sample(
+            outcomes = self._sample(
                 under,
                 [case.potential for case in cases],
-                single,
                 use_tqdm,
                 twist=twist,
                 alone=alone,
@@ -428,6 +454,7 @@ class LLM(Effects, WorkerInterchanges, vllm.LLM):
                     for case in cases
                 ],
             )
+            found = gather(outcomes, single)
         except SMCError as error:
             if single and error.kind == "refused":
                 raise ValueError(str(error)) from None
@@ -474,7 +501,7 @@ class LLM(Effects, WorkerInterchanges, vllm.LLM):
         drawn = [i for i, case in enumerate(cases) if case.text is None]
         alone = [dataclasses.replace(cases[i].params, n_particles=1, force_stop=False) for i in drawn]
         readings = [Reading((), cases[i].prompt, params) for i, params in zip(drawn, alone, strict=True)]
-        found = self._sample(readings, [None] * len(drawn), False, False) if drawn else []
+        found = gather(self._sample(readings, [None] * len(drawn), False), False) if drawn else []
         out = list(cases)
         for i, population in zip(drawn, found, strict=True):
             out[i] = cases[i].with_text(population.token_ids[0])
@@ -489,23 +516,17 @@ class LLM(Effects, WorkerInterchanges, vllm.LLM):
             out[i] = cases[i]._replace(facts=facts)
         return out
 
-    def _populations(self, outputs: Sequence[RequestOutput | None], single: bool) -> list[Population]:
-        """Reads what the group requests of one call gave. SMCError: one has failed; it holds what the others gave."""
-        populations: list[Population | None] = []
-        errors, kind = [], "engine"
-        for i, output in enumerate(outputs):
+    def _outcomes(self, outputs: Sequence[RequestOutput | None]) -> list[Population | SMCError]:
+        """Reads what the group requests of one call gave."""
+        outcomes: list[Population | SMCError] = []
+        for output in outputs:
             payload = (output.kv_transfer_params or {}).get("smc", {}) if output is not None else {}
             if output is not None and "population" in payload:
-                populations.append(self.population(output))
+                outcomes.append(self.population(output))
             else:
-                populations.append(None)
-                errors.append(f"prompt {i}: " * (not single) + payload.get("error", "the request was aborted"))
-                kind = payload.get("error_kind", kind)
-        if errors:
-            error = SMCError("; ".join(errors), kind=kind)
-            error.populations = populations
-            raise error
-        return [population for population in populations if population is not None]  # all: there is no error
+                reason, kind = payload.get("error", "the request was aborted"), payload.get("error_kind", "engine")
+                outcomes.append(SMCError(reason, kind=kind))
+        return outcomes
 
     @staticmethod
     def lead_params(
