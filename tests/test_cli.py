@@ -126,6 +126,10 @@ def test_run_passes_everything_on(fake):
         "entropic",
         "--proposal",
         "base",
+        "--power",
+        "2",
+        "--power-ramp",
+        "0.5,2",
         "--ignore-eos",
         "--particles",
         "2000",
@@ -134,7 +138,7 @@ def test_run_passes_everything_on(fake):
     assert fake.calls[0][2] == {"dtype": "float32", "max_num_seqs": 2000, **EAGER}
     assert fake.calls[1][2] == SMCParams(
         n_particles=2000, temperature=0.5, ess_threshold=1.0, resampling="ssp", proposal="base", ignore_eos=True,
-        resample_every=4, resampling_temperature="entropic",
+        resample_every=4, resampling_temperature="entropic", power=2.0, power_ramp=(0.5, 2.0),
     )  # fmt: skip
 
 
@@ -153,6 +157,9 @@ def test_run_passes_everything_on(fake):
         (["run", "--prompt", "x", "--resample-every", "0"], "resample_every=0"),
         (["run", "--prompt", "x", "--resampling-temperature", "0.5"], "resampling_temperature=0.5"),
         (["run", "--prompt", "x", "--resampling-temperature", "hot"], "--resampling-temperature"),
+        (["run", "--prompt", "x", "--power", "0"], "power=0.0"),
+        (["run", "--prompt", "x", "--power", "2", "--power-ramp", "1,3"], "power_ramp=(1.0, 3.0)"),
+        (["run", "--prompt", "x", "--power-ramp", "two"], "--power-ramp 'two'"),
         (["run", "--prompt", "x", "--seed", "-1"], "seed"),
         (["run", "--prompt", "x", "--n-particles", "64"], "--n-particles"),
         (["run", "--prompt", "x", "--target-stderr", "0.1"], "target_stderr=0.1: needs n_particles='auto'"),

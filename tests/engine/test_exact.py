@@ -1,5 +1,7 @@
 """E[Ẑ] = Z and E[Ẑ · Σ W f] = Z · E_σ[f] by enumeration, through the real engine."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -84,11 +86,13 @@ def test_unbiased_over_the_table(tiny, scheme, proposal):
 
 def test_engine_equals_table(engine, tiny):
     """The engine and the table give the same particles for the same seed."""
-    for proposal in ("twisted", "base"):
+    powers = ({}, {"power": 2.0}, {"power": 0.5, "power_ramp": 3})
+    for proposal, potential, power in itertools.product(("twisted", "base"), (POTENTIAL, None), powers):
         params = SMCParams(
-            n_particles=33, max_tokens=STEPS, ess_threshold=0.9, proposal=proposal, stop_token_ids=[STOP], seed=5
-        )
-        a, b = engine.smc(PROMPT, params, POTENTIAL), run_table(tiny, params, POTENTIAL)
+            n_particles=33, max_tokens=STEPS, ess_threshold=0.9, proposal=proposal, stop_token_ids=[STOP], seed=5,
+            **power,
+        )  # fmt: skip
+        a, b = engine.smc(PROMPT, params, potential), run_table(tiny, params, potential)
         assert a.token_ids == b.token_ids
         assert np.allclose(a.log_weights, b.log_weights, atol=1e-4)
         assert np.array_equal(a.ancestors, b.ancestors) and np.array_equal(a.resampled, b.resampled)

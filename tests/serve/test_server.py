@@ -124,7 +124,10 @@ SETTINGS = [
     {"force_stop": True},
     {"force_stop": True, "ignore_eos": True, "stop_token_ids": [6, 7], "top_k": 20, "min_p": 0.01, "min_tokens": 2},
     {"twist": "small"},
+    {"power": 2.0, "power_ramp": 3, "resample_every": 2, "resampling_temperature": 1.5},
 ]
+#: what `SamplingParams` has no word for
+OWN = ("twist", "force_stop", "power", "power_ramp", "resample_every", "resampling_temperature")
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: "-".join(settings))
@@ -149,7 +152,7 @@ def test_settings_everywhere(server, llm, twist_path, settings):
     drawn = [particles[i] for i in answer["samples"]]
     assert output.outputs[0].text == drawn[0]["text"]
 
-    keys = {name: settings[name] for name in ("twist", "force_stop") if name in settings}
+    keys = {name: settings[name] for name in OWN if name in settings}
     shared = {name: value for name, value in settings.items() if name not in keys}
     body = {**xargs(**LEXICON, **keys, ignore_generation_config=True), **shared}
     completion = server.post("/v1/completions", **body, n=4).json()
