@@ -129,11 +129,15 @@ def _add_resampling(parser: argparse.ArgumentParser, default: SMCParams) -> None
     )
     parser.add_argument(
         "--resampling-temperature",
-        type=lambda text: text if text == "entropic" else float(text),
+        type=_tau,
         default=default.resampling_temperature,
         metavar="TAU",
         help="at least 1, or 'entropic' (default: %(default)s)",
     )
+
+
+def _tau(text: str) -> float | str:
+    return text if text == "entropic" else float(text)
 
 
 def _resampling(args: argparse.Namespace) -> dict[str, Any]:
@@ -221,6 +225,8 @@ def command_run(args: argparse.Namespace) -> int:
     plots = _plot_paths(args.plot) if args.plot else None
     potential, potential_args = _potential(args)
     more: dict[str, Any] = {} if args.twist is None else {"twist": _twist(args.twist)}
+    if args.proposal == "rejection" and potential is None and not more:
+        raise ValueError("--proposal rejection: needs a --potential with a condition to be asked")
     from fastsmc.islands import Auto
 
     asked = {name: getattr(args, name) for name in ("n_particles", "target_stderr", "max_particles")}
@@ -315,6 +321,8 @@ def format_result(population: Any, k: int, seconds: float, width: int) -> str:
     if population.pilot is not None:
         cap = "; --max-particles allowed no more" if population.capped else ""
         lines.append(f"{population.n_islands} islands, by {population.pilot.n_islands} pilots{cap}")
+    if population.biased:
+        lines.append(f"log Ẑ is too low on average: max_asked cut {population.questions['cut']} searches for a token")
     if reason is not None:
         lines.append(_cut(f"no standard error: {reason}", width))
     resamplings = int(population.resampled.sum())

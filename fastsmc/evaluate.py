@@ -34,10 +34,14 @@ from fastsmc.potentials import Potential
 from fastsmc.values import check_int, json_safe
 
 
-def _check(exact: Any, runs: int, params: SMCParams) -> list[list[int]]:
-    check_int("runs", runs, 1)
+def _check_proposal(params: SMCParams) -> None:
     if params.proposal == "rejection":
         raise ValueError("params.proposal='rejection': its q has no density that is known; use 'twisted' or 'base'")
+
+
+def _check(exact: Any, runs: int, params: SMCParams) -> list[list[int]]:
+    check_int("runs", runs, 1)
+    _check_proposal(params)
     return read_samples("exact", exact)
 
 
@@ -507,6 +511,7 @@ def particle_gibbs(
             proposal-only, since log φ is asked by the base proposal; a chain's ordinary run has no weight.
         SMCError: a run failed; also if an initial sequence has weight zero, or is not complete.
     """
+    _check_proposal(params)
     sweeps, chains = check_int("sweeps", sweeps, 1), check_int("chains", chains, 1)
     check_int("n_particles", params.n_particles, 2)
     if potential is None and twist is not None:
@@ -583,6 +588,7 @@ def report(
     `samplers` has an entry for the sampler asked about and one for `base` (draws from p0), each with bounds,
     divergences and the mean ESS curve.
     """
+    _check_proposal(params)
     ways: dict[str, tuple[SMCParams, str | os.PathLike | None]] = {
         "base": (dataclasses.replace(params, proposal="base"), None)
     }

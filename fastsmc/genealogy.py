@@ -54,21 +54,22 @@ def log_z_stderr(
     kept: np.ndarray,
     log_weights: np.ndarray,
     *,
-    has_potential: bool,
+    equal_by_law: bool,
     retains: bool,
 ) -> tuple[float, str | None]:
     """Gives the standard error of log Ẑ, √V by the delta method, and None; or NaN, and why there is none.
 
     Args:
         ancestors, resampled, weighed, kept, log_weights: as of `relative_variance`.
-        has_potential: without one Z is 1 by definition, and where weights are equal the error is exactly 0.
+        equal_by_law: no potential, power or forced end makes weights differ: Z is 1 by definition, and where they are
+            equal the error is exactly 0.
         retains: exact samples were given, so that log Ẑ is no estimate but a bound.
     """
     if retains:
         return math.nan, "exact samples were retained: log Ẑ is a bound on log Z, not an estimate of it"
     if np.isneginf(log_weights).all():
         return math.nan, "all weights are zero"
-    if not has_potential and not log_weights.any():
+    if equal_by_law and not log_weights.any():
         return 0.0, None
     if len(log_weights) == 1:
         return math.nan, "a single particle shows no spread"

@@ -137,7 +137,7 @@ class SMCParams:
             n = self.power_ramp
             rising = (1.0 + (self.power - 1.0) * t / n for t in range(1, min(n, self.max_tokens + 1)))
             return (*rising, self.power)
-        return self.power_ramp
+        return *self.power_ramp[: self.max_tokens], self.power
 
     @property
     def powered(self) -> bool:
@@ -224,10 +224,14 @@ def _check_ramp(ramp: Any, power: float) -> int | tuple[float, ...] | None:
         return None
     listed = ramp.tolist() if hasattr(ramp, "tolist") else ramp  # an array
     if isinstance(listed, (str, bytes)) or not isinstance(listed, Sequence):
-        return check_int("power_ramp", listed, 1, 2**24)
+        try:
+            return check_int("power_ramp", listed, 1, 2**24)
+        except ValueError as error:
+            raise ValueError(f"{error}, or a sequence of powers") from None
     powers = tuple(check_power(f"power_ramp[{t}]", each) for t, each in enumerate(listed))
     if not powers or powers[-1] != power:
-        raise ValueError(f"power_ramp={ramp!r}: must be a number of steps, or powers that end with power={power:g}")
+        said = repr(ramp) if len(powers) < 20 else f"{powers[:20]}…"
+        raise ValueError(f"power_ramp={said}: must be a number of steps, or powers that end with power={power:g}")
     return powers
 
 

@@ -61,6 +61,7 @@ def pool(parts: Sequence[Population]) -> dict[str, Any]:
         "params": dataclasses.replace(parts[0].params, n_particles=len(log_weights)),
         "finish_reasons": _joined([part.finish_reasons for part in parts]),
         "texts": _joined([part.texts for part in parts]),
+        "questions": _added([part.questions for part in parts]),
         "island": island,
         "island_resampled": island_resampled,
     }
@@ -70,13 +71,17 @@ def _check(parts: Sequence[Population]) -> None:
     """Refuses what is no pool. ValueError: says what differs, and between which populations."""
     if not parts:
         raise ValueError("populations=[]: must hold at least one population")
+    keys: dict[tuple[int, int], int] = {}
     for i, part in enumerate(parts):
+        first = keys.setdefault((part.params.seed, part.params.group), i)
+        if first != i:
+            raise ValueError(f"populations[{i}]: has seed and group of populations[{first}]; runs must be independent")
         if part.prompt_token_ids != parts[0].prompt_token_ids:
             raise ValueError(f"populations[{i}]: has another prompt than populations[0], so another target")
         for field in dataclasses.fields(SMCParams):
-            its, first = (getattr(p.params, field.name) for p in (part, parts[0]))
-            if field.name not in _FREE and its != first:
-                raise ValueError(f"populations[{i}]: has {field.name}={its!r}, populations[0] {first!r}; must be alike")
+            its, other = (getattr(p.params, field.name) for p in (part, parts[0]))
+            if field.name not in _FREE and its != other:
+                raise ValueError(f"populations[{i}]: has {field.name}={its!r}, populations[0] {other!r}; must be alike")
 
 
 @dataclasses.dataclass
@@ -129,6 +134,12 @@ def _log_mean(log_weights: np.ndarray) -> float:
 
 def _ess(log_weights: np.ndarray) -> float:
     return 0.0 if np.isneginf(log_weights).all() else float(1.0 / np.square(normalise(log_weights)).sum())
+
+
+def _added(counts: Sequence[dict[str, int] | None]) -> dict[str, int] | None:
+    """Adds up what conditions were asked, of the islands that have any."""
+    known = [each for each in counts if each is not None]
+    return {name: sum(each[name] for each in known) for name in known[0]} if known else None
 
 
 def _joined(lists: Sequence[list[str] | None]) -> list[str] | None:

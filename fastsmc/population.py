@@ -170,7 +170,8 @@ class Population:
             if len(self.finish_reasons) != sizes["N"]:
                 raise ValueError(f"finish_reasons: {len(self.finish_reasons)} of them for {sizes['N']} particles")
 
-        if self.questions is not None and self.questions.keys() != {"asked", "calls", "cut"}:
+        asked = self.questions
+        if asked is not None and (not isinstance(asked, dict) or asked.keys() != {"asked", "calls", "cut"}):
             raise ValueError(f"questions={self.questions!r}: must have 'asked', 'calls' and 'cut'")
 
     def _check_stderr(self) -> None:

@@ -100,7 +100,8 @@ def test_run(fake, tmp_path, capsys, monkeypatch):
 def test_run_with_as_many_islands_as_needed(fake, capsys, monkeypatch):
     def smc(self, prompt, params, potential=None, use_tqdm=False, **more):
         self.calls.append(more)
-        pools = [Population.pool([some_population(params)] * k) for k in (8, 9)]
+        islands = [some_population(dataclasses.replace(params, group=k)) for k in range(9)]
+        pools = [Population.pool(islands[:k]) for k in (8, 9)]
         return dataclasses.replace(pools[1], pilot=pools[0], capped=True)
 
     monkeypatch.setattr(fake, "smc", smc)

@@ -309,6 +309,10 @@ def test_max_asked_cuts_and_says_so(tiny, tmp_path):
     cut.save(tmp_path / "cut.npz")
     again = Population.load(tmp_path / "cut.npz")
     assert again.biased and again.questions == cut.questions
+    pool = Population.pool(populations[:3])
+    assert pool.biased and pool.questions == {
+        name: sum(each.questions[name] for each in populations[:3]) for name in cut.questions
+    }
     plenty = run_table(tiny, params, rules(max_asked=VOCAB + 2))
     assert not plenty.biased
     np.testing.assert_array_equal(plenty.tokens, run_table(tiny, params, rules()).tokens)

@@ -245,10 +245,10 @@ def check_together(asked, phi, make):
 
 @pytest.mark.parametrize("phi", [None, Alternates(value_table(STEPS, VOCAB))], ids=["plain", "potential"])
 def test_groups_of_any_settings_share_a_cohort(tiny, phi):
-    """All but those with a bias, whose logits are float32."""
+    """All but those with a bias, whose logits are float32, and those with a power."""
     asked = [SMCParams(n_particles=5, max_tokens=STEPS, seed=i, **CASES[c]) for i, c in enumerate(CASES)]
     asked.insert(3, SMCParams(n_particles=5, max_tokens=STEPS, seed=9))
-    assert max(check_together(asked, phi, lambda: TableRows(tiny, 5))) == 2
+    assert max(check_together(asked, phi, lambda: TableRows(tiny, 5))) == 3
 
 
 class Wide:
@@ -276,7 +276,8 @@ def test_a_bias_leaves_the_bits_of_its_neighbours():
     p0s, n = [P0(p, {STOP}, CPU) for p in asked], len(asked)
     rows, tokens, before = Wide().next(torch.arange(2 * n), None)[0], torch.arange(2 * n), torch.zeros(2 * n)
     score = token_log_probs(rows.clone(), tokens, p0s, list(range(0, 2 * n + 1, 2)), before)
-    assert not torch.equal(token_log_probs(rows.float(), tokens, p0s, list(range(0, 2 * n + 1, 2)), before), score)
+    if torch.cpu._is_avx512_supported():  # else rows of both types are read alike
+        assert not torch.equal(token_log_probs(rows.float(), tokens, p0s, list(range(0, 2 * n + 1, 2)), before), score)
     for g, p0 in enumerate(p0s):
         part = slice(2 * g, 2 * g + 2)
         alone = token_log_probs(rows[part].clone(), tokens[part], [p0], [0, 2], before[part])
@@ -421,9 +422,10 @@ def test_refused_values(name, value):
 def test_powers_of_the_steps():
     assert SMCParams().powers == (1.0,) and not SMCParams(power_ramp=3).powered
     assert SMCParams(power=4.0).powers == (4.0,)
-    assert SMCParams(power=4.0, power_ramp=3).powers == (2.0, 3.0, 4.0, 4.0)
+    assert SMCParams(power=4.0, power_ramp=3).powers == (2.0, 3.0, 4.0)
     assert SMCParams(power=0.5, power_ramp=10**6, max_tokens=2).powers[:2] == (1.0 - 0.5e-6, 1.0 - 1e-6)
-    assert SMCParams(power=1.0, power_ramp=np.array([2.0, 1.0])).powers == (2.0, 1.0)
+    assert SMCParams(power=1.0, power_ramp=np.array([2.0, 1.0])).powers == (2.0, 1.0, 1.0)
+    assert SMCParams(power=1.0, power_ramp=[2.0, 1.5, 1.0], max_tokens=1).powers == (2.0, 1.0)
     assert SMCParams(power_ramp=[2.0, 1.0]).powered
 
 

@@ -87,8 +87,13 @@ def test_error_of_a_pool(tiny):
     without = dataclasses.replace(parts[1], log_z_stderr=math.nan, log_z_stderr_reason="whatever")
     reason = Population.pool([parts[0], without]).log_z_stderr_reason
     assert "island 1: whatever" in reason and "8 islands" in reason
-    assert Population.pool([without, *parts]).log_z_stderr_reason is None
-    dead = [island(tiny, 5, group, TableTwist(np.full_like(VALUE, -np.inf))) for group in range(9)]
+    moved = dataclasses.replace(without, params=dataclasses.replace(without.params, group=99))
+    assert Population.pool([moved, *parts]).log_z_stderr_reason is None
+    with pytest.raises(
+        ValueError, match=r"populations\[2\]: has seed and group of populations\[0\]; runs must be indep"
+    ):
+        Population.pool([*parts[:2], parts[0]])
+    dead = [island(tiny, 5, group, TableTwist(np.full_like(VALUE, -np.inf))) for group in range(9, 18)]
     pool = Population.pool(dead)
     assert pool.log_z == -math.inf and pool.degenerate and "zero" in pool.log_z_stderr_reason and not pool.ess.any()
     some = Population.pool([*dead, parts[2]])

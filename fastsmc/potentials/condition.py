@@ -25,8 +25,8 @@ class Condition(Potential):
     The function is asked about beginnings: whether each may still become a whole that `complete` accepts. Yes where it
     cannot tell is right, and costs particles; no where a whole could still come changes the target. With
     `SMCParams(proposal="rejection")` it is asked about one candidate token after the other, those of all particles of a
-    group in one call, until each particle has found a token that is allowed; with other proposals about the token that
-    was drawn.
+    group in one call, until each particle has found a token that is allowed; with the base proposal about the token
+    that was drawn; in a product with the twisted proposal about wholes only.
 
     A text is what the tokens add to the prompt's, without the stop token that they end with. Of a beginning, bytes at
     its end that are no whole character yet are left out; of a whole, they are U+FFFD. Special tokens other than stop
@@ -61,7 +61,7 @@ class Condition(Potential):
         on: str = "text",
         max_asked: int | None = None,
     ) -> None:
-        for name, value in (("function", function), ("complete", complete or function)):
+        for name, value in (("function", function), ("complete", function if complete is None else complete)):
             if not callable(value):
                 raise ValueError(f"{name}={value!r}: must be callable")
         if not isinstance(batch, bool):
@@ -178,11 +178,12 @@ def most_asked(potential: Potential) -> float:
 
 
 def questions(potential: Potential) -> dict[str, int] | None:
-    """Counts what the conditions in a potential were asked, and the calls of their functions; None: there are none."""
+    """Counts what the conditions in a potential were asked, and the calls of their functions, 0 for those of other
+    classes; None: there are none."""
     held = [potential]
     for each in held:
         held += parts(each)
     counted = [each for each in held if isinstance(each, Condition)]
-    if not counted:
+    if not counted and not conditions(potential):
         return None
     return {"asked": sum(each.n_asked for each in counted), "calls": sum(each.n_calls for each in counted)}

@@ -23,8 +23,8 @@ from fastsmc.potentials.regex import Regex
 from fastsmc.potentials.tokens import log_of, short, token_bytes, tokenizer_of
 from fastsmc.values import check_choice
 
-#: characters of a grammar or schema
-MAX_CHARACTERS = 1 << 20
+#: characters of a schema; and of a grammar, or of all choices, which an engine's loop reads for those who name them
+MAX_CHARACTERS, MAX_GRAMMAR = 1 << 20, 1 << 17
 #: behind a grammar, where it wins: llguidance would allow a single tokenization of what is forced
 _ALL_TOKENS = '\n%llguidance {"no_forcing": true}\n'
 #: how llguidance's reason begins where a schema is to blame
@@ -61,7 +61,7 @@ class Grammar(Potential):
     per_particle = ("_at",)
 
     def __init__(self, grammar: str) -> None:
-        _check_text("grammar", grammar)
+        _check_text("grammar", grammar, MAX_GRAMMAR)
         self.grammar = grammar
         lark = grammar
         if "::=" in grammar:
@@ -89,7 +89,7 @@ class Grammar(Potential):
             raise self._refused(str(error)) from None
 
     def _refused(self, reason: str) -> ValueError:
-        return ValueError(f"{type(self).__name__}: {self._what}: {_shortened(reason)}")
+        return ValueError(f"{type(self).__name__}: {self._what}: {_shortened(reason)[:1000]}")
 
     def setup(self, engine: Engine) -> None:
         tokenizer = tokenizer_of(engine, type(self).__name__)
@@ -149,13 +149,13 @@ class Grammar(Potential):
         return self._matchers.mask(at, [v for v in state.stop_token_ids if v < self._matchers.vocab_size])
 
 
-def _check_text(name: str, text: Any) -> None:
+def _check_text(name: str, text: Any, most: int = MAX_CHARACTERS) -> None:
     if not isinstance(text, str):
         raise ValueError(f"{name}={short(text)}: must be a string")
     if not text.strip():
         raise ValueError(f"{name}={text!r}: is empty")
-    if len(text) > MAX_CHARACTERS:
-        raise ValueError(f"{name}: has {len(text)} characters; must have at most {MAX_CHARACTERS}")
+    if len(text) > most:
+        raise ValueError(f"{name}: has {len(text)} characters; must have at most {most}")
 
 
 def _shortened(reason: str) -> str:
@@ -194,12 +194,10 @@ class JsonSchema(Grammar):
 
     def _lark_of(self, schema: Mapping[str, Any]) -> str:
         """Writes a grammar of the JSON that a schema allows. ValueError: it is none, or too long."""
-        options = schema.get("x-guidance", {})
-        if not isinstance(options, Mapping):
-            raise ValueError(f"schema: x-guidance={short(options)}: must be an object")
-        options = {**options, **WHITESPACE[self.whitespace]}
+        if "x-guidance" in schema:  # which could have parts of the schema ignored
+            raise ValueError("schema: x-guidance: options of the library are not taken; for whitespace say whitespace=")
         try:
-            text = json.dumps({**schema, "x-guidance": options}, allow_nan=False)
+            text = json.dumps({**schema, "x-guidance": WHITESPACE[self.whitespace]}, allow_nan=False)
         except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"schema: cannot be written as JSON: {error}") from None
         _check_text("schema", text)
@@ -248,6 +246,8 @@ class Choice(Regex):
             raise ValueError(f"choices={short(choices)}: must be a list of at least one text")
         if not all(isinstance(choice, str) for choice in choices):
             raise ValueError(f"choices={short(choices)}: must be a list of texts")
+        if (size := sum(map(len, choices)) + len(choices)) > MAX_GRAMMAR:
+            raise ValueError(f"choices: have {size} characters, one more each; must have at most {MAX_GRAMMAR}")
         self.choices = list(choices)
         super().__init__("|".join(map(_escape, self.choices)))
 

@@ -29,7 +29,8 @@ class Judge(Potential):
 
     Raises:
         ValueError: a part is empty or not of these types, or both answers are the same; in `setup`: an id is beyond the
-            vocabulary; while it runs: settings of p0 rule both answers out.
+            vocabulary. Where settings of p0 (top_k, allowed_token_ids, …) rule both answers out φ is NaN, which ends
+            the group.
     """
 
     per_particle = ()
@@ -83,9 +84,7 @@ class Judge(Potential):
         scores = torch.stack(
             [self._engine.continuation_log_prob([*question, *answer], given=len(question)) for answer in (yes, no)]
         )
-        if (scores == -torch.inf).all(0).any():
-            raise ValueError("Judge: settings of p0 (top_k, allowed_token_ids, …) rule out yes and no")
-        return scores[0] - scores.logsumexp(0)
+        return scores[0] - scores.logsumexp(0)  # NaN where both are ruled out: a fault of that particle's group alone
 
     def prefix(self, state: State) -> Tensor:
         return self._log_phi() if self._every_step and state.step > 0 else super().prefix(state)

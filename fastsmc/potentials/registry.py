@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from fastsmc.potentials.base import Potential
+from fastsmc.potentials.tokens import short
 
 GROUP = "fastsmc.potentials"
 
@@ -64,7 +65,7 @@ def resolve(
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        raise ValueError(f"potential {name!r} with arguments {dict(args or {})!r}: {error}") from error
+        raise ValueError(f"potential {name!r} with arguments {short(dict(args or {}))}: {error}") from error
     if not isinstance(potential, Potential):
         raise ValueError(f"potential {name!r}: {build!r} does not make a fastsmc.Potential")
     return potential

@@ -386,7 +386,7 @@ class CapturedGroup(Setup):
             float(self.step.log_z),
             twisted=self.kind.twisted,
             retains=self.kind.retains,
-            has_potential=self.asker is not None,
+            equal_by_law=not self.weighed and not self.params.force_stop,
             ended_by_resampling=False,
             stopped=self.particles.stopped,
             prompt=self.prompt,

@@ -282,7 +282,7 @@ class Group(Setup):
             self.log_z,
             twisted=self.kind.twisted,
             retains=self.kind.retains,
-            has_potential=self.asker is not None,
+            equal_by_law=not self.weighed and not self.params.force_stop,
             ended_by_resampling=self.ended_by_resampling,
             stopped=self.cohort.particles.stopped[self.cohort.layout.part(self.index)],
             prompt=self.prompt,

@@ -205,7 +205,7 @@ def make_population(
     *,
     twisted: bool,
     retains: bool,
-    has_potential: bool,
+    equal_by_law: bool,
     ended_by_resampling: bool,
     stopped: Tensor,
     prompt: Sequence[int],
@@ -216,7 +216,7 @@ def make_population(
     Args:
         log_w, log_z: (N,) since the last resampling, and the log of what lies before it.
         twisted: whether a step's ancestors are those before its draw; else those after it, of the step that follows.
-        retains, has_potential: whether the group had exact samples, and a potential.
+        retains, equal_by_law: whether the group had exact samples; as of `genealogy.log_z_stderr`.
         ended_by_resampling: the last resampling left finished particles only. Then a step without draws holds where
             they came from.
         stopped: (N,) bool, particles that ended otherwise than by their length.
@@ -252,7 +252,7 @@ def make_population(
         np.roll(step_log_weights, back, axis=0),
         1.0 - 1.0 / taus.numpy(),
         log_weights,
-        has_potential=has_potential,
+        equal_by_law=equal_by_law,
         retains=retains,
     )
     return Population.from_record(

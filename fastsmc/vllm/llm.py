@@ -192,7 +192,7 @@ class LLM(Effects, WorkerInterchanges, vllm.LLM):
             params: None is `SMCParams()`; with several prompts, a list of one for each is taken as it is, so that
                 groups may share their random numbers.
             potential: φ and its twists, evaluated in the worker process: a `Potential`, or one for each prompt. None:
-                plain ancestral sampling, log Z = 0.
+                plain ancestral sampling, log Z = 0, unless a power or a forced end makes weights differ.
             twist: directory of a learned twist (`fastsmc.twists`), which guides the particles towards the potential;
                 the target stays p0·φ. Without a potential, the one that the twist was trained for, by its name.
             exact: exact samples of the target, as lists of token ids: a list of one makes the group conditional, of

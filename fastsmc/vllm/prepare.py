@@ -105,7 +105,8 @@ class _Helper:
             self.kill()
             code = self._process.returncode
             how = f"exit status {code}" if code >= 0 else signal.Signals(-code).name
-            raise _Lost(f"ended, with {how}") from None
+            # a signal such as SIGSEGV comes of what was asked for, say of a grammar that is nested too deeply
+            raise _Lost(f"ended, with {how}", "refused" if code < 0 else "potential") from None
 
     def has_ended(self) -> bool:
         """Says so of one that nobody asks: once it is ready it has nothing to say."""

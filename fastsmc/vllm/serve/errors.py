@@ -77,7 +77,7 @@ class GroupError(GracefulHTTPError):
     def body(self) -> dict[str, Any]:
         """Returns vLLM's form of an error, with the summary as `smc` where there is one."""
         info = ErrorInfo(
-            message=sanitize_message(self.message),
+            message=sanitize_message(self.message.encode(errors="backslashreplace").decode()),  # lone surrogates
             type=self.http_status.phrase,
             param=self.param,
             code=self.http_status.value,

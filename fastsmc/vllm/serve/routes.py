@@ -172,6 +172,7 @@ def population_body(population: Any, payload: dict[str, Any], genealogy: bool, t
         "log_z": _finite(population.log_z),
         "log_z_is_minus_inf": _finite(population.log_z) is None,
         **{name: payload[name] for name in ("log_z_stderr", "log_z_stderr_reason", "distinct_roots")},
+        **{name: payload[name] for name in ("questions", "biased") if name in payload},
         "ess": population.final_ess,
         "steps": population.T,
         "seed": population.params.seed,

@@ -138,6 +138,8 @@ class SMCPopulation(BaseModel):
     log_z_stderr: float | None = Field(description="standard error of log_z by this run; null: there is none")
     log_z_stderr_reason: str | None = Field(description="why there is no standard error")
     distinct_roots: int = Field(description="first tokens' rows that particles with weight descend from")
+    questions: dict[str, int] | None = Field(None, description="what conditions were asked; null: there are none")
+    biased: bool = Field(False, description="a cap on questions was met, so that log_z is too low on average")
     ess: float = Field(description="effective sample size of the final weights")
     steps: int
     seed: int
