@@ -24,7 +24,7 @@ from machine import write_result
 
 PROMPT = "Once upon a time, in a small village"
 POWER, RUNS, PARTICLES, MAX_TOKENS = 4.0, 20, 64, 24
-COST_PARTICLES, COST_TOKENS = 256, 24
+COST_PARTICLES, COST_TOKENS = 64, 24
 COSTS: dict[str, dict[str, Any]] = {
     "none": {}, "power": {"power": 1.0001}, "ramp": {"power": 1.0001, "power_ramp": COST_TOKENS},
 }  # fmt: skip

@@ -73,15 +73,15 @@ def _check(parts: Sequence[Population]) -> None:
         raise ValueError("populations=[]: must hold at least one population")
     keys: dict[tuple[int, int], int] = {}
     for i, part in enumerate(parts):
-        first = keys.setdefault((part.params.seed, part.params.group), i)
-        if first != i:
-            raise ValueError(f"populations[{i}]: has seed and group of populations[{first}]; runs must be independent")
         if part.prompt_token_ids != parts[0].prompt_token_ids:
             raise ValueError(f"populations[{i}]: has another prompt than populations[0], so another target")
         for field in dataclasses.fields(SMCParams):
             its, other = (getattr(p.params, field.name) for p in (part, parts[0]))
             if field.name not in _FREE and its != other:
                 raise ValueError(f"populations[{i}]: has {field.name}={its!r}, populations[0] {other!r}; must be alike")
+        first = keys.setdefault((part.params.seed, part.params.group), i)
+        if first != i:
+            raise ValueError(f"populations[{i}]: has seed and group of populations[{first}]; runs must be independent")
 
 
 @dataclasses.dataclass

@@ -81,7 +81,7 @@ def test_where_there_is_none(tiny):
         summary = Population.from_bytes(population.to_bytes()).summary()
         assert summary["log_z_stderr"] is None and reason in summary["log_z_stderr_reason"]
     assert (run(None).log_z_stderr, run(None).log_z_stderr_reason) == (0.0, None)
-    forced = [run(None, n_particles=3, force_stop=True, seed=seed) for seed in range(20)]
+    forced = [run(None, n_particles=3, force_stop=True, logit_bias={STOP: 4.0}, seed=seed) for seed in range(20)]
     assert any(each.log_z == 0.0 for each in forced) and not any(each.log_z_stderr == 0.0 for each in forced)
     one_root = np.array([[0, 1, 2, 3], [2, 2, 2, 2]])
     values = genealogy.log_z_stderr(

@@ -603,7 +603,7 @@ def test_an_impossible_target_is_a_population_without_weight(engine, grammar, pr
          "at $.properties.a.items: Unimplemented keys: [\"not\"]"),
         (lambda: JsonSchema({"anyOf": [{"type": "null"}, {"uniqueItems": True}]}), "at $.anyOf[1]: Unimplemented keys"),
         (lambda: Grammar('root ::= "a"{1,' + " " * 10**5 + "x"), "is no part of a rule"),  # in linear time
-        (lambda: Choice(["a"] * (1 << 16 | 1)), "choices: have 131074 characters, one more each; must have at most 131072"),
+        (lambda: Choice(["a"] * (1 << 16 | 1)), "choices: have 131074 characters"),
         (lambda: Choice([]), "choices=[]: must be a list of at least one text"),
         (lambda: Choice("ab"), "choices='ab': must be a list"),
         (lambda: Choice(["a", 1]), "choices=['a', 1]: must be a list of texts"),
