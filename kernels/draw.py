@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from fastsmc.kernels.launch import config, on_device, temperature_arguments
-from fastsmc.kernels.weigh import LOG2, TILE, exp2_below, max_of, row_arguments, row_of, scale_of, tile_scores
+from fastsmc.kernels.weigh import LOG2, TILE, exp2_below, max_of, power_of, row_arguments, row_of, scale_of, tile_scores
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -64,8 +64,8 @@ def draw_one(
             masked = tl.where(tl.load(mask_rows + r) < 0, 0, vocab)
         mask = row_of(mask, mask_stride, mask_rows, r)
     scale = scale_of(scale, temperatures, n_temperatures, r)
-    powered = scale_of(powered, powereds, n_powered, r)
-    _, x = tile_scores(logits, psi, mask, masked, tile, vocab, scale, powered, True, False, False)
+    power = power_of(scale_of(powered, powereds, n_powered, r), scale)
+    _, x = tile_scores(logits, psi, mask, masked, tile, vocab, scale, power, True, False, False)
     mass = tl.reshape(exp2_below(x, max_of(x)).to(tl.float64), (TILE,))
     offset, u = invert_cdf(mass, tl.arange(0, TILE), u, TILE)
     token = tile * TILE + offset

@@ -65,14 +65,20 @@ def scale_of(scale, temperatures, n_temperatures, r):
 
 
 @triton.jit
+def power_of(powered, scale):
+    """Computes what z is multiplied by in x: exactly 1 where there is no power."""
+    return tl.where(powered == scale, 1.0, powered / scale)
+
+
+@triton.jit
 def tile_scores(
-    logits, psi, mask, masked, tile, vocab, scale, powered,
+    logits, psi, mask, masked, tile, vocab, scale, power,
     TAIL: tl.constexpr, LOGITS_ONCE: tl.constexpr, PSI_ONCE: tl.constexpr,
 ):  # fmt: skip
     """Computes the scores (z, x), (32, 32) float32 each, of one tile of a row; −inf behind the end of the row.
 
     logits, psi and mask are the addresses of the row. masked is how many tokens the mask covers: all of them, or none.
-    scale and powered are what logits are multiplied by in z and in x.
+    scale is what logits are multiplied by in z, and power what z is multiplied by in x.
     """
     word, bit = tl.arange(0, 32)[:, None], tl.arange(0, 32)[None, :]
     column = tile * TILE + word * 32 + bit
@@ -84,7 +90,7 @@ def tile_scores(
     else:
         logit = tl.load(logits + column, eviction_policy=logits_policy)
     z = logit.to(tl.float32) * scale
-    x = logit.to(tl.float32) * powered
+    x = z * power
     if psi is not None or mask is not None:
         twist = tl.zeros((32, 32), tl.float32)
         if psi is not None:
@@ -113,10 +119,10 @@ def exp2_below(x, top):
 
 @triton.jit
 def scan_tile(
-    logits, psi, mask, masked, tile, vocab, scale, powered, at, maxima, sums, base_maxima, base_sums,
+    logits, psi, mask, masked, tile, vocab, scale, power, at, maxima, sums, base_maxima, base_sums,
     TAIL: tl.constexpr, LOGITS_ONCE: tl.constexpr, PSI_ONCE: tl.constexpr,
 ):  # fmt: skip
-    z, x = tile_scores(logits, psi, mask, masked, tile, vocab, scale, powered, TAIL, LOGITS_ONCE, PSI_ONCE)
+    z, x = tile_scores(logits, psi, mask, masked, tile, vocab, scale, power, TAIL, LOGITS_ONCE, PSI_ONCE)
     top = max_of(x)
     tl.store(maxima + at, top)
     tl.store(sums + at, tl.sum(exp2_below(x, top)))
@@ -140,7 +146,7 @@ def scan(
         if tl.load(logit_rows + r) < 0:
             return
     scale = scale_of(scale, temperatures, n_temperatures, r)
-    powered = scale_of(powered, powereds, n_powered, r)
+    power = power_of(scale_of(powered, powereds, n_powered, r), scale)
     logits = row_of(logits, logit_stride, logit_rows, r)
     if psi is not None:
         psi = row_of(psi, psi_stride, psi_rows, r)
@@ -152,12 +158,12 @@ def scan(
     full = vocab // TILE
     for tile in range(first, min(first + tiles, full)):
         scan_tile(
-            logits, psi, mask, masked, tile, vocab, scale, powered, r * n_tiles + tile, maxima, sums, base_maxima,
+            logits, psi, mask, masked, tile, vocab, scale, power, r * n_tiles + tile, maxima, sums, base_maxima,
             base_sums, False, LOGITS_ONCE, PSI_ONCE,
         )  # fmt: skip
     if (first <= full) & (full < min(first + tiles, n_tiles)):
         scan_tile(
-            logits, psi, mask, masked, full, vocab, scale, powered, r * n_tiles + full, maxima, sums, base_maxima,
+            logits, psi, mask, masked, full, vocab, scale, power, r * n_tiles + full, maxima, sums, base_maxima,
             base_sums, True, LOGITS_ONCE, PSI_ONCE,
         )  # fmt: skip
 

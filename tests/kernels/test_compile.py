@@ -75,6 +75,11 @@ def matrices(dtype, psi, masked):
     return given | {"scale": "fp32", "temperatures": "*fp64", "n_temperatures": "i32"}
 
 
+def powered():
+    """Types of the arguments that say what logits are multiplied by in x."""
+    return {"powered": "fp32", "powereds": "*fp64", "n_powered": "i32"}
+
+
 def least_loads(dtype, psi, num_warps):
     """128-bit loads of a thread for one tile."""
     size = SIZES[dtype] + (SIZES[psi] if psi else 0)
@@ -84,16 +89,21 @@ def least_loads(dtype, psi, num_warps):
 @dtypes
 @psi_dtypes
 @masks
-def test_scan(dtype, psi, masked):
-    partials = ("maxima", "sums", *(("base_maxima", "base_sums") if psi or masked else ()))
-    given = matrices(dtype, psi, masked) | {"tiles": "i32"} | dict.fromkeys(partials, "*fp32")
+@pytest.mark.parametrize("power", [False, True])
+def test_scan(dtype, psi, masked, power):
+    if power and (psi or masked):
+        pytest.skip("a power beside a twist or a mask is the same kernel")
+    partials = ("maxima", "sums", *(("base_maxima", "base_sums") if psi or masked or power else ()))
+    given = matrices(dtype, psi, masked) | powered() | {"tiles": "i32"} | dict.fromkeys(partials, "*fp32")
     for once in (True, False):
         registers, spilled, sass = compiled(
             weigh.scan, given, {"LOGITS_ONCE": once, "PSI_ONCE": once and psi is not None}, "weigh"
         )
         # a warp holds a tile, 32 scores a thread, or 64 where base and base + twist are summed. 65536 registers then
-        # keep 16, 20 or 32 warps of a multiprocessor at work, with 32 KiB or more on their way to it
-        assert registers <= (128 if masked else 96 if psi else 64)
+        # keep 16, 20 or 32 warps of a multiprocessor at work, with 32 KiB or more on their way to it; two rows of
+        # float32 have twice as much per warp, and so 16 warps
+        wide = SIZES[dtype] + (SIZES[psi] if psi else 0) == 8
+        assert registers <= (128 if masked or wide else 96 if psi or power else 64)
         assert spilled == 0
         # the loop over whole tiles, and the last one
         num_warps = launch._configs()["default"]["weigh"]["*"]["num_warps"]
@@ -114,7 +124,7 @@ def test_join(reweighs):
 @psi_dtypes
 @masks
 def test_draw(dtype, psi, masked):
-    given = matrices(dtype, psi, masked) | {"rows": "*i64", "tokens": "*i64"}
+    given = matrices(dtype, psi, masked) | powered() | {"rows": "*i64", "tokens": "*i64"}
     given |= dict.fromkeys(("lse", "tile_mass", "uniforms", "log_prob", "log_psi"), "*fp64")
     registers, spilled, sass = compiled(draw.draw_one, given, {"BLOCK": 128}, "draw")
     num_warps = launch._configs()["default"]["draw"]["*"]["num_warps"]
