@@ -168,7 +168,7 @@ def population_body(population: Any, payload: dict[str, Any], genealogy: bool, t
         population.finish_reasons,
         strict=True,
     )
-    body = {
+    body: dict[str, Any] = {
         "log_z": _finite(population.log_z),
         "log_z_is_minus_inf": _finite(population.log_z) is None,
         **{name: payload[name] for name in ("log_z_stderr", "log_z_stderr_reason", "distinct_roots")},
