@@ -6,6 +6,9 @@ import math
 
 import numpy as np
 
+#: why a bound has no standard error
+RETAINED = "exact samples were retained: log Ẑ is a bound on log Z, not an estimate of it"
+
 
 def find_roots(ancestors: np.ndarray) -> np.ndarray:
     """Finds the row of the first step that each final particle descends from, (N,) int64, of ancestors (T, N)."""
@@ -66,7 +69,7 @@ def log_z_stderr(
         retains: exact samples were given, so that log Ẑ is no estimate but a bound.
     """
     if retains:
-        return math.nan, "exact samples were retained: log Ẑ is a bound on log Z, not an estimate of it"
+        return math.nan, RETAINED
     if np.isneginf(log_weights).all():
         return math.nan, "all weights are zero"
     if equal_by_law and not log_weights.any():

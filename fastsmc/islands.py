@@ -64,6 +64,18 @@ class Auto:
                     f"max_particles={most}: must be at least the size of an island, SMCParams.n_particles="
                     f"{each.n_particles}"
                 )
+            if PILOTS * each.n_particles > 2**20:
+                raise ValueError(
+                    f"SMCParams.n_particles={each.n_particles}: with n_particles='auto', which pools {PILOTS} pilots, "
+                    f"must be at most {2**20 // PILOTS}"
+                )
+        runs = sum(PILOTS + most // each.n_particles for each in params)
+        for each in params:
+            if each.group + runs > 2**32:
+                raise ValueError(
+                    f"group={each.group}: with n_particles='auto' up to {runs} runs are numbered from it on; must be "
+                    f"at most {2**32 - runs}"
+                )
         return cls(target, most)
 
     def run(
@@ -139,6 +151,6 @@ def _run(
     out: list[list[Population] | SMCError] = []
     for count in counts:
         each = [next(found) for _ in range(count)]
-        errors = [one for one in each if isinstance(one, SMCError)]
-        out.append(errors[0] if errors else [one for one in each if isinstance(one, Population)])
+        errors = [outcome for outcome in each if isinstance(outcome, SMCError)]
+        out.append(errors[0] if errors else [outcome for outcome in each if isinstance(outcome, Population)])
     return out

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastsmc.genealogy import normalise
+from fastsmc.genealogy import RETAINED, normalise
 from fastsmc.params import SMCParams
 
 if TYPE_CHECKING:
@@ -112,6 +112,8 @@ def _stderr(
     """Gives the standard error of a pool's log Ẑ, or NaN and why there is none."""
     if log_z == -math.inf:
         return math.nan, "all weights are zero"
+    if any(part.log_z_stderr_reason == RETAINED for part in parts):
+        return math.nan, RETAINED
     sizes, n = np.bincount(island), len(island)
     if all(part.log_z_stderr == 0.0 for part in parts):
         return 0.0, None

@@ -123,11 +123,14 @@ def test_caps(engine):
         ({"n_particles": "auto", "max_particles": 3}, "max_particles=3: must be at least the size of an island"),
         ({"n_particles": "auto", "max_particles": 2.5}, "max_particles=2.5: must be an integer"),
         ({"n_particles": "auto", "exact": [[0, 1, 0, 1]]}, "exact: a run with n_particles='auto'"),
+        ({"n_particles": "auto", "params": SMCParams(group=2**32 - 1)}, "group=4294967295: .* must be at most"),
+        ({"n_particles": "auto", "max_particles": 2**20, "params": SMCParams(n_particles=2**18)},
+         "SMCParams.n_particles=262144: .* must be at most 131072"),
     ],
-)
+)  # fmt: skip
 def test_refuses(engine, arguments, message):
     with pytest.raises(ValueError, match=message):
-        engine.smc(PROMPT, PARAMS, PHI, **arguments)
+        engine.smc(PROMPT, **{"params": PARAMS, "potential": PHI, **arguments})
 
 
 def test_gather_keeps_what_did_not_fail(engine):

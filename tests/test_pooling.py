@@ -11,6 +11,7 @@ import pytest
 from tiny import TableTwist, TinyLlama, make_llama, run_table, value_table
 
 from fastsmc import SMCParams
+from fastsmc.genealogy import RETAINED
 from fastsmc.population import Population
 
 VOCAB, STEPS, STOP = 6, 4, 5
@@ -100,6 +101,8 @@ def test_error_of_a_pool(tiny):
     assert some.log_z == pytest.approx(parts[2].log_z + math.log(50 / 95))
     assert some.log_z_stderr == pytest.approx(math.sqrt((45 * 1 + 50 * 0.9**2) / (9 * 95)))
     assert Population.pool([island(tiny, 5, group, None) for group in range(9)]).log_z_stderr == 0.0
+    bounds = [dataclasses.replace(part, log_z_stderr=math.nan, log_z_stderr_reason=RETAINED) for part in parts]
+    assert Population.pool(bounds).log_z_stderr_reason == RETAINED
 
 
 def test_unbiased(tiny):

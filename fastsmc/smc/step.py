@@ -423,7 +423,7 @@ class Step:
         self._active = None
         return ancestors
 
-    def _by_weight(self, log_w: Tensor, u: Tensor, threshold: float | Tensor) -> ops.Resampled:
+    def _by_weight(self, log_w: Tensor, u: Tensor, threshold: Tensor) -> ops.Resampled:
         return ops.resample(
             log_w, u, scheme=self.kind.scheme, threshold=threshold, offsets=self.layout.offsets,
             largest=max(self.layout.sizes),
@@ -439,12 +439,11 @@ class Step:
             log of W / r, which a particle's children keep, (M,), −∞ without a weight.
         """
         layout, log_w = self.layout, self.particles.log_w
-        true = self._by_weight(log_w, u, 0.0)
+        true = self._by_weight(log_w, u, threshold)
         size = layout.offsets[1:] - layout.offsets[:-1]
-        low = (threshold == 1.0) | (true.ess < threshold * size)
         share, time = true.ess.clamp(min=1.0) / size, drawn / self._max_tokens[layout.offsets[:-1]]
         log_r = log_w / self.of(find_tau(tau, share, time))
-        done = self._by_weight(log_r, u, low.double())
+        done = self._by_weight(log_r, u, true.resampled.double())
         kept = log_w - log_r - self.of(true.log_mean - done.log_mean)
         kept = torch.where(log_w > -math.inf, kept, -math.inf)
         return done._replace(ess=true.ess, log_mean=true.log_mean), log_r, kept
