@@ -255,11 +255,11 @@ class HFEngine(Effects, Interchanges):
             if use_tqdm:
                 from tqdm.auto import tqdm
 
-                bar = tqdm(total=sum(one.max_tokens for one in asked), desc="particle steps", file=sys.stderr)
+                bar = tqdm(total=sum(each.max_tokens for each in asked), desc="particle steps", file=sys.stderr)
             return _run_each(
                 [
-                    partial(self._run, ids[i], one, ready[id(chosen[i])], kept[i], layers[i], bar=bar)
-                    for i, one in zip(which, asked, strict=True)
+                    partial(self._run, ids[i], own, ready[id(chosen[i])], kept[i], layers[i], bar=bar)
+                    for i, own in zip(which, asked, strict=True)
                 ]
             )
 

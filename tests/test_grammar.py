@@ -461,30 +461,6 @@ def test_every_completed_particle_validates(real_tokenizer, whitespace):
 
 
 # -- several groups, copies, what is freed -----------------------------------------------------------------------------
-@pytest.mark.parametrize("seed", range(5))
-def test_it_follows_reindex(engine, seed):  # noqa: F811
-    """Against a fresh object that reads the whole history, with methods skipped, repeated and reindexed at random."""
-    rng = np.random.default_rng(seed)
-    n, max_tokens = 16, 6
-    grammar = Grammar('root ::= ("ab" | "é" | "c ")* "a"?')
-    grammar.setup(engine)
-    grammar.reset(n, [1])
-    paths = [[] for _ in range(n)]
-    for t in range(1, max_tokens + 1):
-        for path in paths:
-            if len(path) == t - 1 and path[-1:] != [EOS]:
-                path.append(int(rng.choice([0, 1, 2, 3, 4, 5, 6, 7], p=[0.05, 0.2, 0.2, 0.1, 0.2, 0.05, 0.1, 0.1])))
-        state = make_state(paths, max_tokens, t)
-        fresh = Grammar(grammar.grammar)
-        fresh.setup(engine)
-        for method in rng.choice(["prefix", "complete", "logw_next"], size=rng.integers(0, 4)):
-            assert torch.equal(dense(getattr(grammar, method)(state)), dense(getattr(fresh, method)(state)))
-        if rng.random() < 0.7:
-            ancestors = rng.integers(0, n, n)
-            paths = [list(paths[a]) for a in ancestors]
-            grammar.reindex(torch.tensor(ancestors))
-
-
 def test_states_are_shared_and_freed(engine):  # noqa: F811
     """Each distinct history is one state, in whatever group; none outlives the particles in it."""
     origin = Grammar("root ::= [ab]*")

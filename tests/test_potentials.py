@@ -13,6 +13,7 @@ import torch
 from fastsmc import SMCParams
 from fastsmc.potentials import (
     Engine,
+    Grammar,
     Infill,
     Judge,
     Lexicon,
@@ -275,27 +276,29 @@ def test_regex_masks_are_packed_kept_bounded_and_shared(tokenizer, monkeypatch):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_regex_follows_reindex(engine, seed):
+@pytest.mark.parametrize("kind", [Regex, Grammar])
+def test_texts_follow_reindex(engine, kind, seed):
     """Against a fresh object that reads the whole history, with methods skipped, repeated and reindexed at random."""
     rng = np.random.default_rng(seed)
     n, max_tokens = 16, 6
-    regex = Regex("(ab|é|c )*a?")
-    regex.setup(engine)
-    regex.reset(n, [1])
+    said = {Regex: "(ab|é|c )*a?", Grammar: 'root ::= ("ab" | "é" | "c ")* "a"?'}[kind]
+    potential = kind(said)
+    potential.setup(engine)
+    potential.reset(n, [1])
     paths = [[] for _ in range(n)]
     for t in range(1, max_tokens + 1):
         for path in paths:
             if len(path) == t - 1 and path[-1:] != [EOS]:
                 path.append(int(rng.choice([0, 1, 2, 3, 4, 5, 6, 7], p=[0.05, 0.2, 0.2, 0.1, 0.2, 0.05, 0.1, 0.1])))
         state = make_state(paths, max_tokens, t)
-        fresh = Regex(regex.pattern)
+        fresh = kind(said)
         fresh.setup(engine)
         for method in rng.choice(["prefix", "complete", "logw_next"], size=rng.integers(0, 4)):
-            torch.testing.assert_close(dense(getattr(regex, method)(state)), dense(getattr(fresh, method)(state)))
+            torch.testing.assert_close(dense(getattr(potential, method)(state)), dense(getattr(fresh, method)(state)))
         if rng.random() < 0.7:
             ancestors = rng.integers(0, n, n)
             paths = [list(paths[a]) for a in ancestors]
-            regex.reindex(torch.tensor(ancestors))
+            potential.reindex(torch.tensor(ancestors))
 
 
 @pytest.mark.parametrize("pattern", ["(", "a)|(b", "(?!a)b", "x"])

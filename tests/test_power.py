@@ -102,6 +102,20 @@ def test_the_twisted_proposal_needs_no_potential(tiny):
     assert np.ptp(once.log_weights) == 0
 
 
+@pytest.mark.parametrize("proposal", ["twisted", "base"])
+def test_log_p0_follows_its_particle(tiny, proposal):
+    """What ramps raise is log p0 of the particle's own tokens, whatever it was resampled from."""
+    params = SMCParams(
+        n_particles=30, max_tokens=STEPS, power=0.5, power_ramp=(3.0, 0.2, 0.5), ess_threshold=1.0, proposal=proposal,
+        resampling="multinomial", seed=6,
+    )  # fmt: skip
+    group = Group(params, KINDS["twist"], PROMPT)
+    population = run_group(group, TableRows(tiny, 30))
+    moved = population.ancestors != np.arange(30)
+    assert moved[population.resampled].any() and len(set(population.log_probs.tolist())) > 5
+    np.testing.assert_allclose(group.cohort.particles.log_prob.numpy(), population.log_probs, atol=1e-12)
+
+
 def test_ramps_and_ends_leave_nothing_behind(tiny):
     """Without resampling weights are p0^α φ / q, whatever the ramp: the same draws have the same weights."""
     base = SMCParams(n_particles=50, max_tokens=STEPS, ess_threshold=0.0, power=2.0, proposal="base", seed=3)

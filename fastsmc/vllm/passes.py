@@ -208,6 +208,37 @@ class Stretch(NamedTuple):
     adapter: Any = None
 
 
+def lay_rows(
+    model: PagedCalls, tokens: Sequence[Sequence[int]], begins: Sequence[int], blocks: Sequence[Sequence[int]],
+    **more: Any,
+) -> Batch:  # fmt: skip
+    """Lays rows of several queries into a batch, by the lists of a host.
+
+    Args:
+        tokens: that each row appends.
+        begins: tokens that each row has before them.
+        blocks: of each row.
+        more: other fields of `Batch`.
+    """
+    size, device = model.block_size, model.device
+    queries = tuple(map(len, tokens))
+    ends = [begin + n for begin, n in zip(begins, queries, strict=True)]
+    columns = max(map(len, blocks))
+    table = torch.tensor([[*row, *[0] * (columns - len(row))] for row in blocks], dtype=torch.int32, device=device)
+    at = torch.cat([torch.arange(end - n, end, device=device) for end, n in zip(ends, queries, strict=True)])
+    row_of = torch.arange(len(blocks), device=device).repeat_interleave(torch.tensor(queries, device=device))
+    return Batch(
+        torch.tensor([token for row in tokens for token in row], device=device),
+        at,
+        table[row_of, at // size].long() * size + at % size,
+        table,
+        torch.tensor(ends, dtype=torch.int32, device=device),
+        max(ends),
+        queries,
+        **more,
+    )
+
+
 def run_stretches(
     model: PagedCalls, stretches: Sequence[Stretch], sites: Mapping[Site, AtSite] | None = None
 ) -> Tensor:
@@ -219,9 +250,7 @@ def run_stretches(
     Returns:
         (R, H) hidden states of their last tokens.
     """
-    size, device = model.block_size, model.device
     left, ended = list(stretches), []
-    columns = max(len(row.blocks) for row in left)
     while left:
         taken: list[tuple[Stretch, int]] = []
         room = model.max_tokens
@@ -231,21 +260,13 @@ def run_stretches(
                 room -= taken[-1][1]
         queries = tuple(n for _, n in taken)
         ends = [row.begin + n for row, n in taken]
-        rows = [[*row.blocks, *[0] * (columns - len(row.blocks))] for row, _ in taken]
-        table = torch.tensor(rows, dtype=torch.int32, device=device)
-        tokens = [v for (row, _), end in zip(taken, ends, strict=True) for v in row.tokens[row.begin : end]]
-        at = torch.cat([torch.arange(end - n, end, device=device) for end, n in zip(ends, queries, strict=True)])
-        row_of = torch.arange(len(taken), device=device).repeat_interleave(torch.tensor(queries, device=device))
         adapters = tuple(row.adapter for row, _ in taken)
         hidden = model.hidden(
-            Batch(
-                torch.tensor(tokens, device=device),
-                at,
-                table[row_of, at // size].long() * size + at % size,
-                table,
-                torch.tensor(ends, dtype=torch.int32, device=device),
-                max(ends),
-                queries,
+            lay_rows(
+                model,
+                [row.tokens[row.begin : end] for (row, _), end in zip(taken, ends, strict=True)],
+                [row.begin for row, _ in taken],
+                [row.blocks for row, _ in taken],
                 adapters=adapters if any(adapter is not None for adapter in adapters) else None,
                 variants=torch.cat([row.variants[row.begin : end] for (row, _), end in zip(taken, ends, strict=True)]),
                 sites=sites,

@@ -16,7 +16,7 @@ from torch import Tensor
 from fastsmc.p0 import P0
 from fastsmc.vllm import interchange
 from fastsmc.vllm.model import Model
-from fastsmc.vllm.passes import Batch, score_queries
+from fastsmc.vllm.passes import lay_rows, score_queries
 
 
 def score(model: Model, prompt: Sequence[int], continuations: Sequence[Sequence[int]], p0: P0) -> Tensor:
@@ -34,38 +34,16 @@ def score(model: Model, prompt: Sequence[int], continuations: Sequence[Sequence[
         of_prompt = list(range(1, 1 + n_prompt))
         for begin in range(0, before, model.max_tokens):
             end = min(before, begin + model.max_tokens)
-            model.hidden(_batch(model, [(prompt[begin:end], begin, of_prompt)]))
+            model.hidden(lay_rows(model, [prompt[begin:end]], [begin], [of_prompt]))
         for part in interchange.fitting(needs, room, model.max_rows):
-            block, rows = itertools.count(1 + n_prompt), []
-            for i in part:
-                own = [next(block) for _ in range(needs[i])]
-                rows.append(([prompt[-1], *continuations[i][:-1]], before, [*of_prompt[:shared], *own]))
+            block, asked = itertools.count(1 + n_prompt), [continuations[i] for i in part]
+            blocks = [[*of_prompt[:shared], *itertools.islice(block, needs[i])] for i in part]
             if shared < n_prompt:
-                tails = torch.tensor([table[shared] for *_, table in rows], device=model.device)
+                tails = torch.tensor([row[shared] for row in blocks], device=model.device)
                 for cache in caches:
                     cache[tails] = cache[of_prompt[shared]].clone()
-            tokens = [token for i in part for token in continuations[i]]
-            places = [place for i in part for place in range(len(continuations[i]))]
-            batch, scored = _batch(model, rows), torch.tensor([tokens, places], device=model.device)
-            found.append(score_queries(model, batch, scored[0], [p0], [0, len(tokens)], scored[1]))
+            batch = lay_rows(model, [[prompt[-1], *ids[:-1]] for ids in asked], [before] * len(part), blocks)
+            targets = torch.tensor([token for ids in asked for token in ids], device=model.device)
+            places = torch.tensor([place for ids in asked for place in range(len(ids))], device=model.device)
+            found.append(score_queries(model, batch, targets, [p0], [0, len(targets)], places))
     return torch.cat(found)
-
-
-def _batch(model: Model, rows: Sequence[tuple[Sequence[int], int, list[int]]]) -> Batch:
-    """Makes a batch of rows: the tokens that they append, how many are before these, and their blocks."""
-    device, size = model.device, model.block_size
-    columns = max(len(table) for *_, table in rows)
-    table = torch.tensor([[*t, *[0] * (columns - len(t))] for *_, t in rows], dtype=torch.int32, device=device)
-    queries = tuple(len(tokens) for tokens, *_ in rows)
-    at = torch.cat([torch.arange(begin, begin + len(tokens), device=device) for tokens, begin, _ in rows])
-    row_of = torch.arange(len(rows), device=device).repeat_interleave(torch.tensor(queries, device=device))
-    ends = [begin + len(tokens) for tokens, begin, _ in rows]
-    return Batch(
-        torch.tensor([v for tokens, *_ in rows for v in tokens], device=device),
-        at,
-        table[row_of, at // size].long() * size + at % size,
-        table,
-        torch.tensor(ends, dtype=torch.int32, device=device),
-        max(ends),
-        queries,
-    )
