@@ -66,14 +66,17 @@ FASTSMC_HD inline float load_row(const Logit* logits, const Mask* mask, int64_t 
   return max;
 }
 
+// So many are summed in float32 before float64 takes over: beside one large number, what is far below it would be lost.
+constexpr int kSummed = 128;
+
 // e_i of a row, and their sum: NaN if the row holds NaN or +inf.
 FASTSMC_HD inline double exponentials(const Scores& row, int64_t n_tiles, float* e) {
   double total = 0.0;
   const Scores from = row;  // in registers, where a store to e cannot change it
-  for (int64_t first = 0; first < n_tiles * kTile; first += kTile) {
+  for (int64_t first = 0; first < n_tiles * kTile; first += kSummed) {
     float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
-    for (int i = 0; i < kTile; ++i)
+    for (int i = 0; i < kSummed; ++i)
       sum += e[first + i] = exp2_nonpositive(from.relative(from.logit[first + i], from.max));
     total += sum;
   }
