@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -63,15 +64,24 @@ class Walked(Potential):
         return self
 
 
-def walk(row: Tensor, ask: Any, asks: set[int], n: int) -> float:
-    """Says how many questions a particle asks on a row by itself, the mean of n."""
+def walk(row: Tensor, ask: Any, asks: set[int], n: int) -> np.ndarray:
+    """Says how many questions each of n particles (n,) asks on a row by itself."""
     potential = Walked(ask, asks, n)
     params = SMCParams(n_particles=n, max_tokens=1, proposal="rejection", resampling="multinomial")
     group = Group(params, potential, [0])
     (cohort,) = arrange([group])
     cohort.wants()
     finish(cohort.take(row[None].clone(), None))
-    return float(potential.counts.mean())
+    return potential.counts
+
+
+def ratio_stderr(ours: list[np.ndarray], theirs: list[np.ndarray]) -> float:
+    """Computes the standard error of Σ_r mean(ours[r]) / Σ_r mean(theirs[r]), r a row, by the delta method."""
+    means, variances = [], []
+    for side in (ours, theirs):
+        means.append(sum(counts.mean() for counts in side))
+        variances.append(sum(counts.var(ddof=1) / len(counts) for counts in side))
+    return means[0] / means[1] * math.sqrt(sum(v / m**2 for v, m in zip(variances, means, strict=True)))
 
 
 @torch.inference_mode()
@@ -114,7 +124,7 @@ def run_task(engine: HFEngine, task: str, n: int, max_tokens: int, seed: int, pe
     population = group.population()
     assert population.questions is not None  # it has a condition
     asks = {v for v, token in enumerate(tokens) if token is not None} | set(stops)
-    ours = []
+    walks = []
     for row, history in zip(rows, histories, strict=True):
         text = bytes.fromhex(history["text"])
 
@@ -125,7 +135,8 @@ def run_task(engine: HFEngine, task: str, n: int, max_tokens: int, seed: int, pe
             whole_text = (text + spelled).decode(errors="replace")
             return whole(whole_text) if token in stops else begins(whole_text.rstrip("\ufffd"))
 
-        ours.append(walk(row, ask, asks, history["runs"]))
+        walks.append(walk(row, ask, asks, history["runs"]))
+    ours = [counts.mean() for counts in walks]
     particles = np.array([history["particles"] for history in histories])
     record: dict[str, Any] = {
         "task": task,
@@ -143,10 +154,12 @@ def run_task(engine: HFEngine, task: str, n: int, max_tokens: int, seed: int, pe
         "in_all_without_sharing": float(np.dot(particles, ours)) + n_last,
     }
     if peer is not None:
-        theirs = ask_peer(peer, task, rows, histories, tokens, stops)
+        peer_walks = ask_peer(peer, task, rows, histories, tokens, stops)
+        theirs = [counts.mean() for counts in peer_walks]
         record |= {"peer_alone": float(np.mean(theirs)), "peer_in_all": float(np.dot(particles, theirs)) + n_last}
         record |= {
             "alone_ratio": record["alone"] / record["peer_alone"],
+            "alone_ratio_stderr": ratio_stderr(walks, peer_walks),
             "in_all_ratio": record["in_all"] / record["peer_in_all"],
         }
     return record
@@ -154,8 +167,8 @@ def run_task(engine: HFEngine, task: str, n: int, max_tokens: int, seed: int, pe
 
 def ask_peer(
     peer: str, task: str, rows: list[Tensor], histories: list[dict[str, Any]], tokens: list[bytes | None], stops: Any
-) -> np.ndarray:
-    """Has genlm-control walk rows, and gives its mean number of questions on each, (R,)."""
+) -> list[np.ndarray]:
+    """Has genlm-control walk rows, and gives the number of questions of each walk, by row."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)
         np.save(path / "rows.npy", torch.stack(rows).numpy())
@@ -167,7 +180,7 @@ def ask_peer(
                 file.write(json.dumps(value))
         script = Path(__file__).parent / "peers" / "genlm_condition_bench.py"
         subprocess.run([peer, str(script), folder], env=peer_environment(peer), stdout=subprocess.DEVNULL, check=True)
-        return np.array([np.mean(asked) for asked in json.loads((path / "asked.json").read_text())])
+        return [np.array(asked) for asked in json.loads((path / "asked.json").read_text())]
 
 
 def run(json_path: str | None, peer: str | None, n: int, max_tokens: int, seeds: int) -> list[dict[str, Any]]:

@@ -49,8 +49,8 @@ PEER_PROMPT = """People, one JSON object per line:
 class Engine(bench_step.Engine):
     """Starts an engine in this process, with its parts and the potentials' methods timed."""
 
-    def __init__(self, model: str, max_tokens: int) -> None:
-        super().__init__(model, max_tokens)
+    def __init__(self, model: str, max_tokens: int, dtype: str) -> None:
+        super().__init__(model, max_tokens, dtype)
         from fastsmc.potentials import Grammar, JsonSchema, Lexicon, Product
 
         for kind in (Grammar, Lexicon, Product):
@@ -76,10 +76,11 @@ class Engine(bench_step.Engine):
         return seconds | {"share": forward_share(population), "steps": population.T, "log_z": population.log_z}
 
 
-def run_peer(python: str, seed: int) -> dict[str, Any]:
+def run_peer(python: str, seed: int, dtype: str) -> dict[str, Any]:
     """Returns the record of a run of genlm-control, in its own environment with its own OpenMP library."""
     script = Path(__file__).with_name("peers") / "genlm_control_json.py"
     options = {"--particles": PEER_PARTICLES, "--max-tokens": PEER_TOKENS, "--seed": seed, "--prompt": PEER_PROMPT}
+    options["--dtype"] = dtype
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "record.json"
         words = [str(word) for pair in options.items() for word in pair]
@@ -104,7 +105,7 @@ def compare_steps(engine: Engine, n: int, repeats: int) -> dict[str, Any]:
             "forward_share": share}  # fmt: skip
 
 
-def compare_peer(engine: Engine, python: str, repeats: int) -> dict[str, Any]:
+def compare_peer(engine: Engine, python: str, repeats: int, dtype: str) -> dict[str, Any]:
     """Measures the JSON potentials of both sides, in turn."""
     ours: list[dict[str, float]] = []
     theirs: list[dict[str, Any]] = []
@@ -112,7 +113,7 @@ def compare_peer(engine: Engine, python: str, repeats: int) -> dict[str, Any]:
         timed = engine.measure("person", PEER_PROMPT, n_particles=PEER_PARTICLES, max_tokens=PEER_TOKENS, seed=i)
         if i:
             ours.append({"potential_ms": 1e3 * timed["potential"] / timed["steps"], "log_z": timed["log_z"]})
-            theirs.append(run_peer(python, i))
+            theirs.append(run_peer(python, i, dtype))
             print(f"ours {ours[-1]}\ntheirs {theirs[-1]['runs'][0]}", flush=True)
     peer = theirs[-1]  # its machine, versions and command are those of its last process
     peer["runs"] = [run for record in theirs for run in record["runs"]]
@@ -128,20 +129,21 @@ def run(
     repeats: int = 3,
     particles: tuple[int, ...] = PARTICLES,
     peer: str | None = None,
+    dtype: str = "bfloat16",
 ) -> list[dict]:
     """Measures steps at each N of `particles`, and the peer if its interpreter is given; writes and returns the
     records."""
-    engine, records = Engine(model, max_tokens), []
+    engine, records = Engine(model, max_tokens, dtype), []
     for n in particles:
         record = compare_steps(engine, n, repeats)
         records.append(record)
         of = {name: f"{ms['total']:.1f} ({ms['outside']:.1f} outside)" for name, ms in record["step_ms"].items()}
         print(f"N={n}: ms per step {of}, cost {record['cost']:.1%} of a step", flush=True)
     if peer is not None:
-        records.append(compare_peer(engine, peer, repeats))
+        records.append(compare_peer(engine, peer, repeats, dtype))
         print(f"ms in the JSON potential: {records[-1]['ratio']:.1f} × fewer than genlm-control", flush=True)
     if json_path:
-        write_result(json_path, {"bench": "grammar", "model": model, "records": records})
+        write_result(json_path, {"bench": "grammar", "model": model, "dtype": dtype, "records": records})
     return records
 
 
@@ -152,10 +154,11 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--particles", default=",".join(map(str, PARTICLES)))
+    parser.add_argument("--dtype", default="bfloat16", help="of the model; float32 where the CPU has no bfloat16")
     parser.add_argument("--peer", metavar="PYTHON", help="of the peers' environment; without it only fastsmc runs")
     args = parser.parse_args()
     particles = tuple(int(n) for n in args.particles.split(","))
-    run(args.json, args.model, args.max_tokens, args.repeats, particles, args.peer)
+    run(args.json, args.model, args.max_tokens, args.repeats, particles, args.peer, args.dtype)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from machine import write_result
 PROMPT_TOKENS, CONTINUATIONS, LENGTHS = 512, 64, (8, 16, 24)
 
 
-def run(json_path: str | None, model: str, repeats: int, n: int = CONTINUATIONS) -> list[dict[str, Any]]:
+def run(json_path: str | None, model: str, repeats: int, dtype: str, n: int = CONTINUATIONS) -> list[dict[str, Any]]:
     """Measures continuations of each length; writes and returns a record for each."""
     from vllm import SamplingParams
 
@@ -29,7 +29,7 @@ def run(json_path: str | None, model: str, repeats: int, n: int = CONTINUATIONS)
     from fastsmc.models import resolve
 
     engine: dict[str, Any] = {
-        "dtype": "bfloat16",
+        "dtype": dtype,
         "max_num_seqs": 256,
         "max_num_batched_tokens": 4096,
         "max_model_len": 1024,
@@ -83,9 +83,10 @@ def main() -> None:
     parser.add_argument("--json", help="write the result here")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--dtype", default="bfloat16", help="of the model; float32 where the CPU has no bfloat16")
     parser.add_argument("--continuations", type=int, default=CONTINUATIONS)
     args = parser.parse_args()
-    run(args.json, args.model, args.repeats, args.continuations)
+    run(args.json, args.model, args.repeats, args.dtype, args.continuations)
 
 
 if __name__ == "__main__":

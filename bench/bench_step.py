@@ -40,8 +40,8 @@ POTENTIALS = {
 #: what is built for one call of two particles and two tokens
 BUILT = (r"\w{1,40}",)
 PROMPT, SEA = "Once upon a time, in a small village", " the sea and a boat"
-#: two engines fit beside each other, and N = 256 into each
-KV_BYTES = 1 << 29
+#: two engines fit beside each other, and N = 256 into each, in float32 too
+KV_BYTES = 1 << 30
 METHODS = ("prefix", "complete", "logw_next", "reindex")
 
 
@@ -58,7 +58,7 @@ def tensors(answer: Any) -> Iterator[Any]:
 class Engine:
     """Starts an engine in this process, of the fastsmc that Python finds, with its parts timed."""
 
-    def __init__(self, model: str, max_tokens: int) -> None:
+    def __init__(self, model: str, max_tokens: int, dtype: str = "bfloat16") -> None:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
         from fastsmc import LLM, ops
@@ -72,7 +72,7 @@ class Engine:
             for name in names:
                 self._time(owner, name, name)
         self.llm = LLM(
-            resolve(model), dtype="bfloat16", max_model_len=1024, enforce_eager=True, kv_cache_memory_bytes=KV_BYTES
+            resolve(model), dtype=dtype, max_model_len=1024, enforce_eager=True, kv_cache_memory_bytes=KV_BYTES
         )
         self.tokenizer = self.llm.get_tokenizer()
         self.text = self.tokenizer.encode(PROMPT)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import statistics
 from collections.abc import Callable, Iterable
@@ -22,7 +23,7 @@ from openings import OPENINGS
 RESULTS = ROOT / "bench" / "results"
 FILES = (
     *("bench/README.md", "README.md", "docs/counterfactuals.md", "docs/alignment.md", "docs/conditions.md"),
-    *("docs/error.md", "docs/powers.md"),
+    *("docs/error.md", "docs/powers.md", "docs/grammars.md"),
 )  # fmt: skip
 Result = dict[str, Any]
 
@@ -573,14 +574,41 @@ def facts(result: Result) -> list[str]:
 
 
 def condition(result: Result) -> list[str]:
-    return table(
+    lines = table(
         "lines of | log Ẑ | rows | questions per particle and row: ours | AWRS | ratio | in all, N particles: ours | "
         "without sharing | AWRS | ratio",
         (
             (
                 f"{r['task']}, N = {r['n_particles']}", f"{r['log_z']:.2f}", r["distinct_histories"],
-                f"{r['alone']:.2f}", f"{r['peer_alone']:.2f}", f"**{r['alone_ratio']:.2f}**", r["in_all"],
-                f"{r['in_all_without_sharing']:.0f}", f"{r['peer_in_all']:.0f}", f"**{r['in_all_ratio']:.2f}**",
+                f"{r['alone']:.2f}", f"{r['peer_alone']:.2f}",
+                f"{r['alone_ratio']:.2f} ± {r['alone_ratio_stderr']:.2f}", r["in_all"],
+                f"{r['in_all_without_sharing']:.0f}", f"{r['peer_in_all']:.0f}",
+                f"{r['in_all_ratio']:.2f}",
+            )
+            for r in result["records"]
+        ),
+    )  # fmt: skip
+    for task in dict.fromkeys(r["task"] for r in result["records"]):
+        of = [r for r in result["records"] if r["task"] == task]
+        rows = [r["distinct_histories"] for r in of]
+        alone, by_peer = (sum(n * r[name] for n, r in zip(rows, of, strict=True)) for name in ("alone", "peer_alone"))
+        error = math.hypot(*(n * r["alone_ratio_stderr"] for n, r in zip(rows, of, strict=True))) / sum(rows)
+        in_all = sum(r["in_all"] for r in of) / sum(r["peer_in_all"] for r in of)
+        lines += [
+            "",
+            f"Over all runs of {task}: **{alone / by_peer:.2f}** ± {error:.2f} (one standard error) per particle and "
+            f"row, **{in_all:.2f}** in all.",
+        ]
+    return lines
+
+
+def score(result: Result) -> list[str]:
+    return table(
+        "tokens of a continuation | seconds: `score` | stock | times as fast | log-probs apart, per token",
+        (
+            (
+                r["tokens"], f"{statistics.median(r['seconds']):.2f}", f"{statistics.median(r['stock_seconds']):.1f}",
+                f"**{r['times_as_fast']['median']:.1f}**", f"{r['apart_per_token']:.1g}",
             )
             for r in result["records"]
         ),
@@ -613,7 +641,7 @@ TABLES: dict[str, Callable[[Result], list[str]]] = {
     "smc": smc, "step": step, "ops": ops, "attend steps": attend_steps, "attend ops": attend_ops, "twist": twist,
     "peers": peers, "grammar": grammar, "order": order, "groups": groups, "intervene": intervene,
     "counterfactual": counterfactual, "counterfactual time": counterfactual_time, "interchange": interchange,
-    "alignment": alignment, "facts": facts, "condition": condition, "power": power,
+    "alignment": alignment, "facts": facts, "condition": condition, "power": power, "score": score,
     "stderr": stderr,
 }  # fmt: skip
 

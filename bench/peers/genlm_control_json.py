@@ -95,13 +95,14 @@ def main() -> None:
     parser.add_argument("--particles", type=int, default=64)
     parser.add_argument("--max-tokens", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--json", type=Path, help="write the record here too")
     arguments = parser.parse_args()
     # models.py by itself: fastsmc is not installed in this environment.
     model = arguments.model or str(runpy.run_path(str(ROOT / "fastsmc" / "models.py"))["smollm2"]())
     warnings.simplefilter("ignore")
     llm = PromptedLLM.from_name(
-        model, backend="hf", batch_size=arguments.particles, timeout=0.001, hf_opts={"torch_dtype": "bfloat16"}
+        model, backend="hf", batch_size=arguments.particles, timeout=0.001, hf_opts={"torch_dtype": arguments.dtype}
     )
     llm.set_prompt_from_str(arguments.prompt)
     np.random.seed(arguments.seed)
@@ -114,6 +115,7 @@ def main() -> None:
         "version": importlib.metadata.version("genlm-control"),
         "backend": "hf",
         "model": Path(model).name,
+        "dtype": arguments.dtype,
         "n_particles": arguments.particles,
         "max_tokens": arguments.max_tokens,
         "schema": schema,
