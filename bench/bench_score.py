@@ -18,10 +18,12 @@ from typing import Any
 from bench_groups import in_turn, ratio
 from machine import write_result
 
-PROMPT_TOKENS, CONTINUATIONS, LENGTHS = 512, 64, (8, 16, 24)
+PROMPT_TOKENS, CONTINUATIONS, LENGTHS = 512, 64, "8,24"
 
 
-def run(json_path: str | None, model: str, repeats: int, dtype: str, n: int = CONTINUATIONS) -> list[dict[str, Any]]:
+def run(
+    json_path: str | None, model: str, repeats: int, dtype: str, lengths: list[int], n: int
+) -> list[dict[str, Any]]:
     """Measures continuations of each length; writes and returns a record for each."""
     from vllm import SamplingParams
 
@@ -44,7 +46,7 @@ def run(json_path: str | None, model: str, repeats: int, dtype: str, n: int = CO
 
     prompt, records = tokens(PROMPT_TOKENS), []
     stock_params = SamplingParams(max_tokens=1, prompt_logprobs=0, temperature=0.0)
-    for length in LENGTHS:
+    for length in lengths:
         texts = [tokens(length) for _ in range(n)]
         found: dict[str, list[float]] = {}
 
@@ -84,9 +86,10 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--dtype", default="bfloat16", help="of the model; float32 where the CPU has no bfloat16")
+    parser.add_argument("--lengths", default=LENGTHS, help="of continuations, in tokens; default: %(default)s")
     parser.add_argument("--continuations", type=int, default=CONTINUATIONS)
     args = parser.parse_args()
-    run(args.json, args.model, args.repeats, args.dtype, args.continuations)
+    run(args.json, args.model, args.repeats, args.dtype, [int(n) for n in args.lengths.split(",")], args.continuations)
 
 
 if __name__ == "__main__":
