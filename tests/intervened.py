@@ -5,6 +5,7 @@ import itertools
 
 import numpy as np
 import torch
+from tiny import recompute
 from transformers import AutoModelForCausalLM
 
 from fastsmc.interventions import Affine, Interchange, Project, RankOne, Sizes, Steer, Subspace
@@ -122,13 +123,7 @@ def hooked_log_probs(path, prompt, sequences, parts, temperature=1.0):
             return (y, *output[1:]) if isinstance(output, tuple) else y
 
         layer.register_forward_hook(hook)
-    out = []
-    with torch.inference_mode():
-        for tokens in sequences:
-            ids = torch.tensor([prompt + tokens])
-            logits = model(ids, use_cache=False).logits[0, len(prompt) - 1 : -1].double() / temperature
-            out.append(logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0].numpy())
-    return out
+    return recompute(model, prompt, sequences, temperature)
 
 
 def table_under(path, prompt, parts, steps):

@@ -10,14 +10,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import PROMPT, Guide, TableLLM, TableRows, TableTwist, TinyLlama, make_llama, run_table, value_table
+from tiny import (
+    PROMPT,
+    Guide,
+    TableLLM,
+    TableRows,
+    TableTwist,
+    TinyLlama,
+    make_llama,
+    run_each,
+    run_table,
+    step_tables,
+    value_table,
+)
 
 from fastsmc import SMCParams, evaluate
 from fastsmc.population import Population
 from fastsmc.potentials import Condition, Final, Lexicon, Potential
 from fastsmc.smc import Group, GroupEngine, SMCError
 from fastsmc.smc.captured import why_not_captured
-from fastsmc.smc.cohort import arrange, finish
+from fastsmc.smc.cohort import arrange
 from fastsmc.smc.driving import run_group
 
 VOCAB, STEPS, STOP = 6, 3, 5
@@ -52,27 +64,9 @@ def log_phi(sequence):
     return 0.0 if all(begins(body[:n]) for n in range(len(body))) and whole(body) else -math.inf
 
 
-def step_together(tiny, groups):
-    """Steps groups of one cohort over the table to their end."""
-    rows = {group: TableRows(tiny, group.n) for group in groups}
-    while going := [group for group in groups if not group.done]:
-        (cohort,) = arrange(going)
-        wants, parts = cohort.wants(), []
-        for g, group in enumerate(cohort.groups):
-            first, part = cohort.layout.bounds[g], slice(wants.bounds[g], wants.bounds[g + 1])
-            if wants.moves is not None:
-                rows[group].reindex(wants.moves[cohort.layout.part(g)] - first)
-            tokens, slots = wants.tokens[part], wants.slots[part] - first
-            parts.append((rows[group].next(tokens, slots) if group.t else rows[group].first())[0])
-        finish(cohort.take(torch.cat(parts), None))
-
-
 def run_together(tiny, params, potential, runs):
     """The populations of `runs` groups, stepped over the table together."""
-    groups = [Group(dataclasses.replace(params, group=i), potential, PROMPT, tiny.stop) for i in range(runs)]
-    step_together(tiny, groups)
-    assert all(group.error is None for group in groups)
-    return [group.population() for group in groups]
+    return run_each(tiny, [dataclasses.replace(params, group=i) for i in range(runs)], potential)
 
 
 def check_unbiased(tiny, params, potential, log_phi, runs, target=None):
@@ -356,7 +350,8 @@ def test_a_bad_answer_ends_its_group_alone(tiny, bad):
     function.__name__ = "<lambda>"
     potentials = [rules(), Condition(function, on="tokens"), rules()]
     groups = [Group(params_of(8, seed=i), p, PROMPT, tiny.stop) for i, p in enumerate(potentials)]
-    step_together(tiny, groups)
+    assert len(arrange(groups)) == 1
+    step_tables(tiny, groups)
     assert groups[0].error is None and groups[2].error is None
     with pytest.raises(SMCError, match=r"(?s)potential Condition.allows at step 1: raised .*" + message):
         raise groups[1].error

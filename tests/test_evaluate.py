@@ -145,11 +145,7 @@ def test_refusals(tiny):
 
 
 # -- particle Gibbs ----------------------------------------------------------------------------------------------------
-class Joined(TableTwist):
-    per_particle = ()  # asked once for all chains
-
-
-JOINED = Joined(2 * POTENTIAL.value.numpy())
+STEEP = TableTwist(2 * POTENTIAL.value.numpy())
 WAYS = [
     dict(proposal="twisted", ess_threshold=0.7), dict(proposal="base", ess_threshold=1.0),
     dict(proposal="twisted", ess_threshold=1.0, resampling_temperature=2.0),
@@ -169,26 +165,26 @@ def excess(tiny, potential, sequences):
 @pytest.mark.parametrize("way", WAYS)
 def test_particle_gibbs_leaves_the_posterior_as_it_is(tiny, way):
     """From exact draws every sweep ends in exact draws; from a state that is rare it gets there; E[1/Ẑ*] = 1/Z."""
-    chains, truth = 300, tiny.log_z(JOINED.log_phi)
+    chains, truth = 300, tiny.log_z(STEEP.log_phi)
     params = SMCParams(n_particles=4, max_tokens=STEPS, seed=3, **way)
-    posterior = tiny.posterior(JOINED.log_phi)
+    posterior = tiny.posterior(STEEP.log_phi)
     picks = np.random.default_rng(1).choice(len(posterior), size=chains, p=list(posterior.values()))
     exact = [list(list(posterior)[i]) for i in picks]
-    out = evaluate.particle_gibbs(TableLLM(tiny), PROMPT, params, JOINED, sweeps=2, initial=exact, chains=chains)
+    out = evaluate.particle_gibbs(TableLLM(tiny), PROMPT, params, STEEP, sweeps=2, initial=exact, chains=chains)
     assert [chain[0] for chain in out.token_ids] == exact and out.initial == "given" and out.texts is None
     for sweep in range(3):
-        assert abs(excess(tiny, JOINED, [chain[sweep] for chain in out.token_ids])) < 4, sweep
+        assert abs(excess(tiny, STEEP, [chain[sweep] for chain in out.token_ids])) < 4, sweep
     ratio = np.exp(truth - out.log_z)
     for column in ratio.T:
         assert abs(column.mean() - 1) <= 4 * column.std(ddof=1) / math.sqrt(chains)
     for chain, log_probs, log_phi in zip(out.token_ids[:50], out.log_probs, out.log_phi, strict=False):
         for ids, log_prob, value in zip(chain, log_probs, log_phi, strict=True):
-            assert abs(log_prob - tiny.log_p[tuple(ids)]) < 1e-4 and abs(value - JOINED.log_phi(tuple(ids))) < 1e-9
+            assert abs(log_prob - tiny.log_p[tuple(ids)]) < 1e-4 and abs(value - STEEP.log_phi(tuple(ids))) < 1e-9
     rare = [list(min(posterior, key=posterior.get))]
     params = dataclasses.replace(params, n_particles=8)
-    out = evaluate.particle_gibbs(TableLLM(tiny), PROMPT, params, JOINED, sweeps=5, initial=rare, chains=chains)
-    assert excess(tiny, JOINED, [chain[0] for chain in out.token_ids]) > 100
-    assert abs(excess(tiny, JOINED, [chain[-1] for chain in out.token_ids])) < 4
+    out = evaluate.particle_gibbs(TableLLM(tiny), PROMPT, params, STEEP, sweeps=5, initial=rare, chains=chains)
+    assert excess(tiny, STEEP, [chain[0] for chain in out.token_ids]) > 100
+    assert abs(excess(tiny, STEEP, [chain[-1] for chain in out.token_ids])) < 4
     assert out.moved[:, 0].mean() > 0.5
 
 
@@ -196,13 +192,13 @@ def test_particle_gibbs_from_a_run(tiny):
     """Chains are independent and begin with a draw each; a forced stop keeps its target, whose log φ is φ's."""
     params = SMCParams(n_particles=6, max_tokens=STEPS, stop_token_ids=[STOP], force_stop=True)
     run = dict(sweeps=30, chains=4)
-    out = evaluate.particle_gibbs(TableLLM(tiny), PROMPT, params, JOINED, **run)
-    again = evaluate.particle_gibbs(TableLLM(tiny), PROMPT, params, JOINED, **run)
+    out = evaluate.particle_gibbs(TableLLM(tiny), PROMPT, params, STEEP, **run)
+    again = evaluate.particle_gibbs(TableLLM(tiny), PROMPT, params, STEEP, **run)
     assert out.token_ids == again.token_ids and "burn-in" in out.initial
     assert out.log_probs.shape == out.log_phi.shape == (4, 31) and out.log_z.shape == out.moved.shape == (4, 30)
     assert len({repr(chain) for chain in out.token_ids}) == 4
     assert all(ids[-1] == STOP for chain in out.token_ids for ids in chain)
-    assert abs(out.log_phi[2, 7] - JOINED.log_phi(tuple(out.token_ids[2][7]))) < 1e-9
+    assert abs(out.log_phi[2, 7] - STEEP.log_phi(tuple(out.token_ids[2][7]))) < 1e-9
     changes = [a != b for chain in out.token_ids for a, b in itertools.pairwise(chain)]
     assert out.acceptance == np.mean(changes) and "acceptance=" in repr(out)
     firsts = [a[0] != b[0] for chain in out.token_ids for a, b in itertools.pairwise(chain)]

@@ -33,7 +33,7 @@ from test_potentials import (  # noqa: F401
     text_of,
     tokenizer,
 )
-from tiny import PROMPT, TableRows, make_llama
+from tiny import PROMPT, make_llama, run_tables
 
 from fastsmc import SMCParams
 from fastsmc.params import RESAMPLING_SCHEMES
@@ -354,13 +354,14 @@ def test_log_z_is_enumerated(toy, llama, name, proposal):
     potential.setup(engine)
     estimates, shares = [], []  # Ẑ, and Ẑ times the weight of each of the heaviest sentences
     n = 64 if proposal == "twisted" else 1024
-    for seed in range(40):
-        params = SMCParams(
+    asked = [
+        SMCParams(
             n_particles=n, max_tokens=steps, proposal=proposal, seed=seed, ess_threshold=(0.5, 1.0)[seed % 2],
             resampling=RESAMPLING_SCHEMES[seed // 2 % len(RESAMPLING_SCHEMES)],
-        )  # fmt: skip
-        group = Group(params, potential, PROMPT, {EOS}, engine=engine)
-        population = run_group(group, TableRows(llama, n))
+        )
+        for seed in range(40)
+    ]  # fmt: skip
+    for population in run_tables(llama, [Group(p, potential, PROMPT, {EOS}, engine=engine) for p in asked]):
         estimates.append(math.exp(population.log_z))
         weight = dict.fromkeys(paths, 0.0)
         for ids, w in zip(population.token_ids, population.weights, strict=True):

@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from tiny import PROMPT, TableLLM, TableTwist, TinyLlama, make_llama, value_table
+from tiny import PROMPT, TableTwist, TinyLlama, make_llama, run_each, value_table
 
 from fastsmc import SMCParams
 from fastsmc.hf import HFEngine
@@ -44,8 +44,8 @@ def auto(tiny, group, target, most=2**16):
     groups = []
 
     def sample(which, asked):
-        groups.extend(one.group for one in asked)
-        return [TableLLM(tiny).smc([PROMPT], one, PHI)[0] for one in asked]
+        groups.extend(params.group for params in asked)
+        return run_each(tiny, asked, PHI)
 
     [population] = Auto(target, most).run(sample, [dataclasses.replace(PARAMS, group=group)], apart=False)
     return population, groups

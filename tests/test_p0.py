@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from tiny import PROMPT, TableRows, TableTwist, TinyLlama, make_llama, value_table
+from tiny import PROMPT, TableRows, TableTwist, TinyLlama, make_llama, run_each, value_table
 
 from fastsmc import Population, Potential, SMCParams, reference
 from fastsmc import p0 as p0_module
@@ -138,12 +138,15 @@ def tiny(tiny_path):
 class Alternates(TableTwist):
     """Ends a particle once it holds token 3 after token 1, and is never asked for longer ones."""
 
+    per_particle = ()
+
     def stop(self, state):
         before, last = state.tokens[:, -2:-1].flatten(), state.tokens[:, -1]
         return (before == 1) & (last == 3) if len(before) else torch.zeros_like(state.finished)
 
 
 class PrefixOnly(TableTwist):
+    per_particle = ()
     logw_next = Potential.logw_next
 
 
@@ -174,7 +177,7 @@ def test_unbiased(tiny, case, proposal):
     ends = holds_13 if case.startswith("stop") else None
     kind = PrefixOnly if proposal == "prefix" else Alternates if ends else TableTwist
     if ends and proposal == "prefix":
-        kind = type("Both", (PrefixOnly,), {"stop": Alternates.stop})
+        kind = type("Both", (PrefixOnly,), {"stop": Alternates.stop, "per_particle": ()})
     potential = kind(value_table(STEPS, VOCAB, seed=4))
     params = SMCParams(
         n_particles=6, max_tokens=STEPS, ess_threshold=0.8, stop_token_ids=[STOP],
@@ -183,9 +186,7 @@ def test_unbiased(tiny, case, proposal):
     target = tiny.restricted(params, ends)
     truth = {s: lp + potential.log_phi(s) for s, lp in target.log_p.items()}
     got = {name: [] for name in ("one", "first=0", "length=3", "stopped")}
-    for seed in range(250):
-        group = Group(SMCParams(**{**vars(params), "seed": seed}), potential, PROMPT, {STOP})
-        population = run_group(group, TableRows(tiny, 6))
+    for population in run_each(tiny, [dataclasses.replace(params, seed=seed) for seed in range(250)], potential):
         z = np.exp(population.log_weights)
         sequences = list(map(tuple, population.token_ids))
         assert all(s in target.log_p or w == 0.0 for s, w in zip(sequences, z, strict=True))

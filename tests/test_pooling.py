@@ -8,7 +8,7 @@ import zipfile
 
 import numpy as np
 import pytest
-from tiny import TableTwist, TinyLlama, make_llama, run_table, value_table
+from tiny import TableTwist, TinyLlama, make_llama, run_each, run_table, value_table
 
 from fastsmc import SMCParams
 from fastsmc.genealogy import RETAINED
@@ -24,9 +24,12 @@ def tiny(tmp_path_factory):
     return TinyLlama(make_llama(tmp_path_factory.mktemp("tiny"), VOCAB), VOCAB, STEPS, frozenset([STOP]))
 
 
+def params_of(n, group, **params):
+    return SMCParams(**{"n_particles": n, "group": group, "max_tokens": STEPS, "ess_threshold": 1.0, **params})
+
+
 def island(tiny, n, group, potential=PHI, **params):
-    asked = {"max_tokens": STEPS, "ess_threshold": 1.0, **params}
-    return run_table(tiny, SMCParams(n_particles=n, group=group, **asked), potential)
+    return run_table(tiny, params_of(n, group, **params), potential)
 
 
 @pytest.mark.parametrize("proposal", ["twisted", "base"])
@@ -108,11 +111,9 @@ def test_error_of_a_pool(tiny):
 def test_unbiased(tiny):
     """E[Ẑ] = Z over pools of unequal islands."""
     truth = tiny.log_z(PHI.log_phi)
-    pools = [
-        Population.pool([island(tiny, n, 3 * run + k, ess_threshold=0.7) for k, n in enumerate((2, 7, 16))]).log_z
-        for run in range(150)
-    ]
-    ratios = np.exp(np.array(pools) - truth)
+    asked = [params_of((2, 7, 16)[i % 3], i, ess_threshold=0.7) for i in range(3 * 150)]
+    islands = run_each(tiny, asked, PHI)
+    ratios = np.exp([Population.pool(islands[i : i + 3]).log_z - truth for i in range(0, len(asked), 3)])
     assert abs(ratios.mean() - 1) < 4 * ratios.std(ddof=1) / math.sqrt(len(ratios))
 
 

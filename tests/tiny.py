@@ -132,14 +132,27 @@ def hf_log_probs(
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **config).eval()
-    out = []
-    with torch.inference_mode():
-        for tokens in sequences:
-            ids = torch.tensor([prompt + tokens])
-            logits = model(ids).logits[0, len(prompt) - 1 : -1].double() / temperature
-            scores = logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0]
-            out.append(scores.numpy())
-    return out
+    return recompute(model, prompt, sequences, temperature)
+
+
+#: tokens, and logits that are kept, of one call of `recompute`
+MOST_TOKENS, MOST_LOGITS = 1 << 12, 1 << 24
+
+
+@torch.inference_mode()
+def recompute(model: Any, prompt: list[int], sequences: list[list[int]], temperature: float = 1.0) -> list:
+    """log p of each token of each sequence after the prompt by a model of transformers without a KV cache. Sequences of
+    one length go through it together, and equal ones once."""
+    found: dict[tuple[int, ...], np.ndarray] = {}
+    for n, alike in itertools.groupby(sorted({tuple(s) for s in sequences}, key=len), len):
+        rows = torch.tensor([[*prompt, *tokens] for tokens in alike])
+        at_once = max(1, min(MOST_TOKENS // rows.shape[1], MOST_LOGITS // ((n + 1) * model.config.vocab_size)))
+        for ids in rows.split(at_once):
+            logits = model(ids, use_cache=False, logits_to_keep=n + 1).logits[:, :-1].double() / temperature
+            drawn = ids[:, len(prompt) :]
+            scores = logits.log_softmax(-1).gather(2, drawn[:, :, None])[:, :, 0]
+            found.update(zip(map(tuple, drawn.tolist()), scores.numpy(), strict=True))
+    return [found[tuple(tokens)] for tokens in sequences]
 
 
 class TinyLlama:
@@ -245,8 +258,8 @@ def run_table(tiny: TinyLlama, params: SMCParams, potential: Potential | None):
     return run_group(Group(params, potential, PROMPT, tiny.stop), TableRows(tiny, params.n_particles))
 
 
-def run_tables(tiny: TinyLlama, groups: list[Group]) -> list:
-    """The populations of groups stepped over the table side by side: those that each has alone."""
+def step_tables(tiny: TinyLlama, groups: list[Group]) -> None:
+    """Steps groups over the table side by side, each to its end or its error."""
     rows = {id(group): TableRows(tiny, group.n) for group in groups}
     while going := [group for group in groups if not group.done]:
         for cohort in arrange(going):
@@ -258,10 +271,21 @@ def run_tables(tiny: TinyLlama, groups: list[Group]) -> list:
                 out = model.first() if group.t == 0 else model.next(wants.tokens[part], wants.slots[part] - first)
                 logits.append(out[0])
             finish(cohort.take(torch.cat(logits), None))
+
+
+def run_tables(tiny: TinyLlama, groups: list[Group]) -> list:
+    """The populations of groups stepped over the table side by side: those that each has alone."""
+    step_tables(tiny, groups)
     for group in groups:
         if group.error is not None:
             raise group.error
     return [group.population() for group in groups]
+
+
+def run_each(tiny: TinyLlama, asked: list[SMCParams], potential: Potential | None) -> list:
+    """The populations of a group for each of `asked`, all of one potential. This takes a third of the time of
+    `run_table` for one after the other; tests/test_cohort.py says that the populations are the same."""
+    return run_tables(tiny, [Group(params, potential, PROMPT, tiny.stop) for params in asked])
 
 
 class TableLLM:
@@ -283,13 +307,14 @@ class TableLLM:
 class TableTwist(Potential):
     """φ(s) = exp(Σ_t value[t, s_t]), with a deliberately imperfect twist ψ_t = exp(share · what φ has so far).
 
-    One object serves engines on several devices: it answers where the state is.
+    One object serves engines on several devices: it answers where the state is. Groups of it are asked together.
 
     Args:
         value: (T, V) float64.
         share: 1 is the natural prefix, 0 no twist.
-        methods: which of 'prefix' and 'logw_next' are answered in earnest.
     """
+
+    per_particle = ()
 
     def __init__(self, value: np.ndarray, share: float = 0.6) -> None:
         self.value = torch.tensor(value)
@@ -320,6 +345,7 @@ class Guide(TableTwist):
     """The same φ, with a twist that only shapes the proposal: it has a constant of its own in every prefix."""
 
     proposal_only = True
+    per_particle = ()
 
     def prefix(self, state):
         return 0.0 * self._so_far(state)

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import torch
 from intervened import EACH, LISTS, VOCAB, H, K, hooked_log_probs, noise
-from tiny import PROMPT, TableTwist, make_adapter, value_table
+from tiny import PROMPT, TableTwist, value_table
 from vllm import SamplingParams
-from vllm.lora.request import LoRARequest
 
 from fastsmc import SMCError, SMCParams
 from fastsmc.hf import HFEngine
@@ -23,7 +22,6 @@ from fastsmc.vllm.model import Model
 from fastsmc.vllm.options import EngineOptions
 from fastsmc.vllm.pace import Pace
 
-from .conftest import make_engine
 from .test_attend import prompt_of, runner_of
 
 POTENTIAL = TableTwist(value_table(100, VOCAB))
@@ -169,16 +167,6 @@ def test_continuations_are_scored_under_the_intervention(engine, tiny_path, all_
         whole = [tokens + continuation for tokens in population.token_ids]
         for k, scores in enumerate(hooked_log_probs(tiny_path, prompt, whole, parts)):
             assert abs(scores[-3:].sum() - population.log_weights[k]) <= 3 * TOLERANCE
-
-
-def test_with_a_lora_adapter(tiny_path, tmp_path):
-    adapter, merged = make_adapter(tmp_path, tiny_path, seed=1)
-    engine = make_engine(tiny_path, max_num_seqs=64, enable_lora=True, max_loras=1, max_lora_rank=8)
-    lists = [LISTS["all"], LISTS["rank one"]]
-    populations = engine.smc(
-        [prompt_of(40)] * 2, PARAMS, POTENTIAL, lora_request=LoRARequest("a", 1, str(adapter)), intervention=lists
-    )
-    check(merged, populations, [prompt_of(40)] * 2, lists)
 
 
 # --------------------------------------------------------------------------------------------------- what others see

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from intervened import EACH, hooked_log_probs, swapped
+from intervened import EACH, LISTS, hooked_log_probs, swapped
 from tiny import TableTwist, hf_log_probs, make_adapter, value_table
 from vllm import SamplingParams
 from vllm.lora.request import LoRARequest
@@ -90,6 +90,16 @@ def test_groups_with_adapters_and_without(lora, passes):
     assert np.abs(ours - base).max() > 0.1
     alone = engine.smc(PROMPT, dataclasses.replace(PARAMS, group=3), POTENTIAL, lora_request=requests[3])
     assert alone.token_ids == populations[3].token_ids
+
+
+def test_under_interventions(lora):
+    """What they change is the adapter's model."""
+    engine, requests, merged = lora
+    lists = [LISTS["all"], LISTS["rank one"]]
+    populations = engine.smc([PROMPT] * 2, PARAMS, POTENTIAL, lora_request=requests[1], intervention=lists)
+    for population, parts in zip(populations, lists, strict=True):
+        for i, want in enumerate(hooked_log_probs(merged[1], PROMPT, population.token_ids, parts)):
+            assert np.abs(population.token_log_probs[i] - want).max() <= 5e-4
 
 
 def test_counterfactuals(lora):

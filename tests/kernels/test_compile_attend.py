@@ -45,12 +45,16 @@ def compiled(kernel, types, constants, options):
     return registers, stack + local, sass
 
 
-@pytest.mark.parametrize("several", [False, True])
-@pytest.mark.parametrize("dtype, cache", [("bf16", "bf16"), ("fp16", "fp16"), ("bf16", "fp8e4nv")])
+SHAPES = [(128, 4, 16), (64, 3, 16), (64, 3, 32), (64, 3, 80), (256, 8, 64), (80, 1, 16)]
+TYPES = [("bf16", "bf16"), ("fp16", "fp16"), ("bf16", "fp8e4nv")]
+
+
 @pytest.mark.parametrize(
-    "dim, group, size", [(128, 4, 16), (64, 3, 16), (64, 3, 32), (64, 3, 80), (256, 8, 64), (80, 1, 16)]
+    ("shape", "types", "several"),  # every pair of two of them
+    [(shape, types, (i + k) % 2 == 1) for i, shape in enumerate(SHAPES) for k, types in enumerate(TYPES)],
 )
-def test_tiles(dtype, cache, dim, group, size, several):
+def test_tiles(shape, types, several):
+    (dim, group, size), (dtype, cache) = shape, types
     types = {"query": f"*{dtype}", "keys": f"*{cache}", "values": f"*{cache}", "scale": "fp32", "n_rows": "i32"}
     types |= {"out": "*fp32", "lse": "*fp32"} if several else {"out": f"*{dtype}"}
     types |= dict.fromkeys(("key_scale", "value_scale"), "*fp32") if cache != dtype else {}

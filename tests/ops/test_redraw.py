@@ -125,11 +125,12 @@ def fits(tokens, law, least=5.0):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("v", [2, 7, 64])
 def test_law(v, backend, monkeypatch):
-    """20,000 draws for every factual token, as many of the published sampler and of the noise: chi-squared. Of some 200
-    p-values one is below 1e-4 by chance in one seed of fifty, which these are not."""
+    """20,000 draws for every factual token of up to seven and for each seventh of 64, as many of the published sampler
+    and of the noise: chi-squared. Of some 70 p-values one is below 1e-4 by chance in one seed of 140, which these are
+    not."""
     logits, factual, _, _ = rows(2, v, seed=v)
     logits, factual = logits[1:], factual[1:]
-    n, few = (60, range(1)) if slow(backend) else (20_000, range(v))
+    n, few = (60, range(1)) if slow(backend) else (20_000, range(1, v, 7) if v == 64 else range(v))
     if v > 2:
         logits[0, 1] = factual[0, 2] = -inf
     monkeypatch.syspath_prepend(Path(__file__).resolve().parents[2] / "bench")

@@ -397,7 +397,7 @@ def test_unbiased(scheme, n, sigma):
     w /= w.sum()
     replicates = 6000
     u = torch.from_numpy(np.random.default_rng(1).random((replicates, n)))
-    counts = np.array([ops.resample(log_weights, row, scheme=scheme).counts.numpy() for row in u])
+    counts = ops.resample(log_weights.repeat(replicates, 1), u, scheme=scheme).counts.numpy()
     error = counts.mean(0) - n * w
     # the spread cannot be judged from counts that were hardly seen: at least that of one event
     spread = np.maximum(counts.std(0), np.sqrt(1 / replicates) * (n * w > 0))

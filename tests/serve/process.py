@@ -101,8 +101,9 @@ class Server:
             if line.startswith((name + "{", name + " ")) and label in line
         )
 
-    def wait_idle(self, seconds):
-        """Waits until no request is there and no KV block is in use; says whether that was in time."""
+    def wait_idle(self, seconds=60):
+        """Waits until no request is there and no KV block is in use; says whether that was in time, of which a busy
+        machine takes more."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             names = "num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"

@@ -224,7 +224,7 @@ def test_chat_and_stop(page, server):
     page.wait("steps.length > 0")
     page.run("document.getElementById('stop-run').click()")
     page.wait("document.getElementById('status').textContent.startsWith('Stopped')")
-    assert server.wait_idle(10)
+    assert server.wait_idle()
 
 
 def test_what_a_model_says_is_text_at_any_size(page):

@@ -436,7 +436,7 @@ def test_smc_refuses(server, wrong, status, param):
         elif param is not None and "." not in param:
             assert param in error["message"]
         assert "smc_" not in error["message"]  # how the body's fields travel
-    assert server.wait_idle(2)
+    assert server.wait_idle()
 
 
 POTENTIAL_REFUSALS = [
@@ -529,7 +529,7 @@ def test_completions_refuse(server, wrong, status, param):
             assert answer["error"]["code"] == status, answer
             if param is not None:
                 assert param == answer["error"]["param"] and param in answer["error"]["message"], answer
-    assert server.wait_idle(2)
+    assert server.wait_idle()
 
 
 def test_other_routes(server):
@@ -582,7 +582,7 @@ def test_client_that_leaves(server, stream):
                     pytest.fail(f"{path}: it was over before")
         except httpx.ReadTimeout:
             pass
-        assert server.wait_idle(2), path
+        assert server.wait_idle(), path
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -614,7 +614,7 @@ def test_aborted_by_the_operator(server, stream):
         else:
             assert response.status_code == 200 and "log_z" not in response.text
             assert stream or response.json()["choices"][0]["finish_reason"] == "abort"
-        assert server.wait_idle(2)
+        assert server.wait_idle()
         for name, count in ended.items():
             now = server.metric("fastsmc:groups_total", f'outcome="{name}"')
             assert now - count == (name == "aborted"), name
@@ -647,7 +647,7 @@ def test_twelve_clients_at_once(server):
         thread.start()
     for thread in threads:
         thread.join()
-    assert together == alone and server.wait_idle(2)
+    assert together == alone and server.wait_idle()
 
 
 def test_too_many_wait(server):
@@ -668,7 +668,7 @@ def test_too_many_wait(server):
     assert busy, results
     assert all(int(retry) >= 1 for retry in busy)
     assert {status for status, *_ in results} == {200, 503} and len(busy) <= 4
-    assert server.wait_idle(5)
+    assert server.wait_idle()
 
 
 def test_weights_are_numbers(server):
