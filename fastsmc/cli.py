@@ -70,7 +70,10 @@ def make_parser() -> argparse.ArgumentParser:
     serve.set_defaults(call=command_serve)
 
     train = commands.add_parser("train-twist", help="learn a twist for a potential; needs no vLLM")
-    _add_task(train, default)
+    _add_task(train, default, many=True)
+    train.add_argument(
+        "--held-out", metavar="FILE", help="JSON Lines as of --prompts, to evaluate on; none of them is trained on"
+    )
     train.add_argument("--out", required=True, metavar="DIR", help="where the twist and the run's files go")
     train.add_argument(
         "--config",
@@ -111,9 +114,9 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_task(parser: argparse.ArgumentParser, default: SMCParams) -> None:
-    """Adds the options that say what is sampled: model, prompt, potential, length."""
-    _add_prompt(parser, default)
+def _add_task(parser: argparse.ArgumentParser, default: SMCParams, many: bool = False) -> None:
+    """Adds the options that say what is sampled: model, prompt (or `many`), potential, length."""
+    _add_prompt(parser, default, many)
     add = parser.add_argument
     add("--particles", type=int, default=default.n_particles, metavar="N", help="default: %(default)s")
     add("--max-tokens", type=int, default=default.max_tokens, metavar="T", help="default: %(default)s")
@@ -145,11 +148,18 @@ def _resampling(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names}
 
 
-def _add_prompt(parser: argparse.ArgumentParser, default: SMCParams) -> None:
+def _add_prompt(parser: argparse.ArgumentParser, default: SMCParams, many: bool = False) -> None:
     """Adds the options that say what is drawn from, and by what numbers."""
     add = parser.add_argument
     add("--model", default="smollm2", help="name or path, as for vLLM (default: %(default)s)")
-    add("--prompt", required=True)
+    prompts = parser.add_mutually_exclusive_group(required=True)
+    prompts.add_argument("--prompt")
+    if many:
+        prompts.add_argument(
+            "--prompts",
+            metavar="FILE",
+            help='JSON Lines, a prompt per line: {"prompt": TEXT or ids}, with "continuation" for a conditional twist',
+        )
     add("--temperature", type=float, default=default.temperature, help="default: %(default)s")
     add("--ignore-eos", action="store_true", help="particles go on past the end-of-sequence token")
     add("--seed", type=int, default=default.seed, help="default: %(default)s")
@@ -225,6 +235,10 @@ def command_run(args: argparse.Namespace) -> int:
     plots = _plot_paths(args.plot) if args.plot else None
     potential, potential_args = _potential(args)
     more: dict[str, Any] = {} if args.twist is None else {"twist": _twist(args.twist)}
+    if args.twist is not None and potential is None:
+        from fastsmc.twists import card_potential
+
+        potential = card_potential(args.twist)
     if args.proposal == "rejection" and potential is None and not more:
         raise ValueError("--proposal rejection: needs a --potential with a condition to be asked")
     from fastsmc.islands import Auto
@@ -334,7 +348,7 @@ def _potential(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     """Makes the potential that the options name (or None), and reads its arguments; checks the prompt with them."""
     from fastsmc.potentials import resolve
 
-    if not args.prompt:
+    if args.prompt == "":
         raise ValueError("--prompt: is empty")
     potential_args = _json_object("--potential-args", args.potential_args)
     if args.potential is not None:
@@ -510,8 +524,7 @@ def command_train(args: argparse.Namespace) -> int:
         seed=args.seed,
     )
     potential, potential_args = _potential(args)
-    if potential is None:
-        raise ValueError("--potential: is missing; a twist is learned for one")
+    from fastsmc.prompts import read_twist_prompts
     from fastsmc.training import Trainer, TwistConfig
 
     settings = _json_object("--config", args.config)
@@ -519,6 +532,12 @@ def command_train(args: argparse.Namespace) -> int:
         config = TwistConfig(**settings)
     except TypeError as error:
         raise ValueError(f"--config: {error}") from None
+    if potential is None and not config.continuation_tokens:
+        raise ValueError("--potential: is missing; a twist is learned for one, or has continuation_tokens in --config")
+    if potential is not None and config.continuation_tokens:
+        raise ValueError("--potential: must not stand beside continuation_tokens in --config, whose φ is infill")
+    prompts = args.prompt if args.prompts is None else read_twist_prompts(args.prompts)
+    held_out = None if args.held_out is None else read_twist_prompts(args.held_out)
     exact = _exact(args.exact)
 
     from fastsmc import models
@@ -527,12 +546,13 @@ def command_train(args: argparse.Namespace) -> int:
     engine = HFEngine(models.resolve(args.model), device=args.device)
     trainer = Trainer(
         engine,
-        args.prompt,
+        prompts,
         params,
         potential,
         config,
         args.out,
         exact=exact,
+        held_out=held_out,
         name=args.potential,
         args=potential_args,
     )
@@ -541,7 +561,8 @@ def command_train(args: argparse.Namespace) -> int:
     print(f"{config.kind} twist by {config.loss} after {config.steps} steps in {args.out}; loss {last['loss']:.5g}")
     if "lower" in last:
         upper = f", {last['upper']:.4f} from above" if "upper" in last else ""
-        print(f"log Z with N = {config.eval_particles}: {last['lower']:.4f} from below{upper}")
+        of = "" if held_out is None else f", mean of {len(held_out)} held-out prompts"
+        print(f"log Z with N = {config.eval_particles}{of}: {last['lower']:.4f} from below{upper}")
     return 0
 
 

@@ -248,7 +248,7 @@ class HFEngine(Effects, Interchanges):
             guided = target if target is None or guide is None else guide.guide(target)
             ready[id(target)] = None if guided is None else self._set_up(guided)
         for prompt, asked, target in zip(ids, each, chosen, strict=True):
-            self._check_context(prompt, asked, ready[id(target)])
+            self.check_context(prompt, asked, ready[id(target)])
 
         def sample(which: Sequence[int], asked: Sequence[SMCParams]) -> list[Any]:
             bar = None
@@ -312,7 +312,7 @@ class HFEngine(Effects, Interchanges):
         ids, params = self.encode(prompt), SMCParams() if params is None else params
         tokens = read_text(text, self.engine.tokenizer, self.trunk.vocab_size, self.stops(params))
         plain = SMCParams(n_particles=1, max_tokens=len(tokens), ignore_eos=True)
-        self._check_context(ids, plain, None)
+        self.check_context(ids, plain, None)
         group = Group(plain, None, ids, self.stops(params), self.trunk.device, exact=[tokens])
         logits: list[Tensor] = []
         group.watch = logits.append
@@ -361,10 +361,10 @@ class HFEngine(Effects, Interchanges):
                 ready[id(target)] = None if guided is None else self._set_up(guided)
         for case, under in zip(cases, readings, strict=True):
             longest = max(under.params.max_tokens, len(case.text or ()))
-            self._check_context(
+            self.check_context(
                 under.prompt, dataclasses.replace(under.params, max_tokens=longest), ready[id(case.potential)]
             )
-            self._check_context(case.prompt, dataclasses.replace(under.params, max_tokens=longest), None)
+            self.check_context(case.prompt, dataclasses.replace(under.params, max_tokens=longest), None)
         jobs = [
             partial(self._run_case, case, under, ready[id(case.potential)], noise)
             for case, under in zip(cases, readings, strict=True)
@@ -442,7 +442,7 @@ class HFEngine(Effects, Interchanges):
             name, what = type(potential).__name__, f"raised {type(error).__name__}: {error}"
             raise SMCError(f"potential {name}.prepare: {what}") from error
 
-    def _check_context(self, prompt: list[int], params: SMCParams, potential: Potential | None) -> None:
+    def check_context(self, prompt: list[int], params: SMCParams, potential: Potential | None) -> None:
         """Refuses what has more positions than the model."""
         ahead, limit = 0 if potential is None else int(potential.lookahead), self.trunk.max_positions
         if limit is not None and len(prompt) + params.max_tokens + max(ahead, 1) - 1 > limit:

@@ -14,6 +14,10 @@ A twist says nothing about φ: `twist.guide(potential)` is a product whose φ is
 twist's. A twist was trained either to be all of ψ (the default), or to `compose` with the potential's own, as with a
 mask: then log weights of both add up. Whatever the twist says, weights stay exact.
 
+A conditional twist is ψ_t(s, c), with c what must follow: `guide` finds c in the `Infill` that it guides towards, so
+one twist serves any continuation. Its perceptron adds a code of c to the hidden layer, computed once per group. Source:
+Zhao et al. 2024 (arXiv 2404.17546), whose conditional twists read an embedding of c beside the hidden state.
+
 The contract wants log ψ_{t+1}(s, v) − log ψ_t(s). The subtraction is part of the matrix product: the features get
 (1, −log ψ_t) as two further columns, `out` gets (bias, 1).
 
@@ -27,6 +31,7 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +39,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastsmc.potentials import Engine, Final, Potential, Product, Rows, State, resolve
+from fastsmc.potentials import Engine, Final, Infill, Potential, Product, Rows, State, resolve
+from fastsmc.potentials.base import parts
 from fastsmc.trunk import Trunk
 from fastsmc.values import check_choice, check_int
 
@@ -56,7 +62,11 @@ class Card:
         tokenizer: `tokenizer_hash` of its tokenizer, or None.
         input_size: size of the hidden state that the head reads: the base model's but for kind `model`.
         rank: features r.
-        prompt: the prompt's text or tokens that it was trained for, for the record.
+        prompt: the prompt's text or tokens that it was trained for, for the record; None if there were several.
+        prompts: of a twist that was trained for several: their `count`, and the `sha256` of what they are.
+        held_out: of prompts that it was not trained for: the same, and bounds on their log Z `before` training and
+            `after` it, as far as they were evaluated; see `fastsmc.training`.
+        continuation_tokens: ψ is conditional on so many first tokens of what must follow; 0: on nothing but s.
         potential, potential_args: registered name and arguments of what it was trained for; None if it has no name.
         temperature: of p0.
         compose: it was trained beside the potential's own ψ, not in its place.
@@ -77,6 +87,9 @@ class Card:
     input_size: int
     rank: int
     prompt: Any = None
+    prompts: dict[str, Any] | None = None
+    held_out: dict[str, Any] | None = None
+    continuation_tokens: int = 0
     potential: str | None = None
     potential_args: dict[str, Any] = dataclasses.field(default_factory=dict)
     temperature: float = 1.0
@@ -91,6 +104,8 @@ class Card:
         check_choice("loss", self.loss, LOSSES)
         for name in ("vocab_size", "hidden_size", "input_size", "rank"):
             object.__setattr__(self, name, check_int(name, getattr(self, name), 1))  # NumPy's is no JSON
+        object.__setattr__(self, "continuation_tokens", check_int("continuation_tokens", self.continuation_tokens, 0))
+        check_conditional(self.kind, self.continuation_tokens)
 
     @property
     def bounded(self) -> bool:
@@ -123,9 +138,23 @@ class Card:
 def card_potential(path: str | os.PathLike) -> Potential:
     """Builds the potential that a saved twist was trained for, by its registered name. ValueError: it has none."""
     card = Card.read(path)
+    if card.continuation_tokens:
+        raise ValueError(
+            f"twist {os.fspath(path)!r}: is conditional on what must follow; give the potential, 'infill' with a "
+            "continuation"
+        )
     if card.potential is None:
         raise ValueError(f"twist {os.fspath(path)!r}: was trained for a potential without a name; give potential=")
     return resolve(card.potential, card.potential_args)
+
+
+def check_conditional(kind: str, continuation_tokens: int) -> None:
+    """Refuses a conditional twist of a kind that has no place for the code of what must follow."""
+    if kind == "linear" and continuation_tokens:
+        raise ValueError(
+            f"continuation_tokens={continuation_tokens}: must be 0 with kind='linear', which has no perceptron to read "
+            "a continuation"
+        )
 
 
 def card_stamp(path: str | os.PathLike) -> int:
@@ -156,9 +185,10 @@ class Head(nn.Module):
         input_size: H.
         vocab_size: V.
         rank: r, the features of a perceptron; None: linear, the features are the hidden state.
+        continuation_tokens: M, of a perceptron that is conditional on so many first tokens of a continuation; 0: not.
     """
 
-    def __init__(self, input_size: int, vocab_size: int, rank: int | None) -> None:
+    def __init__(self, input_size: int, vocab_size: int, rank: int | None, continuation_tokens: int = 0) -> None:
         super().__init__()
         self.bias = nn.Parameter(torch.zeros(vocab_size))
         if rank is None:
@@ -169,6 +199,9 @@ class Head(nn.Module):
             nn.init.zeros_(last.weight), nn.init.zeros_(last.bias)
             self.features = nn.Sequential(nn.LayerNorm(input_size), nn.Linear(input_size, rank), nn.GELU(), last)
             self.out = nn.Parameter(torch.randn(vocab_size, rank) / math.sqrt(rank))
+        if rank is not None and continuation_tokens:
+            halves = 0.5 ** torch.arange(1, continuation_tokens + 1)  # what comes first says most
+            self.places = nn.Parameter(torch.randn(continuation_tokens, rank, rank) * halves[:, None, None])
 
     def start_from(self, unembedding: Tensor) -> None:
         """Lets a perceptron's `out` begin as the model's (V, H) output embedding, projected: like tokens share ψ."""
@@ -180,12 +213,28 @@ class Head(nn.Module):
             projected = e @ torch.randn(e.shape[1], rank, device=e.device)
             self.out.copy_(projected / projected.norm(dim=1).mean().clamp(min=1e-6))
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        return F.linear(self.features(hidden), self.out, self.bias)
+    def code(self, continuation: Tensor) -> Tensor:
+        """Computes codes (…, r) of continuations (…, n) int64: Σ_j out[c_j] · places[j], over their first M tokens."""
+        ids = continuation[..., : len(self.places)]
+        return torch.einsum("...jr,jrs->...s", self.out[ids], self.places[: ids.shape[-1]])
 
-    def score(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+    def read(self, hidden: Tensor, code: Tensor | None = None) -> Tensor:
+        """Computes features (…, r) of hidden states (…, H), beside codes (…, r) of continuations."""
+        if code is None:
+            return self.features(hidden)
+        assert isinstance(self.features, nn.Sequential)  # only a perceptron has places
+        norm, first, *later = self.features
+        x = first(norm(hidden)) + code
+        for layer in later:
+            x = layer(x)
+        return x
+
+    def forward(self, hidden: Tensor, code: Tensor | None = None) -> Tensor:
+        return F.linear(self.read(hidden, code), self.out, self.bias)
+
+    def score(self, hidden: Tensor, tokens: Tensor, code: Tensor | None = None) -> Tensor:
         """Computes `forward` at tokens (…) alone, (…), from hidden states (…, H)."""
-        return (self.features(hidden) * self.out[tokens]).sum(-1) + self.bias[tokens]
+        return (self.read(hidden, code) * self.out[tokens]).sum(-1) + self.bias[tokens]
 
 
 # -- LoRA --------------------------------------------------------------------------------------------------------------
@@ -274,7 +323,8 @@ class Twist(Potential):
             if not all(v.is_floating_point() for v in tensors.values()):
                 raise ValueError("twist.safetensors holds tensors that are not floating-point")
             with torch.device("meta"):  # no memory for what the card says before the file has it
-                head = Head(card.input_size, card.vocab_size, None if card.kind == "linear" else card.rank)
+                rank = None if card.kind == "linear" else card.rank
+                head = Head(card.input_size, card.vocab_size, rank, card.continuation_tokens)
             state = {k.removeprefix("head."): v.clone() for k, v in tensors.items() if k.startswith("head.")}
             head.load_state_dict(state, assign=True)
         except (OSError, RuntimeError, ValueError, TypeError, OverflowError, SafetensorError) as error:
@@ -286,8 +336,13 @@ class Twist(Potential):
 
     # ------------------------------------------------------------------------------------------- as a potential
     def guide(self, potential: Potential) -> Product:
-        """Joins this twist to a potential's φ, and to its ψ too if the twist was trained beside that."""
-        return Product(self, potential if self.card.compose else Final(potential))
+        """Joins this twist to a potential's φ, and to its ψ too if the twist was trained beside that.
+
+        Raises:
+            ValueError: the twist is conditional, and the potential is no `Infill`, nor made of exactly one.
+        """
+        target = potential if self.card.compose else Final(potential)
+        return _Conditioned(self, target) if self.card.continuation_tokens else Product(self, target)
 
     def setup(self, engine: Engine) -> None:
         """Refuses an engine that the twist was not trained for; else moves the twist to its device.
@@ -325,11 +380,17 @@ class Twist(Potential):
         return trunk
 
     def reset(self, n_particles: int, prompt: list[int]) -> None:
+        self._code: Tensor | None = None  # (r,) of what must follow
         self._features: Tensor | None = None  # (N, r + 2), of the history that the model has seen last
         self._log_psi: Tensor | None = None  # (N,) of the same
         self._last: Tensor | None = None  # (N,) what `prefix` last saw drawn
         self._rows: Tensor | None = None  # (N,) of the trunk's cache
         self._cache: Any = None
+
+    @torch.no_grad()
+    def follow(self, continuation: list[int]) -> None:
+        """Makes ψ conditional on a continuation, from `reset` to the next; only its first M tokens count."""
+        self._code = self.head.code(torch.tensor(continuation, device=self._weight.device))
 
     @property
     def per_particle(self) -> tuple[str, ...] | None:  # type: ignore[override]
@@ -353,6 +414,8 @@ class Twist(Potential):
         Args:
             last_tokens: (N,) int64, the last token of each particle's history; None before the first token.
         """
+        if self.card.continuation_tokens and self._code is None:
+            raise ValueError("the twist is conditional on what must follow: use twist.guide(Infill(continuation))")
         rows, seen = state.rows, torch.nonzero(state.rows >= 0).squeeze(1)
         hidden = state.hidden_rows
         if self.trunk is None and hidden is None:
@@ -374,7 +437,7 @@ class Twist(Potential):
             assert self._rows is not None  # as above
             hidden, self._cache = self.trunk.next(self._cache, self._rows[particle], last)
         assert hidden is not None  # the engine's, or the trunk's
-        return self.head.features(hidden.float()), log_psi
+        return self.head.read(hidden.float(), self._code), log_psi
 
     def _keep(self, features: Tensor, log_psi: Tensor, rows: Tensor) -> None:
         """Keeps (R, r + 2) and (R,) for each particle (N,)."""
@@ -418,3 +481,33 @@ class Twist(Potential):
 
     def complete(self, state: State) -> Tensor:
         return torch.zeros(len(state.finished), dtype=torch.float64, device=state.finished.device)
+
+
+class _Conditioned(Product):
+    """Joins a conditional twist to φ, and tells it what must follow: the continuation of the `Infill` within φ."""
+
+    per_particle = ()
+
+    def __init__(self, twist: Twist, target: Potential) -> None:
+        super().__init__(twist, target)
+        found = list(_infills(target))
+        if len(found) != 1:
+            raise ValueError(
+                f"the twist is conditional on what must follow: it guides a potential with one Infill, not {len(found)}"
+            )
+
+    def reset(self, n_particles: int, prompt: list[int]) -> None:
+        super().reset(n_particles, prompt)
+        twist, target = self.factors
+        assert isinstance(twist, Twist)
+        (infill,) = _infills(target)
+        assert infill.continuation is not None  # since `prepare`
+        twist.follow(infill.continuation)
+
+
+def _infills(potential: Potential) -> Iterator[Infill]:
+    """Lists the `Infill` potentials that one is, or is made of."""
+    if isinstance(potential, Infill):
+        yield potential
+    for part in parts(potential):
+        yield from _infills(part)

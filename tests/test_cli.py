@@ -315,6 +315,33 @@ def test_train_twist_and_evaluate(tiny_model, tmp_path, capsys, monkeypatch):
     assert len(result["samplers"]["twisted"]["bounds"]["upper_runs"]) == 4
 
 
+def test_train_a_conditional_twist_for_many_prompts(tiny_model, tmp_path, capsys, monkeypatch):
+    """From JSON Lines, with held-out prompts on the card; then the twist is told by `run` what must follow."""
+    from fastsmc.hf import HFEngine
+
+    train, held_out, out = tmp_path / "train.jsonl", tmp_path / "held_out.jsonl", str(tmp_path / "twist")
+    train.write_text('{"prompt": "w1 w2", "continuation": "w3"}\n{"prompt": [4, 1, 2], "continuation": [5, 1]}\n')
+    held_out.write_text('{"prompt": "w6", "continuation": "w1 w2"}\n')
+    task = ["--model", tiny_model, "--max-tokens", "2", "--particles", "16", "--ignore-eos"]
+    config = {"continuation_tokens": 2, "rank": 8, "steps": 3, "eval_every": 3, "eval_runs": 2, "prompts_per_step": 2}
+    arguments = ["train-twist", *task, "--prompts", str(train), "--held-out", str(held_out), "--out", out]
+    assert cli.main([*arguments, "--config", json.dumps(config)]) == 0
+    assert "mean of 1 held-out prompts" in capsys.readouterr().out
+    card = json.loads((tmp_path / "twist" / "card.json").read_text())
+    assert (card["prompts"]["count"], card["held_out"]["count"], card["continuation_tokens"]) == (2, 1, 2)
+    assert card["held_out"]["after"]["step"] == 3
+
+    monkeypatch.setitem(vars(fastsmc), "LLM", lambda model, **kwargs: HFEngine(model))
+    run = ["run", *task, "--prompt", "w3 w1", "--twist", out]
+    assert cli.main([*run, "--potential", "infill", "--potential-args", '{"continuation": "w5"}']) == 0
+    assert "log Ẑ" in capsys.readouterr().out
+    assert cli.main(run) == 2
+    assert "conditional on what must follow" in capsys.readouterr().err
+    train.write_text('{"prompt": "w1"}\n{"promt": "w1"}\n')
+    assert cli.main([*arguments, "--config", json.dumps(config)]) == 2
+    assert "train.jsonl, line 2: holds 'promt'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("text", [["--text", "w3 w1 w6 w2"], ["--token-ids", "[3, 1, 6, 2]"], []])
 def test_counterfactual(tiny_model, tmp_path, capsys, monkeypatch, text):
     """On a real, tiny model, over Hugging Face in the place of vLLM: what the call in Python gives, and its diffs."""
@@ -410,6 +437,9 @@ def test_counterfactual_refuses(fake, capsys, arguments, why):
           "--config", '{"loss": "no"}'], "loss='no'"),
         (["train-twist", "--out", "x", "--potential", "infill", "--potential-args", '{"continuation": "a"}',
           "--config", '{"no": 1}'], "--config"),
+        (["train-twist", "--out", "x", "--potential", "infill", "--potential-args", '{"continuation": "a"}',
+          "--config", '{"continuation_tokens": 1}'], "must not stand beside continuation_tokens"),
+        (["train-twist", "--out", "x", "--config", '{"continuation_tokens": 1}', "--held-out", "nowhere"], "nowhere"),
         (["evaluate"], "--potential: is missing"),
         (["evaluate", "--twist", "nowhere"], "card.json"),
         (["run", "--twist", "nowhere"], "card.json"),

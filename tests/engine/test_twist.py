@@ -11,7 +11,7 @@ from tiny import PROMPT, TableTwist, TinyLlama, value_table
 
 from fastsmc import SMCError, SMCParams, evaluate
 from fastsmc.hf import HFEngine, Trunk
-from fastsmc.potentials import Final, Lexicon
+from fastsmc.potentials import Final, Infill, Lexicon
 from fastsmc.twists import Card, Head, Twist, add_lora
 
 from .conftest import VOCAB
@@ -119,6 +119,33 @@ def test_groups_with_one_twist(engine, twist_path, monkeypatch, together):
     for got, want in zip(populations, alone, strict=True):
         assert got.token_ids == want.token_ids
         np.testing.assert_allclose(got.log_weights, want.log_weights, rtol=0, atol=1e-5 if may else 0)
+
+
+def test_one_twist_for_any_continuation(engine, tiny_path, tmp_path, all_blocks_back):
+    """Groups of different continuations share passes, and one directory guides each towards its own: as by Hugging
+    Face, where groups run one after the other, and as in a request, which names it beside `infill`."""
+    torch.manual_seed(0)
+    head = Head(64, VOCAB, 16, 2)
+    with torch.no_grad():
+        head.features[-1].weight.normal_(std=0.5)
+    card = Card(
+        kind="mlp", loss="ctl", base_model=str(tiny_path), vocab_size=VOCAB, hidden_size=64, tokenizer=None,
+        input_size=64, rank=16, continuation_tokens=2,
+    )  # fmt: skip
+    Twist(card, head).save(tmp_path)
+    params, follow = params_of(8, 1.0, ignore_eos=True), ([1, 6], [0], [3, 2, 4])
+    got, want = (
+        llm.smc([PROMPT, PROMPT, [2, 1]], params, [Infill(each) for each in follow], twist=tmp_path)
+        for llm in (engine, HFEngine(tiny_path, stop_token_ids=[]))
+    )
+    for a, b in zip(got, want, strict=True):
+        assert a.token_ids == b.token_ids and np.allclose(a.step_log_weights, b.step_log_weights, atol=1e-4)
+    lead = engine.lead_params(params, "infill", twist=tmp_path, return_population=True)
+    lead.extra_args["smc_potential_args"] = json.dumps({"continuation": follow[0]})
+    output = engine.generate([{"prompt_token_ids": PROMPT}], [lead], use_tqdm=False)[0]
+    assert engine.population(output).token_ids == got[0].token_ids
+    with pytest.raises(SMCError, match="one Infill, not 0"):
+        engine.smc(PROMPT, params, PHI, twist=tmp_path)
 
 
 def test_refusals(engine, tiny_path, twist_path, tmp_path):
