@@ -12,9 +12,6 @@ samples for each of `prompts_per_step` prompts, and its loss is the mean of thei
 only, since those of two prompts have two normalisers. Where sequences (s, c) are drawn from p0, s is an exact sample of
 σ(· | c) (`positives="joint"`): the samples of a prompt then serve all continuations that were drawn with it.
 
-The losses are functions of log ψ at the tokens, weights and masks, so that they can be read beside docs/mathematics.md
-§5. Their names: B sequences, T columns, column t holds token t + 1 and log ψ_{t+1} of the history up to and with it.
-
 A run leaves in its directory: the twist itself, `metrics.jsonl`, `bounds.png`, `checkpoint.pt` (while it runs) and,
 where TensorBoard is installed, its event file. The same command goes on where a checkpoint was left.
 """
@@ -38,6 +35,7 @@ from torch.nn import functional as F
 
 from fastsmc import evaluate, plots
 from fastsmc.hf import SCORE_ELEMENTS, HFEngine
+from fastsmc.losses import ctl_loss, dpg_loss, fudge_loss, rl_loss, sixo_loss
 from fastsmc.params import SMCParams
 from fastsmc.population import Population
 from fastsmc.potentials import Final, Infill, Potential
@@ -138,59 +136,6 @@ class TwistConfig:
     @property
     def needs_positives(self) -> bool:
         return self.loss in ("ctl", "sixo", "dpg")
-
-
-# -- losses ------------------------------------------------------------------------------------------------------------
-def ctl_loss(
-    positive: Tensor, positive_mask: Tensor, positive_weights: Tensor, log_psi: Tensor, mask: Tensor, weights: Tensor
-) -> Tensor:
-    """Computes the contrastive loss −[Σ_k W_k mean_t log ψ_t(s^k) − mean_t Σ_k W_{t,k} log ψ_t(s^k)].
-
-    Args:
-        positive, log_psi: (K, T), (B, T) log ψ of positives and samples; their masks (bool) say where there is a token.
-        positive_weights: (K,) sum 1; weights: (B, T), columns sum to 1: of the samples as a sample of π_t.
-    """
-    up = (positive_weights[:, None] * positive * positive_mask).sum()
-    down = (weights * log_psi * mask).sum()
-    return (down - up) / log_psi.shape[1]
-
-
-def rl_loss(log_psi: Tensor, mask: Tensor, target: Tensor) -> Tensor:
-    """Computes the soft Q loss: mean over tokens of (log ψ_t − target)²; all are (B, T).
-
-    Args:
-        target: log Σ_v p0 ψ_{t+1}, at the end log φ.
-    """
-    return (F.mse_loss(log_psi, target.where(mask, log_psi.detach()), reduction="none") * mask).sum() / mask.sum()
-
-
-def sixo_loss(
-    positive: Tensor, positive_mask: Tensor, positive_weights: Tensor, log_psi: Tensor, mask: Tensor
-) -> Tensor:
-    """Computes the density ratio loss −Σ_k W_k mean_t log sigmoid(log ψ_t(s^k)) − mean_{p0} log(1 − sigmoid(log ψ_t)).
-
-    The arguments are as in `ctl_loss`.
-    """
-    up = (positive_weights[:, None] * F.logsigmoid(positive) * positive_mask).sum()
-    down = (F.logsigmoid(-log_psi) * mask).sum() / len(log_psi)
-    return -(up + down) / log_psi.shape[1]
-
-
-def fudge_loss(raw: Tensor, mask: Tensor, log_phi: Tensor) -> Tensor:
-    """Computes the cross-entropy of ψ_t = sigmoid(raw), (B, T), against a roll-out's chance φ (B,) of the class."""
-    phi = log_phi.exp()[:, None].expand_as(raw).to(raw.dtype)
-    return (F.binary_cross_entropy_with_logits(raw, phi, reduction="none") * mask).sum() / mask.sum()
-
-
-def dpg_loss(log_psi: Tensor, log_norm: Tensor, mask: Tensor, weights: Tensor) -> Tensor:
-    """Computes the loss −Σ_k W_k mean_t [log ψ_t(s_t) − log Σ_v p0 ψ_t(v)].
-
-    Its gradient is that of −log ψ_t(s_t) + E_{v~q} log ψ_t(v).
-
-    Args:
-        log_psi, log_norm, mask: (K, T) at positives; weights: (K,) sum 1.
-    """
-    return -(weights[:, None] * (log_psi - log_norm) * mask).sum() / log_psi.shape[1]
 
 
 # -- sequences ---------------------------------------------------------------------------------------------------------
@@ -335,7 +280,7 @@ class Trainer:
         """
         config, targets = self.config, tokenize(name, prompts, self.engine)
         joint = config.positives == "joint"
-        known = set() if trained else {(*t.prompt, -1, *(t.continuation or ())) for t in self.targets}
+        known = set() if trained else {self._identity(target) for target in self.targets}
         if joint and self.engine.stops(self.params):
             raise ValueError("positives='joint': needs ignore_eos=True and no stop tokens, so that lengths are fixed")
         for i, target in enumerate(targets):
@@ -347,7 +292,7 @@ class Trainer:
                 raise ValueError(f"{name}[{i}]: {what}")
             if not trained and wants and not has:
                 raise ValueError(f"{name}[{i}]: has no continuation")
-            if (*target.prompt, -1, *(target.continuation or ())) in known:
+            if self._identity(target) in known:
                 raise ValueError(f"{name}[{i}]: is among the prompts that are trained on")
             ahead = self._potential(target if has or not joint else Target([], [0] * config.continuation_tokens))
             try:
@@ -355,6 +300,11 @@ class Trainer:
             except ValueError as error:
                 raise ValueError(f"{name}[{i}]: {error}") from None
         return targets
+
+    def _identity(self, target: Target) -> tuple[tuple[int, ...], ...]:
+        """Gives what two targets share if they are one: the prompt alone where continuations are drawn."""
+        follows = [] if self.config.positives == "joint" else [tuple(target.continuation or ())]
+        return (tuple(target.prompt), *follows)
 
     def _potential(self, target: Target) -> Potential:
         """Gives φ of a prompt."""

@@ -360,12 +360,13 @@ def test_what_training_refuses(hf):
         with pytest.raises(ValueError, match=why):
             TwistConfig(**bad)
     both, only = TwistPrompt([1, 2], [3]), TwistPrompt([1, 2])
+    given = {"continuation_tokens": 1}
     joint = {"continuation_tokens": 1, "positives": "joint"}
     eos = dataclasses.replace(PARAMS, stop_token_ids=[5])
     for prompt, params, potential, config, more, why in (
         ([only], PARAMS, None, {}, {}, "potential=NoneType: must be a Potential"),
-        ([both], PARAMS, Infill([1]), {"continuation_tokens": 1}, {}, "potential=Infill: must be None"),
-        ([only], PARAMS, None, {"continuation_tokens": 1}, {}, r"prompts\[0\]: has no continuation"),
+        ([both], PARAMS, Infill([1]), given, {}, "potential=Infill: must be None"),
+        ([only], PARAMS, None, given, {}, r"prompts\[0\]: has no continuation"),
         ([only, both], PARAMS, None, joint, {}, r"prompts\[1\]: has a continuation"),
         ([only, both], PARAMS, Infill([1]), {}, {}, r"prompts\[1\]: has a continuation"),
         ([only, [1]], PARAMS, Infill([1]), {}, {}, r"prompts\[1\].*TwistPrompt"),
@@ -376,12 +377,14 @@ def test_what_training_refuses(hf):
         ([only], PARAMS, Infill([1]), {}, {"exact": [[1]]}, "'smc' or 'joint'"),
         ([only], eos, None, joint, {}, "ignore_eos=True and no stop tokens"),
         ([only], PARAMS, Infill([1]), {}, {"held_out": [only]}, r"held_out\[0\]: is among"),
-        ([both], PARAMS, None, {"continuation_tokens": 1}, {"held_out": [only]}, r"held_out\[0\]: has no"),
+        ([both], PARAMS, None, given, {"held_out": [only]}, r"held_out\[0\]: has no"),
+        ([both], PARAMS, None, given, {"held_out": [both]}, r"held_out\[0\]: is among"),
+        ([only], PARAMS, None, joint, {"held_out": [both]}, r"held_out\[0\]: is among"),  # it may draw that, too
         (PROMPTS[:2], PARAMS, Infill([1]), {"eval_every": 1}, {}, "needs held_out"),
     ):
         with pytest.raises(ValueError, match=why):
             Trainer(hf, prompt, params, potential, TwistConfig(**config), **more)
-    Trainer(hf, [only], PARAMS, None, TwistConfig(**joint), held_out=[both])  # another target of the same prompt
+    Trainer(hf, [both], PARAMS, None, TwistConfig(**given), held_out=[TwistPrompt([1, 2], [4])])  # another target
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ from tiny import make_llama
 
 from fastsmc import Potential, SMCParams, evaluate
 from fastsmc.hf import HFEngine, Trunk
-from fastsmc.training import Trainer, TwistConfig, ctl_loss, dpg_loss, fudge_loss, rl_loss, sixo_loss
+from fastsmc.losses import ctl_loss, dpg_loss, fudge_loss, rl_loss, sixo_loss
+from fastsmc.training import Trainer, TwistConfig
 from fastsmc.twists import Twist, card_potential
 
 V, T, STOP = 4, 4, 3
