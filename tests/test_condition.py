@@ -486,7 +486,9 @@ def test_the_walk_of_the_benchmark(monkeypatch):
     """Without sharing: on (0.9, 0.1), both allowed, one question and with twice 0.1 another, or two."""
     bench = Path(__file__).parents[1] / "bench"
     monkeypatch.syspath_prepend(str(bench))
-    walk = load(bench / "bench_condition.py").walk
+    module = load(bench / "bench_condition.py")
+    walk = module.walk
     asked = walk(torch.tensor([0.9, 0.1]).log(), lambda token: True, {0, 1}, 4000).mean()
     assert abs(asked - (1 + 0.9 * 0.2 + 0.1)) < 4 * 0.45 / math.sqrt(4000)
     assert walk(torch.tensor([0.9, 0.1]).log(), lambda token: token == 1, {1}, 10).tolist() == [1] * 10
+    assert module.ratio_stderr([np.array([1, 3])], [np.array([4, 4])]) == 0.25  # a mean of 2 ± 1, over 4

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import PROMPT, Guide, TableRows, TableTwist, TinyLlama, make_llama, run_tables, value_table
 
-from fastsmc import SMCParams
+from fastsmc import SMCParams, ops
 from fastsmc.smc import Group, SMCError
 from fastsmc.smc.driving import run_group, take_step
 
@@ -117,21 +117,24 @@ def test_mean_of_the_reciprocal(tiny, n, threshold, kind, settings):
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.7, 1.0])
-def test_conditional_law_of_the_others(tiny, threshold):
-    """E*[f(others) / Ẑ*] · Z = E[f(others)] of an ordinary multinomial run: f counts the first tokens of all rows."""
-    n, runs = 3, 1000
-    log_z = tiny.log_z(POTENTIAL.log_phi)
+def test_conditional_law_of_all(tiny, threshold, monkeypatch):
+    """E*[f / Ẑ*] · Z = E[f] of an ordinary multinomial run that draws without strata, too: f has the counts of the
+    first tokens of all rows, and how many pairs of rows have the same, which tells who descends from whom."""
+    monkeypatch.setattr(ops, "stratify", lambda uniforms, rank, count: uniforms)
+    n, runs, potential = 3, 1000, TableTwist(POSITIVE)
+    log_z = tiny.log_z(potential.log_phi)
     params = params_of(n, threshold, resampling="multinomial", seed=3)
-    ordinary = np.array([count_first(p, 1.0) for p in run_many(tiny, params, POTENTIAL, runs)[1]])
-    exact = posterior_samples(tiny, POTENTIAL, runs, seed=7)
-    _, populations = run_many(tiny, params, POTENTIAL, runs, exact, first=runs)
+    ordinary = np.array([count_first(p, 1.0) for p in run_many(tiny, params, potential, runs)[1]])
+    exact = posterior_samples(tiny, potential, runs, seed=7)
+    _, populations = run_many(tiny, params, potential, runs, exact, first=runs)
     kept = np.array([count_first(p, np.exp(log_z - p.log_z)) for p in populations])
     error = np.sqrt((ordinary.var(axis=0, ddof=1) + kept.var(axis=0, ddof=1)) / runs)
     assert np.all(np.abs(ordinary.mean(axis=0) - kept.mean(axis=0)) <= 3.5 * error)
 
 
 def count_first(population, factor):
-    return factor * np.bincount([t[0] for t in population.token_ids], minlength=VOCAB)
+    counts = np.bincount([t[0] for t in population.token_ids], minlength=VOCAB)
+    return factor * np.append(counts, (counts**2).sum())
 
 
 def test_the_slot_is_uniform_and_follows_resampling(tiny):
