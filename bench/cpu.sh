@@ -29,7 +29,7 @@
 # facts          7    where facts stand in SmolLM2: the same
 # serve         15    a server against the engine in process, and against a stock server
 # soak          30    10,000 requests of random end: what is counted, not timed
-# condition     10    questions asked under black boxes, beside genlm-control's AWRS; PEER as above: what is counted
+# condition     20    questions asked under black boxes, beside genlm-control's AWRS; PEER as above: what is counted
 # groups        35    several groups against stock, a step by their number, a group beside ordinary requests
 # against        6
 #
@@ -100,7 +100,7 @@ for part in $parts; do
     score) bench score_cpu bench_score.py ;;
     counterfactual) OMP_NUM_THREADS=1 bench counterfactual_cpu bench_counterfactual.py found ;;
     counterfactual_time) bench counterfactual_time_cpu bench_counterfactual.py time ;;
-    condition) OMP_NUM_THREADS=1 bench condition_cpu bench_condition.py --max-tokens 20 --seeds 2 --peer "$peer" ;;
+    condition) OMP_NUM_THREADS=1 bench condition_cpu bench_condition.py --max-tokens 20 --seeds 4 --peer "$peer" ;;
     stderr) OMP_NUM_THREADS=1 bench stderr_cpu bench_stderr.py ;;
     order) bench resample_order bench_order.py ;;
     *)
