@@ -7,6 +7,7 @@ distinct history and step, are kept, and walked by as many particles as had them
 
     alone       questions per particle, ours and AWRS's, the mean over rows
     in all      what the run of N particles asked of its condition, and what N runs of AWRS ask, particle by particle
+    to the end  the same run without giving up long walks: what it asks, and how far its log Ẑ is from the other's
 
 What is counted does not depend on the machine. Lines end within `--max-tokens` tokens: both sides ask one question per
 particle at the last, whether its text is a whole; those rows are not walked.
@@ -15,6 +16,7 @@ particle at the last, whether its text is a whole; those rows are not walked.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import subprocess
@@ -33,7 +35,7 @@ from fastsmc import Potential, SMCParams
 from fastsmc.hf import HFEngine, TrunkRows
 from fastsmc.models import resolve
 from fastsmc.potentials import Condition, token_bytes
-from fastsmc.smc import Group, arrange, finish, set_up
+from fastsmc.smc import Group, arrange, finish, rejection, set_up
 
 sys.path.insert(0, str(ROOT / "examples"))
 
@@ -44,18 +46,17 @@ RUNS = 4
 
 
 class Walked(Potential):
-    """Allows the tokens that `told` (V,) bool allows, and counts the candidates (N,) of each particle."""
+    """Allows the tokens that `ask` allows, with the answers `told` that there are, and counts its one particle's."""
 
-    def __init__(self, ask: Any, asks: set[int], n: int) -> None:
-        self.told: dict[int, bool] = {}
-        self.ask, self.asks, self.counts = ask, asks, np.zeros(n)
+    def __init__(self, ask: Any, asks: set[int], told: dict[int, bool]) -> None:
+        self.ask, self.asks, self.told, self.count = ask, asks, told, 0
 
     def complete(self, state: Any) -> Tensor:
         return torch.zeros(len(state.finished), dtype=torch.float64)
 
     def allows(self, state: Any, particles: Tensor, tokens: Tensor) -> Tensor:
-        for i, token in zip(particles.tolist(), tokens.tolist(), strict=True):
-            self.counts[i] += token in self.asks
+        for token in tokens.tolist():
+            self.count += token in self.asks
             if token not in self.told:
                 self.told[token] = self.ask(token)
         return torch.tensor([self.told[token] for token in tokens.tolist()], dtype=torch.bool)
@@ -65,14 +66,15 @@ class Walked(Potential):
 
 
 def walk(row: Tensor, ask: Any, asks: set[int], n: int) -> np.ndarray:
-    """Says how many questions each of n particles (n,) asks on a row by itself."""
-    potential = Walked(ask, asks, n)
-    params = SMCParams(n_particles=n, max_tokens=1, proposal="rejection", resampling="multinomial")
-    group = Group(params, potential, [0])
-    (cohort,) = arrange([group])
+    """Says how many questions each of n particles (n,) asks on a row by itself: groups of one particle."""
+    told: dict[int, bool] = {}
+    potentials = [Walked(ask, asks, told) for _ in range(n)]
+    params = SMCParams(n_particles=1, max_tokens=1, proposal="rejection")
+    groups = [Group(dataclasses.replace(params, group=i), each, [0]) for i, each in enumerate(potentials)]
+    (cohort,) = arrange(groups)
     cohort.wants()
-    finish(cohort.take(row[None].clone(), None))
-    return potential.counts
+    finish(cohort.take(row.repeat(n, 1), None))
+    return np.array([each.count for each in potentials], dtype=float)
 
 
 def ratio_stderr(ours: list[np.ndarray], theirs: list[np.ndarray]) -> float:
@@ -123,6 +125,10 @@ def run_task(engine: HFEngine, task: str, n: int, max_tokens: int, seed: int, pe
         finish(cohort.take(logits, hidden))
     population = group.population()
     assert population.questions is not None  # it has a condition
+    given_up, rejection.LONG = rejection.LONG, sys.maxsize
+    to_the_end = engine.smc(prompt, params, Condition(all_of(begins), complete=all_of(whole)))
+    rejection.LONG = given_up
+    assert to_the_end.questions is not None
     asks = {v for v, token in enumerate(tokens) if token is not None} | set(stops)
     walks = []
     for row, history in zip(rows, histories, strict=True):
@@ -151,7 +157,9 @@ def run_task(engine: HFEngine, task: str, n: int, max_tokens: int, seed: int, pe
         "calls": population.questions["calls"],
         "alone": float(np.mean(ours)),
         "in_all": population.questions["asked"],
-        "in_all_without_sharing": float(np.dot(particles, ours)) + n_last,
+        "in_all_to_the_end": to_the_end.questions["asked"],
+        "log_z_to_the_end": to_the_end.log_z,
+        "in_all_by_themselves": float(np.dot(particles, ours)) + n_last,
     }
     if peer is not None:
         peer_walks = ask_peer(peer, task, rows, histories, tokens, stops)

@@ -27,7 +27,7 @@ from tiny import (
 from fastsmc import SMCParams, evaluate
 from fastsmc.population import Population
 from fastsmc.potentials import Condition, Final, Lexicon, Potential
-from fastsmc.smc import Group, GroupEngine, SMCError
+from fastsmc.smc import Group, GroupEngine, SMCError, rejection
 from fastsmc.smc.captured import why_not_captured
 from fastsmc.smc.cohort import arrange
 from fastsmc.smc.driving import run_group
@@ -109,6 +109,104 @@ def params_of(n=16, threshold=0.5, **more):
 def test_unbiased(tiny, n, threshold, scheme):
     """Rows with 0, 1, 2 and all tokens allowed; ends at all lengths."""
     check_unbiased(tiny, params_of(n, threshold, resampling=scheme), rules(n % 4), log_phi, 300 if n < 10 else 100)
+
+
+@pytest.mark.parametrize(
+    ("n", "threshold", "scheme"),
+    [(1, 1.0, "systematic"), (3, 1.0, "systematic"), (16, 0.5, "stratified"), (64, 0.0, "systematic")],
+)
+def test_unbiased_where_walks_are_given_up(tiny, monkeypatch, n, threshold, scheme):
+    """From the first refusal on; beside a twist, so that weights differ when a step begins."""
+    monkeypatch.setattr(rejection, "LONG", 1)
+    twist, given_up = TableTwist(VALUES), []
+    control = rejection._control
+
+    def noted(step, *args):
+        kept, times = control(step, *args)
+        given_up.append((~kept).sum().item())
+        assert (times >= 0).all()
+        return kept, times
+
+    monkeypatch.setattr(rejection, "_control", noted)
+    runs = 300 if n < 10 else 150
+    check_unbiased(
+        tiny, params_of(n, threshold, resampling=scheme), rules() * twist, lambda s: log_phi(s) + twist.log_phi(s), runs
+    )
+    assert (sum(given_up) > 0) == (n > 1)
+
+
+def test_law_of_walks_that_are_given_up(monkeypatch):
+    """E[w · 1(x)] = p(x) c(x) on a hard row, while half of the particles have weight 1."""
+    monkeypatch.setattr(rejection, "LONG", 1)
+    hard, allowed, n = torch.tensor([0.3, 0.25, 0.2, 0.12, 0.08, 0.05]), (2, 3, 5), 60_000
+
+    class Rows:
+        def first(self):
+            return torch.tensor([[0.5, 0.5, *[1e-30] * 4]]).log(), None
+
+        def next(self, tokens, slots):
+            return hard.log().repeat(len(tokens), 1), None
+
+        def reindex(self, moves):
+            pass
+
+    class AfterOne(Potential):
+        """After token 1 only some are allowed."""
+
+        def complete(self, state):
+            return torch.zeros(len(state.finished), dtype=torch.float64)
+
+        def allows(self, state, particles, tokens):
+            before = state.tokens[particles]
+            free = torch.ones(len(tokens), dtype=torch.bool) if before.shape[1] == 0 else before[:, 0] == 0
+            return free | torch.isin(tokens, torch.tensor(allowed))
+
+    params = SMCParams(n_particles=n, max_tokens=2, proposal="rejection", ess_threshold=0.0, resampling="multinomial")
+    population = run_group(Group(params, AfterOne(), PROMPT), Rows())
+    tokens, w = population.tokens, np.exp(population.log_weights)
+    assert w.max() < 1 + 1e-9 and (w == 0).sum() > 1000
+    walked, last = tokens[0] == 1, tokens[1]
+    for v in range(6):
+        each = (w * (last == v))[walked]
+        mean = hard[v].item() * (v in allowed)
+        assert abs(each.mean() - mean) <= 4 * each.std() / math.sqrt(len(each)) + 1e-7, v
+
+
+class LongTail:
+    """Rows of 1,024 tokens, the same after every history: p_v ∝ 1 / (v + 1)²."""
+
+    logits = -2 * torch.arange(1, 1025).log()
+
+    def first(self):
+        return self.logits[None], None
+
+    def next(self, tokens, slots):
+        return self.logits.repeat(len(tokens), 1), None
+
+    def reindex(self, moves):
+        pass
+
+
+def test_dead_ends_are_given_up(monkeypatch):
+    """After tokens 1 and 2 comes nothing, which takes 1,024 questions to know; Ẑ is as exact as when they are asked."""
+    share = LongTail.logits.softmax(0)[1:3].sum().item()
+
+    def run(runs):
+        z, asked = [], []
+        for seed in range(runs):
+            condition = Condition(lambda rows: [len(ids) < 2 or ids[0] not in (1, 2) for ids in rows], on="tokens")
+            params = dataclasses.replace(params_of(16, 0.5, seed=seed), max_tokens=2)
+            population = run_group(Group(params, condition, PROMPT), LongTail())
+            z.append(math.exp(population.log_z))
+            asked.append(population.questions["asked"])
+        return np.array(z), np.array(asked)
+
+    z, asked = run(60)
+    assert abs(z.mean() - (1 - share)) < 4 * z.std() / math.sqrt(len(z))
+    monkeypatch.setattr(rejection, "LONG", 10**9)
+    z_of_all, asked_of_all = run(2)
+    assert asked_of_all.min() > 1024 > 4 * asked.max()
+    np.testing.assert_allclose(z[:2], z_of_all, atol=0.05)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,10 @@ is allowed, as a share of the row's, and b = 1 − p_x / B the chance that a sec
 which is min(p_x, B/2) where y is not allowed. x comes by p restricted to what is allowed, and E[w | x] is that set's
 mass (docs/mathematics.md §8). It is positive, at most 1, and 1 where all is allowed.
 
+A long walk costs many questions for a small weight. So from its `LONG`-th refusal on a particle whose weight can only
+be less than the mean m of its group's is kept by chance, with probability v / m, v being the most that its weight can
+still be, and then counts m / v times: rejection control (Liu, Chen and Wong 1998), which resampling would do anyway.
+
 The rounds are the host's, since it asks; a round weighs and draws only the rows of particles that still ask.
 """
 
@@ -27,6 +31,9 @@ from fastsmc import ops
 from fastsmc.potentials.answers import NextRows
 from fastsmc.smc.faults import MODEL, NEXT_ROW
 from fastsmc.smc.step import ASK_MORE, DRAW, WALK, Step
+
+#: refusals after which a particle's walk goes on by chance only, where its weight can be no more than the mean
+LONG = 8
 
 
 class Walk(NamedTuple):
@@ -79,6 +86,8 @@ def draw(
     walk, total = rows.begin()
     weight = torch.full_like(total, -math.inf)
     refused = weight.clone()  # the weight if the second candidate is not allowed
+    times = torch.zeros_like(total)  # log of how many times a particle counts that was kept by chance
+    most_left = times.masked_fill(step.active, -math.inf)  # log of what the weight can still be
     found = ops.Drawn(torch.full_like(rows.rows, -1), torch.zeros_like(total), torch.zeros_like(total))
     more = step.uniforms(ASK_MORE)
     cut = torch.zeros_like(step.active)
@@ -88,24 +97,47 @@ def draw(
         ok = allows(walk.particles, walk.drawn.tokens)
         lost = walk.particles[walk.second & ~ok]
         weight[lost] = refused[lost]
-        new = walk.select(~walk.second & ok)
+        finds, seeks = ~walk.second & ok, ~walk.second & ~ok
+        new = walk.select(finds)
         for values, of_new in zip(found, new.drawn, strict=True):
             values[new.particles] = of_new
-        in_all = total[new.particles]
-        other = (-torch.expm1(new.mass - new.before)).clamp(min=0.0)
-        asks = more[new.particles] < 2 * other
-        weight[new.particles] = new.before - in_all
-        refused[new.particles] = torch.where(other < 0.5, new.before - math.log(2), new.mass) - in_all
-        seeks = ~walk.second & ~ok
+        in_all = total[walk.particles] - times[walk.particles]
+        others = (-torch.expm1(walk.mass - walk.before)).clamp(min=0.0)  # what is left beside the candidate, as a share
+        other, asks = others[finds], more[new.particles] < 2 * others[finds]
+        weight[new.particles] = new.before - in_all[finds]
+        refused[new.particles] = torch.where(other < 0.5, new.before - math.log(2), new.mass) - in_all[finds]
+        most_left[walk.particles] = torch.where(seeks, walk.before + others.log() - in_all, weight[walk.particles])
         may = n_asked + 1 < most[walk.particles]  # one is kept for the weight
         cut[walk.particles[seeks & ~may]] = True
         goes_on = seeks & may
-        goes_on[(~walk.second & ok).nonzero().squeeze(1)[asks]] = True
+        if n_asked >= LONG:
+            kept, counts = _control(step, most_left, step.uniforms(WALK + 2 * n_asked + 1))
+            goes_on &= kept[walk.particles]
+            seeking = walk.particles[goes_on]
+            times[seeking] += counts[seeking]
+        most_left[walk.particles[seeks & ~goes_on]] = -math.inf
+        goes_on[finds.nonzero().squeeze(1)[asks]] = True
         walk = rows.next(walk._replace(second=walk.second | ok).select(goes_on & step.active[walk.particles]), n_asked)
     active = step.active
     gain = torch.where(found.tokens < 0, -math.inf, weight - found.log_psi)  # `prefix` has ψ of what was drawn
     step.particles.log_w += torch.where(active, gain, 0.0)
     return step.append(found, active), cut & active
+
+
+def _control(step: Step, most_left: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """Keeps particles whose weight is below their group's mean with the probability that it is of that, by u (M,).
+
+    Args:
+        most_left: (M,) float64, log of what this step's weights are, or can still be.
+
+    Returns:
+        (M,) bool, those that are kept; (M,) float64, log of how many times each of them counts.
+    """
+    values, layout = step.particles.log_w + most_left, step.layout
+    of_groups = values.split(layout.sizes)  # cloned: where they lie in memory shall not tell in the last bit
+    means = [each.clone().logsumexp(0) - math.log(len(each)) for each in of_groups]
+    share = (values - layout.of(torch.stack(means))).nan_to_num(nan=0.0).clamp(max=0.0)
+    return u < share.exp(), -share
 
 
 class Remaining:
@@ -145,7 +177,7 @@ class Remaining:
         bit = (torch.ones_like(word) << (walk.drawn.tokens & 31)[:, None]).to(torch.int32)  # the 32nd wraps to the sign
         mask = mask.scatter(1, word, mask.gather(1, word) & ~bit)
         shaped = NextRows(None, None, None, None) if self._shaped is None else self._shaped.select(walk.particles)
-        u = self._step.uniforms(WALK + n_drawn)[walk.particles]
+        u = self._step.uniforms(WALK + 2 * n_drawn)[walk.particles]
         weighed, drawn, mass, _ = self._draw(walk.particles, shaped._replace(mask=mask, mask_rows=None), u)
         return walk._replace(drawn=drawn, mass=mass, before=weighed.lse_psi, mask=mask).select(drawn.tokens >= 0)
 

@@ -29,7 +29,7 @@ from fastsmc.smc.particles import Layout, Particles
 
 # Philox streams: one per purpose, so that no random number serves twice.
 DRAW, RESAMPLE, CHOOSE, RETAIN, REDRAW, MOVE = 0, 1, 2, 3, 4, 5
-ASK_MORE, WALK = 14, 16  # of the rejection proposal; WALK and what comes after it, one per candidate
+ASK_MORE, WALK = 14, 16  # of the rejection proposal; WALK and what comes after it, two per candidate
 
 
 @dataclasses.dataclass(frozen=True)
