@@ -42,7 +42,7 @@ sys.path.insert(0, str(ROOT / "examples"))
 from conditions import PROMPTS, TASKS, all_of
 
 #: walks of each row by particles that share nothing, at least
-RUNS = 4
+RUNS = 16
 
 
 class Walked(Potential):

@@ -100,7 +100,7 @@ for part in $parts; do
     score) bench score_cpu bench_score.py ;;
     counterfactual) OMP_NUM_THREADS=1 bench counterfactual_cpu bench_counterfactual.py found ;;
     counterfactual_time) bench counterfactual_time_cpu bench_counterfactual.py time ;;
-    condition) OMP_NUM_THREADS=1 bench condition_cpu bench_condition.py --max-tokens 20 --seeds 4 --peer "$peer" ;;
+    condition) OMP_NUM_THREADS=1 bench condition_cpu bench_condition.py --max-tokens 20 --seeds 6 --peer "$peer" ;;
     stderr) OMP_NUM_THREADS=1 bench stderr_cpu bench_stderr.py ;;
     order) bench resample_order bench_order.py ;;
     *)
