@@ -44,6 +44,7 @@ from fastsmc.potentials.joint import is_joinable, join, part
 from fastsmc.potentials.matchers import START
 from fastsmc.smc import Group, GroupEngine
 from fastsmc.smc.driving import run_group
+from fastsmc.testing import check_potential
 
 THREE_RULES = 'root ::= pair ("," pair)*\npair ::= key ":" ("x" | root)\nkey ::= [ab]+'
 
@@ -58,20 +59,12 @@ def complete(potential, paths, max_tokens, stops=(EOS,)):
     return potential.complete(make_state(paths, max_tokens, stops=stops))
 
 
-def check_telescope(potential, paths, max_tokens, stops=(EOS,)):
-    """Σ logw_next along a path is `prefix`, and `complete` where a stop token ends it; at the last token, no less."""
-    potential.reset(len(paths), [1])
-    total = potential.prefix(make_state(paths, max_tokens, 0, stops))
-    for t in range(max_tokens):
-        change = dense(potential.logw_next(make_state(paths, max_tokens, t, stops)))
-        for i, path in enumerate(paths):
-            if t < len(path):
-                total[i] += change[i, path[t]]
-        after = make_state(paths, max_tokens, t + 1, stops)
-        assert torch.equal(total[~after.finished], potential.prefix(after)[~after.finished])
-        just, at_stop = after.finished & (after.lengths == t + 1), torch.isin(after.last_tokens, torch.tensor(stops))
-        phi = potential.complete(after)
-        assert torch.equal(total[just & at_stop], phi[just & at_stop]) and bool((total[just] >= phi[just]).all())
+def check_telescope(potential, engine, paths, max_tokens, stops=(EOS,)):  # noqa: F811
+    """`check_potential`, and Σ logw_next = complete where a stop token ends a path; at the last token, no less."""
+    said = check_potential(potential, engine, paths, prompt=[1], max_tokens=max_tokens, stop_token_ids=stops)
+    for i, path in enumerate(paths):
+        total = said.by_next[len(path), i]
+        assert total == said.log_phi[i] if path[-1] in stops else total >= said.log_phi[i]
 
 
 # -- what a sentence is ------------------------------------------------------------------------------------------------
@@ -88,7 +81,7 @@ def test_grammar_and_regex_agree(engine, pattern, stops):  # noqa: F811
             assert got.tolist() == want.tolist()
             answers.update(want.tolist())
     assert len(answers) == 2 or not stops  # of texts that end by their length, some patterns match none
-    check_telescope(grammar, paths[::7], 3, stops)
+    check_telescope(grammar, engine, paths[::7], 3, stops)
     # where a match is still possible, so is a sentence
     for t in range(3):
         state = make_state(paths, 3, t, stops)
@@ -135,7 +128,7 @@ def test_a_language_that_is_not_regular(engine):  # noqa: F811
         texts = [text_of(path) for path in paths]
         want = [0.0 if text is not None and balanced(text) else -math.inf for text in texts]
         assert complete(potential, paths, 6).tolist() == want and len(set(want)) == 2
-        check_telescope(potential, paths[::5], 6)
+        check_telescope(potential, engine, paths[::5], 6)
 
 
 def test_choice(engine):  # noqa: F811

@@ -29,6 +29,7 @@ from fastsmc.potentials import (
 )
 from fastsmc.smc import Group, GroupEngine
 from fastsmc.smc.driving import run_group
+from fastsmc.testing import check_potential
 
 # "é" is C3 A9 in UTF-8: Ã is the first byte's character in byte-level BPE, © the second's; Ġ is a space.
 TOKENS = ["<eos>", "a", "b", "c", "ab", "Ġ", "Ã", "©", "Ġa", "A", "ĠA", "abc"]
@@ -95,22 +96,11 @@ def dense(answer):
     return answer.values[answer.index].double() if isinstance(answer, Rows) else answer.double()
 
 
-def check_telescope(potential, sequences, max_tokens, stops=(EOS,)):
-    """Σ logw_next along a path + prefix(empty) = prefix, and at the end = complete."""
-    potential.reset(len(sequences), [1])
-    total = potential.prefix(make_state(sequences, max_tokens, 0, stops))
-    for t in range(max_tokens):
-        state = make_state(sequences, max_tokens, t, stops)
-        change = dense(potential.logw_next(state))
-        for i, sequence in enumerate(sequences):
-            if t < len(sequence):
-                assert not state.finished[i]
-                total[i] += change[i, sequence[t]]
-        after = make_state(sequences, max_tokens, t + 1, stops)
-        going, prefix, complete = ~after.finished, potential.prefix(after), potential.complete(after)
-        torch.testing.assert_close(total[going], prefix[going])
-        just = after.finished & (after.lengths == t + 1)
-        torch.testing.assert_close(total[just], complete[just])
+def check_telescope(potential, engine, sequences, max_tokens, stops=(EOS,)):
+    """`check_potential`, and at the end Σ logw_next = complete, too."""
+    said = check_potential(potential, engine, sequences, prompt=[1], max_tokens=max_tokens, stop_token_ids=stops)
+    for i, sequence in enumerate(sequences):
+        torch.testing.assert_close(said.by_next[len(sequence), i], said.log_phi[i])
 
 
 # -- Lexicon -----------------------------------------------------------------------------------------------------------
@@ -119,7 +109,7 @@ def test_lexicon_counts_and_telescopes(engine, weight):
     lexicon = Lexicon(token_ids=[2, EOS, 4], weight=weight)
     lexicon.setup(engine)
     paths = list(sequences_up_to(3, [0, 1, 2, 4]))
-    check_telescope(lexicon, paths, 3)
+    check_telescope(lexicon, engine, paths, 3)
     counts = [sum(v in (2, EOS, 4) for v in path) for path in paths]
     expected = [n * weight if n else 0.0 for n in counts]
     assert lexicon.complete(make_state(paths, 3)).tolist() == expected
@@ -205,7 +195,7 @@ def test_regex_budget_and_telescope(engine, pattern, stops):
         if set(stops) == {EOS}:  # tokens outside `vocab` (Ġ as a stop) would make more possible
             assert torch.equal(prefix[going] == 0, alive[going])
         assert bool((prefix[going & alive] == 0).all())
-    check_telescope(regex, paths[:: max(1, len(paths) // 500)], max_tokens, stops)
+    check_telescope(regex, engine, paths[:: max(1, len(paths) // 500)], max_tokens, stops)
 
 
 def test_regex_without_stop_tokens_fills_the_budget(engine):
@@ -431,7 +421,7 @@ def test_product_adds(engine):
     pair = lexicon * regex
     pair.setup(engine)
     paths = list(sequences_up_to(3, [0, 1, 2, 3]))
-    check_telescope(pair, paths, 3)
+    check_telescope(pair, engine, paths, 3)
     state = make_state(paths, 3)
     pair.reset(len(paths), [1])
     expected = lexicon.complete(state) + regex.complete(state)
