@@ -10,12 +10,9 @@ import cloudpickle
 import torch
 from torch import Tensor
 
-from fastsmc.params import SMCParams
-from fastsmc.potentials import Potential, State
-from fastsmc.potentials.answers import NextRows
-from fastsmc.potentials.copying import own_copy
-from fastsmc.smc.asking import Asker
+from fastsmc.potentials import Potential
 from fastsmc.smc.engine import GroupEngine, SMCError, set_up
+from fastsmc.smc.replay import Replay
 from fastsmc.values import check_int
 
 #: how far two answers to the same question may be apart, relative and absolute: batches of other sizes round otherwise
@@ -114,6 +111,13 @@ class _Asking:
         self.max_tokens, self.stops, self.name = max_tokens, stops, type(origin).__name__
         self._of_history: dict[tuple[int, ...], Tensor] = {}  # a log-prob and a hidden state of each
 
+    def replay(self, rows: list[list[int]]) -> Replay:
+        """Makes a group of sequences, with a copy of its own."""
+        return Replay(
+            self.origin, self.engine, rows, prompt=self.prompt, max_tokens=self.max_tokens, stops=self.stops,
+            numbers=self.numbers_of,
+        )  # fmt: skip
+
     def numbers_of(self, row: Sequence[int]) -> Tensor:
         key = tuple(row)
         if key not in self._of_history:
@@ -127,7 +131,7 @@ class _Asking:
 
     def draw(self, n: int) -> list[list[int]]:
         """Draws n sequences among what `logw_next` leaves."""
-        group, vocab = _Group(self, [[] for _ in range(n)]), self.engine.vocab_size
+        group, vocab = self.replay([[] for _ in range(n)]), self.engine.vocab_size
         while not group.over:
             says, tokens = group.ask_next(), torch.randint(vocab, (n,), generator=self.generator).tolist()
             for i, row in enumerate(group.rows):
@@ -142,7 +146,7 @@ class _Asking:
 
     def check(self, rows: list[list[int]]) -> Scores:
         """Does all that `check_potential` says."""
-        group = _Group(self, rows)
+        group = self.replay(rows)
         first, _ = group.ask()
         log_psi, by_next, log_phi = [first], [first], torch.full_like(first, math.nan)
         has_next, dead = True, first == -math.inf
@@ -161,11 +165,11 @@ class _Asking:
         said = Scores(torch.stack(log_psi), torch.stack(by_next), log_phi)
         rows = [row[:n] for row, n in zip(rows, group.lengths, strict=True)]
         chosen = list(range(len(rows)))[:: -(-len(rows) // 16)]
-        self._compare([(_Group(self, [rows[i]]), [i]) for i in chosen], said, "asked alone")
-        self._compare([(_Group(self, list(rows)), list(range(len(rows))))], said, "after reindex", moves=True)
+        self._compare([(self.replay([rows[i]]), [i]) for i in chosen], said, "asked alone")
+        self._compare([(self.replay(list(rows)), list(range(len(rows))))], said, "after reindex", moves=True)
         return said
 
-    def _of_next(self, group: _Group) -> Tensor | None:
+    def _of_next(self, group: Replay) -> Tensor | None:
         """Asks `logw_next` what the next token of each sequence changes, NaN for those that have ended."""
         says = group.ask_next()
         if says is None:
@@ -183,7 +187,7 @@ class _Asking:
         return torch.where(at, values, math.nan)
 
     def _check_step(
-        self, group: _Group, psi: Tensor, phi: Tensor, dead: Tensor, total: Tensor | None, refused: Tensor
+        self, group: Replay, psi: Tensor, phi: Tensor, dead: Tensor, total: Tensor | None, refused: Tensor
     ) -> None:
         """Checks one step's answers against each other."""
         value = torch.where(phi.isnan(), psi, phi)  # NaN: it had ended earlier
@@ -206,7 +210,7 @@ class _Asking:
                 change = f"token {row[-1]} takes log ψ to {total[i].item():.6g}, and prefix says {psi[i].item():.6g}"
                 raise self.broken("logw_next", row[:-1], change)
 
-    def _compare(self, groups: list[tuple[_Group, list[int]]], said: Scores, how: str, moves: bool = False) -> None:
+    def _compare(self, groups: list[tuple[Replay, list[int]]], said: Scores, how: str, moves: bool = False) -> None:
         """Asks again, groups in turn: they must hear what was `said` of their sequences, by the numbers beside them."""
         for t in range(self.max_tokens + 1):
             for g, (group, numbers) in enumerate(groups):
@@ -229,118 +233,13 @@ class _Asking:
                 groups[g] = group, numbers
                 group.end_step()
 
-    def _move(self, group: _Group, numbers: list[int]) -> list[int]:
+    def _move(self, group: Replay, numbers: list[int]) -> list[int]:
         ancestors = torch.randint(len(numbers), (len(numbers),), generator=self.generator)
         group.move(ancestors)
         return [numbers[a] for a in ancestors.tolist()]
 
-    def _check_same(self, method: str, group: _Group, got: Tensor, want: Tensor, how: str) -> None:
+    def _check_same(self, method: str, group: Replay, got: Tensor, want: Tensor, how: str) -> None:
         far = ~torch.isclose(got, want, rtol=RTOL, atol=ATOL, equal_nan=True)
         for i in far.nonzero().flatten().tolist():
             what = f"says {got[i].item():.6g} {how}, and {want[i].item():.6g} among all sequences"
             raise self.broken(method, group.rows[i][: group.t], what)
-
-
-class _Group:
-    """Steps a copy of a potential through sequences, as an engine does with particles.
-
-    Attributes:
-        asker: asks the copy.
-        rows: sequences, whole.
-        lengths: of those that have ended; of the others more than any.
-        t: tokens so far.
-    """
-
-    def __init__(self, asking: _Asking, rows: list[list[int]]) -> None:
-        self.asking, self.rows, self.t = asking, rows, 0
-        params = SMCParams(n_particles=len(rows), max_tokens=asking.max_tokens)
-        copy = own_copy(asking.origin, asking.engine)
-        self.asker = Asker(copy, asking.origin, params, asking.prompt, asking.stops, asking.engine)
-        self.asker.call("reset", len(rows), list(asking.prompt))
-        self.lengths = [asking.max_tokens + 1] * len(rows)
-
-    @property
-    def over(self) -> bool:
-        return max(self.lengths) <= self.t
-
-    def state(self, seen: int) -> State:
-        """Makes the state after t tokens; the model has seen `seen` of them."""
-        asking, t, n, state = self.asking, self.t, len(self.rows), State()
-        device = asking.engine.device
-        cut = [row[: min(t, end)] for row, end in zip(self.rows, self.lengths, strict=True)]
-        state.step, state.prompt = t, list(asking.prompt)
-        state.max_tokens, state.stop_token_ids = asking.max_tokens, asking.stops
-        padded = [row + [-1] * (t - len(row)) for row in cut]
-        state.tokens = torch.tensor(padded, dtype=torch.int64, device=device).reshape(n, t)
-        state.last_tokens = state.tokens[:, -1].clone() if t else None
-        state.lengths = torch.tensor([len(row) for row in cut], device=device)
-        state.finished = torch.tensor([end <= t for end in self.lengths], device=device)
-        log_probs = [
-            [asking.numbers_of(row[: i + 1])[0] for i in range(len(row))] + [0.0] * (t - len(row)) for row in cut
-        ]
-        state.token_log_probs = torch.tensor(log_probs, dtype=torch.float64, device=device).reshape(n, t)
-        state.log_prob = state.token_log_probs.sum(1)
-        histories = [tuple(row[:seen]) if end > seen else None for row, end in zip(cut, self.lengths, strict=True)]
-        distinct = list(dict.fromkeys(history for history in histories if history is not None))
-        rows = [-1 if history is None else distinct.index(history) for history in histories]
-        state.rows = torch.tensor(rows, device=device)
-        state.hidden = state.hidden_rows = None
-        if asking.engine.hidden_size:
-            state.hidden_rows = torch.stack([asking.numbers_of(history)[1:] for history in distinct]).to(device)
-            state.hidden = state.hidden_rows[state.rows.clamp(min=0)] * (state.rows >= 0)[:, None]
-        return state
-
-    def ask(self) -> tuple[Tensor, Tensor]:
-        """Asks `prefix` of unfinished sequences, `complete` of those that have just ended: (N,) float64, else NaN."""
-        state, answers = self.state(max(self.t - 1, 0)), []
-        just = torch.tensor([end == self.t for end in self.lengths])
-        for method, about in (("prefix", ~state.finished.cpu()), ("complete", just)):
-            values = torch.full((len(self.rows),), math.nan, dtype=torch.float64)
-            if bool(about.any()):
-                answer = self.asker.scores(method, state).cpu()
-                for i in (about & (answer.isnan() | (answer == math.inf))).nonzero().flatten().tolist():
-                    raise self.asking.broken(method, self.rows[i][: self.t], f"says {answer[i].item()}")
-                values = torch.where(about, answer, math.nan)
-            answers.append(values)
-        return answers[0], answers[1]
-
-    def ask_next(self) -> NextRows | None:
-        """Asks `logw_next`; None: it does not say."""
-        state = self.state(self.t)
-        says = self.asker.next_rows(state, self.asking.engine.vocab_size)
-        if says is None:
-            return None
-        for matrix, index in ((says.log_psi, says.psi_rows), (says.mask, says.mask_rows)):
-            if matrix is not None and index is not None:
-                bad = ~state.finished & ((index < 0) | (index >= len(matrix)))
-                for i in bad.nonzero().flatten().tolist():
-                    what = f"index {index[i].item()} must be in [0, {len(matrix)})"
-                    raise self.asking.broken("logw_next", self.rows[i][: self.t], what)
-        return says
-
-    def refused(self) -> Tensor:
-        """Asks `allows` about the next token of each unfinished sequence: (N,) bool, those that are refused."""
-        refused = torch.zeros(len(self.rows), dtype=torch.bool)
-        if self.asker.conditions:
-            going = [i for i, end in enumerate(self.lengths) if end > self.t]
-            particles, device = torch.tensor(going), self.asking.engine.device
-            tokens = torch.tensor([self.rows[i][self.t] for i in going])
-            refused[particles] = ~self.asker.allows(self.state(self.t), particles.to(device), tokens.to(device)).cpu()
-        return refused
-
-    def end_step(self) -> None:
-        """Goes on by one token, and finds who ends with it."""
-        self.t += 1
-        asking = self.asking
-        for i, row in enumerate(self.rows):
-            if self.lengths[i] > self.t and (self.t == asking.max_tokens or row[self.t - 1] in asking.stops):
-                self.lengths[i] = self.t
-        if self.asker.stops:
-            told = self.asker.stop(self.state(self.t - 1)).tolist()
-            self.lengths = [min(end, self.t) if stop else end for end, stop in zip(self.lengths, told, strict=True)]
-
-    def move(self, ancestors: Tensor) -> None:
-        """Takes sequences from others, as a resampling does."""
-        self.asker.call("reindex", ancestors.to(self.asking.engine.device))
-        self.rows = [self.rows[a] for a in ancestors.tolist()]
-        self.lengths = [self.lengths[a] for a in ancestors.tolist()]

@@ -177,12 +177,12 @@ BAD = {
     WrongChange: r"WrongChange.logw_next after tokens .*: token 1 takes log ψ to 0.762\d*, and prefix says 0.693\d*",
     Greedy: r"Greedy.logw_next after tokens .*: rules out token \d+, of which (prefix|complete) says 0.0",
     Revives: r"Revives.complete after tokens .*: says 0.0, where log ψ had been −inf before",
-    NotANumber: r"NotANumber.complete after tokens .*: says nan",
+    NotANumber: r"potential NotANumber.complete at step \d: says nan after tokens \[",
     Infinite: r"Infinite.logw_next after tokens .*: says inf of token",
     Short: r"potential Short.prefix at step 0: returned \(\d+,\) torch.float64",
-    OutOfRange: r"OutOfRange.logw_next after tokens \[\]: index 5 must be in \[0, 1\)",
-    Stops: r"potential Stops.stop at step 0: returned \(24,\) torch.int64; must be a torch.bool tensor",
-    Raises: r"potential Raises.complete at step 0: raised ZeroDivisionError",
+    OutOfRange: r"potential OutOfRange.logw_next at step 0: index\[0\]=5 must be in \[0, 1\)",
+    Stops: r"potential Stops.stop at step 1: returned \(24,\) torch.int64; must be a torch.bool tensor",
+    Raises: r"potential Raises.complete at step 1: raised ZeroDivisionError",
     Streams: r"generator",
 }  # fmt: skip
 
