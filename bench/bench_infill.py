@@ -151,24 +151,21 @@ def beginnings(openings: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(" ".join(each[:n]) for each in words for n in range(2, len(each) + 1)))
 
 
-def amortised(
-    model: str = "smollm2", lengths: Sequence[int] = (1, 2), steps: int = 100, quick: bool = False
-) -> dict[str, Any]:
-    """Trains a conditional twist per T in `lengths`, and judges it on held-out prompts, with 1 and 64 particles."""
-    import torch
+def amortised(hf: Any, lengths: Sequence[int] = (1, 2), steps: int = 100, quick: bool = False) -> dict[str, Any]:
+    """Trains a conditional twist per T in `lengths`, and judges it on held-out prompts, with 1 and 64 particles.
 
+    Args:
+        hf: a `HFEngine`. quick: few steps, two held-out prompts.
+    """
     from fastsmc import SMCParams, evaluate
-    from fastsmc.hf import HFEngine
-    from fastsmc.models import resolve
     from fastsmc.potentials import Infill
     from fastsmc.prompts import TwistPrompt
     from fastsmc.training import Trainer, TwistConfig
 
-    hf = HFEngine(resolve(model), dtype=torch.float32)
     trained = beginnings(OPENINGS[:TRAINED])
     held_out = [text for text in beginnings(OPENINGS[TRAINED:]) if text not in trained]
     if quick:
-        steps, held_out = 4, held_out[:2]
+        steps, held_out = 2, held_out[:2]
     config = TwistConfig(
         continuation_tokens=1, positives="joint", rank=256, steps=steps, prompts_per_step=4, pairs_per_prompt=32,
         refresh=2, batch_size=256, lr=3e-3,
@@ -205,7 +202,7 @@ def amortised(
 def summary(pairs: list[dict[str, Any]]) -> dict[str, Any]:
     """Means over pairs with standard errors: bounds and gaps by sampler and N; `gain`: p0's gaps less the twist's."""
 
-    def mean(values: list[float]) -> list[float]:
+    def mean(values: Sequence[float]) -> list[float]:
         return [statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5]
 
     out: dict[str, Any] = {"base": {}, "twisted": {}, "gain": {}}
@@ -249,7 +246,13 @@ def main() -> None:
     args = parser.parse_args()
     steps = {} if args.steps is None else {"steps": args.steps}
     if args.part == "amortised":
-        result = amortised(args.model, args.lengths, quick=args.quick, **steps)
+        import torch
+
+        from fastsmc.hf import HFEngine
+        from fastsmc.models import resolve
+
+        engine = HFEngine(resolve(args.model), dtype=torch.float32)
+        result = amortised(engine, args.lengths, quick=args.quick, **steps)
     else:
         result = run(args.model, seeds=args.seeds, quick=args.quick, **steps)
     if args.json:

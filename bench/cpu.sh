@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Measures on a CPU what bench/results says of one, most telling first:
 #
-#   bash bench/cpu.sh OUTDIR [part…]         default: all parts but serve, soak, groups, infill, order, stderr,
+#   bash bench/cpu.sh OUTDIR [part…]         default: all parts but serve, soak, groups, infill, amortised, order, stderr,
 #                                          counterfactual, condition, interchange, alignment, facts and grammar
 #   AGAINST=../old bash bench/cpu.sh OUTDIR against      steps of this tree and of another, in turn
 #
@@ -16,6 +16,7 @@
 # peers          5    genlm-control in turn with fastsmc; PEER: its interpreter (bench/peers/.venv/bin/python)
 # grammar       15    steps with a JSON Schema and without in turn, and genlm-control's own JSON path; PEER as above
 # infill        25    training and divergences: numbers that a busy machine does not change, only their time
+# amortised     20    a twist for many prompts and any continuation, on prompts that it was not trained on: the same
 # order          2    orders of ancestors: the same
 # stderr        15    whether a run's standard error covers: the same
 # counterfactual 25   where texts are left under interventions: the same
@@ -38,7 +39,7 @@
 set -u
 cd "$(dirname "$0")/.."
 if [ $# -eq 0 ]; then
-  sed -n '2,37s/^# \{0,1\}//p' "$0" >&2
+  sed -n '2,38s/^# \{0,1\}//p' "$0" >&2
   exit 2
 fi
 python=${PYTHON:-.venv/bin/python}
@@ -97,6 +98,7 @@ for part in $parts; do
     peers) bench peers_cpu peers/fastsmc_bench.py --peer "$peer" ;;
     grammar) bench grammar_cpu bench_grammar.py --peer "$peer" ;;
     infill) bench infill_cpu bench_infill.py ;;
+    amortised) OMP_NUM_THREADS=1 bench infill_amortised_cpu bench_infill.py amortised ;;
     score) bench score_cpu bench_score.py ;;
     counterfactual) OMP_NUM_THREADS=1 bench counterfactual_cpu bench_counterfactual.py found ;;
     counterfactual_time) bench counterfactual_time_cpu bench_counterfactual.py time ;;

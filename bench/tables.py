@@ -23,7 +23,7 @@ from openings import OPENINGS
 RESULTS = ROOT / "bench" / "results"
 FILES = (
     *("bench/README.md", "README.md", "docs/counterfactuals.md", "docs/alignment.md", "docs/conditions.md"),
-    *("docs/error.md", "docs/powers.md", "docs/grammars.md"),
+    *("docs/error.md", "docs/powers.md", "docs/grammars.md", "docs/infilling.md"),
 )  # fmt: skip
 Result = dict[str, Any]
 
@@ -638,12 +638,35 @@ def power(result: Result) -> list[str]:
     ]  # fmt: skip
 
 
+def infill_amortised(result: Result) -> list[str]:
+    def number(found: tuple[float, float]) -> str:
+        return f"{found[0]:.2f} ± {found[1]:.2f}"
+
+    rows = (
+        (
+            r["max_tokens"], n, *(number(r[name][n][side]) for name in ("base", "twisted") for side in sides),
+            f"**{number(r['gain'][n])}**",
+        )
+        for r in result["records"] for n, sides in ((n, ("lower", "upper", "gap")) for n in r["gain"])
+    )  # fmt: skip
+    head = (
+        "T | N | p0: log Z from below | from above | gap | twist: log Z from below | from above | gap | "
+        "p0's gap less the twist's"
+    )
+    records, config = result["records"], result["config"]
+    return [
+        *table(head, rows), "",
+        f"{config['steps']} steps; {records[0]['trained']} prompts trained on, {len(records[0]['pairs'])} held out "
+        "with a continuation each; means over these in nats, ± a standard error.",
+    ]  # fmt: skip
+
+
 TABLES: dict[str, Callable[[Result], list[str]]] = {
     "smc": smc, "step": step, "ops": ops, "attend steps": attend_steps, "attend ops": attend_ops, "twist": twist,
     "peers": peers, "grammar": grammar, "order": order, "groups": groups, "intervene": intervene,
     "counterfactual": counterfactual, "counterfactual time": counterfactual_time, "interchange": interchange,
     "alignment": alignment, "facts": facts, "condition": condition, "power": power, "score": score,
-    "stderr": stderr,
+    "stderr": stderr, "infill_amortised": infill_amortised,
 }  # fmt: skip
 
 

@@ -411,6 +411,30 @@ def test_counterfactuals_of_a_tiny_model(tmp_path, monkeypatch, capsys):
         assert tables.make(name).count("\n| --- |") == {"found": 3, "time": 1}[name]
 
 
+def test_a_conditional_twist_of_a_tiny_model(tmp_path, monkeypatch):
+    """`bench_infill.py amortised`: p0's gaps and the twist's are of the same task."""
+    import bench_infill as bench
+    import tables
+    from machine import write_result
+    from tiny import make_llama
+
+    from fastsmc.hf import HFEngine
+
+    result = bench.amortised(HFEngine(make_llama(tmp_path / "tiny", 64), Words(), stop_token_ids=[]), quick=True)
+    for length, record in zip((1, 2), result["records"], strict=True):
+        for pair in record["pairs"]:
+            assert len(pair["tokens"]) == length + 1
+            ends = {name: pair[name]["64"] for name in ("base", "twisted")}
+            assert all(abs(value - ends["base"][0]) < 1.0 for both in ends.values() for value in both)
+            assert pair["base"]["1"] != pair["twisted"]["1"]
+        p0, twist = (record[name]["1"]["gap"][0] for name in ("base", "twisted"))
+        assert record["gain"]["1"][0] == pytest.approx(p0 - twist)
+    write_result(tmp_path / "amortised.json", result)
+    check_record(tmp_path / "amortised.json")
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert tables.make("amortised").count("\n| ") == 1 + 4
+
+
 class FakePeer:
     """What `pyvene_bench.py` serves, over the engine of Hugging Face that the other side has, too."""
 
