@@ -7,8 +7,8 @@ through neither the model runner's input batch nor its sampler.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -264,20 +264,27 @@ class Model:
         """Counts the bytes of a block in the caches of all layers."""
         return sum(cache[0].nbytes for cache in self.caches)
 
+    def own_cache(self, n_blocks: int) -> AbstractContextManager[list[Tensor]]:
+        """Gives the attention layers a KV cache of zeros of their own within, as `with_cache` does."""
+        return self.with_cache(self.new_cache(n_blocks))
+
+    def new_cache(self, n_blocks: int) -> dict[int, Tensor]:
+        """Makes a KV cache of zeros, by addresses of the engine's, which layers may share; blocks come first."""
+        context = self._config.compilation_config.static_forward_context
+        engines = {context[name].kv_cache.data_ptr(): context[name].kv_cache for name in self.layers}
+        return {address: _zeros_like(cache, n_blocks) for address, cache in engines.items()}
+
     @contextmanager
-    def own_cache(self, n_blocks: int) -> Iterator[list[Tensor]]:
-        """Gives the attention layers a KV cache of zeros of their own within; afterwards the engine's is theirs again.
+    def with_cache(self, own: Mapping[int, Tensor]) -> Iterator[list[Tensor]]:
+        """Gives the attention layers a KV cache of `new_cache` within; afterwards the engine's is theirs again.
 
         Yields:
             the caches, blocks first.
         """
         context = self._config.compilation_config.static_forward_context
         engines = {name: context[name].kv_cache for name in self.layers}
-        own: dict[int, Tensor] = {}  # layers may share one
         try:
             for name, cache in engines.items():
-                if cache.data_ptr() not in own:
-                    own[cache.data_ptr()] = _zeros_like(cache, n_blocks)
                 context[name].kv_cache = own[cache.data_ptr()]
             yield list(own.values())
         finally:

@@ -197,14 +197,14 @@ class Stretch(NamedTuple):
     Attributes:
         tokens: all P of the row, those before `begin` included, whose keys and values are there.
         blocks: its block table.
-        variants: (P,) int64, as of a `Batch`.
+        variants: (P,) int64, as of a `Batch`; None: of no row.
         adapter: vLLM's LoRARequest or None.
     """
 
     tokens: Sequence[int]
     begin: int
     blocks: Sequence[int]
-    variants: Tensor
+    variants: Tensor | None = None
     adapter: Any = None
 
 
@@ -261,6 +261,9 @@ def run_stretches(
         queries = tuple(n for _, n in taken)
         ends = [row.begin + n for row, n in taken]
         adapters = tuple(row.adapter for row, _ in taken)
+        variants = [
+            row.variants[row.begin : end] for (row, _), end in zip(taken, ends, strict=True) if row.variants is not None
+        ]
         hidden = model.hidden(
             lay_rows(
                 model,
@@ -268,7 +271,7 @@ def run_stretches(
                 [row.begin for row, _ in taken],
                 [row.blocks for row, _ in taken],
                 adapters=adapters if any(adapter is not None for adapter in adapters) else None,
-                variants=torch.cat([row.variants[row.begin : end] for (row, _), end in zip(taken, ends, strict=True)]),
+                variants=torch.cat(variants) if variants else None,
                 sites=sites,
             )
         )

@@ -29,6 +29,7 @@ from fastsmc.p0 import P0
 from fastsmc.scoring import p0_params
 from fastsmc.vllm import attention, capacity, compat, interchange, interventions, scoring
 from fastsmc.vllm.compat import get_logger
+from fastsmc.vllm.histories import Histories
 from fastsmc.vllm.messages import GroupResult
 from fastsmc.vllm.ranks import Follower, make_runner
 from fastsmc.vllm.runner import ParticleRunner
@@ -63,6 +64,7 @@ class SMCWorkerMixin(_Worker):
         return specs
 
     def compile_or_warm_up_model(self) -> Any:
+        self._histories: dict[str, Histories] = {}
         self.smc_runner = make_runner(self.model_runner)
         if isinstance(self.smc_runner, ParticleRunner):
             self.smc_runner.shelf.open()
@@ -158,6 +160,37 @@ class SMCWorkerMixin(_Worker):
         model = self.smc_runner.own_model
         found = scoring.score(model, prompt, continuations, P0(p0_params(p0), early, model.device))
         return save({"found": found.cpu()}) if isinstance(self.smc_runner, ParticleRunner) else None
+
+    @torch.inference_mode()
+    def smc_open_histories(self, name: str, cache_bytes: int) -> tuple[int, int] | str:
+        """Makes a KV cache for histories: blocks that it has for them, and tokens of a block; or why it cannot."""
+        try:
+            opened = Histories(self.smc_runner.own_model, cache_bytes)
+        except (ValueError, torch.OutOfMemoryError) as error:
+            return str(error)
+        self._histories[name] = opened
+        return opened.tree.total, self.smc_runner.own_model.block_size
+
+    @torch.inference_mode()
+    def smc_next_rows(self, name: str, histories: list[list[int]], packed: bool) -> torch.Tensor | bytes | None:
+        """Computes log p of the token behind each history, (R, V) float32; None on other ranks than 0.
+
+        Args:
+            packed: as safetensors.
+        """
+        found = self._histories[name].next_rows(histories)
+        return save({"found": found.cpu()}) if packed and found is not None else found
+
+    def smc_count_histories(self, name: str) -> tuple[int, int]:
+        """Counts the blocks that are used and those that are free."""
+        return self._histories[name].tree.used, self._histories[name].tree.free
+
+    @torch.inference_mode()
+    def smc_clear_histories(self, name: str) -> None:
+        self._histories[name].clear()
+
+    def smc_close_histories(self, name: str) -> None:
+        self._histories.pop(name, None)
 
     @torch.inference_mode()
     def _without_engine(self, run: Callable[[], torch.Tensor]) -> tuple[bytes | None, str | None]:

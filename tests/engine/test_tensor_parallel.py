@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from intervened import EACH, LISTS, hooked_log_probs, orthonormal, swapped
+from safetensors.torch import load as tensors_of
 from tiny import PROMPT, TableTwist, hf_log_probs
 from vllm import SamplingParams
 from vllm.v1.engine.exceptions import EngineDeadError
@@ -107,6 +108,21 @@ def test_interchange(parallel, tiny_path, all_blocks_back):
     np.testing.assert_allclose(got.log_probs, want.log_probs, atol=5e-4)
     with pytest.raises(ValueError, match="Subspace: is for hidden states of 9 elements"):
         parallel.interchange(bases, sources, Subspace(0, -1, torch.eye(9, 2)))
+
+
+def test_rows_of_histories(parallel, tiny_path, all_blocks_back):
+    """Each rank keeps its share of the same blocks, of a cache that is smaller than a call; rank 0 has the rows."""
+    n_blocks, _ = parallel.collective_rpc("smc_open_histories", args=("h", 1 << 17))[0]
+    histories = [prompt_of(n) for n in (100, 33, 7)]
+    for asked in (histories, [[*ids, 2] for ids in histories], histories[::-1]):
+        data, other = parallel.collective_rpc("smc_next_rows", args=("h", asked, True))
+        assert other is None
+        for ids, row in zip(asked, tensors_of(data)["found"], strict=True):
+            want = np.concatenate(hf_log_probs(tiny_path, ids, [[token] for token in range(VOCAB)]))
+            np.testing.assert_allclose(row, want, atol=5e-5)
+        (first, second) = parallel.collective_rpc("smc_count_histories", args=("h",))
+        assert first == second and sum(first) == n_blocks
+    parallel.collective_rpc("smc_close_histories", args=("h",))
 
 
 def test_counterfactuals(parallel, tiny_path, all_blocks_back):
