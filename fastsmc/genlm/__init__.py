@@ -1,0 +1,16 @@
+"""genlm-control's programs over a fastsmc engine; needs `pip install "fastsmc[genlm]"`.
+
+    FastsmcLM(llm)    an AsyncLM of genlm-backend, for PromptedLLM and all that is built on it
+    install()         has genlm make one where a program asks for backend="vllm"
+
+Nothing else in fastsmc imports genlm. What genlm's import would change in this process is contained
+(`fastsmc.genlm.containment`), so this package may be imported before it or after it.
+"""
+
+from fastsmc.genlm.containment import contain
+
+contain()
+
+from fastsmc.genlm.lm import FastsmcLM, install  # noqa: E402  genlm's import is contained by now
+
+__all__ = ["FastsmcLM", "install"]

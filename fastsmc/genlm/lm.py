@@ -1,0 +1,222 @@
+"""`FastsmcLM`: the language model of genlm's programs, over a fastsmc engine."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+import genlm.backend
+import genlm.backend.llm
+import torch
+from genlm.backend.llm import AsyncLM
+from safetensors.torch import load
+from torch import Tensor
+
+from fastsmc.smc import SMCError
+from fastsmc.vllm.asking import ANSWER_ELEMENTS
+from fastsmc.vllm.interchange import CACHE_BYTES
+from fastsmc.vllm.llm import LLM
+
+
+class FastsmcLM(AsyncLM):
+    """Is an AsyncLM of genlm-backend, whose rows a running fastsmc engine computes.
+
+    Queries of all tasks of an event loop that wait at the same time are one call of the engine. Equal ones run once,
+    and what earlier ones have left in the cache does not run again. The call blocks the event loop, as genlm's own
+    synchronous calls do. Groups (`llm.smc`) and requests may run before and after. Calls come from the thread that
+    uses the engine otherwise.
+
+    A row is log p0 of the base model without settings or adapters, (V,) float32, on the device of an engine in this
+    process, else on the CPU.
+
+    Args:
+        llm: in this process or with its core in another.
+        cache_bytes: of keys and values that are kept between calls, per tensor-parallel rank, beside the engine's KV
+            cache.
+        tokenizer: of transformers; None: the engine's.
+
+    Raises:
+        ValueError: an argument that cannot be, such as a cache of less than two blocks.
+    """
+
+    def __init__(self, llm: LLM, *, cache_bytes: int = CACHE_BYTES, tokenizer: Any = None) -> None:
+        if not isinstance(llm, LLM):
+            raise ValueError(f"llm={llm!r}: must be a fastsmc.LLM")
+        if isinstance(cache_bytes, bool) or not isinstance(cache_bytes, int):
+            raise ValueError(f"cache_bytes={cache_bytes!r}: must be an integer")
+        if tokenizer is None:
+            if llm.model_config.skip_tokenizer_init:
+                raise ValueError("tokenizer=None: this engine was started with skip_tokenizer_init and has none")
+            tokenizer = llm.get_tokenizer()
+        super().__init__(tokenizer)
+        self.llm = llm
+        self._name = uuid.uuid4().hex
+        self._packed = not llm._in_process()
+        self._waiting: dict[asyncio.AbstractEventLoop, list[tuple[tuple[int, ...], asyncio.Future]]] = {}
+        self._owns_engine = False
+        opened = self._ask("smc_open_histories", cache_bytes)
+        if isinstance(opened, str):
+            raise ValueError(opened)
+        self.n_blocks, self.block_size = opened
+
+    @classmethod
+    def from_name(cls, model_name: str, engine_opts: dict[str, Any] | None = None, **kwargs: Any) -> FastsmcLM:
+        """Starts an engine, and makes its language model; `cleanup` ends both.
+
+        Args:
+            engine_opts: arguments of `fastsmc.LLM`.
+            kwargs: other arguments of this class.
+        """
+        lm = cls(LLM(model_name, **(engine_opts or {})), **kwargs)
+        lm._owns_engine = True
+        return lm
+
+    # ------------------------------------------------------------------------------------------------------- queries
+    async def next_token_logprobs(self, token_ids: Sequence[int], lora_name: str | None = None) -> Tensor:
+        """Computes log p of the token behind `token_ids`, (V,) float32.
+
+        Raises:
+            ValueError: no tokens, or one that the model does not have, or too many; a `lora_name`.
+            SMCError: the model gave NaN.
+        """
+        return await self._enqueue(self._read(token_ids, lora_name))
+
+    async def batch_next_token_logprobs(
+        self, token_ids_list: Sequence[Sequence[int]], lora_name: str | None = None
+    ) -> Tensor:
+        """Computes the rows of several queries, (N, V) float32; errors are those of `next_token_logprobs`."""
+        queries = [self._read(token_ids, lora_name) for token_ids in token_ids_list]
+        rows = await asyncio.gather(*map(self._enqueue, queries))
+        return torch.stack(rows) if rows else torch.zeros(0, self._vocab_size)
+
+    def next_token_logprobs_sync(self, token_ids: Sequence[int], lora_name: str | None = None) -> Tensor:
+        """Is `next_token_logprobs` outside of an event loop."""
+        return self.batch_next_token_logprobs_sync([token_ids], lora_name)[0]
+
+    def batch_next_token_logprobs_sync(
+        self, token_ids_list: Sequence[Sequence[int]], lora_name: str | None = None
+    ) -> Tensor:
+        """Is `batch_next_token_logprobs` outside of an event loop."""
+        queries = [self._read(token_ids, lora_name) for token_ids in token_ids_list]
+        if not queries:
+            return torch.zeros(0, self._vocab_size)
+        found = self._compute(list(dict.fromkeys(queries)))
+        rows = [found[query] for query in queries]
+        for row in rows:
+            _check_row(row)
+        return torch.stack(rows)
+
+    @property
+    def _vocab_size(self) -> int:
+        return self.llm.model_config.get_vocab_size()
+
+    def _read(self, token_ids: Sequence[int], lora_name: str | None) -> tuple[int, ...]:
+        if lora_name is not None:
+            raise ValueError(f"lora_name={lora_name!r}: FastsmcLM has no adapters")
+        ids = tuple(map(int, token_ids))
+        if not ids:
+            raise ValueError("token_ids=[]: must not be empty")
+        vocab, longest = self._vocab_size, self.llm.model_config.max_model_len
+        if min(ids) < 0 or max(ids) >= vocab:
+            i = next(i for i, token in enumerate(ids) if not 0 <= token < vocab)
+            raise ValueError(f"token_ids[{i}]={ids[i]}: must be 0 to {vocab - 1}")
+        if len(ids) > longest:
+            raise ValueError(f"token_ids: has {len(ids)} tokens, more than max_model_len={longest}")
+        if len(ids) > (room := self.n_blocks * self.block_size):
+            raise ValueError(f"token_ids: has {len(ids)} tokens; the cache has room for {room}: raise cache_bytes")
+        return ids
+
+    def _enqueue(self, query: tuple[int, ...]) -> asyncio.Future:
+        """Has a query answered with all others that come before the event loop has had a pass without new ones."""
+        loop = asyncio.get_running_loop()
+        future = loop.create_future()
+        if loop not in self._waiting:
+            # of a loop that was closed while callers waited nobody waits any more
+            self._waiting = {each: queue for each, queue in self._waiting.items() if not each.is_closed()}
+            self._waiting[loop] = []
+            loop.call_soon(self._answer, loop, 0)
+        self._waiting[loop].append((query, future))
+        return future
+
+    def _answer(self, loop: asyncio.AbstractEventLoop, n_seen: int) -> None:
+        """Answers all who wait, unless somebody has come meanwhile. As a callback, it ends with nobody's task."""
+        if len(self._waiting[loop]) > n_seen:
+            loop.call_soon(self._answer, loop, len(self._waiting[loop]))
+            return
+        waiting = [(query, future) for query, future in self._waiting.pop(loop) if not future.done()]
+        if not waiting:
+            return
+        try:
+            found = self._compute(list(dict.fromkeys(query for query, _ in waiting)))
+        except BaseException as error:
+            for _, future in waiting:
+                future.set_exception(SMCError(f"the engine failed: {type(error).__name__}: {error}", kind="engine"))
+            if isinstance(error, Exception):
+                return
+            raise
+        for query, future in waiting:
+            try:
+                future.set_result(_check_row(found[query]))
+            except SMCError as error:
+                future.set_exception(error)
+
+    def _compute(self, queries: list[tuple[int, ...]]) -> dict[tuple[int, ...], Tensor]:
+        """Asks the engine for rows of distinct queries, in as many calls as its answers need."""
+        at_once = max(1, ANSWER_ELEMENTS // self._vocab_size)
+        found: dict[tuple[int, ...], Tensor] = {}
+        for begin in range(0, len(queries), at_once):
+            part = queries[begin : begin + at_once]
+            rows = self._ask("smc_next_rows", list(map(list, part)), self._packed)
+            rows = load(rows)["found"] if self._packed else rows.clone()  # the engine's are of inference mode
+            found.update(zip(part, rows, strict=True))
+        return found
+
+    def _ask(self, method: str, *args: Any) -> Any:
+        return self.llm.collective_rpc(method, args=(self._name, *args))[0]
+
+    # --------------------------------------------------------------------------------------------------------- cache
+    def clear_cache(self) -> None:
+        """Forgets all keys and values; the cache keeps its size."""
+        self._ask("smc_clear_histories")
+
+    def count_blocks(self) -> tuple[int, int]:
+        """Counts the blocks of the cache that are used and those that are free: `n_blocks` together."""
+        used, free = self._ask("smc_count_histories")
+        return used, free
+
+    def cleanup(self) -> None:
+        """Gives the cache's memory back; ends the engine, too, if `from_name` has started it."""
+        self._ask("smc_close_histories")
+        if self._owns_engine:
+            self.llm.shutdown()
+
+    def __enter__(self) -> FastsmcLM:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.cleanup()
+
+    def add_new_lora(self, lora_path: str, lora_name: str = "lora_1") -> None:
+        """Raises NotImplementedError: rows are the base model's."""
+        raise NotImplementedError(f"add_new_lora({lora_path!r}, {lora_name!r}): FastsmcLM has no adapters")
+
+    def remove_lora(self, lora_name: str) -> None:
+        """Raises NotImplementedError."""
+        raise NotImplementedError(f"remove_lora({lora_name!r}): FastsmcLM has no adapters")
+
+
+def _check_row(row: Tensor) -> Tensor:
+    if row.isnan().any():
+        raise SMCError("the model gave NaN", kind="engine")
+    return row
+
+
+def install() -> None:
+    """Has genlm make a `FastsmcLM` where a program asks for backend="vllm", in this process from now on.
+
+    `genlm.backend.llm.AsyncVirtualLM` is `FastsmcLM` then, as is `genlm.backend.AsyncVirtualLM`.
+    """
+    genlm.backend.AsyncVirtualLM = FastsmcLM
+    genlm.backend.llm.AsyncVirtualLM = FastsmcLM
