@@ -192,7 +192,7 @@ class Histories:
         self.tree = Tree(n_blocks - 1, model.block_size)  # the first block stands where a table has none
 
     def next_rows(self, histories: Sequence[Sequence[int]]) -> Tensor | None:
-        """Computes log p of the token behind each history, (R, V) float32; None on other ranks than 0.
+        """Computes log p of the token behind each history, (R, V) float32; None on ranks that get no logits.
 
         Args:
             histories: not empty, and none of them longer than the cache.

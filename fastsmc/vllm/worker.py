@@ -179,7 +179,9 @@ class SMCWorkerMixin(_Worker):
             packed: as safetensors.
         """
         found = self._histories[name].next_rows(histories)
-        return save({"found": found.cpu()}) if packed and found is not None else found
+        if found is None or not isinstance(self.smc_runner, ParticleRunner):  # on a CPU all ranks get the logits
+            return None
+        return save({"found": found.cpu()}) if packed else found
 
     def smc_count_histories(self, name: str) -> tuple[int, int]:
         """Counts the blocks that are used and those that are free."""
