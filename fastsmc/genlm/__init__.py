@@ -2,6 +2,8 @@
 
     FastsmcLM(llm)    an AsyncLM of genlm-backend, for PromptedLLM and all that is built on it
     install()         has genlm make one where a program asks for backend="vllm"
+    as_potential(p)   a potential of genlm-control, for `LLM.smc`
+    to_genlm(p, llm)  a potential of fastsmc, for genlm-control
 
 Nothing else in fastsmc imports genlm. What genlm's import would change in this process is contained
 (`fastsmc.genlm.containment`), so this package may be imported before it or after it.
@@ -12,5 +14,6 @@ from fastsmc.genlm.containment import contain
 contain()
 
 from fastsmc.genlm.lm import FastsmcLM, install  # noqa: E402  genlm's import is contained by now
+from fastsmc.genlm.potentials import as_potential, to_genlm  # noqa: E402
 
-__all__ = ["FastsmcLM", "install"]
+__all__ = ["FastsmcLM", "as_potential", "install", "to_genlm"]

@@ -1,0 +1,217 @@
+"""Potentials of genlm-control as fastsmc's, and fastsmc's as genlm-control's."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+import threading
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from genlm.backend.tokenization import Token
+from genlm.control import Potential as GenlmBase
+from genlm.control import PromptedLLM
+from torch import Tensor
+
+from fastsmc.potentials import Engine, Potential, Rows, State
+from fastsmc.smc.engine import GroupEngine, set_up
+from fastsmc.smc.replay import Replay
+from fastsmc.values import check_int
+
+_ADVICE = "run the program over FastsmcLM instead"
+
+
+class GenlmPotential(Potential):
+    """Is a potential of genlm-control, of the tokens of the engine's model; made by `as_potential`.
+
+    Each distinct history is asked about once per step and method, in one batch. The program's coroutines run in a
+    thread of this process that has an event loop of its own. Stop tokens are one symbol, genlm's EOS.
+    """
+
+    per_particle = ()
+    shared_by_groups = ("_of", "_tokens", "_ids")
+
+    def __init__(self, of: GenlmBase) -> None:
+        self._of = of
+        self._tokens = {token.token_id: token for token in of.vocab}
+
+    def setup(self, engine: Engine) -> None:
+        ids = [token.token_id for token in self._of.vocab]
+        if max(ids) >= engine.vocab_size:
+            raise ValueError(f"{self._of!r}: has token {max(ids)}; the model's vocabulary has {engine.vocab_size}")
+        self._ids, self._vocab_size = torch.tensor(ids, device=engine.device), engine.vocab_size
+
+    def prefix(self, state: State) -> Tensor:
+        return self._scores(state, ~state.finished, self._of.batch_prefix)
+
+    def complete(self, state: State) -> Tensor:
+        return self._scores(state, state.finished, self._of.batch_complete)
+
+    def logw_next(self, state: State) -> Rows:
+        contexts, index = self._contexts(state, ~state.finished)
+        values = torch.full((max(1, len(contexts)), self._vocab_size), -math.inf, dtype=torch.float64)
+        # of a context without weight genlm-control's `logw_next` says nothing
+        alive = [i for i, w in enumerate(self._ask(self._of.batch_prefix, contexts)) if w > -math.inf]
+        if alive:
+            told = _run(self._of.batch_logw_next([contexts[i] for i in alive])).weights
+            weights = torch.as_tensor(told, dtype=torch.float64, device="cpu")
+            values[torch.tensor(alive)[:, None], self._ids.cpu()] = weights[:, :-1]
+            for token in state.stop_token_ids:
+                values[alive, token] = weights[:, -1]
+        return Rows(values.to(self._ids.device), index.clamp(min=0))
+
+    def _contexts(self, state: State, about: Tensor) -> tuple[list[list[Token] | None], Tensor]:
+        """Lists the distinct histories of particles `about` (N,) bool, None for one that holds a token that the
+        potential does not know; and (N,) int64, each particle's, −1 for others."""
+        distinct: dict[tuple[int, ...], int] = {}
+        index = []
+        for row, here in zip(state.tokens.tolist(), about.tolist(), strict=True):
+            ids = tuple(v for v in row if v >= 0)
+            if ids and ids[-1] in state.stop_token_ids:
+                ids = ids[:-1]
+            index.append(distinct.setdefault(ids, len(distinct)) if here else -1)
+        contexts = [[self._tokens[v] for v in ids] if all(v in self._tokens for v in ids) else None for ids in distinct]
+        return contexts, torch.tensor(index, device=state.finished.device)
+
+    def _ask(self, method: Callable[[list], Coroutine], contexts: Sequence[list[Token] | None]) -> np.ndarray:
+        known = [context for context in contexts if context is not None]
+        answers = iter(np.asarray(_run(method(known)), dtype=np.float64) if known else [])
+        return np.array([-math.inf if context is None else next(answers) for context in contexts])
+
+    def _scores(self, state: State, about: Tensor, method: Callable[[list], Coroutine]) -> Tensor:
+        contexts, index = self._contexts(state, about)
+        values = torch.tensor(np.append(self._ask(method, contexts), 0.0), dtype=torch.float64)
+        return values.to(index.device)[index]  # −1: the last, of no history
+
+
+def as_potential(potential: GenlmBase) -> Potential:
+    """Makes a potential for `LLM.smc` of one of genlm-control, over the tokens of the engine's model.
+
+    It is asked on the host: `logw_next` of a coerced automaton takes genlm-control a walk of the whole vocabulary per
+    distinct history. A regular one is faster as `Regex`. The object travels to the engine's process.
+
+    Args:
+        potential: with a vocabulary of genlm-backend's `Token`, as `potential.coerce(llm, f=b"".join)` has.
+
+    Raises:
+        ValueError: it is none, has another vocabulary, or is or holds a language model.
+    """
+    if not isinstance(potential, GenlmBase):
+        raise ValueError(f"potential={potential!r}: must be a potential of genlm-control")
+    if any(isinstance(part, PromptedLLM) for part in _parts(potential)):
+        raise ValueError(f"potential={potential!r}: holds a language model, which p0 is already; {_ADVICE}")
+    strange = next((token for token in potential.vocab if not isinstance(token, Token)), None)
+    if strange is not None:
+        raise ValueError(
+            f"potential={potential!r}: has {strange!r} in its vocabulary; must be tokens of the model: "
+            'coerce it, potential.coerce(llm, f=b"".join)'
+        )
+    return GenlmPotential(potential)
+
+
+def _parts(potential: Any) -> list[Any]:
+    """Lists a potential and those that it is made of."""
+    held = [getattr(potential, name, None) for name in ("potential", "base", "p1", "p2")]
+    return [potential, *(part for each in held if isinstance(each, GenlmBase) for part in _parts(each))]
+
+
+class _OfFastsmc(GenlmBase):
+    """Is a potential of fastsmc for genlm-control; made by `to_genlm`."""
+
+    def __init__(self, origin: Potential, engine: GroupEngine, llm: PromptedLLM, max_tokens: int) -> None:
+        super().__init__(list(llm.vocab))
+        self._origin, self._engine, self._max_tokens = origin, engine, max_tokens
+        self._stop = llm.token_maps.eos_idxs[0]
+
+    def _replays(self, contexts: Sequence[Sequence[Token]]) -> list[tuple[list[int], Replay]]:
+        """Replays contexts, those of a length together: which they are, after their last tokens."""
+        lengths = [len(context) for context in contexts]
+        out = []
+        for length in sorted(set(lengths)):
+            of = [i for i, each in enumerate(lengths) if each == length]
+            rows = [[*(token.token_id for token in contexts[i]), self._stop] for i in of]
+            replay = Replay(
+                self._origin, self._engine, rows, prompt=[], max_tokens=self._max_tokens, stops=frozenset([self._stop])
+            )
+            for _ in range(length):
+                replay.ask()
+                replay.end_step()
+            out.append((of, replay))
+        return out
+
+    async def prefix(self, context: Sequence[Token]) -> float:
+        return float((await self.batch_prefix([context]))[0])
+
+    async def complete(self, context: Sequence[Token]) -> float:
+        return float((await self.batch_complete([context]))[0])
+
+    async def batch_prefix(self, contexts: Sequence[Sequence[Token]]) -> np.ndarray:
+        return self._each(contexts, lambda replay: replay.ask()[0])
+
+    async def batch_complete(self, contexts: Sequence[Sequence[Token]]) -> np.ndarray:
+        def complete(replay: Replay) -> Tensor:
+            replay.ask()
+            replay.end_step()
+            return replay.ask()[1]
+
+        return self._each(contexts, complete)
+
+    def _each(self, contexts: Sequence[Sequence[Token]], ask: Callable[[Replay], Tensor]) -> np.ndarray:
+        if not contexts:
+            raise ValueError("contexts=[]: must hold at least one")
+        out = np.zeros(len(contexts))
+        for of, replay in self._replays(contexts):
+            out[of] = ask(replay).numpy()
+        return out
+
+    async def logw_next(self, context: Sequence[Token]) -> Any:
+        ((_, replay),) = self._replays([context])
+        before = float(replay.ask()[0])
+        if before == -math.inf:
+            raise ValueError(f"context {list(context)!r} has weight zero")
+        says = None if self._origin.proposal_only else replay.ask_next()
+        if says is None:
+            return await self._logw_next_dense(context)
+        ids = torch.tensor([token.token_id for token in self.vocab])
+        device = self._engine.device
+        changes = says.of_tokens(torch.zeros_like(ids).to(device), ids.to(device)).cpu()
+        return self.make_lazy_weights(np.append(changes.numpy(), await self.complete(context) - before))
+
+
+def to_genlm(potential: Potential, llm: PromptedLLM, *, max_tokens: int = 2**20) -> GenlmBase:
+    """Makes a potential for genlm-control of one of fastsmc, over the tokens of a language model of genlm-control.
+
+    A context is replayed from its beginning at each question, since genlm-control's potentials have no state.
+
+    Args:
+        potential: as it would be given to `LLM.smc`; it sees an empty prompt, and no log-probs or hidden states.
+        llm: whose tokenizer, vocabulary and first EOS token are its.
+        max_tokens: what `State.max_tokens` says. A potential with a budget, such as `Regex`, needs the program's.
+
+    Raises:
+        ValueError: an argument is wrong, or the potential asks the model (`lookahead`), which is not here.
+    """
+    if not isinstance(potential, Potential) or potential.lookahead:
+        raise ValueError(f"potential={potential!r}: must be a fastsmc.Potential that asks the model for nothing")
+    if not isinstance(llm, PromptedLLM):
+        raise ValueError(f"llm={llm!r}: must be a PromptedLLM of genlm-control")
+    tokenizer = llm.model.tokenizer
+    engine = GroupEngine(tokenizer, vocab_size=1 + max(token.token_id for token in llm.model.byte_vocab))
+    potential.prepare(tokenizer)
+    return _OfFastsmc(set_up(potential, engine), engine, llm, check_int("max_tokens", max_tokens, 1))
+
+
+# ------------------------------------------------------------------------------------------------------- coroutines
+_loops: dict[int, asyncio.AbstractEventLoop] = {}  # of this process, by its number: a fork has no threads
+
+
+def _run(coroutine: Coroutine) -> Any:
+    """Waits for a coroutine, whether this thread has an event loop or not."""
+    loop = _loops.get(os.getpid())
+    if loop is None:
+        loop = _loops[os.getpid()] = asyncio.new_event_loop()
+        threading.Thread(target=loop.run_forever, name="fastsmc-genlm", daemon=True).start()
+    return asyncio.run_coroutine_threadsafe(coroutine, loop).result()
