@@ -77,9 +77,11 @@ class GenlmPotential(Potential):
         return contexts, torch.tensor(index, device=state.finished.device)
 
     def _ask(self, method: Callable[[list], Coroutine], contexts: Sequence[list[Token] | None]) -> np.ndarray:
-        known = [context for context in contexts if context is not None]
-        answers = iter(np.asarray(_run(method(known)), dtype=np.float64) if known else [])
-        return np.array([-math.inf if context is None else next(answers) for context in contexts])
+        """Asks `batch_prefix` or `batch_complete`: (R,) log weights, −inf of what the potential does not know."""
+        out, known = np.full(len(contexts), -math.inf), [i for i, each in enumerate(contexts) if each is not None]
+        if known:
+            out[known] = _run(method([contexts[i] for i in known]))
+        return out
 
     def _scores(self, state: State, about: Tensor, method: Callable[[list], Coroutine]) -> Tensor:
         contexts, index = self._contexts(state, about)
