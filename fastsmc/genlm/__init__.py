@@ -2,6 +2,7 @@
 
     FastsmcLM(llm)    an AsyncLM of genlm-backend, for PromptedLLM and all that is built on it
     install()         has genlm make one where a program asks for backend="vllm"
+    smc(sampler, …)   a program as one group request
     as_potential(p)   a potential of genlm-control, for `LLM.smc`
     to_genlm(p, llm)  a potential of fastsmc, for genlm-control
 
@@ -15,5 +16,6 @@ contain()
 
 from fastsmc.genlm.lm import FastsmcLM, install  # noqa: E402  genlm's import is contained by now
 from fastsmc.genlm.potentials import as_potential, to_genlm  # noqa: E402
+from fastsmc.genlm.program import asmc, smc  # noqa: E402
 
-__all__ = ["FastsmcLM", "as_potential", "install", "to_genlm"]
+__all__ = ["FastsmcLM", "as_potential", "asmc", "install", "smc", "to_genlm"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import math
 import os
 import threading
@@ -14,6 +15,7 @@ import torch
 from genlm.backend.tokenization import Token
 from genlm.control import Potential as GenlmBase
 from genlm.control import PromptedLLM
+from genlm.control.potential.autobatch import AutoBatchedPotential
 from torch import Tensor
 
 from fastsmc.potentials import Engine, Potential, Rows, State
@@ -22,6 +24,24 @@ from fastsmc.smc.replay import Replay
 from fastsmc.values import check_int
 
 _ADVICE = "run the program over FastsmcLM instead"
+
+
+def just_ended(state: State) -> Tensor:
+    """Marks the particles that have ended with their last token, (N,) bool."""
+    return state.finished & (state.lengths == state.step)
+
+
+def distinct_histories(state: State, about: Tensor) -> tuple[list[tuple[int, ...]], Tensor]:
+    """Lists the distinct histories of particles `about` (N,) bool, without stop tokens; and (N,) int64, each
+    particle's, −1 for others."""
+    distinct: dict[tuple[int, ...], int] = {}
+    index = []
+    for row, here in zip(state.tokens.tolist(), about.tolist(), strict=True):
+        ids = tuple(v for v in row if v >= 0)
+        if ids and ids[-1] in state.stop_token_ids:
+            ids = ids[:-1]
+        index.append(distinct.setdefault(ids, len(distinct)) if here else -1)
+    return list(distinct), torch.tensor(index, device=state.finished.device)
 
 
 class GenlmPotential(Potential):
@@ -35,7 +55,7 @@ class GenlmPotential(Potential):
     shared_by_groups = ("_of", "_tokens", "_ids")
 
     def __init__(self, of: GenlmBase) -> None:
-        self._of = of
+        self._of = _without_batches(of)
         self._tokens = {token.token_id: token for token in of.vocab}
 
     def setup(self, engine: Engine) -> None:
@@ -45,16 +65,16 @@ class GenlmPotential(Potential):
         self._ids, self._vocab_size = torch.tensor(ids, device=engine.device), engine.vocab_size
 
     def prefix(self, state: State) -> Tensor:
-        return self._scores(state, ~state.finished, self._of.batch_prefix)
+        return self.scores(state, ~state.finished, "prefix")
 
     def complete(self, state: State) -> Tensor:
-        return self._scores(state, state.finished, self._of.batch_complete)
+        return self.scores(state, just_ended(state), "complete")
 
     def logw_next(self, state: State) -> Rows:
         contexts, index = self._contexts(state, ~state.finished)
         values = torch.full((max(1, len(contexts)), self._vocab_size), -math.inf, dtype=torch.float64)
         # of a context without weight genlm-control's `logw_next` says nothing
-        alive = [i for i, w in enumerate(self._ask(self._of.batch_prefix, contexts)) if w > -math.inf]
+        alive = [i for i, w in enumerate(self.ask("prefix", contexts)) if w > -math.inf]
         if alive:
             told = _run(self._of.batch_logw_next([contexts[i] for i in alive])).weights
             weights = torch.as_tensor(told, dtype=torch.float64, device="cpu")
@@ -66,30 +86,28 @@ class GenlmPotential(Potential):
     def _contexts(self, state: State, about: Tensor) -> tuple[list[list[Token] | None], Tensor]:
         """Lists the distinct histories of particles `about` (N,) bool, None for one that holds a token that the
         potential does not know; and (N,) int64, each particle's, −1 for others."""
-        distinct: dict[tuple[int, ...], int] = {}
-        index = []
-        for row, here in zip(state.tokens.tolist(), about.tolist(), strict=True):
-            ids = tuple(v for v in row if v >= 0)
-            if ids and ids[-1] in state.stop_token_ids:
-                ids = ids[:-1]
-            index.append(distinct.setdefault(ids, len(distinct)) if here else -1)
-        contexts = [[self._tokens[v] for v in ids] if all(v in self._tokens for v in ids) else None for ids in distinct]
-        return contexts, torch.tensor(index, device=state.finished.device)
+        histories, index = distinct_histories(state, about)
+        return list(map(self.context, histories)), index
 
-    def _ask(self, method: Callable[[list], Coroutine], contexts: Sequence[list[Token] | None]) -> np.ndarray:
-        """Asks `batch_prefix` or `batch_complete`: (R,) log weights, −inf of what the potential does not know."""
+    def context(self, ids: Sequence[int]) -> list[Token] | None:
+        """Makes a context of token ids; None: the potential does not know one of them."""
+        return [self._tokens[v] for v in ids] if all(v in self._tokens for v in ids) else None
+
+    def ask(self, method: str, contexts: Sequence[list[Token] | None]) -> np.ndarray:
+        """Asks "prefix" or "complete" in a batch: (R,) log weights, −inf of what the potential does not know."""
         out, known = np.full(len(contexts), -math.inf), [i for i, each in enumerate(contexts) if each is not None]
         if known:
-            out[known] = _run(method([contexts[i] for i in known]))
+            out[known] = _run(getattr(self._of, f"batch_{method}")([contexts[i] for i in known]))
         return out
 
-    def _scores(self, state: State, about: Tensor, method: Callable[[list], Coroutine]) -> Tensor:
+    def scores(self, state: State, about: Tensor, method: str) -> Tensor:
+        """Asks "prefix" or "complete" of the histories of particles `about` (N,) bool: (N,) float64, 0 for others."""
         contexts, index = self._contexts(state, about)
-        values = torch.tensor(np.append(self._ask(method, contexts), 0.0), dtype=torch.float64)
+        values = torch.tensor(np.append(self.ask(method, contexts), 0.0), dtype=torch.float64)
         return values.to(index.device)[index]  # −1: the last, of no history
 
 
-def as_potential(potential: GenlmBase) -> Potential:
+def as_potential(potential: GenlmBase) -> GenlmPotential:
     """Makes a potential for `LLM.smc` of one of genlm-control, over the tokens of the engine's model.
 
     It is asked on the host: `logw_next` of a coerced automaton takes genlm-control a walk of the whole vocabulary per
@@ -114,10 +132,26 @@ def as_potential(potential: GenlmBase) -> Potential:
     return GenlmPotential(potential)
 
 
-def _parts(potential: Any) -> list[Any]:
+def _held(potential: GenlmBase) -> dict[str, GenlmBase]:
+    """Lists the potentials that one of genlm-control is made of, by their attributes."""
+    held = {name: getattr(potential, name, None) for name in ("potential", "base", "p1", "p2")}
+    return {name: each for name, each in held.items() if isinstance(each, GenlmBase)}
+
+
+def _parts(potential: GenlmBase) -> list[GenlmBase]:
     """Lists a potential and those that it is made of."""
-    held = [getattr(potential, name, None) for name in ("potential", "base", "p1", "p2")]
-    return [potential, *(part for each in held if isinstance(each, GenlmBase) for part in _parts(each))]
+    return [potential, *(part for each in _held(potential).values() for part in _parts(each))]
+
+
+def _without_batches(potential: GenlmBase) -> GenlmBase:
+    """Copies a potential without what `autobatched` has left in it and around it, which no pickle takes."""
+    if isinstance(potential, AutoBatchedPotential):
+        return _without_batches(potential.potential)
+    plain = copy.copy(potential)
+    vars(plain).pop("_autobatched", None)
+    for name, each in _held(potential).items():
+        setattr(plain, name, _without_batches(each))
+    return plain
 
 
 class _OfFastsmc(GenlmBase):

@@ -1,0 +1,260 @@
+"""`smc`: a program of genlm-control, its own samplers and potentials, as one group request of a fastsmc engine."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from genlm.control import AWRS, PromptedLLM
+from genlm.control import Potential as GenlmBase
+from genlm.control.constant import EOS
+from genlm.control.potential.autobatch import AutoBatchedPotential
+from genlm.control.potential.product import Product
+from genlm.control.sampler.sequence import Sequences
+from genlm.control.sampler.token import DirectTokenSampler
+from torch import Tensor
+
+from fastsmc.genlm.lm import FastsmcLM
+from fastsmc.genlm.potentials import GenlmPotential, as_potential, distinct_histories, just_ended
+from fastsmc.params import SMCParams
+from fastsmc.population import Population
+from fastsmc.potentials import Engine, Potential, Rows, State
+
+_ADVICE = "run it as it is, over FastsmcLM"
+
+
+class Program(Potential):
+    """Is the target of a program: factors beside the language model, a critic, and when to stop.
+
+    Args:
+        factors: of the sampler's target; tokens are drawn from p0 times these.
+        critic: weighs what was drawn; None: there is none.
+        critic_twists: whether it says something of beginnings, too.
+        terminate_when: context → bool; such a text ends there, under the critic's `complete` and the factors' `prefix`.
+        tokens: genlm's, by token id.
+    """
+
+    shared_by_groups: tuple[str, ...] = ("factors", "critic", "terminate_when", "tokens")
+
+    def __init__(
+        self,
+        factors: list[GenlmPotential],
+        critic: GenlmPotential | None,
+        critic_twists: bool,
+        terminate_when: Callable[[list], bool] | None,
+        tokens: list[Any],
+    ) -> None:
+        self.factors, self.critic, self.critic_twists = factors, critic, critic_twists
+        self.terminate_when, self.tokens = terminate_when, tokens
+        self.proposal_only = critic_twists and bool(factors)  # the proposal knows nothing of the critic
+
+    def setup(self, engine: Engine) -> None:
+        for each in [*self.factors, *([] if self.critic is None else [self.critic])]:
+            each.setup(engine)
+
+    def prefix(self, state: State) -> Tensor:
+        going = ~state.finished
+        total = self._known(state)
+        for factor in self.factors:
+            total = total + factor.scores(state, going, "prefix")
+        if self.critic is not None and self.critic_twists:
+            total = total + self.critic.scores(state, going, "prefix")
+        return total
+
+    def complete(self, state: State) -> Tensor:
+        (by_eos, terminated), total = _ends(state), self._known(state)
+        for factor in self.factors:
+            total = total + factor.scores(state, by_eos, "complete") + factor.scores(state, terminated, "prefix")
+        return total if self.critic is None else total + self.critic.scores(state, by_eos | terminated, "complete")
+
+    def _known(self, state: State) -> Tensor:
+        """Rules out tokens that genlm does not have: models may have more columns than their tokenizers."""
+        unknown = (state.tokens >= len(self.tokens)).any(1)
+        return torch.zeros(len(unknown), dtype=torch.float64, device=unknown.device).masked_fill(unknown, -math.inf)
+
+    def logw_next(self, state: State) -> Rows | None:
+        if not self.factors:
+            return None
+        first, *others = [factor.logw_next(state) for factor in self.factors]
+        values = first.values
+        for other in others:  # of the same histories in the same order
+            values = values + other.values
+        return Rows(values, first.index)
+
+    def stop(self, state: State) -> Tensor | None:
+        if self.terminate_when is None:
+            return None
+        histories, index = distinct_histories(state, ~state.finished)
+        known = [bool(ids) and max(ids) < len(self.tokens) for ids in histories]
+        told = [
+            ok and bool(self.terminate_when([self.tokens[v] for v in ids]))
+            for ids, ok in zip(histories, known, strict=True)
+        ]
+        return torch.tensor([*told, False], device=index.device)[index]
+
+
+def _ends(state: State) -> tuple[Tensor, Tensor]:
+    """Marks the particles that have just ended by EOS, and those that `terminate_when` has ended, (N,) bool each."""
+    last = state.lengths if state.last_tokens is None else state.last_tokens
+    by_eos = torch.isin(last, torch.tensor(sorted(state.stop_token_ids), device=last.device))
+    return just_ended(state) & by_eos, just_ended(state) & ~by_eos
+
+
+class Rejecting(Program):
+    """Is the target of a program that draws by rejection: with a condition, asked for single candidates.
+
+    Args:
+        condition: says 0 or −inf.
+    """
+
+    shared_by_groups: tuple[str, ...] = ("condition",)
+
+    def __init__(self, condition: GenlmPotential, *args: Any) -> None:
+        super().__init__(*args)
+        self.condition = condition
+
+    def setup(self, engine: Engine) -> None:
+        super().setup(engine)
+        self.condition.setup(engine)
+
+    def reset(self, n_particles: int, prompt: list[int]) -> None:
+        self._length, self._told = 0, dict[tuple[tuple[int, ...], str], float]()
+
+    def prefix(self, state: State) -> Tensor:
+        return super().prefix(state) + self._answers(state, ~state.finished, "prefix")
+
+    def complete(self, state: State) -> Tensor:
+        by_eos, terminated = _ends(state)
+        answers = self._answers(state, by_eos, "complete") + self._answers(state, terminated, "prefix")
+        return super().complete(state) + answers
+
+    def allows(self, state: State, particles: Tensor, tokens: Tensor) -> Tensor:
+        asked = []
+        for row, token in zip(state.tokens[particles].tolist(), tokens.tolist(), strict=True):
+            ended = token in state.stop_token_ids
+            asked.append((tuple(row) if ended else (*row, token), "complete" if ended else "prefix"))
+        return torch.tensor([told == 0.0 for told in self._ask(asked, state.step + 1)], device=tokens.device)
+
+    def _answers(self, state: State, about: Tensor, method: str) -> Tensor:
+        histories, index = distinct_histories(state, about)
+        told = self._ask([(ids, method) for ids in histories], state.step)
+        return torch.tensor([*told, 0.0], dtype=torch.float64, device=index.device)[index]
+
+    def _ask(self, asked: list[tuple[tuple[int, ...], str]], length: int) -> list[float]:
+        """Asks the condition about what it has not been asked about at this length."""
+        if length != self._length:
+            self._length, self._told = length, {}
+        for method in ("prefix", "complete"):
+            new = [key for key in dict.fromkeys(asked) if key[1] == method and key not in self._told]
+            answers = self.condition.ask(method, [self.condition.context(ids) for ids, _ in new])
+            for (ids, _), answer in zip(new, answers.tolist(), strict=True):
+                if answer not in (0.0, -math.inf):
+                    raise ValueError(f"AWRS's condition says {answer} of token ids {list(ids)}; must be 0 or −inf")
+            self._told.update(zip(new, answers.tolist(), strict=True))
+        return [self._told[key] for key in asked]
+
+
+def smc(
+    sampler: Any,
+    critic: GenlmBase | None = None,
+    *,
+    n_particles: int,
+    ess_threshold: float,
+    max_tokens: int,
+    resampling_method: str = "multinomial",
+    terminate_when: Callable[[list], bool] | None = None,
+    json_path: str | None = None,
+    seed: int = 0,
+) -> Sequences:
+    """Runs what `SMC(sampler, critic)(n_particles, ess_threshold, max_tokens, …)` runs, in the engine of its FastsmcLM.
+
+    The target is the same, and log_ml an estimate of the same number. Draws are others: tokens of a product are drawn
+    after the resampling where there is no critic (lower variance, mathematics.md §1), and rejection is fastsmc's own
+    (conditions.md). Potentials travel to the engine's process, and are asked once per distinct history.
+
+    Args:
+        sampler: `direct_token_sampler(potential)` of a `PromptedLLM` or a product with one, or `AWRS(potential,
+            condition)`. Other samplers, proposals, and AWRS with `max_rejects` or without proper weights are refused.
+        critic: potential over the model's tokens.
+        n_particles, ess_threshold: as of `SMCParams`.
+        max_tokens: the EOS included, which is forced there.
+        resampling_method: 'multinomial', 'stratified', 'systematic', 'residual' or 'ssp'.
+        terminate_when: context of genlm's tokens → bool.
+        json_path: None; a record of the run is refused.
+        seed: of `SMCParams`.
+
+    Returns:
+        genlm-control's `Sequences`: contexts that end in EOS, but those without weight; log_ml is log Ẑ.
+
+    Raises:
+        ValueError: what cannot be translated, by name; an argument that `SMCParams` refuses.
+        SMCError: a potential failed.
+    """
+    if json_path is not None:
+        raise ValueError(f"json_path={json_path!r}: fastsmc.genlm.smc writes no record; {_ADVICE}")
+    if type(sampler) is DirectTokenSampler:
+        if sampler.proposal is not None:
+            raise ValueError(f"sampler={sampler!r}: draws from another proposal; {_ADVICE}")
+        condition = None
+    elif type(sampler) is AWRS:
+        if sampler.proposal is not None or not sampler.proper_weights or sampler.max_rejects != math.inf:
+            raise ValueError(
+                f"sampler={sampler!r}: has a proposal, max_rejects or proper_weights=False, which fastsmc's rejection "
+                f"does not; {_ADVICE}"
+            )
+        condition = as_potential(_unwrapped(sampler.condition))
+    else:
+        raise ValueError(f"sampler={sampler!r}: must be direct_token_sampler(…) or AWRS(…); {_ADVICE}")
+    parts = _factors(sampler.potential)
+    models = [part for part in parts if isinstance(part, PromptedLLM)]
+    if len(models) != 1:
+        raise ValueError(f"sampler={sampler!r}: has {len(models)} PromptedLLM in its product; must be one; {_ADVICE}")
+    (llm,) = models
+    if not isinstance(llm.model, FastsmcLM):
+        raise ValueError(f"sampler={sampler!r}: runs over {type(llm.model).__name__}; must be FastsmcLM")
+    factors = [as_potential(part) for part in parts if part is not llm]
+    critic = None if critic is None else _unwrapped(critic)
+    judge = None if critic is None else as_potential(critic)
+    twists = critic is not None and ess_threshold > 0 and not critic.is_terminal_only()
+    tokens = llm.token_maps.decode
+    arguments = (factors, judge, twists, terminate_when, list(tokens))
+    program = Program(*arguments) if condition is None else Rejecting(condition, *arguments)
+    params = SMCParams(
+        n_particles=n_particles,
+        max_tokens=max_tokens,
+        ess_threshold=ess_threshold,
+        resampling=resampling_method,
+        seed=seed,
+        temperature=llm.temperature,
+        ignore_eos=True,
+        stop_token_ids=tuple(llm.token_maps.eos_idxs),
+        force_stop=True,
+        proposal="twisted" if condition is None else "rejection",
+    )
+    population = llm.model.llm.smc({"prompt_token_ids": list(llm.prompt_ids)}, params, program)
+    assert isinstance(population, Population)  # of one prompt
+    stops, contexts = set(llm.token_maps.eos_idxs), []
+    for ids, reason in zip(population.token_ids, population.finish_reasons or (), strict=True):
+        context: list[Any] = [tokens[v] for v in ids if v not in stops and v < len(tokens)]
+        contexts.append(context if reason == "dead" else [*context, EOS])
+    with np.errstate(divide="ignore"):
+        weights = population.log_z + np.log(population.weights * len(contexts))
+    return Sequences(contexts, np.where(population.weights > 0, weights, -math.inf))
+
+
+async def asmc(*args: Any, **settings: Any) -> Sequences:
+    """Is `smc` for `await`. The event loop waits for the run, as for all calls of the engine."""
+    return smc(*args, **settings)
+
+
+def _unwrapped(potential: GenlmBase) -> GenlmBase:
+    return potential.potential if isinstance(potential, AutoBatchedPotential) else potential
+
+
+def _factors(potential: GenlmBase) -> list[GenlmBase]:
+    """Lists the factors of a product of products."""
+    potential = _unwrapped(potential)
+    return [*_factors(potential.p1), *_factors(potential.p2)] if type(potential) is Product else [potential]
