@@ -58,8 +58,8 @@ def test_programs_are_unbiased(lm, exact, program):  # noqa: F811
 
 @pytest.mark.parametrize("kind", ["direct", "AWRS"])
 def test_terminate_when(lm, kind):  # noqa: F811
-    """A text ends with its first "b", under the critic's `complete` and no EOS. The condition is asked for `prefix` only:
-    for it "b" may come, but no whole text may end with it."""
+    """A text ends with its first "b", under the critic's `complete` and no EOS. Of the condition `prefix` is asked: for
+    that "b" may come, but no whole text may end with it."""
     llm = PromptedLLM(lm, prompt_ids=PROMPT, eos_byte_strings=[EOS], temperature=1.5)
     settings = dict(n_particles=24, ess_threshold=0.7, max_tokens=STEPS)
     critic = Counts(llm.vocab)
