@@ -81,6 +81,11 @@ class Doubling(Potential):
         return self.prefix(state) + math.log(4)
 
 
+class Stopping(Doubling):
+    def stop(self, state):
+        return state.lengths == 2
+
+
 @pytest.mark.parametrize("make", [lambda: Lexicon(token_ids=[1, 4], weight=0.7), Doubling, lambda: Regex("a*b?c*")])
 def test_genlm_checks_ours(llm, make):
     """genlm-control's own tests of potentials: the chain rule, `logw_next`, batches."""
@@ -125,5 +130,11 @@ def test_refusals(llm):
     ]:
         with pytest.raises(ValueError, match=message):
             to_genlm(*args)
+    with pytest.raises(ValueError, match="ends texts itself"):
+        to_genlm(Stopping(), llm)
+    short, token = to_genlm(Doubling(), llm, max_tokens=2), llm.vocab[0]
+    assert asyncio.run(short.complete([token])) >= math.log(4)
+    with pytest.raises(ValueError, match="context of 2 tokens: with EOS it must have max_tokens=2 at most"):
+        asyncio.run(short.prefix([token, token]))
     with pytest.raises(ValueError, match="max_tokens=0: must be"):
         to_genlm(Doubling(), llm, max_tokens=0)

@@ -19,11 +19,13 @@ from genlm.control.potential.autobatch import AutoBatchedPotential
 from torch import Tensor
 
 from fastsmc.potentials import Engine, Potential, Rows, State
+from fastsmc.potentials.base import stops
 from fastsmc.smc.engine import GroupEngine, set_up
 from fastsmc.smc.replay import Replay
 from fastsmc.values import check_int
 
-_ADVICE = "run the program over FastsmcLM instead"
+#: what to do with what cannot be translated
+ADVICE = "run the program as it is, over FastsmcLM"
 
 
 def just_ended(state: State) -> Tensor:
@@ -122,7 +124,7 @@ def as_potential(potential: GenlmBase) -> GenlmPotential:
     if not isinstance(potential, GenlmBase):
         raise ValueError(f"potential={potential!r}: must be a potential of genlm-control")
     if any(isinstance(part, PromptedLLM) for part in _parts(potential)):
-        raise ValueError(f"potential={potential!r}: holds a language model, which p0 is already; {_ADVICE}")
+        raise ValueError(f"potential={potential!r}: holds a language model, which p0 is already; {ADVICE}")
     strange = next((token for token in potential.vocab if not isinstance(token, Token)), None)
     if strange is not None:
         raise ValueError(
@@ -164,8 +166,11 @@ class _OfFastsmc(GenlmBase):
 
     def _replays(self, contexts: Sequence[Sequence[Token]]) -> list[tuple[list[int], Replay]]:
         """Replays contexts, those of a length together: which they are, after their last tokens."""
-        lengths = [len(context) for context in contexts]
-        out = []
+        lengths, out = [len(context) for context in contexts], []
+        if max(lengths) >= self._max_tokens:
+            raise ValueError(
+                f"context of {max(lengths)} tokens: with EOS it must have max_tokens={self._max_tokens} at most"
+            )
         for length in sorted(set(lengths)):
             of = [i for i, each in enumerate(lengths) if each == length]
             rows = [[*(token.token_id for token in contexts[i]), self._stop] for i in of]
@@ -228,10 +233,15 @@ def to_genlm(potential: Potential, llm: PromptedLLM, *, max_tokens: int = 2**20)
         max_tokens: what `State.max_tokens` says. A potential with a budget, such as `Regex`, needs the program's.
 
     Raises:
-        ValueError: an argument is wrong, or the potential asks the model (`lookahead`), which is not here.
+        ValueError: an argument is wrong, or the potential asks the model (`lookahead`) or ends texts (`stop`); from a
+            question: its context has no room for EOS within max_tokens.
     """
     if not isinstance(potential, Potential) or potential.lookahead:
         raise ValueError(f"potential={potential!r}: must be a fastsmc.Potential that asks the model for nothing")
+    if stops(potential):
+        raise ValueError(
+            f"potential={potential!r}: ends texts itself (`stop`), which genlm-control's potentials do not"
+        )
     if not isinstance(llm, PromptedLLM):
         raise ValueError(f"llm={llm!r}: must be a PromptedLLM of genlm-control")
     tokenizer = llm.model.tokenizer

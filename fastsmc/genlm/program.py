@@ -18,12 +18,10 @@ from genlm.control.sampler.token import DirectTokenSampler
 from torch import Tensor
 
 from fastsmc.genlm.lm import FastsmcLM
-from fastsmc.genlm.potentials import GenlmPotential, as_potential, distinct_histories, just_ended
+from fastsmc.genlm.potentials import ADVICE, GenlmPotential, as_potential, distinct_histories, just_ended
 from fastsmc.params import SMCParams
 from fastsmc.population import Population
 from fastsmc.potentials import Engine, Potential, Rows, State
-
-_ADVICE = "run it as it is, over FastsmcLM"
 
 
 class Program(Potential):
@@ -194,28 +192,8 @@ def smc(
         SMCError: a potential failed.
     """
     if json_path is not None:
-        raise ValueError(f"json_path={json_path!r}: fastsmc.genlm.smc writes no record; {_ADVICE}")
-    if type(sampler) is DirectTokenSampler:
-        if sampler.proposal is not None:
-            raise ValueError(f"sampler={sampler!r}: draws from another proposal; {_ADVICE}")
-        condition = None
-    elif type(sampler) is AWRS:
-        if sampler.proposal is not None or not sampler.proper_weights or sampler.max_rejects != math.inf:
-            raise ValueError(
-                f"sampler={sampler!r}: has a proposal, max_rejects or proper_weights=False, which fastsmc's rejection "
-                f"does not; {_ADVICE}"
-            )
-        condition = as_potential(_unwrapped(sampler.condition))
-    else:
-        raise ValueError(f"sampler={sampler!r}: must be direct_token_sampler(…) or AWRS(…); {_ADVICE}")
-    parts = _factors(sampler.potential)
-    models = [part for part in parts if isinstance(part, PromptedLLM)]
-    if len(models) != 1:
-        raise ValueError(f"sampler={sampler!r}: has {len(models)} PromptedLLM in its product; must be one; {_ADVICE}")
-    (llm,) = models
-    if not isinstance(llm.model, FastsmcLM):
-        raise ValueError(f"sampler={sampler!r}: runs over {type(llm.model).__name__}; must be FastsmcLM")
-    factors = [as_potential(part) for part in parts if part is not llm]
+        raise ValueError(f"json_path={json_path!r}: fastsmc.genlm.smc writes no record; {ADVICE}")
+    llm, factors, condition = _read_sampler(sampler)
     critic = None if critic is None else _unwrapped(critic)
     judge = None if critic is None else as_potential(critic)
     twists = critic is not None and ess_threshold > 0 and not critic.is_terminal_only()
@@ -248,6 +226,39 @@ def smc(
 async def asmc(*args: Any, **settings: Any) -> Sequences:
     """Is `smc` for `await`. The event loop waits for the run, as for all calls of the engine."""
     return smc(*args, **settings)
+
+
+def _read_sampler(sampler: Any) -> tuple[PromptedLLM, list[GenlmPotential], GenlmPotential | None]:
+    """Takes a sampler apart: the language model, what its rows are multiplied with, and a condition.
+
+    Raises:
+        ValueError: it is none that `smc` translates.
+    """
+    if type(sampler) is DirectTokenSampler:
+        if sampler.proposal is not None:
+            raise ValueError(f"sampler={sampler!r}: draws from another proposal; {ADVICE}")
+        condition = None
+    elif type(sampler) is AWRS:
+        if sampler.proposal is not None or not sampler.proper_weights or sampler.max_rejects != math.inf:
+            raise ValueError(
+                f"sampler={sampler!r}: has a proposal, max_rejects or proper_weights=False, which fastsmc's rejection "
+                f"does not; {ADVICE}"
+            )
+        condition = as_potential(_unwrapped(sampler.condition))
+    else:
+        raise ValueError(f"sampler={sampler!r}: must be direct_token_sampler(…) or AWRS(…); {ADVICE}")
+    parts = _factors(sampler.potential)
+    models = [part for part in parts if type(part) is PromptedLLM]  # a subclass may have other rows
+    if len(models) != 1:
+        raise ValueError(f"sampler={sampler!r}: has {len(models)} PromptedLLM in its product; must be one; {ADVICE}")
+    (llm,) = models
+    if not isinstance(llm.model, FastsmcLM):
+        raise ValueError(f"sampler={sampler!r}: runs over {type(llm.model).__name__}; must be FastsmcLM")
+    if llm.lora_name is not None:
+        raise ValueError(
+            f"sampler={sampler!r}: its PromptedLLM has lora_name={llm.lora_name!r}; rows are the base model's"
+        )
+    return llm, [as_potential(part) for part in parts if part is not llm], condition
 
 
 def _unwrapped(potential: GenlmBase) -> GenlmBase:

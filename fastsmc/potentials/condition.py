@@ -25,8 +25,8 @@ class Condition(Potential):
     The function is asked about beginnings: whether each may still become a whole that `complete` accepts. Yes where it
     cannot tell is right, and costs particles; no where a whole could still come changes the target. With
     `SMCParams(proposal="rejection")` it is asked about one candidate token after the other, those of all particles of a
-    group in one call, until each particle has found a token that is allowed; with the base proposal about the token
-    that was drawn; in a product with the twisted proposal about wholes only.
+    group in one call, until each particle has found a token that is allowed, or is given up by chance; with the base
+    proposal about the token that was drawn; in a product with the twisted proposal about wholes only.
 
     A text is what the tokens add to the prompt's, without the stop token that they end with. Of a beginning, bytes at
     its end that are no whole character yet are left out; of a whole, they are U+FFFD. Special tokens other than stop
@@ -41,7 +41,8 @@ class Condition(Potential):
         on: 'text' or 'tokens'.
         max_asked: at least 2; a particle that has found no allowed token after max_asked − 1 candidates of a step gets
             weight zero (the last question is for its weight). log Ẑ is then too low on average, and
-            `Population.biased` says so. None: it goes on, to the last token if it must.
+            `Population.biased` says so. None: it goes on, to the last token if it must, unless it is given up, which is
+            unbiased (`fastsmc.smc.rejection`).
 
     Attributes:
         n_asked, n_calls: texts that the functions were asked about, and calls, by this copy's group.

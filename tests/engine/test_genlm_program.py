@@ -115,13 +115,14 @@ def test_refusals(lm):  # noqa: F811
     llm = PromptedLLM(lm, prompt_ids=PROMPT, eos_byte_strings=[EOS])
     regular = BoolFSA.from_regex("(a|b)*")
     coerced, counted = regular.coerce(llm, f=b"".join), Counts(llm.vocab)
+    adapted = PromptedLLM(lm, prompt_ids=PROMPT, eos_byte_strings=[EOS], lora_name="x")
     settings = dict(n_particles=4, ess_threshold=0.5, max_tokens=STEPS)
     for sampler, critic, more, message in [
         (
             eager_token_sampler(llm, regular),
             None,
             {},
-            r"must be direct_token_sampler\(…\) or AWRS\(…\); run it as it is",
+            r"must be direct_token_sampler\(…\) or AWRS\(…\); run the program as it is",
         ),
         (direct_token_sampler(llm, proposal=llm), None, {}, "draws from another proposal"),
         (AWRS(llm, coerced, max_rejects=5), None, {}, "has a proposal, max_rejects or"),
@@ -129,6 +130,7 @@ def test_refusals(lm):  # noqa: F811
         (direct_token_sampler(counted), None, {}, "has 0 PromptedLLM in its product"),
         (direct_token_sampler(llm * llm), None, {}, "has 2 PromptedLLM"),
         (direct_token_sampler(llm), llm, {}, "holds a language model"),
+        (direct_token_sampler(adapted), None, {}, "its PromptedLLM has lora_name='x'"),
         (direct_token_sampler(llm), regular, {}, "in its vocabulary; must be tokens of the model"),
         (direct_token_sampler(llm), None, dict(json_path="x"), "json_path='x': fastsmc.genlm.smc writes no record"),
         (direct_token_sampler(llm), None, dict(resampling_method="best"), "resampling='best'"),
