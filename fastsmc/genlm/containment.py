@@ -21,8 +21,12 @@ from fastsmc.vllm.compat import UnsupportedError, get_logger
 
 logger = get_logger(__name__)
 
-#: distributions, and the versions of them that are taken: 0.3.1 and 0.4.1, whose source was read, and their patches
-SUPPORTED = {"genlm-backend": ">=0.3.1,<0.4", "genlm-control": ">=0.4.1,<0.5"}
+#: by extra: distributions, and the versions of them that are taken. These are patches of those whose source was read:
+#: 0.3.1, 0.4.1 and 0.2.3.
+SUPPORTED = {
+    "genlm": {"genlm-backend": ">=0.3.1,<0.4", "genlm-control": ">=0.4.1,<0.5"},
+    "llamppl": {"llamppl": ">=0.2.3,<0.2.4"},
+}
 #: environment variables that the import sets, with the values that it gives them
 VARIABLES = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -44,7 +48,7 @@ def contain() -> None:
         ImportError: a distribution of `SUPPORTED` is not installed.
         UnsupportedError: one is, in another version.
     """
-    check_versions()
+    check_versions("genlm")
     try:
         _contain_backend()
     finally:
@@ -60,17 +64,17 @@ def _contain_backend() -> None:
             importlib.import_module(BACKEND)
 
 
-def check_versions() -> None:
-    """Refuses versions of genlm that are not in `SUPPORTED`."""
+def check_versions(extra: str) -> None:
+    """Refuses versions that are not in `SUPPORTED`."""
     from packaging.specifiers import SpecifierSet
 
-    for name, versions in SUPPORTED.items():
+    for name, versions in SUPPORTED[extra].items():
         try:
             found = metadata.version(name)
         except metadata.PackageNotFoundError:
-            raise ImportError(f'fastsmc.genlm needs {name} {versions}: pip install "fastsmc[genlm]"') from None
+            raise ImportError(f'fastsmc.{extra} needs {name} {versions}: pip install "fastsmc[{extra}]"') from None
         if found not in SpecifierSet(versions):
-            raise UnsupportedError(f"{name} {found}: fastsmc.genlm knows {versions}")
+            raise UnsupportedError(f"{name} {found}: fastsmc.{extra} knows {versions}")
 
 
 def _undo(backend: Any) -> None:

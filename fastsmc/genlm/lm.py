@@ -9,11 +9,14 @@ from typing import Any
 
 import genlm.backend
 import genlm.backend.llm
+import numpy as np
 import torch
 from genlm.backend.llm import AsyncLM
 from safetensors.torch import load
 from torch import Tensor
 
+from fastsmc import ops
+from fastsmc.ops.draw import NO_TOKEN
 from fastsmc.smc import SMCError
 from fastsmc.vllm.asking import ANSWER_ELEMENTS
 from fastsmc.vllm.interchange import CACHE_BYTES
@@ -54,7 +57,7 @@ class FastsmcLM(AsyncLM):
         self.llm = llm
         self._name = uuid.uuid4().hex
         self._packed = not llm._in_process()
-        self._waiting: dict[asyncio.AbstractEventLoop, list[tuple[tuple[int, ...], asyncio.Future]]] = {}
+        self._waiting: dict[asyncio.AbstractEventLoop, list[tuple[tuple[int, ...] | Tensor, asyncio.Future]]] = {}
         self._owns_engine = False
         opened = self._ask("smc_open_histories", cache_bytes)
         if isinstance(opened, str):
@@ -108,6 +111,19 @@ class FastsmcLM(AsyncLM):
             _check_row(row)
         return torch.stack(rows)
 
+    async def draw(self, row: Tensor) -> int:
+        """Draws a token with probability proportional to exp(row), in one batch for all tasks that wait.
+
+        The uniforms are those of numpy's global generator, as in llamppl.
+
+        Args:
+            row: (V,) float32, −inf where a token is ruled out.
+
+        Raises:
+            ValueError: no token has a probability, or one has NaN.
+        """
+        return await self._enqueue(row)
+
     @property
     def _vocab_size(self) -> int:
         return self.llm.model_config.get_vocab_size()
@@ -128,8 +144,9 @@ class FastsmcLM(AsyncLM):
             raise ValueError(f"token_ids: has {len(ids)} tokens; the cache has room for {room}: raise cache_bytes")
         return ids
 
-    def _enqueue(self, query: tuple[int, ...]) -> asyncio.Future:
-        """Has a query answered with all others that come before the event loop has had a pass without new ones."""
+    def _enqueue(self, query: tuple[int, ...] | Tensor) -> asyncio.Future:
+        """Has a query, or a draw from a row, answered with all others that come before the event loop has had a pass
+        without new ones."""
         loop = asyncio.get_running_loop()
         future = loop.create_future()
         if loop not in self._waiting:
@@ -146,6 +163,12 @@ class FastsmcLM(AsyncLM):
             loop.call_soon(self._answer, loop, len(self._waiting[loop]))
             return
         waiting = [(query, future) for query, future in self._waiting.pop(loop) if not future.done()]
+        if draws := [(row, future) for row, future in waiting if isinstance(row, Tensor)]:
+            # with their tokens these tasks ask for rows, which are one call with those that others wait for
+            self._waiting[loop] = [(query, future) for query, future in waiting if not isinstance(query, Tensor)]
+            loop.call_soon(self._answer, loop, -1)
+            _draw(draws)
+            return
         if not waiting:
             return
         try:
@@ -205,6 +228,18 @@ class FastsmcLM(AsyncLM):
     def remove_lora(self, lora_name: str) -> None:
         """Raises NotImplementedError."""
         raise NotImplementedError(f"remove_lora({lora_name!r}): FastsmcLM has no adapters")
+
+
+def _draw(waiting: list[tuple[Tensor, asyncio.Future]]) -> None:
+    """Draws a token from each row, and tells them who wait."""
+    rows = torch.stack([row for row, _ in waiting])
+    uniforms = torch.from_numpy(np.random.rand(len(rows))).to(rows.device)
+    drawn = ops.draw(rows, ops.weigh(rows), torch.arange(len(rows), device=rows.device), uniforms)
+    for token, (_, future) in zip(drawn.tokens.tolist(), waiting, strict=True):
+        if token == NO_TOKEN:
+            future.set_exception(ValueError("row: no token has a probability, or one has NaN"))
+        else:
+            future.set_result(token)
 
 
 def _check_row(row: Tensor) -> Tensor:

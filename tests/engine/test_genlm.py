@@ -436,10 +436,10 @@ def test_import_of_genlm_first(tiny_path, tokenizer, tmp_path):
 
 
 def test_versions(monkeypatch):
-    monkeypatch.setitem(containment.SUPPORTED, "genlm-control", ">=9")
+    monkeypatch.setitem(containment.SUPPORTED["genlm"], "genlm-control", ">=9")
     with pytest.raises(UnsupportedError, match=r"genlm-control 0\.4\.\d+: fastsmc.genlm knows >=9"):
-        containment.check_versions()
-    monkeypatch.setitem(containment.SUPPORTED, "genlm-nothing", ">=1")
-    monkeypatch.delitem(containment.SUPPORTED, "genlm-control")
+        containment.check_versions("genlm")
+    monkeypatch.setitem(containment.SUPPORTED["genlm"], "genlm-nothing", ">=1")
+    monkeypatch.delitem(containment.SUPPORTED["genlm"], "genlm-control")
     with pytest.raises(ImportError, match=r'genlm-nothing >=1: pip install "fastsmc\[genlm\]"'):
-        containment.check_versions()
+        containment.check_versions("genlm")
