@@ -72,7 +72,8 @@ class Mask(set):
     `mask |= ids` and the like make another set; methods that would change this one raise TypeError.
     """
 
-    __hash__ = object.__hash__
+    def __hash__(self) -> int:  # type: ignore[override]  # a set's may change
+        return id(self)
 
     def __deepcopy__(self, memo: dict) -> Mask:
         return self
@@ -108,7 +109,9 @@ class SharedMasks(Masks):
 
 def _marks(mask: Collection[int], size: int, device: torch.device) -> Tensor:
     """Marks the token ids of a mask, (size,) bool. Of a `Mask` or frozenset, which do not change, it does so once."""
-    return (_marks_once if isinstance(mask, (Mask, frozenset)) else _marks_now)(mask, size, device)
+    if isinstance(mask, (Mask, frozenset)):
+        return _marks_once(mask, size, device)
+    return _marks_now(mask, size, device)
 
 
 def _marks_now(mask: Collection[int], size: int, device: torch.device) -> Tensor:
@@ -209,7 +212,7 @@ class Context(LMContext):
         self._allowed = None
 
     def split(self, mask: Collection[int]) -> tuple[Tensor, Tensor]:
-        """Splits the tokens that are left, of those in lm.str_vocab, into those in a mask and others: (V,) bool each."""
+        """Splits what is left of lm.str_vocab into tokens in a mask and others, (V,) bool each."""
         row = self._row.log_probs
         inside = _marks(mask, len(row), row.device)
         left = _marks(self.lm.masks.ALL_TOKENS, len(row), row.device)
@@ -246,7 +249,7 @@ class Context(LMContext):
         if self._allowed is not None:
             memo[id(self._allowed)] = self._allowed  # nobody changes it
         made = object.__new__(type(self))
-        vars(made).update(copy.deepcopy(vars(self), memo))
+        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return made
 
 

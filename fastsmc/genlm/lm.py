@@ -162,10 +162,11 @@ class FastsmcLM(AsyncLM):
         if len(self._waiting[loop]) > n_seen:
             loop.call_soon(self._answer, loop, len(self._waiting[loop]))
             return
-        waiting = [(query, future) for query, future in self._waiting.pop(loop) if not future.done()]
-        if draws := [(row, future) for row, future in waiting if isinstance(row, Tensor)]:
+        left = [(query, future) for query, future in self._waiting.pop(loop) if not future.done()]
+        waiting = [(query, future) for query, future in left if not isinstance(query, Tensor)]
+        if draws := [(row, future) for row, future in left if isinstance(row, Tensor)]:
             # with their tokens these tasks ask for rows, which are one call with those that others wait for
-            self._waiting[loop] = [(query, future) for query, future in waiting if not isinstance(query, Tensor)]
+            self._waiting[loop] = [*waiting]
             loop.call_soon(self._answer, loop, -1)
             _draw(draws)
             return

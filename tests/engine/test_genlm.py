@@ -402,6 +402,7 @@ assert "genlm" not in model_runner.GPUModelRunner.update_requests.__module__
 GENLM_FIRST = """
 import asyncio, os, sys
 import genlm.control
+import llamppl
 from vllm.v1.worker.gpu import model_runner
 assert os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "1" and "genlm" in model_runner.init_model_state.__module__
 import fastsmc.genlm
@@ -419,6 +420,11 @@ runner = llm.model.llm.llm_engine.engine_core.engine_core.model_executor.driver_
 assert "V2" not in type(runner).__name__, type(runner)
 run = asyncio.run(genlm.control.SMC(genlm.control.direct_token_sampler(llm))(8, 0.5, 4))
 assert len(run.contexts) == 8
+
+import fastsmc.llamppl
+Context = llamppl.LMContext
+fastsmc.llamppl.install()
+assert type(Context(llamppl.CachedCausalLM(llm.model), "b")) is fastsmc.llamppl.Context
 llm.model.cleanup()
 """
 
@@ -429,7 +435,8 @@ def test_import_of_fastsmc_first():
 
 
 def test_import_of_genlm_first(tiny_path, tokenizer, tmp_path):
-    """What its import has done is undone; `from_name` with backend="vllm" then starts vLLM's usual model runner."""
+    """What its import has done is undone; `from_name` with backend="vllm" then starts vLLM's usual model runner. What
+    was imported of llamppl before `install` is under it, too."""
     path = shutil.copytree(tiny_path, tmp_path / "model")
     tokenizer.save_pretrained(path)
     run_python(GENLM_FIRST, path)
