@@ -13,7 +13,8 @@
 # ops            2    weigh, draw, resample, reindex
 # twist          3    what a twist's head costs a step
 # attend_ops     5    one layer's attention, and the costs that the engine's switch goes by (with COSTS=1 it writes them)
-# peers          5    genlm-control in turn with fastsmc; PEER: its interpreter (bench/peers/.venv/bin/python)
+# peers          8    genlm-control and llamppl over fastsmc, in turn with their own backend; PEER: its interpreter
+#                     (bench/peers/.venv/bin/python)
 # grammar       15    steps with a JSON Schema and without in turn, and genlm-control's own JSON path; PEER as above
 # infill        25    training and divergences: numbers that a busy machine does not change, only their time
 # amortised     20    a twist for many prompts and any continuation, on prompts that it was not trained on: the same
@@ -39,7 +40,7 @@
 set -u
 cd "$(dirname "$0")/.."
 if [ $# -eq 0 ]; then
-  sed -n '2,38s/^# \{0,1\}//p' "$0" >&2
+  sed -n '2,39s/^# \{0,1\}//p' "$0" >&2
   exit 2
 fi
 python=${PYTHON:-.venv/bin/python}

@@ -23,7 +23,7 @@ from openings import OPENINGS
 RESULTS = ROOT / "bench" / "results"
 FILES = (
     *("bench/README.md", "README.md", "docs/counterfactuals.md", "docs/alignment.md", "docs/conditions.md"),
-    *("docs/error.md", "docs/powers.md", "docs/grammars.md", "docs/infilling.md"),
+    *("docs/error.md", "docs/powers.md", "docs/grammars.md", "docs/infilling.md", "docs/genlm.md"),
 )  # fmt: skip
 Result = dict[str, Any]
 
@@ -326,17 +326,23 @@ def twist(result: Result) -> list[str]:
 
 
 def peers(result: Result) -> list[str]:
-    lines = table(
-        "system | N | tokens | tok/s | log Ẑ of each run",
+    records = {r["peer"]: r for r in result["records"]}
+
+    def backend(r: dict[str, Any]) -> dict[str, Any]:
+        return records["llamppl" if r["peer"].startswith("llamppl") else "genlm-control"]
+
+    return table(
+        "what runs | N | tokens | tok/s | × its Hugging Face backend | log Ẑ of each run",
         (
             (
-                f"{r['peer']} {r.get('version', '')}".strip(), r["n_particles"], r["max_tokens"],
-                f"{r['tokens_per_s']:.0f}", ", ".join(f"{x['log_z']:.2f}" for x in r["runs"]),
+                f"{r['peer']} {r['version']}, Hugging Face" if "version" in r else r["peer"],
+                r["n_particles"], r["max_tokens"], f"{r['tokens_per_s']:.0f}",
+                f"**{r['tokens_per_s'] / backend(r)['tokens_per_s']:.1f}**",
+                ", ".join(f"{x['log_z']:.2f}" for x in r["runs"]),
             )
-            for r in sorted(result["records"], key=lambda r: -r["tokens_per_s"])
+            for r in result["records"]
         ),
     )  # fmt: skip
-    return [*lines, "", f"Ratio {result['ratio']:.1f}."]
 
 
 def grammar(result: Result) -> list[str]:

@@ -27,7 +27,9 @@ import statistics
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -63,21 +65,28 @@ class Lexicon(Potential):
     batch_complete = batch_prefix
 
 
-def run_once(llm: PromptedLLM, critic: Lexicon, n_particles: int, max_tokens: int) -> dict[str, float]:
-    """One run from empty caches: {seconds, tokens_per_s, log_z}."""
+def settings(critic: Lexicon, n_particles: int, max_tokens: int) -> dict[str, Any]:
+    """Makes the arguments of a run."""
+    return {
+        "n_particles": n_particles,
+        "ess_threshold": 1.0,
+        "max_tokens": max_tokens + 1,
+        "critic": critic,
+        "resampling_method": "systematic",
+        "terminate_when": lambda context: len(context) == max_tokens,
+    }
+
+
+def run_once(
+    llm: PromptedLLM, critic: Lexicon, n_particles: int, max_tokens: int, smc: Callable[..., Any] | None = None
+) -> dict[str, float]:
+    """One run from empty caches: {seconds, tokens_per_s, log_z}. `smc` stands for `SMC(sampler, critic)`."""
+    sampler, arguments = direct_token_sampler(llm), settings(critic, n_particles, max_tokens)
     llm.model.clear_cache()
     begin = time.perf_counter()
-    llm.model.cache_kv(llm.prompt_ids)
-    result = asyncio.run(
-        direct_token_sampler(llm).smc(
-            n_particles=n_particles,
-            ess_threshold=1.0,
-            max_tokens=max_tokens + 1,
-            critic=critic,
-            resampling_method="systematic",
-            terminate_when=lambda context: len(context) == max_tokens,
-        )
-    )
+    if hasattr(llm.model, "cache_kv"):
+        llm.model.cache_kv(llm.prompt_ids)
+    result = asyncio.run(sampler.smc(**arguments)) if smc is None else smc(sampler, **arguments)
     seconds = time.perf_counter() - begin
     tokens = sum(len(context) - (context[-1] is EOS) for context, _ in result)
     log_z = float(np.logaddexp.reduce(result.log_weights) - np.log(n_particles))
