@@ -13,16 +13,24 @@ from collections import defaultdict
 import numpy as np
 import pytest
 import torch
+from genlm.bytes import BeamParams
 from genlm.control import (
     AWRS,
     SMC,
+    WFSA,
     BoolFSA,
+    ByteLLM,
+    Ensemble,
     Potential,
     PromptedLLM,
     direct_token_sampler,
     eager_token_sampler,
     topk_token_sampler,
 )
+from genlm.control.sampler.unit import MultiTokenUnitSampler, TokenSetBoundary
+from genlm.control.util import flatten_units
+from genlm.grammar import WFSA as Automaton
+from genlm.grammar import Float
 from tiny import PROMPT, TinyLlama
 from tokenizers import Tokenizer, decoders, models
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -38,13 +46,17 @@ from .test_attend import prompt_of, runner_of
 #: tokens 6 and 7 have the same bytes, so genlm takes both for one EOS
 LETTERS, EOS = "abcdef", b" "
 STEPS = 4
+#: the same tokens spelled otherwise: a text of three letters is up to three sequences of tokens
+SPELLINGS = ["a", "b", "ab", "ba", "aba", "c"]
+#: another prompt
+OTHER = [2, 2, 3]
 
 
-def make_tokenizer():
-    names = [*LETTERS, "▁", " "]
+def make_tokenizer(letters=LETTERS):
+    names = [*letters, "▁", " "]
     made = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="a"))
     made.decoder = decoders.ByteFallback()
-    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="▁")
+    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="▁", eos_token="▁")
 
 
 @pytest.fixture(scope="module")
@@ -269,15 +281,48 @@ class Raises(Counts):
         raise KeyError("no such thing")
 
 
-@pytest.fixture(scope="module")
-def exact(tiny_path):
-    """Maps each text that ends within STEPS tokens, the last of which is EOS, to log p0."""
-    tiny = TinyLlama(tiny_path, VOCAB, STEPS, frozenset({6, 7}))
+class Few(Potential):
+    """Allows less than STEPS tokens, in units or not."""
+
+    async def prefix(self, context):
+        return 0.0 if len(flatten_units(context)) < STEPS else -math.inf
+
+    complete = prefix
+
+
+def enumerate_texts(path, prompt, letters=LETTERS):
+    """Maps each text that ends within STEPS tokens, the last of which is EOS, to p0."""
+    tiny = TinyLlama(path, VOCAB, STEPS, frozenset({6, 7}), prompt=prompt)
     found = defaultdict(float)
     for ids, log_p in tiny.log_p.items():
         if ids[-1] in (6, 7):
-            found["".join(LETTERS[i] for i in ids[:-1])] += math.exp(log_p)
+            found["".join(letters[i] for i in ids[:-1])] += math.exp(log_p)
     return found
+
+
+@pytest.fixture(scope="module")
+def exact(tiny_path):
+    return enumerate_texts(tiny_path, PROMPT)
+
+
+@pytest.fixture(scope="module")
+def exact_of_other(tiny_path):
+    return enumerate_texts(tiny_path, OTHER)
+
+
+WEIGHTS = {"a": 0.1, "b": 0.15, "c": 0.15, "d": 0.15, "e": 0.15, "f": 0.15}
+
+
+def make_weighted():
+    """Makes an automaton of two states: the first "c" leads to the second, where all letters have one weight."""
+    made = Automaton(Float)
+    made.add_I(0, 1.0)
+    for letter, weight in WEIGHTS.items():
+        made.add_arc(0, ord(letter), int(letter == "c"), weight)
+        made.add_arc(1, ord(letter), 1, 0.16)
+    made.add_F(0, 0.002)
+    made.add_F(1, 0.5)
+    return WFSA(made)
 
 
 def samplers(lm):
@@ -294,7 +339,15 @@ def samplers(lm):
     def liked(text):
         return math.exp(0.7 * text.count("a"))
 
+    def weighed(text):
+        before, c, behind = text.partition("c")
+        return math.prod(WEIGHTS[letter] for letter in before + c) * 0.16 ** len(behind) * (0.5 if c else 0.002)
+
+    def in_units(text):  # of at most two, the last of which may end with the text
+        return float(sum(letter in "abc" for letter in text) + (text[-1:] in ("d", "e", "f")) <= 2)
+
     counted = Counts(llm.vocab)
+    units = MultiTokenUnitSampler(direct_token_sampler(llm), TokenSetBoundary({b"a", b"b", b"c"}))
     return {
         "direct": (direct_token_sampler(llm), None, lambda text: 1.0),
         "product": (direct_token_sampler(llm * coerced), None, accepted),
@@ -302,6 +355,21 @@ def samplers(lm):
         "critic": (direct_token_sampler(llm), counted, liked),
         "eager": (eager_token_sampler(llm, regular), None, accepted),
         "topk": (topk_token_sampler(llm, regular, K=3), counted, lambda text: accepted(text) * liked(text)),
+        "weighted": (direct_token_sampler(llm * make_weighted().coerce(llm, f=b"".join)), None, weighed),
+        "units": (units, Few(llm.vocab), in_units),
+    }
+
+
+def samplers_of_two(lm):
+    """Programs of two prompts: name → (sampler, critic, the target from p0 behind PROMPT and p0 behind OTHER)."""
+    llm, other = (PromptedLLM(lm, prompt_ids=prompt, eos_byte_strings=[EOS]) for prompt in (PROMPT, OTHER))
+    return {
+        "intersection": (direct_token_sampler(llm * other), None, lambda p, q: p * q),
+        "prompt as critic": (direct_token_sampler(llm), other, lambda p, q: p * q),
+        "prompt as proposal": (direct_token_sampler(llm, proposal=other), None, lambda p, q: p),
+        "mixture": (direct_token_sampler(Ensemble(llm, other, "sum", a=0.3)), None, lambda p, q: 0.3 * p + 0.7 * q),
+        "mean": (direct_token_sampler(Ensemble(llm, other, "prod")), None, lambda p, q: math.sqrt(p * q)),
+        "power": (direct_token_sampler(llm**0.5), None, lambda p, q: math.sqrt(p)),
     }
 
 
@@ -311,31 +379,32 @@ def unnormalised(sequences):
     found = defaultdict(float)
     for context, weight in zip(sequences.contexts, weights, strict=True):
         if weight > 0:
-            found[b"".join(bytes(token) for token in context[:-1]).decode()] += weight
+            found[b"".join(map(bytes, flatten_units(context[:-1]))).decode()] += weight
     return found
 
 
-@pytest.mark.parametrize("program", ["direct", "product", "AWRS", "critic", "eager", "topk"])
-def test_programs_are_unbiased(lm, exact, program):
+def check_unbiased(run, target, letters=LETTERS):
     """Ẑ, and Ẑ times the share of texts by their length and of those that begin with each letter, where that is 2 % at
-    least: of what hardly any run has the standard error cannot be estimated."""
+    least: of what hardly any run has the standard error cannot be estimated.
+
+    Args:
+        run: coroutine function without arguments that returns genlm-control's `Sequences`.
+        target: unnormalised, of texts.
+    """
     np.random.seed(1)
     torch.manual_seed(1)
-    sampler, critic, phi = samplers(lm)[program]
-    target = {text: p * phi(text) for text, p in exact.items()}
-    assert 0 < sum(p > 0 for p in target.values()) <= len(target)
 
     async def main():
-        return [await SMC(sampler, critic)(n_particles=24, ess_threshold=0.7, max_tokens=STEPS) for _ in range(80)]
+        return [await run() for _ in range(80)]
 
     runs = asyncio.run(main())
-    found = [unnormalised(run) for run in runs]
-    for run, shares in zip(runs, found, strict=True):
-        assert run.log_ml == pytest.approx(math.log(sum(shares.values())))
+    found = [unnormalised(each) for each in runs]
+    for each, shares in zip(runs, found, strict=True):
+        assert each.log_ml == pytest.approx(math.log(sum(shares.values())))
         assert all(target[text] > 0 for text in shares)
     tests = [lambda text: True]
     tests += [lambda text, n=n: len(text) == n for n in range(STEPS)]
-    tests += [lambda text, letter=letter: text.startswith(letter) for letter in LETTERS]
+    tests += [lambda text, letter=letter: text.startswith(letter) for letter in letters]
     wanted = [sum(p for text, p in target.items() if test(text)) for test in tests]
     assert sum(want >= 0.02 * wanted[0] for want in wanted) >= 6
     for test, want in zip(tests, wanted, strict=True):
@@ -345,10 +414,45 @@ def test_programs_are_unbiased(lm, exact, program):
         assert abs(values.mean() - want) <= 4 * values.std(ddof=1) / math.sqrt(len(values)) + 1e-9
 
 
-def test_two_programs_at_once(lm, exact):
+@pytest.mark.parametrize("program", ["direct", "product", "AWRS", "critic", "eager", "topk", "weighted", "units"])
+def test_programs_are_unbiased(lm, exact, program):
+    sampler, critic, phi = samplers(lm)[program]
+    most = 3 if program == "units" else STEPS
+    check_unbiased(
+        lambda: SMC(sampler, critic)(n_particles=24, ess_threshold=0.7, max_tokens=most),
+        {text: p * phi(text) for text, p in exact.items()},
+    )
+
+
+@pytest.mark.parametrize(
+    "program", ["intersection", "prompt as critic", "prompt as proposal", "mixture", "mean", "power"]
+)
+def test_programs_of_two_prompts_are_unbiased(lm, exact, exact_of_other, program):
+    sampler, critic, target = samplers_of_two(lm)[program]
+    check_unbiased(
+        lambda: SMC(sampler, critic)(n_particles=24, ess_threshold=0.7, max_tokens=STEPS),
+        {text: target(p, exact_of_other[text]) for text, p in exact.items()},
+    )
+
+
+def test_bytes_are_unbiased(engine, tiny_path):
+    """`ByteLLM` sums over the spellings of a text, here of all of them, behind the tokenizer's BOS and a prompt."""
+    exact = enumerate_texts(tiny_path, [6, 5], SPELLINGS)
+    beam = BeamParams(K=64, eos_byte_strings=[EOS], heal=False)
+    with FastsmcLM(engine, tokenizer=make_tokenizer(SPELLINGS)) as lm:
+        llm = ByteLLM(lm, beam)
+        llm.set_prompt_from_str("c")
+        check_unbiased(
+            lambda: SMC(direct_token_sampler(llm))(n_particles=24, ess_threshold=0.7, max_tokens=STEPS),
+            {text: p for text, p in exact.items() if len(text) < STEPS},
+            "abc",
+        )
+
+
+def test_two_programs_at_once(lm):
     """Each under its own prompt; one is cancelled beside them, one ends with its potential's error."""
     llm = PromptedLLM(lm, prompt_ids=PROMPT, eos_byte_strings=[EOS])
-    other = PromptedLLM(lm, prompt_ids=[2, 2], eos_byte_strings=[EOS])
+    other = PromptedLLM(lm, prompt_ids=OTHER, eos_byte_strings=[EOS])
 
     async def main():
         def run(potential, critic=None):
@@ -366,7 +470,7 @@ def test_two_programs_at_once(lm, exact):
     assert isinstance(failed, KeyError) and isinstance(cancelled, asyncio.CancelledError)
     for run in (first, second):
         assert len(run.contexts) == 64 and np.isfinite(run.log_ml)
-    rows = [lm.next_token_logprobs_sync(prompt) for prompt in (PROMPT, [2, 2])]
+    rows = [lm.next_token_logprobs_sync(prompt) for prompt in (PROMPT, OTHER)]
     for llm_of, row in ((llm, rows[0]), (other, rows[1])):
         ended = float(np.logaddexp(*row[6:].numpy()))
         got = asyncio.run(llm_of.logw_next([]))
