@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import uuid
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from typing import Any
 
 import genlm.backend
@@ -18,7 +19,7 @@ from torch import Tensor
 from fastsmc import ops
 from fastsmc.ops.draw import NO_TOKEN
 from fastsmc.smc import SMCError
-from fastsmc.vllm.asking import ANSWER_ELEMENTS
+from fastsmc.vllm.asking import ANSWER_ELEMENTS, check_async_engine
 from fastsmc.vllm.interchange import CACHE_BYTES
 from fastsmc.vllm.llm import LLM
 
@@ -27,9 +28,12 @@ class FastsmcLM(AsyncLM):
     """Is an AsyncLM of genlm-backend, whose rows a running fastsmc engine computes.
 
     Queries of all tasks of an event loop that wait at the same time are one call of the engine. Equal ones run once,
-    and what earlier ones have left in the cache does not run again. The call blocks the event loop, as genlm's own
-    synchronous calls do. Groups (`llm.smc`) and requests may run before and after. Calls come from the thread that
-    uses the engine otherwise.
+    and what earlier ones have left in the cache does not run again.
+
+    Over a `fastsmc.LLM` the call blocks the event loop, as genlm's own synchronous calls do. Groups (`llm.smc`) and
+    requests may run before and after. Calls come from the thread that uses the engine otherwise. Over an `AsyncLLM`
+    (`over`) the event loop goes on meanwhile, and so do other requests; what is not awaited then comes from another
+    thread (`await asyncio.to_thread(lm.count_blocks)`).
 
     A row is log p0 of the base model without settings or adapters, (V,) float32, on the device of an engine in this
     process, else on the CPU.
@@ -46,7 +50,28 @@ class FastsmcLM(AsyncLM):
 
     def __init__(self, llm: LLM, *, cache_bytes: int = CACHE_BYTES, tokenizer: Any = None) -> None:
         if not isinstance(llm, LLM):
-            raise ValueError(f"llm={llm!r}: must be a fastsmc.LLM")
+            raise ValueError(f"llm={llm!r}: must be a fastsmc.LLM; over an AsyncLLM: await FastsmcLM.over(engine)")
+        self._set_up(llm, None, cache_bytes, tokenizer)
+        self._run(self._open(cache_bytes))
+
+    @classmethod
+    async def over(cls, engine: Any, *, cache_bytes: int = CACHE_BYTES, tokenizer: Any = None) -> FastsmcLM:
+        """Makes the language model of an engine that serves others meanwhile; queries come from this event loop.
+
+        Args:
+            engine: vLLM's AsyncLLM, started in this event loop where VLLM_PLUGINS names fastsmc.
+            cache_bytes, tokenizer: as above.
+
+        Raises:
+            ValueError: an argument that cannot be.
+        """
+        check_async_engine(engine)
+        lm = cls.__new__(cls)
+        lm._set_up(engine, asyncio.get_running_loop(), cache_bytes, tokenizer)
+        await lm._open(cache_bytes)
+        return lm
+
+    def _set_up(self, llm: Any, loop: asyncio.AbstractEventLoop | None, cache_bytes: int, tokenizer: Any) -> None:
         if isinstance(cache_bytes, bool) or not isinstance(cache_bytes, int):
             raise ValueError(f"cache_bytes={cache_bytes!r}: must be an integer")
         if tokenizer is None:
@@ -54,12 +79,15 @@ class FastsmcLM(AsyncLM):
                 raise ValueError("tokenizer=None: this engine was started with skip_tokenizer_init and has none")
             tokenizer = llm.get_tokenizer()
         super().__init__(tokenizer)
-        self.llm = llm
+        self.llm, self._loop = llm, loop
         self._name = uuid.uuid4().hex
-        self._packed = not llm._in_process()
+        self._packed = loop is not None or not llm._in_process()
         self._waiting: dict[asyncio.AbstractEventLoop, list[tuple[tuple[int, ...] | Tensor, asyncio.Future]]] = {}
+        self._tasks: set[asyncio.Task] = set()
         self._owns_engine = False
-        opened = self._ask("smc_open_histories", cache_bytes)
+
+    async def _open(self, cache_bytes: int) -> None:
+        opened = await self._ask("smc_open_histories", cache_bytes)
         if isinstance(opened, str):
             raise ValueError(opened)
         self.n_blocks, self.block_size = opened
@@ -95,17 +123,17 @@ class FastsmcLM(AsyncLM):
         return torch.stack(rows) if rows else torch.zeros(0, self._vocab_size)
 
     def next_token_logprobs_sync(self, token_ids: Sequence[int], lora_name: str | None = None) -> Tensor:
-        """Is `next_token_logprobs` outside of an event loop."""
+        """Is `next_token_logprobs` for who does not await it."""
         return self.batch_next_token_logprobs_sync([token_ids], lora_name)[0]
 
     def batch_next_token_logprobs_sync(
         self, token_ids_list: Sequence[Sequence[int]], lora_name: str | None = None
     ) -> Tensor:
-        """Is `batch_next_token_logprobs` outside of an event loop."""
+        """Is `batch_next_token_logprobs` for who does not await it."""
         queries = [self._read(token_ids, lora_name) for token_ids in token_ids_list]
         if not queries:
             return torch.zeros(0, self._vocab_size)
-        found = self._compute(list(dict.fromkeys(queries)))
+        found = self._run(self._compute(list(dict.fromkeys(queries))))
         rows = [found[query] for query in queries]
         for row in rows:
             _check_row(row)
@@ -148,6 +176,8 @@ class FastsmcLM(AsyncLM):
         """Has a query, or a draw from a row, answered with all others that come before the event loop has had a pass
         without new ones."""
         loop = asyncio.get_running_loop()
+        if self._loop not in (None, loop):
+            raise RuntimeError("FastsmcLM: over an AsyncLLM, queries come from the event loop in which it was made")
         future = loop.create_future()
         if loop not in self._waiting:
             # of a loop that was closed while callers waited nobody waits any more
@@ -169,50 +199,80 @@ class FastsmcLM(AsyncLM):
             self._waiting[loop] = [*waiting]
             loop.call_soon(self._answer, loop, -1)
             _draw(draws)
-            return
-        if not waiting:
-            return
+        elif waiting and self._loop is None:
+            self._run(self._reply(waiting))
+        elif waiting:
+            task = loop.create_task(self._reply(waiting))
+            self._tasks.add(task)  # the event loop holds no reference
+            task.add_done_callback(self._tasks.discard)
+
+    async def _reply(self, waiting: list[tuple[tuple[int, ...], asyncio.Future]]) -> None:
+        """Tells those who wait their rows, or what has failed; an AsyncLLM's answer some no longer wait for."""
         try:
-            found = self._compute(list(dict.fromkeys(query for query, _ in waiting)))
+            found = await self._compute(list(dict.fromkeys(query for query, _ in waiting)))
         except BaseException as error:
             for _, future in waiting:
-                future.set_exception(SMCError(f"the engine failed: {type(error).__name__}: {error}", kind="engine"))
+                if not future.done():
+                    future.set_exception(SMCError(f"the engine failed: {type(error).__name__}: {error}", kind="engine"))
             if isinstance(error, Exception):
                 return
             raise
         for query, future in waiting:
+            if future.done():
+                continue
             try:
                 future.set_result(_check_row(found[query]))
             except SMCError as error:
                 future.set_exception(error)
 
-    def _compute(self, queries: list[tuple[int, ...]]) -> dict[tuple[int, ...], Tensor]:
+    async def _compute(self, queries: list[tuple[int, ...]]) -> dict[tuple[int, ...], Tensor]:
         """Asks the engine for rows of distinct queries, in as many calls as its answers need."""
         at_once = max(1, ANSWER_ELEMENTS // self._vocab_size)
         found: dict[tuple[int, ...], Tensor] = {}
         for begin in range(0, len(queries), at_once):
             part = queries[begin : begin + at_once]
-            rows = self._ask("smc_next_rows", list(map(list, part)), self._packed)
+            rows = await self._ask("smc_next_rows", list(map(list, part)), self._packed)
             rows = load(rows)["found"] if self._packed else rows.clone()  # the engine's are of inference mode
             found.update(zip(part, rows, strict=True))
         return found
 
-    def _ask(self, method: str, *args: Any) -> Any:
-        return self.llm.collective_rpc(method, args=(self._name, *args))[0]
+    async def _ask(self, method: str, *args: Any) -> Any:
+        answers = self.llm.collective_rpc(method, args=(self._name, *args))
+        return (await answers if inspect.isawaitable(answers) else answers)[0]
+
+    def _run(self, asking: Coroutine[Any, Any, Any]) -> Any:
+        """Runs what asks the engine to its end. A `fastsmc.LLM` answers without a pause, an AsyncLLM in its event loop.
+
+        Raises:
+            RuntimeError: that event loop is this thread's, which would wait for itself, or it does not run.
+        """
+        if self._loop is None:
+            try:
+                asking.send(None)
+            except StopIteration as done:
+                return done.value
+            raise AssertionError("a fastsmc.LLM answers at once")
+        if asyncio._get_running_loop() is self._loop or not self._loop.is_running():
+            asking.close()
+            raise RuntimeError(
+                "FastsmcLM: over an AsyncLLM, what is not awaited comes from another thread than its event loop, while "
+                "that runs: await asyncio.to_thread(…)"
+            )
+        return asyncio.run_coroutine_threadsafe(asking, self._loop).result()
 
     # --------------------------------------------------------------------------------------------------------- cache
     def clear_cache(self) -> None:
         """Forgets all keys and values; the cache keeps its size."""
-        self._ask("smc_clear_histories")
+        self._run(self._ask("smc_clear_histories"))
 
     def count_blocks(self) -> tuple[int, int]:
         """Counts the blocks of the cache that are used and those that are free: `n_blocks` together."""
-        used, free = self._ask("smc_count_histories")
+        used, free = self._run(self._ask("smc_count_histories"))
         return used, free
 
     def cleanup(self) -> None:
         """Gives the cache's memory back; ends the engine, too, if `from_name` has started it."""
-        self._ask("smc_close_histories")
+        self._run(self._ask("smc_close_histories"))
         if self._owns_engine:
             self.llm.shutdown()
 

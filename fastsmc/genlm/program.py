@@ -22,6 +22,7 @@ from fastsmc.genlm.potentials import ADVICE, GenlmPotential, as_potential, disti
 from fastsmc.params import SMCParams
 from fastsmc.population import Population
 from fastsmc.potentials import Engine, Potential, Rows, State
+from fastsmc.vllm.llm import LLM
 
 
 class Program(Potential):
@@ -254,6 +255,8 @@ def _read_sampler(sampler: Any) -> tuple[PromptedLLM, list[GenlmPotential], Genl
     (llm,) = models
     if not isinstance(llm.model, FastsmcLM):
         raise ValueError(f"sampler={sampler!r}: runs over {type(llm.model).__name__}; must be FastsmcLM")
+    if not isinstance(llm.model.llm, LLM):
+        raise ValueError(f"sampler={sampler!r}: runs over an AsyncLLM; a group needs a fastsmc.LLM; {ADVICE}")
     if llm.lora_name is not None:
         raise ValueError(
             f"sampler={sampler!r}: its PromptedLLM has lora_name={llm.lora_name!r}; rows are the base model's"

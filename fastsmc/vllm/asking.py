@@ -1,4 +1,5 @@
-"""`activations` and `interchange` of an `LLM`: its workers call the model (fastsmc/vllm/interchange.py)."""
+"""`activations` and `interchange` of an `LLM`: its workers call the model (fastsmc/vllm/interchange.py); and what asks
+its workers of histories beside it, `fastsmc.genlm.FastsmcLM`, finds here what it shares with them."""
 
 from __future__ import annotations
 
@@ -49,3 +50,18 @@ class WorkerInterchanges(Interchanges):
         if why_not is not None:
             raise ValueError(why_not)
         return load(data)["found"]
+
+
+def check_async_engine(engine: Any) -> None:
+    """Refuses what is no AsyncLLM of vLLM whose workers are ours.
+
+    Raises:
+        ValueError: saying which.
+    """
+    from vllm.v1.engine.async_llm import AsyncLLM  # a server's front end, which nothing else need load
+
+    if not isinstance(engine, AsyncLLM):
+        raise ValueError(f"engine={engine!r}: must be vLLM's AsyncLLM")
+    worker = engine.vllm_config.parallel_config.worker_cls
+    if not str(worker).startswith("fastsmc."):
+        raise ValueError(f"engine: has workers of {worker}, not of fastsmc; start it where VLLM_PLUGINS names fastsmc")

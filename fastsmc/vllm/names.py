@@ -147,6 +147,8 @@ CALLS = {
     # its front end
     "vllm.v1.engine.input_processor:InputProcessor.process_inputs": ("self", "request_id", "prompt", "params"),
     "vllm.v1.engine.async_llm:AsyncLLM.generate": ("self", "prompt", "sampling_params", "request_id"),
+    "vllm.v1.engine.async_llm:AsyncLLM.collective_rpc": ("self", "method", "timeout", "args"),
+    "vllm.v1.engine.async_llm:AsyncLLM.get_tokenizer": ("self",),
     "vllm.engine.protocol:EngineClient.generate": ("lora_request", "trace_headers", "data_parallel_rank"),
     "vllm.outputs:RequestOutput.add": ("self", "next_output", "aggregate"),
     "vllm.outputs:CompletionOutput": (
@@ -301,7 +303,7 @@ MEMBERS = {
     ),
     "vllm.config.parallel:ParallelConfig": (
         *("pipeline_parallel_size", "data_parallel_size", "decode_context_parallel_size"),
-        *("prefill_context_parallel_size", "enable_hc_sp", "enable_elastic_ep", "use_ubatching"),
+        *("prefill_context_parallel_size", "enable_hc_sp", "enable_elastic_ep", "use_ubatching", "worker_cls"),
         *("data_parallel_size_local", "data_parallel_rank", "data_parallel_external_lb", "data_parallel_hybrid_lb"),
     ),
     "vllm.config.compilation:CompilationConfig": ("static_forward_context", "pass_config"),
@@ -310,7 +312,7 @@ MEMBERS = {
     "vllm.config.aux_output:AuxOutputConfig": ("enabled",),
     # the server
     "vllm.v1.engine.input_processor:InputProcessor": ("vllm_config", "tokenizer", "generation_config_fields"),
-    "vllm.v1.engine.async_llm:AsyncLLM": ("vllm_config", "renderer", "input_processor"),
+    "vllm.v1.engine.async_llm:AsyncLLM": ("vllm_config", "model_config", "renderer", "input_processor"),
     "vllm.v1.engine:EngineCoreRequest": ("request_id", "sampling_params", "prompt_token_ids", "prompt_embeds"),
     "vllm.renderers.base:BaseRenderer": ("tokenizer",),
     "vllm.exceptions:GracefulHTTPError": ("message", "http_status"),
