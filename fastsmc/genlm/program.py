@@ -11,81 +11,100 @@ import torch
 from genlm.control import AWRS, PromptedLLM
 from genlm.control import Potential as GenlmBase
 from genlm.control.constant import EOS
-from genlm.control.potential.autobatch import AutoBatchedPotential
-from genlm.control.potential.product import Product
 from genlm.control.sampler.sequence import Sequences
 from genlm.control.sampler.token import DirectTokenSampler
 from torch import Tensor
 
+from fastsmc.genlm.automata import GenlmAutomaton, just_ended
 from fastsmc.genlm.lm import FastsmcLM
-from fastsmc.genlm.potentials import ADVICE, GenlmPotential, as_potential, distinct_histories, just_ended
+from fastsmc.genlm.potentials import ADVICE, GenlmPotential, Translated, distinct_histories, factors, translated
 from fastsmc.params import SMCParams
 from fastsmc.population import Population
-from fastsmc.potentials import Engine, Potential, Rows, State
+from fastsmc.potentials import Engine, Masked, Potential, Product, Rows, State
+from fastsmc.potentials.base import parts
 from fastsmc.vllm.llm import LLM
 
 
 class Program(Potential):
-    """Is the target of a program: factors beside the language model, a critic, and when to stop.
+    """Is the target of a program: factors beside the language model, a condition, and a critic.
 
     Args:
         factors: of the sampler's target; tokens are drawn from p0 times these.
-        critic: weighs what was drawn; None: there is none.
+        conditions: none, or that of rejection.
+        critics: factors of what weighs what was drawn.
         critic_twists: whether it says something of beginnings, too.
+        n_tokens: that genlm knows; a model may have more columns than its tokenizer.
+    """
+
+    made_of = ("factors", "conditions", "critics")
+
+    def __init__(
+        self,
+        factors: tuple[Translated, ...],
+        conditions: tuple[BooleanCondition, ...],
+        critics: tuple[Translated, ...],
+        critic_twists: bool,
+        n_tokens: int,
+    ) -> None:
+        self.factors, self.conditions, self.critics = factors, conditions, critics
+        self.critic_twists, self.n_tokens = critic_twists, n_tokens
+        self.proposal_only = critic_twists and bool(factors)  # the proposal knows nothing of the critic
+
+    def setup(self, engine: Engine) -> None:
+        for each in parts(self):
+            each.setup(engine)
+
+    def reset(self, n_particles: int, prompt: list[int]) -> None:
+        for each in parts(self):
+            each.reset(n_particles, prompt)
+
+    def reindex(self, ancestors: Tensor) -> None:
+        for each in parts(self):
+            each.reindex(ancestors)
+
+    def prefix(self, state: State) -> Tensor:
+        twists = (*self.factors, *self.conditions, *(self.critics if self.critic_twists else ()))
+        return self._known(state) + sum(each.scores(state, ~state.finished, "prefix") for each in twists)
+
+    def complete(self, state: State) -> Tensor:
+        targets, ended = (*self.factors, *self.conditions), just_ended(state)
+        return self._judged(state) + sum(each.scores(state, ended, "complete") for each in targets)
+
+    def _judged(self, state: State) -> Tensor:
+        return self._known(state) + sum(each.scores(state, just_ended(state), "complete") for each in self.critics)
+
+    def _known(self, state: State) -> Tensor:
+        """Rules out tokens that genlm does not have."""
+        unknown = (state.tokens >= self.n_tokens).any(1)
+        return torch.zeros(len(unknown), dtype=torch.float64, device=unknown.device).masked_fill(unknown, -math.inf)
+
+    def logw_next(self, state: State) -> Tensor | Rows | Masked | None:
+        return Product(*self.factors).logw_next(state) if self.factors else None
+
+
+class Ending(Program):
+    """Is the target of a program that also ends texts.
+
+    Args:
         terminate_when: context → bool; such a text ends there, under the critic's `complete` and the factors' `prefix`.
         tokens: genlm's, by token id.
     """
 
-    shared_by_groups: tuple[str, ...] = ("factors", "critic", "terminate_when", "tokens")
+    shared_by_groups = ("terminate_when", "tokens")
 
-    def __init__(
-        self,
-        factors: list[GenlmPotential],
-        critic: GenlmPotential | None,
-        critic_twists: bool,
-        terminate_when: Callable[[list], bool] | None,
-        tokens: list[Any],
-    ) -> None:
-        self.factors, self.critic, self.critic_twists = factors, critic, critic_twists
+    def __init__(self, terminate_when: Callable[[list], bool], tokens: list[Any], *args: Any) -> None:
+        super().__init__(*args)
         self.terminate_when, self.tokens = terminate_when, tokens
-        self.proposal_only = critic_twists and bool(factors)  # the proposal knows nothing of the critic
-
-    def setup(self, engine: Engine) -> None:
-        for each in [*self.factors, *([] if self.critic is None else [self.critic])]:
-            each.setup(engine)
-
-    def prefix(self, state: State) -> Tensor:
-        going = ~state.finished
-        total = self._known(state)
-        for factor in self.factors:
-            total = total + factor.scores(state, going, "prefix")
-        if self.critic is not None and self.critic_twists:
-            total = total + self.critic.scores(state, going, "prefix")
-        return total
 
     def complete(self, state: State) -> Tensor:
-        (by_eos, terminated), total = _ends(state), self._known(state)
-        for factor in self.factors:
-            total = total + factor.scores(state, by_eos, "complete") + factor.scores(state, terminated, "prefix")
-        return total if self.critic is None else total + self.critic.scores(state, by_eos | terminated, "complete")
+        total, last = self._judged(state), state.lengths if state.last_tokens is None else state.last_tokens
+        by_eos = torch.isin(last, torch.tensor(sorted(state.stop_token_ids), device=last.device))
+        for each in (*self.factors, *self.conditions):
+            total = total + each.scores(state, just_ended(state) & by_eos, "complete")
+            total = total + each.scores(state, just_ended(state) & ~by_eos, "prefix")
+        return total
 
-    def _known(self, state: State) -> Tensor:
-        """Rules out tokens that genlm does not have: models may have more columns than their tokenizers."""
-        unknown = (state.tokens >= len(self.tokens)).any(1)
-        return torch.zeros(len(unknown), dtype=torch.float64, device=unknown.device).masked_fill(unknown, -math.inf)
-
-    def logw_next(self, state: State) -> Rows | None:
-        if not self.factors:
-            return None
-        first, *others = [factor.logw_next(state) for factor in self.factors]
-        values = first.values
-        for other in others:  # of the same histories in the same order
-            values = values + other.values
-        return Rows(values, first.index)
-
-    def stop(self, state: State) -> Tensor | None:
-        if self.terminate_when is None:
-            return None
+    def stop(self, state: State) -> Tensor:
         histories, index = distinct_histories(state, ~state.finished)
         known = [bool(ids) and max(ids) < len(self.tokens) for ids in histories]
         told = [
@@ -95,64 +114,35 @@ class Program(Potential):
         return torch.tensor([*told, False], device=index.device)[index]
 
 
-def _ends(state: State) -> tuple[Tensor, Tensor]:
-    """Marks the particles that have just ended by EOS, and those that `terminate_when` has ended, (N,) bool each."""
-    last = state.lengths if state.last_tokens is None else state.last_tokens
-    by_eos = torch.isin(last, torch.tensor(sorted(state.stop_token_ids), device=last.device))
-    return just_ended(state) & by_eos, just_ended(state) & ~by_eos
-
-
-class Rejecting(Program):
-    """Is the target of a program that draws by rejection: with a condition, asked for single candidates.
-
-    Args:
-        condition: says 0 or −inf.
-    """
-
-    shared_by_groups: tuple[str, ...] = ("condition",)
-
-    def __init__(self, condition: GenlmPotential, *args: Any) -> None:
-        super().__init__(*args)
-        self.condition = condition
-
-    def setup(self, engine: Engine) -> None:
-        super().setup(engine)
-        self.condition.setup(engine)
+class BooleanCondition(GenlmPotential):
+    """Is the condition of a program that draws by rejection: says 0 or −inf, and is asked for single candidates."""
 
     def reset(self, n_particles: int, prompt: list[int]) -> None:
         self._length, self._told = 0, dict[tuple[tuple[int, ...], str], float]()
-
-    def prefix(self, state: State) -> Tensor:
-        return super().prefix(state) + self._answers(state, ~state.finished, "prefix")
-
-    def complete(self, state: State) -> Tensor:
-        by_eos, terminated = _ends(state)
-        answers = self._answers(state, by_eos, "complete") + self._answers(state, terminated, "prefix")
-        return super().complete(state) + answers
 
     def allows(self, state: State, particles: Tensor, tokens: Tensor) -> Tensor:
         asked = []
         for row, token in zip(state.tokens[particles].tolist(), tokens.tolist(), strict=True):
             ended = token in state.stop_token_ids
             asked.append((tuple(row) if ended else (*row, token), "complete" if ended else "prefix"))
-        return torch.tensor([told == 0.0 for told in self._ask(asked, state.step + 1)], device=tokens.device)
+        return torch.tensor([told == 0.0 for told in self._recall(asked, state.step + 1)], device=tokens.device)
 
-    def _answers(self, state: State, about: Tensor, method: str) -> Tensor:
+    def scores(self, state: State, about: Tensor, method: str) -> Tensor:
         histories, index = distinct_histories(state, about)
-        told = self._ask([(ids, method) for ids in histories], state.step)
+        told = self._recall([(ids, method) for ids in histories], state.step)
         return torch.tensor([*told, 0.0], dtype=torch.float64, device=index.device)[index]
 
-    def _ask(self, asked: list[tuple[tuple[int, ...], str]], length: int) -> list[float]:
-        """Asks the condition about what it has not been asked about at this length."""
+    def _recall(self, asked: list[tuple[tuple[int, ...], str]], length: int) -> list[float]:
+        """Asks about what it has not been asked about at this length."""
         if length != self._length:
             self._length, self._told = length, {}
         for method in ("prefix", "complete"):
             new = [key for key in dict.fromkeys(asked) if key[1] == method and key not in self._told]
-            answers = self.condition.ask(method, [self.condition.context(ids) for ids, _ in new])
-            for (ids, _), answer in zip(new, answers.tolist(), strict=True):
+            answers = self.ask(method, [self.context(ids) for ids, _ in new]).tolist()
+            for (ids, _), answer in zip(new, answers, strict=True):
                 if answer not in (0.0, -math.inf):
                     raise ValueError(f"AWRS's condition says {answer} of token ids {list(ids)}; must be 0 or −inf")
-            self._told.update(zip(new, answers.tolist(), strict=True))
+            self._told.update(zip(new, answers, strict=True))
         return [self._told[key] for key in asked]
 
 
@@ -194,13 +184,12 @@ def smc(
     """
     if json_path is not None:
         raise ValueError(f"json_path={json_path!r}: fastsmc.genlm.smc writes no record; {ADVICE}")
-    llm, factors, condition = _read_sampler(sampler)
-    critic = None if critic is None else _unwrapped(critic)
-    judge = None if critic is None else as_potential(critic)
+    llm, guides, conditions = _read_sampler(sampler)
+    critics = [] if critic is None else translated(critic)
     twists = critic is not None and ess_threshold > 0 and not critic.is_terminal_only()
     tokens = llm.token_maps.decode
-    arguments = (factors, judge, twists, terminate_when, list(tokens))
-    program = Program(*arguments) if condition is None else Rejecting(condition, *arguments)
+    arguments = (tuple(guides), tuple(conditions), tuple(critics), twists, len(tokens))
+    program = Program(*arguments) if terminate_when is None else Ending(terminate_when, list(tokens), *arguments)
     params = SMCParams(
         n_particles=n_particles,
         max_tokens=max_tokens,
@@ -211,7 +200,7 @@ def smc(
         ignore_eos=True,
         stop_token_ids=tuple(llm.token_maps.eos_idxs),
         force_stop=True,
-        proposal="twisted" if condition is None else "rejection",
+        proposal="rejection" if conditions else "twisted",
     )
     population = llm.model.llm.smc({"prompt_token_ids": list(llm.prompt_ids)}, params, program)
     assert isinstance(population, Population)  # of one prompt
@@ -229,27 +218,30 @@ async def asmc(*args: Any, **settings: Any) -> Sequences:
     return smc(*args, **settings)
 
 
-def _read_sampler(sampler: Any) -> tuple[PromptedLLM, list[GenlmPotential], GenlmPotential | None]:
+def _read_sampler(sampler: Any) -> tuple[PromptedLLM, list[Translated], list[BooleanCondition]]:
     """Takes a sampler apart: the language model, what its rows are multiplied with, and a condition.
+
+    A condition that is compiled is a factor: its rows cost nothing, and drawing from the product is what rejection
+    approaches, of the same target.
 
     Raises:
         ValueError: it is none that `smc` translates.
     """
+    said: list[Translated] = []
     if type(sampler) is DirectTokenSampler:
         if sampler.proposal is not None:
             raise ValueError(f"sampler={sampler!r}: draws from another proposal; {ADVICE}")
-        condition = None
     elif type(sampler) is AWRS:
         if sampler.proposal is not None or not sampler.proper_weights or sampler.max_rejects != math.inf:
             raise ValueError(
                 f"sampler={sampler!r}: has a proposal, max_rejects or proper_weights=False, which fastsmc's rejection "
                 f"does not; {ADVICE}"
             )
-        condition = as_potential(_unwrapped(sampler.condition))
+        said = translated(sampler.condition)
     else:
         raise ValueError(f"sampler={sampler!r}: must be direct_token_sampler(…) or AWRS(…); {ADVICE}")
-    parts = _factors(sampler.potential)
-    models = [part for part in parts if type(part) is PromptedLLM]  # a subclass may have other rows
+    held = factors(sampler.potential)
+    models = [part for part in held if type(part) is PromptedLLM]  # a subclass may have other rows
     if len(models) != 1:
         raise ValueError(f"sampler={sampler!r}: has {len(models)} PromptedLLM in its product; must be one; {ADVICE}")
     (llm,) = models
@@ -261,14 +253,6 @@ def _read_sampler(sampler: Any) -> tuple[PromptedLLM, list[GenlmPotential], Genl
         raise ValueError(
             f"sampler={sampler!r}: its PromptedLLM has lora_name={llm.lora_name!r}; rows are the base model's"
         )
-    return llm, [as_potential(part) for part in parts if part is not llm], condition
-
-
-def _unwrapped(potential: GenlmBase) -> GenlmBase:
-    return potential.potential if isinstance(potential, AutoBatchedPotential) else potential
-
-
-def _factors(potential: GenlmBase) -> list[GenlmBase]:
-    """Lists the factors of a product of products."""
-    potential = _unwrapped(potential)
-    return [*_factors(potential.p1), *_factors(potential.p2)] if type(potential) is Product else [potential]
+    tables = [each for each in said if isinstance(each, GenlmAutomaton)]
+    asked = [BooleanCondition(each.of) for each in said if isinstance(each, GenlmPotential)]
+    return llm, [each for part in held if part is not llm for each in translated(part)] + tables, asked

@@ -16,6 +16,7 @@ import threading
 import time
 import weakref
 from collections import OrderedDict
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -44,8 +45,8 @@ class Automaton:
 
     Attributes:
         moves: TokenMoves, its tables on the host.
-        vocabulary: bytes, fingerprint of the tokenizer's tokens.
-        pattern: str.
+        vocabulary: bytes, fingerprint of the tokens.
+        pattern: str, the regular expression, or another name of the language.
         tables: its moves on devices, as `Regex` looks them up.
         budgets: what `Regex` has made of it for sets of stop tokens, the latest last.
     """
@@ -107,7 +108,15 @@ def automaton_of(pattern: str, tokenizer: Any) -> Automaton:
     Raises:
         ValueError: no automaton, or none within the limits; names the pattern and why.
     """
-    vocabulary = _fingerprint(tokenizer)
+    return made_once(_fingerprint(tokenizer), pattern, lambda: compile_tokens(pattern, token_bytes(tokenizer)))
+
+
+def made_once(vocabulary: bytes, pattern: str, make: Callable[[], TokenMoves]) -> Automaton:
+    """Returns the automaton of this name that the process has, else what `make` makes; others who ask meanwhile wait.
+
+    Args:
+        vocabulary, pattern: as of `Automaton`; equal ones have equal moves.
+    """
     key = vocabulary, pattern
     with _lock:
         automaton = _alive.get(key)
@@ -121,7 +130,7 @@ def automaton_of(pattern: str, tokenizer: Any) -> Automaton:
     if waiting is not None:
         return waiting.result()
     try:
-        moves = compile_tokens(pattern, token_bytes(tokenizer))
+        moves = make()
         with _lock:
             automaton = _keep(key, Automaton(moves, vocabulary, pattern))
         future.set_result(automaton)
@@ -143,8 +152,13 @@ _fingerprints: weakref.WeakKeyDictionary[Any, bytes] = weakref.WeakKeyDictionary
 
 def _fingerprint(tokenizer: Any) -> bytes:
     if tokenizer not in _fingerprints:
-        _fingerprints[tokenizer] = hashlib.sha256(pickle.dumps(token_bytes(tokenizer))).digest()
+        _fingerprints[tokenizer] = fingerprint(token_bytes(tokenizer))
     return _fingerprints[tokenizer]
+
+
+def fingerprint(tokens: list[bytes | None]) -> bytes:
+    """Makes a name of a vocabulary, the same for equal ones only."""
+    return hashlib.sha256(pickle.dumps(tokens)).digest()
 
 
 def compile_tokens(

@@ -1,4 +1,4 @@
-"""`Regex`: the generated text matches a regular expression."""
+"""`FiniteState`, a potential that follows an automaton; `Regex`: the generated text matches a regular expression."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ MAX_MASK_BYTES = 32 << 20
 #: sets of stop tokens of one automaton, and numbers of tokens left, whose tables stay on the device
 MAX_BUDGETS, MAX_REACHES = 16, 64
 _NO_KEY = 1 << 62  # behind every key of a move
+_ANYWHERE = -1  # an entry of `_Budget` for any number of tokens left
 
 
 class _Masks:
@@ -133,9 +134,12 @@ class _Budget:
                 self._on_device.popitem(last=False)
         return self._on_device[entry]
 
-    def mask(self, at: Tensor, left: int) -> Masked:
-        """Returns the next tokens by states (N,) after which, with `left` more, an accepting end is possible."""
-        entry = self._entry(left)
+    def mask(self, at: Tensor, left: int | None) -> Masked:
+        """Returns the next tokens by states (N,) after which, with `left` more, an accepting end is possible.
+
+        With None: all that lead to a state, however far from an end.
+        """
+        entry = _ANYWHERE if left is None else self._entry(left)
         masks = self._masks.get(entry)
         if masks is None:
             masks = self._masks[entry] = self._no_masks()
@@ -157,7 +161,8 @@ class _Budget:
 
     def _pack(self, states: list[int], entry: int) -> np.ndarray:
         """Makes (m, ceil(V / 32)) int32 masks of m states on the host."""
-        moves, reach, n_words = self._moves, self._reach[entry], -(-len(self._classes) // 32)
+        moves, n_words = self._moves, -(-len(self._classes) // 32)
+        reach = np.ones(self.n_states, dtype=bool) if entry == _ANYWHERE else self._reach[entry]
         out = np.zeros((len(states), 4 * n_words), dtype=np.uint8)
         allowed = np.zeros(self.stop_class + 1, dtype=bool)
         for row, s in zip(out, states, strict=True):
@@ -170,60 +175,17 @@ class _Budget:
         return out.view("<i4").astype(np.int32, copy=False)
 
 
-class Regex(Potential):
-    """φ = 1 if the generated text, without the stop token, matches the whole pattern, else 0.
+class FiniteState(Potential):
+    """Follows an automaton over tokens: what its subclasses say of a text hangs on the state that its tokens lead to.
 
-    ψ is 1 as long as the text can still become a match within `max_tokens`, so that no particle that follows the
-    twisted proposal runs out of tokens in the middle of a match. Stop tokens are allowed where the text matches. The
-    text is the bytes of the tokens in a row; special tokens other than stop tokens are never part of a match.
-
-    The syntax is what Python's `re` and Rust's `regex` agree on, with the sets of characters of `re`: `.`, sets in
-    brackets, `\\d \\w \\s` and their negations (Unicode), `\\p{...}`, groups with and without names, alternatives,
-    repetitions (lazy ones, too: the language is the same), `^ $ \\A \\z \\Z` anywhere (the start and the very end of
-    the text), escapes `\\n \\t \\r \\f \\v \\a \\xHH \\x{H..} \\uHHHH \\UHHHHHHHH \\N{NAME}`, comments, and the flags
-    i, s, a and u. A brace that starts no repetition stands for itself. Refused by name: look-around, back-references,
-    word boundaries, possessive repetitions, atomic, conditional and recursive groups, other flags, octal escapes, sets
-    within sets.
-
-    The automaton is made once per tokenizer and pattern, in a process of its own with limits on states, time and
-    memory (`fastsmc.potentials.automaton`).
-
-    Args:
-        pattern: the regular expression.
-
-    Raises:
-        ValueError: the pattern is not one, is too long, or has what is not supported; in `prepare` and `setup`: its
-            automaton is beyond the limits, or no sequence of tokens matches it.
+    Subclasses set `_automaton` before `setup`, and say `per_particle = ("_at",)`.
     """
 
-    shared_by_groups = ("_automaton", "_budgets")
-    per_particle = ("_at",)
-
-    def __init__(self, pattern: str) -> None:
-        if not isinstance(pattern, str):
-            raise ValueError(f"pattern={pattern!r}: must be a string")
-        if len(pattern) > MAX_CHARACTERS:
-            raise ValueError(f"Regex: pattern has {len(pattern)} characters; must have at most {MAX_CHARACTERS}")
-        try:
-            syntax.parse(pattern)
-        except ValueError as error:
-            raise ValueError(f"Regex: pattern={pattern!r}: {error}") from None
-        self.pattern = pattern
-        self._automaton: Automaton | None = None
-
-    def prepare(self, tokenizer: Any) -> None:
-        if tokenizer is None:
-            raise ValueError("Regex: this engine has no tokenizer")
-        self._automaton = automaton_of(self.pattern, tokenizer)
-        if not self._automaton.moves.accept.any():  # its states are those that tokens lead to
-            raise ValueError(f"Regex: no sequence of this model's tokens matches pattern={self.pattern!r}")
+    shared_by_groups = ("_automaton",)
+    _automaton: Automaton | None = None
 
     def setup(self, engine: Engine) -> None:
-        tokenizer = tokenizer_of(engine, "Regex")
-        if self._automaton is None:  # nobody has prepared this object
-            self.prepare(tokenizer)
         self._device, self._vocab_size = engine.device, engine.vocab_size
-        self._budgets: dict[frozenset[int], _Budget] = {}
         self.reset(0, [])
 
     def reset(self, n_particles: int, prompt: list[int]) -> None:
@@ -267,6 +229,60 @@ class Regex(Potential):
         """Returns the same, and goes on from there. `complete` does not, so groups at one step are equally far."""
         self._at, self._consumed = self._states(state, budget), state.step
         return self._at
+
+
+class Regex(FiniteState):
+    """φ = 1 if the generated text, without the stop token, matches the whole pattern, else 0.
+
+    ψ is 1 as long as the text can still become a match within `max_tokens`, so that no particle that follows the
+    twisted proposal runs out of tokens in the middle of a match. Stop tokens are allowed where the text matches. The
+    text is the bytes of the tokens in a row; special tokens other than stop tokens are never part of a match.
+
+    The syntax is what Python's `re` and Rust's `regex` agree on, with the sets of characters of `re`: `.`, sets in
+    brackets, `\\d \\w \\s` and their negations (Unicode), `\\p{...}`, groups with and without names, alternatives,
+    repetitions (lazy ones, too: the language is the same), `^ $ \\A \\z \\Z` anywhere (the start and the very end of
+    the text), escapes `\\n \\t \\r \\f \\v \\a \\xHH \\x{H..} \\uHHHH \\UHHHHHHHH \\N{NAME}`, comments, and the flags
+    i, s, a and u. A brace that starts no repetition stands for itself. Refused by name: look-around, back-references,
+    word boundaries, possessive repetitions, atomic, conditional and recursive groups, other flags, octal escapes, sets
+    within sets.
+
+    The automaton is made once per tokenizer and pattern, in a process of its own with limits on states, time and
+    memory (`fastsmc.potentials.automaton`).
+
+    Args:
+        pattern: the regular expression.
+
+    Raises:
+        ValueError: the pattern is not one, is too long, or has what is not supported; in `prepare` and `setup`: its
+            automaton is beyond the limits, or no sequence of tokens matches it.
+    """
+
+    per_particle = ("_at",)
+
+    def __init__(self, pattern: str) -> None:
+        if not isinstance(pattern, str):
+            raise ValueError(f"pattern={pattern!r}: must be a string")
+        if len(pattern) > MAX_CHARACTERS:
+            raise ValueError(f"Regex: pattern has {len(pattern)} characters; must have at most {MAX_CHARACTERS}")
+        try:
+            syntax.parse(pattern)
+        except ValueError as error:
+            raise ValueError(f"Regex: pattern={pattern!r}: {error}") from None
+        self.pattern = pattern
+        self._automaton: Automaton | None = None
+
+    def prepare(self, tokenizer: Any) -> None:
+        if tokenizer is None:
+            raise ValueError("Regex: this engine has no tokenizer")
+        self._automaton = automaton_of(self.pattern, tokenizer)
+        if not self._automaton.moves.accept.any():  # its states are those that tokens lead to
+            raise ValueError(f"Regex: no sequence of this model's tokens matches pattern={self.pattern!r}")
+
+    def setup(self, engine: Engine) -> None:
+        tokenizer = tokenizer_of(engine, "Regex")
+        if self._automaton is None:  # nobody has prepared this object
+            self.prepare(tokenizer)
+        super().setup(engine)
 
     def prefix(self, state: State) -> Tensor:
         budget = self._budget(state.stop_token_ids)

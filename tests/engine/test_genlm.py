@@ -330,6 +330,8 @@ def samplers(lm):
     llm = PromptedLLM(lm, prompt_ids=PROMPT, eos_byte_strings=[EOS])
     regular = BoolFSA.from_regex(r"(a|b|c)*d?(e|f)?")
     coerced = regular.coerce(llm, f=b"".join)
+    asked = regular.coerce(llm, f=lambda tokens: b"".join(tokens))  # which `fastsmc.genlm.smc` does not compile
+    both = (regular * BoolFSA.from_regex("(a|b|c|d|e|f)*(a|d|e)")).coerce(llm, f=b"".join)
 
     def accepted(text):
         body = text[:-1] if text[-1:] in ("e", "f") and text else text
@@ -351,7 +353,15 @@ def samplers(lm):
     return {
         "direct": (direct_token_sampler(llm), None, lambda text: 1.0),
         "product": (direct_token_sampler(llm * coerced), None, accepted),
+        "product, asked": (direct_token_sampler(llm * asked), None, accepted),
+        "two automata": (
+            direct_token_sampler(llm * both),
+            None,
+            lambda text: accepted(text) * text.endswith(("a", "d", "e")),
+        ),
         "AWRS": (AWRS(llm, coerced), None, accepted),
+        "AWRS, asked": (AWRS(llm, asked), None, accepted),
+        "automaton as critic": (direct_token_sampler(llm), coerced, accepted),
         "critic": (direct_token_sampler(llm), counted, liked),
         "eager": (eager_token_sampler(llm, regular), None, accepted),
         "topk": (topk_token_sampler(llm, regular, K=3), counted, lambda text: accepted(text) * liked(text)),
