@@ -6,6 +6,7 @@ import math
 import random
 import re
 
+import cloudpickle
 import numpy as np
 import pytest
 import torch
@@ -157,6 +158,23 @@ def test_what_is_not_compiled(engine):
         assert isinstance(as_potential(Coerced(potential, vocab, f=f)), GenlmPotential)
     same = Coerced(regular, [*VOCAB, Token(7, b"")], f=b"".join)
     assert says_what_genlm_does(as_potential(same), same, engine)
+
+
+def test_vocabularies_travel(llm):
+    """The tables of all that a potential is made of come back as they were, of tokens that are made once."""
+    inner = to_genlm(Doubling(), llm) * to_genlm(Lexicon(token_ids=[1], weight=0.7), llm)
+    odd = to_genlm(Doubling(), llm)
+    odd.lookup = dict(odd.lookup)
+    odd.lookup[odd.vocab[0]] = 5  # not what the list of tokens makes
+    for potential in (inner, odd):
+        first, again = (cloudpickle.loads(cloudpickle.dumps(GenlmPotential(autobatched(potential)))).of for _ in "ab")
+        assert potential.vocab is not first.vocab and type(potential.vocab[0]) is Token  # the original is as it was
+        assert [(t.token_id, bytes(t)) for t in first.vocab] == [(t.token_id, bytes(t)) for t in potential.vocab]
+        assert first.vocab_eos == [*first.vocab, first.eos] and first.lookup == potential.lookup
+        assert (first.vocab is again.vocab) == (potential is inner)
+    assert type(inner.p1.vocab) is list
+    first = cloudpickle.loads(cloudpickle.dumps(GenlmPotential(inner))).of
+    assert first.p2.vocab is first.vocab and first.p1.lookup == inner.p1.lookup
 
 
 def test_products_and_weights(engine, llm):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import copy
 import math
 import os
 import threading
@@ -21,6 +20,7 @@ from genlm.control.potential.product import Product as GenlmProduct
 from torch import Tensor
 
 from fastsmc.genlm.automata import GenlmAutomaton, compiled, just_ended
+from fastsmc.genlm.vocabulary import held, packed, unpacked, without_batches
 from fastsmc.potentials import Engine, Potential, Product, Rows, State
 from fastsmc.potentials.base import stops
 from fastsmc.smc.engine import GroupEngine, set_up
@@ -55,8 +55,11 @@ class GenlmPotential(Potential):
     shared_by_groups = ("of", "_tokens", "_ids")
 
     def __init__(self, of: GenlmBase) -> None:
-        self.of = _without_batches(of)
+        self.of = without_batches(of)
         self._tokens = {token.token_id: token for token in of.vocab}
+
+    def __reduce__(self) -> tuple:
+        return _received, (type(self), packed(self.of))
 
     def setup(self, engine: Engine) -> None:
         ids = [token.token_id for token in self.of.vocab]
@@ -91,7 +94,10 @@ class GenlmPotential(Potential):
 
     def context(self, ids: Sequence[int]) -> list[Token] | None:
         """Makes a context of token ids; None: the potential does not know one of them."""
-        return [self._tokens[v] for v in ids] if all(v in self._tokens for v in ids) else None
+        try:
+            return [self._tokens[v] for v in ids]
+        except KeyError:
+            return None
 
     def ask(self, method: str, contexts: Sequence[list[Token] | None]) -> np.ndarray:
         """Asks "prefix" or "complete" in a batch: (R,) log weights, −inf of what the potential does not know."""
@@ -105,6 +111,10 @@ class GenlmPotential(Potential):
         contexts, index = self._contexts(state, about)
         values = torch.tensor(np.append(self.ask(method, contexts), 0.0), dtype=torch.float64)
         return values.to(index.device)[index]  # −1: the last, of no history
+
+
+def _received(kind: type[GenlmPotential], light: GenlmBase) -> GenlmPotential:
+    return kind(unpacked(light))
 
 
 #: a potential of genlm-control as fastsmc has it
@@ -160,26 +170,9 @@ def unwrapped(potential: GenlmBase) -> GenlmBase:
     return potential.potential if isinstance(potential, AutoBatchedPotential) else potential
 
 
-def _held(potential: GenlmBase) -> dict[str, GenlmBase]:
-    """Lists the potentials that one of genlm-control is made of, by their attributes."""
-    held = {name: getattr(potential, name, None) for name in ("potential", "base", "p1", "p2")}
-    return {name: each for name, each in held.items() if isinstance(each, GenlmBase)}
-
-
 def _parts(potential: GenlmBase) -> list[GenlmBase]:
     """Lists a potential and those that it is made of."""
-    return [potential, *(part for each in _held(potential).values() for part in _parts(each))]
-
-
-def _without_batches(potential: GenlmBase) -> GenlmBase:
-    """Copies a potential without what `autobatched` has left in it and around it, which no pickle takes."""
-    if isinstance(potential, AutoBatchedPotential):
-        return _without_batches(potential.potential)
-    plain = copy.copy(potential)
-    vars(plain).pop("_autobatched", None)
-    for name, each in _held(potential).items():
-        setattr(plain, name, _without_batches(each))
-    return plain
+    return [potential, *(part for each in held(potential).values() for part in _parts(each))]
 
 
 class _OfFastsmc(GenlmBase):

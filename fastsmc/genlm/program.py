@@ -18,6 +18,7 @@ from torch import Tensor
 from fastsmc.genlm.automata import GenlmAutomaton, just_ended
 from fastsmc.genlm.lm import FastsmcLM
 from fastsmc.genlm.potentials import ADVICE, GenlmPotential, Translated, distinct_histories, factors, translated
+from fastsmc.genlm.vocabulary import Vocabulary
 from fastsmc.params import SMCParams
 from fastsmc.population import Population
 from fastsmc.potentials import Engine, Masked, Potential, Product, Rows, State
@@ -87,14 +88,14 @@ class Ending(Program):
 
     Args:
         terminate_when: context → bool; such a text ends there, under the critic's `complete` and the factors' `prefix`.
-        tokens: genlm's, by token id.
+        vocabulary: genlm's tokens, by token id.
     """
 
-    shared_by_groups = ("terminate_when", "tokens")
+    shared_by_groups = ("terminate_when", "vocabulary")
 
-    def __init__(self, terminate_when: Callable[[list], bool], tokens: list[Any], *args: Any) -> None:
+    def __init__(self, terminate_when: Callable[[list], bool], vocabulary: Vocabulary, *args: Any) -> None:
         super().__init__(*args)
-        self.terminate_when, self.tokens = terminate_when, tokens
+        self.terminate_when, self.vocabulary = terminate_when, vocabulary
 
     def complete(self, state: State) -> Tensor:
         total, last = self._judged(state), state.lengths if state.last_tokens is None else state.last_tokens
@@ -106,10 +107,10 @@ class Ending(Program):
 
     def stop(self, state: State) -> Tensor:
         histories, index = distinct_histories(state, ~state.finished)
-        known = [bool(ids) and max(ids) < len(self.tokens) for ids in histories]
+        tokens = self.vocabulary.tokens
+        known = [bool(ids) and max(ids) < len(tokens) for ids in histories]
         told = [
-            ok and bool(self.terminate_when([self.tokens[v] for v in ids]))
-            for ids, ok in zip(histories, known, strict=True)
+            ok and bool(self.terminate_when([tokens[v] for v in ids])) for ids, ok in zip(histories, known, strict=True)
         ]
         return torch.tensor([*told, False], device=index.device)[index]
 
@@ -189,7 +190,7 @@ def smc(
     twists = critic is not None and ess_threshold > 0 and not critic.is_terminal_only()
     tokens = llm.token_maps.decode
     arguments = (tuple(guides), tuple(conditions), tuple(critics), twists, len(tokens))
-    program = Program(*arguments) if terminate_when is None else Ending(terminate_when, list(tokens), *arguments)
+    program = Program(*arguments) if terminate_when is None else Ending(terminate_when, Vocabulary(tokens), *arguments)
     params = SMCParams(
         n_particles=n_particles,
         max_tokens=max_tokens,
@@ -200,7 +201,7 @@ def smc(
         ignore_eos=True,
         stop_token_ids=tuple(llm.token_maps.eos_idxs),
         force_stop=True,
-        proposal="rejection" if conditions else "twisted",
+        proposal="rejection" if conditions else "twisted" if guides else "base",
     )
     population = llm.model.llm.smc({"prompt_token_ids": list(llm.prompt_ids)}, params, program)
     assert isinstance(population, Population)  # of one prompt
