@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +21,7 @@ from torch import Tensor
 from fastsmc.genlm.automata import GenlmAutomaton, just_ended
 from fastsmc.genlm.lm import FastsmcLM
 from fastsmc.genlm.potentials import ADVICE, GenlmPotential, Translated, distinct_histories, factors, translated
+from fastsmc.genlm.record import make_record
 from fastsmc.genlm.vocabulary import Vocabulary
 from fastsmc.params import SMCParams
 from fastsmc.population import Population
@@ -156,7 +160,7 @@ def smc(
     max_tokens: int,
     resampling_method: str = "multinomial",
     terminate_when: Callable[[list], bool] | None = None,
-    json_path: str | None = None,
+    json_path: str | os.PathLike | None = None,
     seed: int = 0,
 ) -> Sequences:
     """Runs what `SMC(sampler, critic)(n_particles, ess_threshold, max_tokens, …)` runs, in the engine of its FastsmcLM.
@@ -173,18 +177,19 @@ def smc(
         max_tokens: the EOS included, which is forced there.
         resampling_method: 'multinomial', 'stratified', 'systematic', 'residual' or 'ssp'.
         terminate_when: context of genlm's tokens → bool.
-        json_path: None; a record of the run is refused.
+        json_path: file for a record of the run, as genlm-control's `InferenceVisualizer` shows it; None: none.
         seed: of `SMCParams`.
 
     Returns:
         genlm-control's `Sequences`: contexts that end in EOS, but those without weight; log_ml is log Ẑ.
 
     Raises:
-        ValueError: what cannot be translated, by name; an argument that `SMCParams` refuses.
+        ValueError: what cannot be translated, by name; an argument that `SMCParams` refuses; no folder for
+            the record.
         SMCError: a potential failed.
     """
-    if json_path is not None:
-        raise ValueError(f"json_path={json_path!r}: fastsmc.genlm.smc writes no record; {ADVICE}")
+    if json_path is not None and not Path(json_path).parent.is_dir():
+        raise ValueError(f"json_path={json_path!r}: its folder must exist")
     llm, guides, conditions = _read_sampler(sampler)
     critics = [] if critic is None else translated(critic)
     twists = critic is not None and ess_threshold > 0 and not critic.is_terminal_only()
@@ -206,6 +211,9 @@ def smc(
     population = llm.model.llm.smc({"prompt_token_ids": list(llm.prompt_ids)}, params, program)
     assert isinstance(population, Population)  # of one prompt
     stops, contexts = set(llm.token_maps.eos_idxs), []
+    if json_path is not None:
+        twisted = params.proposal == "twisted" and not program.proposal_only
+        Path(json_path).write_text(json.dumps(make_record(population, tokens, stops, terminate_when, twisted)))
     for ids, reason in zip(population.token_ids, population.finish_reasons or (), strict=True):
         context: list[Any] = [tokens[v] for v in ids if v not in stops and v < len(tokens)]
         contexts.append(context if reason == "dead" else [*context, EOS])

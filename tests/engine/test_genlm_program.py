@@ -1,6 +1,7 @@
 """`fastsmc.genlm.smc`: programs as one group request, against enumeration and against genlm-control."""
 
 import asyncio
+import json
 import math
 from collections import defaultdict
 
@@ -10,6 +11,7 @@ import torch
 from genlm.control import AWRS, SMC, BoolFSA, PromptedLLM, direct_token_sampler, eager_token_sampler
 from genlm.control.constant import EOS as END
 from genlm.control.sampler.sequence import Sequences
+from genlm.control.util import escape
 
 from fastsmc.genlm import FastsmcLM, asmc, smc
 from fastsmc.smc import SMCError
@@ -108,6 +110,47 @@ def test_terminate_when(lm, kind):  # noqa: F811
         assert abs(ours[text].mean() - theirs[text].mean()) < 4 * error, text
 
 
+def rebuilt(record, n):
+    """Follows a record as genlm-control's viewer does: texts and weights of the last entry; counts resamplings."""
+    contents, weights, resamplings = [""] * n, [0.0] * n, 0
+    for i, entry in enumerate(record):
+        rows = entry.pop("ancestors") if entry["mode"] == "resample" else range(n)
+        resamplings += entry["mode"] == "resample"
+        assert set(entry) == {"mode", "step", "particles"} and entry["step"] == i + 1
+        assert (entry["mode"] == "init") == (i == 0) and len(entry["particles"]) == len(rows) == n
+        new = [(p["contents_incr"], p["logweight"], p["weight_incr"]) for p in entry["particles"]]
+        assert all(len(p) == 3 for p in entry["particles"]) and all(type(v) is str for each in new for v in each)
+        now = [float(weight) for _, weight, _ in new]
+        for (_, _, change), weight, row in zip(new, now, rows, strict=True):
+            if weights[row] > -math.inf:
+                assert float(change) == pytest.approx(weight - weights[row], abs=1e-6)
+        contents = ["|".join(filter(None, [contents[r], more])) for r, (more, _, _) in zip(rows, new, strict=True)]
+        weights = now
+    return contents, weights, resamplings
+
+
+@pytest.mark.parametrize("program", ["product", "critic", "AWRS, asked", "terminate_when"])
+def test_json_record(lm, tmp_path, program):  # noqa: F811
+    """Has the structure of genlm-control's own, and the texts and weights that the run gave."""
+    n, path = 16, tmp_path / "record.json"
+    sampler, critic, _ = samplers(lm)["critic" if program == "terminate_when" else program]
+    ends = (lambda context: bytes(context[-1]) == b"b") if program == "terminate_when" else None
+    settings = dict(n_particles=n, ess_threshold=0.95, max_tokens=STEPS, json_path=str(path), terminate_when=ends)
+    np.random.seed(3)
+    torch.manual_seed(3)
+    theirs = asyncio.run(SMC(sampler, critic)(**settings))
+    texts, _, _ = rebuilt(json.loads(path.read_text()), n)
+    assert {"|".join(map(escape, context)) for context in theirs.contexts} <= set(texts)
+    resamplings = 0
+    for seed in range(4):
+        ours = smc(sampler, critic, seed=seed, **settings)
+        texts, weights, more = rebuilt(json.loads(path.read_text()), n)
+        assert texts == ["|".join(map(escape, context)) for context in ours.contexts]
+        np.testing.assert_allclose(weights, ours.log_weights, atol=1e-6)
+        resamplings += more
+    assert resamplings > 0
+
+
 def test_the_core_in_its_own_process(process_engine, tokenizer):  # noqa: F811
     """Potentials travel; the prompt and the temperature are those of the caller's context."""
     with FastsmcLM(process_engine, tokenizer=tokenizer) as there:
@@ -149,7 +192,7 @@ def test_refusals(lm):  # noqa: F811
         (direct_token_sampler(llm), llm, {}, "holds a language model"),
         (direct_token_sampler(adapted), None, {}, "its PromptedLLM has lora_name='x'"),
         (direct_token_sampler(llm), regular, {}, "in its vocabulary; must be tokens of the model"),
-        (direct_token_sampler(llm), None, dict(json_path="x"), "json_path='x': fastsmc.genlm.smc writes no record"),
+        (direct_token_sampler(llm), None, dict(json_path="/no/x"), "json_path='/no/x': its folder must exist"),
         (direct_token_sampler(llm), None, dict(resampling_method="best"), "resampling='best'"),
         (direct_token_sampler(llm), None, dict(max_tokens=0), "max_tokens=0"),
     ]:
