@@ -15,7 +15,8 @@ from genlm.control import AWRS, PromptedLLM
 from genlm.control import Potential as GenlmBase
 from genlm.control.constant import EOS
 from genlm.control.sampler.sequence import Sequences
-from genlm.control.sampler.token import DirectTokenSampler
+from genlm.control.sampler.set import EagerSetSampler, TopKSetSampler
+from genlm.control.sampler.token import DirectTokenSampler, SetTokenSampler
 from torch import Tensor
 
 from fastsmc.genlm.automata import GenlmAutomaton, just_ended
@@ -170,8 +171,10 @@ def smc(
     (conditions.md). Potentials travel to the engine's process, and are asked once per distinct history.
 
     Args:
-        sampler: `direct_token_sampler(potential)` of a `PromptedLLM` or a product with one, or `AWRS(potential,
-            condition)`. Other samplers, proposals, and AWRS with `max_rejects` or without proper weights are refused.
+        sampler: `direct_token_sampler(potential)` of a `PromptedLLM` or a product with one, `AWRS(potential,
+            condition)`, or `eager_token_sampler` or `topk_token_sampler` of a potential and an automaton, instead of
+            whose sets the product is drawn from. Other samplers, proposals, and AWRS with `max_rejects` or without
+            proper weights are refused.
         critic: potential over the model's tokens.
         n_particles, ess_threshold: as of `SMCParams`.
         max_tokens: the EOS included, which is forced there.
@@ -238,6 +241,7 @@ def _read_sampler(sampler: Any) -> tuple[PromptedLLM, list[Translated], list[Boo
     """
     said: list[Translated] = []
     if type(sampler) is DirectTokenSampler:
+        of = sampler.potential
         if sampler.proposal is not None:
             raise ValueError(f"sampler={sampler!r}: draws from another proposal; {ADVICE}")
     elif type(sampler) is AWRS:
@@ -246,10 +250,17 @@ def _read_sampler(sampler: Any) -> tuple[PromptedLLM, list[Translated], list[Boo
                 f"sampler={sampler!r}: has a proposal, max_rejects or proper_weights=False, which fastsmc's rejection "
                 f"does not; {ADVICE}"
             )
-        said = translated(sampler.condition)
+        said, of = translated(sampler.condition), sampler.potential
+    elif type(sampler) is SetTokenSampler and type(sampler.set_sampler) in (EagerSetSampler, TopKSetSampler):
+        of, items = sampler.set_sampler.iter_potential, sampler.set_sampler.item_potential
+        said = translated(items.coerce(of, f=b"".join))  # draws from the product, whose target is that of its sets
+        if not all(isinstance(each, GenlmAutomaton) for each in said):
+            raise ValueError(f"sampler={sampler!r}: its sets are of {items!r}, which is not compiled; {ADVICE}")
     else:
-        raise ValueError(f"sampler={sampler!r}: must be direct_token_sampler(…) or AWRS(…); {ADVICE}")
-    held = factors(sampler.potential)
+        raise ValueError(
+            f"sampler={sampler!r}: must be direct_token_sampler(…), AWRS(…) or a set sampler of an automaton; {ADVICE}"
+        )
+    held = factors(of)
     models = [part for part in held if type(part) is PromptedLLM]  # a subclass may have other rows
     if len(models) != 1:
         raise ValueError(f"sampler={sampler!r}: has {len(models)} PromptedLLM in its product; must be one; {ADVICE}")
