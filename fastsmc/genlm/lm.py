@@ -292,11 +292,16 @@ class FastsmcLM(AsyncLM):
 
 
 def _draw(waiting: list[tuple[Tensor, asyncio.Future]]) -> None:
-    """Draws a token from each row, and tells them who wait."""
-    rows = torch.stack([row for row, _ in waiting])
-    uniforms = torch.from_numpy(np.random.rand(len(rows))).to(rows.device)
-    drawn = ops.draw(rows, ops.weigh(rows), torch.arange(len(rows), device=rows.device), uniforms)
-    for token, (_, future) in zip(drawn.tokens.tolist(), waiting, strict=True):
+    """Draws a token from each row, and tells them who wait, or what has failed."""
+    try:
+        rows = torch.stack([row for row, _ in waiting])
+        uniforms = torch.from_numpy(np.random.rand(len(rows))).to(rows.device)
+        tokens = ops.draw(rows, ops.weigh(rows), torch.arange(len(rows), device=rows.device), uniforms).tokens.tolist()
+    except Exception as error:
+        for _, future in waiting:
+            future.set_exception(error)
+        return
+    for token, (_, future) in zip(tokens, waiting, strict=True):
         if token == NO_TOKEN:
             future.set_exception(ValueError("row: no token has a probability, or one has NaN"))
         else:

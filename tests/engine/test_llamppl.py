@@ -178,6 +178,11 @@ def test_tokens_of_all_tasks_are_drawn_at_once(ours, monkeypatch):
     token, error = asyncio.run(nothing_left())
     assert 0 <= token < VOCAB and isinstance(error, ValueError) and "no token has a probability" in str(error)
 
+    async def unequal():
+        return await asyncio.gather(*(ours.model.draw(torch.zeros(n)) for n in (3, 4)), return_exceptions=True)
+
+    assert [type(error) for error in asyncio.run(unequal())] == [RuntimeError] * 2
+
 
 # ------------------------------------------------------------------------------------------------------------ programs
 class Scored(Program):
