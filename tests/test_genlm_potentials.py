@@ -23,9 +23,9 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from fastsmc import Potential
-from fastsmc.genlm import as_potential, automata, to_genlm
+from fastsmc.genlm import as_potential, automata, potentials, to_genlm
 from fastsmc.genlm.automata import GenlmAutomaton
-from fastsmc.genlm.potentials import GenlmPotential
+from fastsmc.genlm.potentials import GenlmPotential, WeightedAutomaton
 from fastsmc.potentials import Infill, Lexicon, Regex, TextPotential
 from fastsmc.smc import GroupEngine
 from fastsmc.testing import check_potential
@@ -76,7 +76,7 @@ def test_an_automaton_of_genlm(engine, llm):
 VOCAB = [Token(i, text) for i, text in enumerate([b"a", b"b", b"ab", b"ba", b"ba", b"\xff"], 1)]
 
 
-def random_automaton(seed, semiring, weight):
+def random_automaton(seed, semiring, weight, kind=BoolFSA):
     """States that nothing leads to or from, several starts, moves without a byte, bytes that no token has."""
     rng, made = random.Random(seed), Fsa(semiring)
     for _ in range(rng.randint(0, 14)):
@@ -88,7 +88,7 @@ def random_automaton(seed, semiring, weight):
     for _ in range(rng.randint(0, 2)):
         made.add_F(rng.randrange(5), weight(rng))
     made.alphabet.discard("")  # which genlm-control takes for no symbol
-    return BoolFSA(made)
+    return kind(made)
 
 
 def says_what_genlm_does(potential, coerced, engine):
@@ -133,11 +133,45 @@ def test_compiled_automata_say_what_genlm_says(engine, monkeypatch):
     assert texts.count(0) > 2 and sum(n > 6 for n in texts) > 4
     big = BoolFSA.from_regex("a{9}").coerce(coerced, b"".join)
     monkeypatch.setattr(automata, "MAX_STATES", 5)
-    assert isinstance(as_potential(big), GenlmPotential)  # too large, so asked on the host
+    assert type(as_potential(big)) is GenlmPotential  # too large, so asked on the host
+
+
+def test_weighted_automata_say_what_genlm_says(engine, monkeypatch):
+    """Random ones, some of which have too many states and are asked on the host, and those of regular expressions;
+    copied as they travel, alone and in a product."""
+    monkeypatch.setattr(automata, "MAX_WEIGHTED_STATES", 50)
+    compiled, texts = 0, []
+    weighers = [lambda rng: Log(-rng.uniform(2.0, 4.0)), lambda rng: Log(-rng.choice([2.5, 3.0]))]
+    made = [random_automaton(seed, Log, weighers[seed % 2], WFSA) for seed in range(40)]
+    for of in [*made, WFSA.from_regex("(a|b)*a"), WFSA.from_regex("(ab?|ba){1,3}")]:
+        coerced = Coerced(autobatched(of), VOCAB, f=b"".join)
+        potential = cloudpickle.loads(cloudpickle.dumps(as_potential(coerced)))
+        compiled += isinstance(potential, WeightedAutomaton)
+        texts.append(says_what_genlm_does(potential, coerced, engine))
+    assert 15 < compiled < len(made) and texts.count(0) > 2 and sum(n > 6 for n in texts) > 4
+    assert isinstance(potential, WeightedAutomaton)
+    product = coerced * Coerced(BoolFSA.from_regex("a.*"), VOCAB, f=b"".join)
+    both = as_potential(product)
+    assert [type(factor) for factor in both.factors] == [WeightedAutomaton, GenlmAutomaton]
+    assert says_what_genlm_does(both, product, engine)
+
+
+def test_a_row_per_state(engine, monkeypatch):
+    """Histories in the same state share a row, of which few are kept."""
+    monkeypatch.setattr(potentials, "MAX_ROWS", 1)
+    potential = as_potential(Coerced(WFSA.from_regex("(a|b)*a"), VOCAB, f=b"".join))
+    potential.setup(engine)
+    tokens = {token.token_id: token for token in potential.of.vocab}
+    ends = {potential._walk([tokens[v] for v in ids])[0] for ids in ([1], [1, 1], [2, 1], [3, 4], [4, 2, 3, 1])}
+    assert len(ends) == 1
+    row = potential._row(*ends, frozenset([EOS]))
+    assert potential._row(*ends, frozenset([EOS])) is row and len(potential._rows) == 1
+    other = potential._row(0, frozenset([EOS]))
+    assert len(potential._rows) == 1 and other[EOS] == -math.inf < row[EOS] and row.dtype == torch.float64
 
 
 def test_what_is_not_compiled(engine):
-    """What weighs, what is joined otherwise, tokens without bytes, sums that are infinite, weights of zero."""
+    """What is joined otherwise, tokens without bytes, sums that are infinite, weights of zero."""
     regular = BoolFSA.from_regex("(a|b)*a")
     endless = Fsa(Float)
     endless.add_I(0, 1.0)
@@ -148,14 +182,15 @@ def test_what_is_not_compiled(engine):
     nothing.add_F(1, Boolean.one)
     nothing.add_arc(0, 97, 1, Boolean.zero)
     for potential, vocab, f in [
-        (WFSA.from_regex("(a|b)*a"), VOCAB, b"".join),
+        (WFSA(endless), VOCAB, b"".join),
+        (WFSA.from_regex("(a|b)*a"), VOCAB, lambda tokens: b"".join(tokens)),
         (regular, VOCAB, lambda tokens: b"".join(tokens)),
         (regular, VOCAB, b"a".join),
         (regular, [*VOCAB, Token(7, b"")], b"".join),
         (BoolFSA(endless), VOCAB, b"".join),
         (BoolFSA(nothing), VOCAB, b"".join),
     ]:
-        assert isinstance(as_potential(Coerced(potential, vocab, f=f)), GenlmPotential)
+        assert type(as_potential(Coerced(potential, vocab, f=f))) is GenlmPotential
     same = Coerced(regular, [*VOCAB, Token(7, b"")], f=b"".join)
     assert says_what_genlm_does(as_potential(same), same, engine)
 

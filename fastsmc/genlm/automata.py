@@ -1,6 +1,7 @@
 """Coerced automata of genlm-control as fastsmc's own.
 
 BoolFSA over bytes → states without ε → sets of states (deterministic) → minimal → moves by the model's tokens
+WFSA over bytes → states without ε → weights of states, up to a factor (deterministic)
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ import hashlib
 import math
 import types
 import weakref
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from genlm.backend.tokenization import Token
-from genlm.control import BoolFSA
+from genlm.control import WFSA, BoolFSA
 from genlm.control import Potential as GenlmBase
 from genlm.control.potential.autobatch import AutoBatchedPotential
 from genlm.control.potential.coerce import Coerced
@@ -29,6 +31,10 @@ from fastsmc.potentials.tokens import log_of
 from fastsmc.vllm.compat import get_logger
 
 logger = get_logger(__name__)
+
+#: of an automaton with weights, which has tables of 3 KiB per state
+MAX_WEIGHTED_STATES = 2_000
+Fsa = TypeVar("Fsa", bound=WFSA)
 
 
 def just_ended(state: State) -> Tensor:
@@ -72,10 +78,8 @@ def compiled(potential: GenlmBase) -> GenlmAutomaton | None:
     What has weights, another f, tokens without bytes, or sums of weights that do not exist stays genlm-control's, and
     so does, as the log says, what has too many states.
     """
-    if type(potential) is not Coerced or not _joins(potential.f):
-        return None
-    of = potential.potential.potential if isinstance(potential.potential, AutoBatchedPotential) else potential.potential
-    if type(of) is not BoolFSA:
+    of = _within(potential, BoolFSA)
+    if of is None:
         return None
     if potential not in _known:
         _known[potential] = _automaton_of(of, potential.vocab)
@@ -86,6 +90,15 @@ def compiled(potential: GenlmBase) -> GenlmAutomaton | None:
 _known: weakref.WeakKeyDictionary[Coerced, Automaton | None] = weakref.WeakKeyDictionary()
 
 
+def _within(potential: GenlmBase, kind: type[Fsa]) -> Fsa | None:
+    """Returns the automaton of this kind that is coerced over bytes; None: there is none."""
+    if type(potential) is not Coerced or not _joins(potential.f) or not all(map(len, potential.vocab)):
+        return None
+    of = potential.potential
+    of = of.potential if isinstance(of, AutoBatchedPotential) else of
+    return of if type(of) is kind else None
+
+
 def _joins(f: object) -> bool:
     """Says whether f is `b"".join`."""
     bound = getattr(f, "__self__", None)
@@ -93,8 +106,6 @@ def _joins(f: object) -> bool:
 
 
 def _automaton_of(potential: BoolFSA, vocab: list[Token]) -> Automaton | None:
-    if not all(map(len, vocab)):
-        return None
     tokens: list[bytes | None] = [None] * (1 + max(token.token_id for token in vocab))
     for token in vocab:
         tokens[token.token_id] = bytes(token)
@@ -151,3 +162,82 @@ def _over_bytes(potential: BoolFSA, limits: Limits) -> ByteAutomaton | None:
                 order.append(key)
         rows.append(row)
     return ByteAutomaton(*minimal(np.stack(rows), np.array([bool(states & final) for states in order]), limits))
+
+
+class ByteWeights(NamedTuple):
+    """Is a deterministic automaton over bytes with log weights.
+
+    Attributes:
+        table: (Q, 256) int32, next state or DEAD; the start is 0.
+        steps: (Q, 256) float64, what a byte adds to the log weight of a beginning.
+        final: (Q,) float64, log weight of the text that ends here less that of the beginning.
+        start: log weight of all texts.
+    """
+
+    table: np.ndarray
+    steps: np.ndarray
+    final: np.ndarray
+    start: float
+
+
+def weighted(potential: GenlmBase) -> ByteWeights | None:
+    """Determinises `WFSA.coerce(llm, f=b"".join)` over bytes; None: this is none, or cannot be.
+
+    A state is what its texts have given the automaton's states, up to a factor (weighted determinization, Mohri
+    1997), equal to 12 digits. There may be infinitely many; beyond MAX_WEIGHTED_STATES the log says so.
+    """
+    of = _within(potential, WFSA)
+    if of is None:
+        return None
+    if potential not in _known_weights:
+        try:
+            _known_weights[potential] = _determinise(of, Limits(MAX_WEIGHTED_STATES, MAX_SECONDS))
+        except LimitError as error:
+            logger.warning("%.100r: is asked on the host: %s", of, error)
+            _known_weights[potential] = None
+    return _known_weights[potential]
+
+
+_known_weights: weakref.WeakKeyDictionary[Coerced, ByteWeights | None] = weakref.WeakKeyDictionary()
+
+
+def _determinise(potential: WFSA, limits: Limits) -> ByteWeights | None:
+    fsa = potential.wfsa.epsremove
+    ahead = {state: fsa.backward[state].score for state in fsa.states}
+    ends = {state: w.score for state, w in fsa.F}
+    weights = [*ahead.values(), *ends.values(), *(w.score for *_, w in fsa.arcs()), *(w.score for _, w in fsa.I)]
+    if any(w == math.inf or w != w for w in weights):
+        return None
+
+    def settle(chart: dict) -> tuple[float, dict]:
+        """Returns the log weight of all that may follow, and the chart without that factor and what leads nowhere."""
+        left = {state: w for state, w in chart.items() if w + ahead[state] > -math.inf}
+        total = float(np.logaddexp.reduce([w + ahead[state] for state, w in left.items()])) if left else -math.inf
+        return total, {state: w - total for state, w in left.items()}
+
+    start, chart = settle({state: w.score for state, w in fsa.I})
+    order, found = [chart], {_name(chart): 0}
+    table, steps, final = [], [], []
+    for chart in order:
+        limits.check(len(order))
+        behind: dict[int, dict] = {}
+        for state, w in chart.items():
+            for symbol, after, arc in fsa.arcs(state):
+                if symbol in range(256):
+                    sums = behind.setdefault(int(symbol), {})
+                    sums[after] = np.logaddexp(sums.get(after, -math.inf), w + arc.score)
+        row, step = np.full(256, DEAD, dtype=np.int32), np.full(256, -math.inf)
+        for byte, sums in behind.items():
+            total, following = settle(sums)
+            if following:
+                row[byte], step[byte] = found.setdefault(_name(following), len(order)), total
+                if len(found) > len(order):
+                    order.append(following)
+        table.append(row)
+        steps.append(step)
+        final.append(np.logaddexp.reduce([w + ends.get(state, -math.inf) for state, w in chart.items()]))
+    return ByteWeights(np.stack(table), np.stack(steps), np.array(final), start)
+
+
+def _name(chart: dict) -> frozenset:
+    return frozenset((state, round(float(w), 12)) for state, w in chart.items())

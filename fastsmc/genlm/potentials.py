@@ -6,6 +6,7 @@ import asyncio
 import math
 import os
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeAlias
 
@@ -19,7 +20,8 @@ from genlm.control.potential.coerce import Coerced
 from genlm.control.potential.product import Product as GenlmProduct
 from torch import Tensor
 
-from fastsmc.genlm.automata import GenlmAutomaton, compiled, just_ended
+from fastsmc.automata.language import DEAD
+from fastsmc.genlm.automata import ByteWeights, GenlmAutomaton, compiled, just_ended, weighted
 from fastsmc.genlm.vocabulary import held, packed, unpacked, without_batches
 from fastsmc.potentials import Engine, Potential, Product, Rows, State
 from fastsmc.potentials.base import stops
@@ -29,6 +31,8 @@ from fastsmc.values import check_int
 
 #: what to do with what cannot be translated
 ADVICE = "run the program as it is, over FastsmcLM"
+#: of an automaton with weights that stay on the device, each of V float64
+MAX_ROWS = 64
 
 
 def distinct_histories(state: State, about: Tensor) -> tuple[list[tuple[int, ...]], Tensor]:
@@ -52,7 +56,7 @@ class GenlmPotential(Potential):
     """
 
     per_particle = ()
-    shared_by_groups = ("of", "_tokens", "_ids")
+    shared_by_groups: tuple[str, ...] = ("of", "_tokens", "_ids")
 
     def __init__(self, of: GenlmBase) -> None:
         self.of = without_batches(of)
@@ -113,8 +117,73 @@ class GenlmPotential(Potential):
         return values.to(index.device)[index]  # −1: the last, of no history
 
 
-def _received(kind: type[GenlmPotential], light: GenlmBase) -> GenlmPotential:
-    return kind(unpacked(light))
+class WeightedAutomaton(GenlmPotential):
+    """Is a coerced `WFSA` of genlm-control, walked over bytes on the host: one row per state instead of per history."""
+
+    shared_by_groups = ("_weights",)
+
+    def __init__(self, of: GenlmBase, weights: ByteWeights) -> None:
+        super().__init__(of)
+        self._weights = weights
+
+    def __reduce__(self) -> tuple:
+        return _received, (type(self), packed(self.of), self._weights)
+
+    def setup(self, engine: Engine) -> None:
+        super().setup(engine)
+        self._rows: OrderedDict[tuple[int, frozenset[int]], Tensor] = OrderedDict()
+        longest = max(map(len, self.of.vocab))
+        padded = b"".join(bytes(token).ljust(longest, b"\0") for token in self.of.vocab)
+        self._bytes = np.frombuffer(padded, np.uint8).reshape(-1, longest)
+        self._n_bytes = np.array([len(token) for token in self.of.vocab])
+
+    def ask(self, method: str, contexts: Sequence[list[Token] | None]) -> np.ndarray:
+        ends = [self._walk(context) for context in contexts]
+        return np.array([
+            w if method == "prefix" or state == DEAD else w + self._weights.final[state] for state, w in ends
+        ])  # fmt: skip
+
+    def logw_next(self, state: State) -> Rows:
+        contexts, index = self._contexts(state, ~state.finished)
+        at = [self._walk(context)[0] for context in contexts] or [DEAD]
+        distinct = {each: i for i, each in enumerate(dict.fromkeys(at))}
+        rows = torch.tensor([distinct[each] for each in at], device=index.device)
+        return Rows(torch.stack([self._row(each, state.stop_token_ids) for each in distinct]), rows[index.clamp(min=0)])
+
+    def _walk(self, context: list[Token] | None) -> tuple[int, float]:
+        """Follows the bytes of a context: the state, DEAD if none, and the log weight of the beginning."""
+        if context is None:
+            return DEAD, -math.inf
+        at, (table, steps, _, total) = 0, self._weights
+        for byte in b"".join(context):
+            at, total = table[at, byte], total + steps[at, byte]
+            if at == DEAD:
+                break
+        return int(at), float(total)
+
+    def _row(self, at: int, stop_token_ids: frozenset[int]) -> Tensor:
+        """Makes the changes of the log weight by all next tokens at a state, (V,) float64, or finds them."""
+        key = at, stop_token_ids
+        if key not in self._rows:
+            table, steps, final, _ = self._weights
+            values, states = np.zeros(len(self._n_bytes)), np.full(len(self._n_bytes), at)
+            for i, column in enumerate(self._bytes.T):
+                (here,) = np.nonzero((self._n_bytes > i) & (states != DEAD))
+                values[here] += steps[states[here], column[here]]
+                states[here] = table[states[here], column[here]]
+            values[states == DEAD] = -math.inf
+            row = np.full(self._vocab_size, -math.inf)
+            row[self._ids.cpu().numpy()] = values
+            row[sorted(stop_token_ids)] = -math.inf if at == DEAD else final[at]
+            self._rows[key] = torch.from_numpy(row).to(self._ids.device)
+            if len(self._rows) > MAX_ROWS:
+                self._rows.popitem(last=False)
+        self._rows.move_to_end(key)
+        return self._rows[key]
+
+
+def _received(kind: type[GenlmPotential], light: GenlmBase, *arguments: Any) -> GenlmPotential:
+    return kind(unpacked(light), *arguments)
 
 
 #: a potential of genlm-control as fastsmc has it
@@ -125,8 +194,8 @@ def as_potential(potential: GenlmBase) -> Potential:
     """Makes a potential for `LLM.smc` of one of genlm-control, over the tokens of the engine's model.
 
     A coerced automaton, `BoolFSA(…).coerce(llm, f=b"".join)`, alone or in a product, becomes one of ours, a table that
-    is looked up (`compiled`). Everything else is asked on the host, once per distinct history, and travels to the
-    engine's process.
+    is looked up (`compiled`). Of a `WFSA` there is one row per state that its weights are in (`weighted`). Everything
+    else is asked on the host, once per distinct history, and travels to the engine's process.
 
     Args:
         potential: with a vocabulary of genlm-backend's `Token`, as `potential.coerce(llm, f=b"".join)` has.
@@ -150,7 +219,15 @@ def translated(potential: GenlmBase) -> list[Translated]:
             f"potential={potential!r}: has {strange!r} in its vocabulary; must be tokens of the model: "
             'coerce it, potential.coerce(llm, f=b"".join)'
         )
-    return [compiled(factor) or GenlmPotential(factor) for factor in factors(potential)]
+    return [_translate(factor) for factor in factors(potential)]
+
+
+def _translate(factor: GenlmBase) -> Translated:
+    if (automaton := compiled(factor)) is not None:
+        return automaton
+    if (weights := weighted(factor)) is not None:
+        return WeightedAutomaton(factor, weights)
+    return GenlmPotential(factor)
 
 
 def factors(potential: GenlmBase) -> list[GenlmBase]:

@@ -21,7 +21,15 @@ from torch import Tensor
 
 from fastsmc.genlm.automata import GenlmAutomaton, just_ended
 from fastsmc.genlm.lm import FastsmcLM
-from fastsmc.genlm.potentials import ADVICE, GenlmPotential, Translated, distinct_histories, factors, translated
+from fastsmc.genlm.potentials import (
+    ADVICE,
+    GenlmPotential,
+    Translated,
+    WeightedAutomaton,
+    distinct_histories,
+    factors,
+    translated,
+)
 from fastsmc.genlm.record import make_record
 from fastsmc.genlm.vocabulary import Vocabulary
 from fastsmc.params import SMCParams
@@ -239,7 +247,8 @@ def _read_sampler(sampler: Any) -> tuple[PromptedLLM, list[Translated], list[Boo
     Raises:
         ValueError: it is none that `smc` translates.
     """
-    said: list[Translated] = []
+    more: list[Translated] = []  # factors
+    asked: list[BooleanCondition] = []
     if type(sampler) is DirectTokenSampler:
         of = sampler.potential
         if sampler.proposal is not None:
@@ -250,11 +259,16 @@ def _read_sampler(sampler: Any) -> tuple[PromptedLLM, list[Translated], list[Boo
                 f"sampler={sampler!r}: has a proposal, max_rejects or proper_weights=False, which fastsmc's rejection "
                 f"does not; {ADVICE}"
             )
-        said, of = translated(sampler.condition), sampler.potential
+        of = sampler.potential
+        for each in translated(sampler.condition):
+            if isinstance(each, GenlmAutomaton):
+                more.append(each)
+            else:
+                asked.append(BooleanCondition(each.of))
     elif type(sampler) is SetTokenSampler and type(sampler.set_sampler) in (EagerSetSampler, TopKSetSampler):
         of, items = sampler.set_sampler.iter_potential, sampler.set_sampler.item_potential
-        said = translated(items.coerce(of, f=b"".join))  # draws from the product, whose target is that of its sets
-        if not all(isinstance(each, GenlmAutomaton) for each in said):
+        more = translated(items.coerce(of, f=b"".join))  # draws from the product, whose target is that of its sets
+        if not all(isinstance(each, (GenlmAutomaton, WeightedAutomaton)) for each in more):
             raise ValueError(f"sampler={sampler!r}: its sets are of {items!r}, which is not compiled; {ADVICE}")
     else:
         raise ValueError(
@@ -273,6 +287,4 @@ def _read_sampler(sampler: Any) -> tuple[PromptedLLM, list[Translated], list[Boo
         raise ValueError(
             f"sampler={sampler!r}: its PromptedLLM has lora_name={llm.lora_name!r}; rows are the base model's"
         )
-    tables = [each for each in said if isinstance(each, GenlmAutomaton)]
-    asked = [BooleanCondition(each.of) for each in said if isinstance(each, GenlmPotential)]
-    return llm, [each for part in held if part is not llm for each in translated(part)] + tables, asked
+    return llm, [each for part in held if part is not llm for each in translated(part)] + more, asked

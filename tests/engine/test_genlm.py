@@ -310,18 +310,19 @@ def exact_of_other(tiny_path):
     return enumerate_texts(tiny_path, OTHER)
 
 
-WEIGHTS = {"a": 0.1, "b": 0.15, "c": 0.15, "d": 0.15, "e": 0.15, "f": 0.15}
+WEIGHTS = {"a": 0.5, "b": 1.5, "c": 2.0, "d": 1.0, "e": 0.7, "f": 1.0}
 
 
 def make_weighted():
-    """Makes an automaton of two states: the first "c" leads to the second, where all letters have one weight."""
+    """Makes an automaton of texts that leave room for EOS; behind their first "c" all letters have one weight."""
     made = Automaton(Float)
-    made.add_I(0, 1.0)
-    for letter, weight in WEIGHTS.items():
-        made.add_arc(0, ord(letter), int(letter == "c"), weight)
-        made.add_arc(1, ord(letter), 1, 0.16)
-    made.add_F(0, 0.002)
-    made.add_F(1, 0.5)
+    made.add_I((0, False), 1.0)
+    for n in range(STEPS):
+        for letter, weight in WEIGHTS.items() if n < STEPS - 1 else ():
+            made.add_arc((n, False), ord(letter), (n + 1, letter == "c"), weight)
+            made.add_arc((n, True), ord(letter), (n + 1, True), 0.8)
+        made.add_F((n, False), 0.6)
+        made.add_F((n, True), 1.0)
     return WFSA(made)
 
 
@@ -343,7 +344,7 @@ def samplers(lm):
 
     def weighed(text):
         before, c, behind = text.partition("c")
-        return math.prod(WEIGHTS[letter] for letter in before + c) * 0.16 ** len(behind) * (0.5 if c else 0.002)
+        return math.prod(WEIGHTS[letter] for letter in before + c) * 0.8 ** len(behind) * (1.0 if c else 0.6)
 
     def in_units(text):  # of at most two, the last of which may end with the text
         return float(sum(letter in "abc" for letter in text) + (text[-1:] in ("d", "e", "f")) <= 2)

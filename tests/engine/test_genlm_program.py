@@ -8,7 +8,7 @@ from collections import defaultdict
 import numpy as np
 import pytest
 import torch
-from genlm.control import AWRS, SMC, WFSA, BoolFSA, PromptedLLM, direct_token_sampler, eager_token_sampler
+from genlm.control import AWRS, SMC, BoolFSA, PromptedLLM, direct_token_sampler, eager_token_sampler
 from genlm.control.constant import EOS as END
 from genlm.control.sampler.sequence import Sequences
 from genlm.control.util import escape
@@ -47,6 +47,7 @@ PROGRAMS = [
     "automaton as critic",
     "eager",
     "topk",
+    "weighted",
 ]
 
 
@@ -181,10 +182,10 @@ def test_refusals(lm):  # noqa: F811
     settings = dict(n_particles=4, ess_threshold=0.5, max_tokens=STEPS)
     for sampler, critic, more, message in [
         (
-            eager_token_sampler(llm, WFSA.from_regex("(a|b)*")),
+            eager_token_sampler(llm, Counts([97, 98])),
             None,
             {},
-            "its sets are of WFSA.*, which is not compiled; run the program as it is",
+            "its sets are of .*Counts.*, which is not compiled; run the program as it is",
         ),
         (llm, None, {}, r"must be direct_token_sampler\(…\), AWRS\(…\) or a set sampler of an automaton; run the"),
         (direct_token_sampler(llm, proposal=llm), None, {}, "draws from another proposal"),
