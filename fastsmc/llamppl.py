@@ -170,9 +170,8 @@ class Context(LMContext):
         return made
 
     def _begin_token(self, log_probs: Tensor) -> None:
-        if self.temp != 1.0:
-            log_probs = (log_probs / self.temp).log_softmax(-1)
-        self._row = Row(log_probs)
+        # as it comes, a row is part of those of all who waited, and would keep them all
+        self._row = Row(log_probs.clone() if self.temp == 1.0 else (log_probs / self.temp).log_softmax(-1))
         self._allowed: Tensor | None = None  # (V,) bool; None: all
         self._log_mass = 0.0  # that is subtracted from the row
 

@@ -164,7 +164,9 @@ def test_tokens_of_all_tasks_are_drawn_at_once(ours, monkeypatch):
         for (token, log_p), each in zip(done, copies, strict=False):
             assert log_p == first.log_prob(token.token_id) and each.tokens == [*first.tokens, token]
         assert done[-1] == -math.inf and str(done[0][0]) == ours.tokenizer.convert_ids_to_tokens(tokens[0])
-        return np.bincount(tokens, minlength=VOCAB), np.exp(first.next_token_logprobs.astype(float))
+        law = np.exp(first.next_token_logprobs.astype(float))
+        assert all(each._row.log_probs.untyped_storage().nbytes() == 4 * VOCAB for each in copies[:9])
+        return np.bincount(tokens, minlength=VOCAB), law
 
     counts, law = asyncio.run(main())
     assert calls == [1, 4 + 2]
