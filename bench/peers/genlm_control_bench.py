@@ -65,9 +65,12 @@ class Lexicon(Potential):
     batch_complete = batch_prefix
 
 
-def settings(critic: Lexicon, n_particles: int, max_tokens: int) -> dict[str, Any]:
-    """Makes the arguments of a run."""
-    return {
+def run_once(
+    llm: PromptedLLM, critic: Lexicon, n_particles: int, max_tokens: int, smc: Callable[..., Any] | None = None
+) -> dict[str, float]:
+    """One run from empty caches: {seconds, tokens_per_s, log_z}. `smc` stands for `SMC(sampler, critic)`."""
+    sampler = direct_token_sampler(llm)
+    arguments: dict[str, Any] = {
         "n_particles": n_particles,
         "ess_threshold": 1.0,
         "max_tokens": max_tokens + 1,
@@ -75,13 +78,6 @@ def settings(critic: Lexicon, n_particles: int, max_tokens: int) -> dict[str, An
         "resampling_method": "systematic",
         "terminate_when": lambda context: len(context) == max_tokens,
     }
-
-
-def run_once(
-    llm: PromptedLLM, critic: Lexicon, n_particles: int, max_tokens: int, smc: Callable[..., Any] | None = None
-) -> dict[str, float]:
-    """One run from empty caches: {seconds, tokens_per_s, log_z}. `smc` stands for `SMC(sampler, critic)`."""
-    sampler, arguments = direct_token_sampler(llm), settings(critic, n_particles, max_tokens)
     llm.model.clear_cache()
     begin = time.perf_counter()
     if hasattr(llm.model, "cache_kv"):

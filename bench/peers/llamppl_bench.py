@@ -1,4 +1,4 @@
-"""Tokens per second of a llamppl program on llamppl's own Hugging Face backend; run by `programs_bench.py`.
+"""Tokens per second of a llamppl program on llamppl's own Hugging Face backend; run by `fastsmc_bench.py`.
 
     bench/peers/.venv/bin/python bench/peers/llamppl_bench.py [--json FILE]
 

@@ -10,13 +10,13 @@ import hashlib
 import math
 import types
 import weakref
+from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 from genlm.backend.tokenization import Token
 from genlm.control import WFSA, BoolFSA
 from genlm.control import Potential as GenlmBase
-from genlm.control.potential.autobatch import AutoBatchedPotential
 from genlm.control.potential.coerce import Coerced
 from genlm.grammar import Log
 from genlm.grammar.semiring import Boolean
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from fastsmc.automata.language import DEAD, ByteAutomaton, LimitError, Limits, minimal
 from fastsmc.automata.tokens import TokenMoves, token_moves
+from fastsmc.genlm.vocabulary import unwrapped
 from fastsmc.potentials import Masked, State
 from fastsmc.potentials.automaton import MAX_SECONDS, MAX_STATES, Automaton, fingerprint, made_once
 from fastsmc.potentials.regex import FiniteState
@@ -94,8 +95,7 @@ def _within(potential: GenlmBase, kind: type[Fsa]) -> Fsa | None:
     """Returns the automaton of this kind that is coerced over bytes; None: there is none."""
     if type(potential) is not Coerced or not _joins(potential.f) or not all(map(len, potential.vocab)):
         return None
-    of = potential.potential
-    of = of.potential if isinstance(of, AutoBatchedPotential) else of
+    of = unwrapped(potential.potential)
     return of if type(of) is kind else None
 
 
@@ -144,24 +144,37 @@ def _over_bytes(potential: BoolFSA, limits: Limits) -> ByteAutomaton | None:
     else:
         return None
     final = {state for state, _ in fsa.F}
-    order = [frozenset(state for state, _ in fsa.I if state in alive)]
-    found = {order[0]: 0}
-    rows = []
-    for states in order:
-        limits.check(len(order))
+
+    def follow(states: frozenset) -> dict[int, frozenset]:
         behind: dict[int, set] = {}
         for state in states:
             for symbol, after, _ in fsa.arcs(state):
                 if after in alive and symbol in range(256):
                     behind.setdefault(int(symbol), set()).add(after)
+        return {byte: frozenset(targets) for byte, targets in behind.items()}
+
+    table, order = _explore(frozenset(state for state, _ in fsa.I if state in alive), follow, limits)
+    return ByteAutomaton(*minimal(table, np.array([bool(states & final) for states in order]), limits))
+
+
+def _explore(
+    start: frozenset, follow: Callable[[frozenset], dict[int, frozenset]], limits: Limits
+) -> tuple[np.ndarray, list[frozenset]]:
+    """Makes a deterministic automaton of what `follow` says of each state, asked once and in order.
+
+    Returns:
+        (Q, 256) int32, next states by bytes, or DEAD; and the states.
+    """
+    order, found, table = [start], {start: 0}, []
+    for state in order:
+        limits.check(len(order))
         row = np.full(256, DEAD, dtype=np.int32)
-        for byte, targets in behind.items():
-            key = frozenset(targets)
-            row[byte] = found.setdefault(key, len(order))
+        for byte, after in follow(state).items():
+            row[byte] = found.setdefault(after, len(order))
             if len(found) > len(order):
-                order.append(key)
-        rows.append(row)
-    return ByteAutomaton(*minimal(np.stack(rows), np.array([bool(states & final) for states in order]), limits))
+                order.append(after)
+        table.append(row)
+    return np.stack(table), order
 
 
 class ByteWeights(NamedTuple):
@@ -209,35 +222,26 @@ def _determinise(potential: WFSA, limits: Limits) -> ByteWeights | None:
     if any(w == math.inf or w != w for w in weights):
         return None
 
-    def settle(chart: dict) -> tuple[float, dict]:
-        """Returns the log weight of all that may follow, and the chart without that factor and what leads nowhere."""
-        left = {state: w for state, w in chart.items() if w + ahead[state] > -math.inf}
+    def settle(weights: dict) -> tuple[float, frozenset]:
+        """Returns the log weight of all that may follow, and the weights without that factor and what leads nowhere."""
+        left = {state: w for state, w in weights.items() if w + ahead[state] > -math.inf}
         total = float(np.logaddexp.reduce([w + ahead[state] for state, w in left.items()])) if left else -math.inf
-        return total, {state: w - total for state, w in left.items()}
+        return total, frozenset((state, round(float(w - total), 12)) for state, w in left.items())
 
-    start, chart = settle({state: w.score for state, w in fsa.I})
-    order, found = [chart], {_name(chart): 0}
-    table, steps, final = [], [], []
-    for chart in order:
-        limits.check(len(order))
+    steps, final = [], []
+
+    def follow(chart: frozenset) -> dict[int, frozenset]:
         behind: dict[int, dict] = {}
-        for state, w in chart.items():
+        for state, w in chart:
             for symbol, after, arc in fsa.arcs(state):
                 if symbol in range(256):
                     sums = behind.setdefault(int(symbol), {})
                     sums[after] = np.logaddexp(sums.get(after, -math.inf), w + arc.score)
-        row, step = np.full(256, DEAD, dtype=np.int32), np.full(256, -math.inf)
-        for byte, sums in behind.items():
-            total, following = settle(sums)
-            if following:
-                row[byte], step[byte] = found.setdefault(_name(following), len(order)), total
-                if len(found) > len(order):
-                    order.append(following)
-        table.append(row)
-        steps.append(step)
-        final.append(np.logaddexp.reduce([w + ends.get(state, -math.inf) for state, w in chart.items()]))
-    return ByteWeights(np.stack(table), np.stack(steps), np.array(final), start)
+        settled = {byte: settle(sums) for byte, sums in behind.items()}
+        steps.append([settled[byte][0] if byte in settled else -math.inf for byte in range(256)])
+        final.append(np.logaddexp.reduce([w + ends.get(state, -math.inf) for state, w in chart]))
+        return {byte: after for byte, (_, after) in settled.items() if after}
 
-
-def _name(chart: dict) -> frozenset:
-    return frozenset((state, round(float(w), 12)) for state, w in chart.items())
+    start, chart = settle({state: w.score for state, w in fsa.I})
+    table, _ = _explore(chart, follow, limits)
+    return ByteWeights(table, np.array(steps), np.array(final), start)

@@ -15,14 +15,13 @@ import torch
 from genlm.backend.tokenization import Token
 from genlm.control import Potential as GenlmBase
 from genlm.control import PromptedLLM
-from genlm.control.potential.autobatch import AutoBatchedPotential
 from genlm.control.potential.coerce import Coerced
 from genlm.control.potential.product import Product as GenlmProduct
 from torch import Tensor
 
 from fastsmc.automata.language import DEAD
 from fastsmc.genlm.automata import ByteWeights, GenlmAutomaton, compiled, just_ended, weighted
-from fastsmc.genlm.vocabulary import held, packed, unpacked, without_batches
+from fastsmc.genlm.vocabulary import held, packed, unpacked, unwrapped, without_batches
 from fastsmc.potentials import Engine, Potential, Product, Rows, State
 from fastsmc.potentials.base import stops
 from fastsmc.smc.engine import GroupEngine, set_up
@@ -240,11 +239,6 @@ def factors(potential: GenlmBase) -> list[GenlmBase]:
         each = [Coerced(part, potential.vocab, potential.f, **settings) for part in (product.p1, product.p2)]
         return [factor for part in each for factor in factors(part)]
     return [potential]
-
-
-def unwrapped(potential: GenlmBase) -> GenlmBase:
-    """Returns what `autobatched` has wrapped."""
-    return potential.potential if isinstance(potential, AutoBatchedPotential) else potential
 
 
 def _parts(potential: GenlmBase) -> list[GenlmBase]:

@@ -221,10 +221,16 @@ def smc(
     )
     population = llm.model.llm.smc({"prompt_token_ids": list(llm.prompt_ids)}, params, program)
     assert isinstance(population, Population)  # of one prompt
-    stops, contexts = set(llm.token_maps.eos_idxs), []
+    stops = set(llm.token_maps.eos_idxs)
     if json_path is not None:
         twisted = params.proposal == "twisted" and not program.proposal_only
         Path(json_path).write_text(json.dumps(make_record(population, tokens, stops, terminate_when, twisted)))
+    return _sequences(population, tokens, stops)
+
+
+def _sequences(population: Population, tokens: list[Any], stops: set[int]) -> Sequences:
+    """Makes genlm-control's `Sequences` of a population."""
+    contexts = []
     for ids, reason in zip(population.token_ids, population.finish_reasons or (), strict=True):
         context: list[Any] = [tokens[v] for v in ids if v not in stops and v < len(tokens)]
         contexts.append(context if reason == "dead" else [*context, EOS])

@@ -55,13 +55,16 @@ def held(potential: GenlmBase) -> dict[str, GenlmBase]:
     return {name: each for name, each in found.items() if isinstance(each, GenlmBase)}
 
 
+def unwrapped(potential: GenlmBase) -> GenlmBase:
+    """Returns what `autobatched` has wrapped."""
+    return potential.potential if isinstance(potential, AutoBatchedPotential) else potential
+
+
 def without_batches(potential: GenlmBase) -> GenlmBase:
     """Copies a potential without what `autobatched` has left in it and around it, which no pickle takes."""
-    if isinstance(potential, AutoBatchedPotential):
-        return without_batches(potential.potential)
-    plain = copy.copy(potential)
+    plain = copy.copy(unwrapped(potential))
     vars(plain).pop("_autobatched", None)
-    for name, each in held(potential).items():
+    for name, each in held(plain).items():
         setattr(plain, name, without_batches(each))
     return plain
 

@@ -223,7 +223,7 @@ class Staged(Scored):
 
 
 class Proposed(Scored):
-    """Proposes by a mask that the target does not have, and by another prompt and temperature."""
+    """Proposes by another prompt and temperature."""
 
     def __init__(self, lm):  # noqa: F811
         super().__init__(lm)
