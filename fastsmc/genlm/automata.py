@@ -131,17 +131,16 @@ def _over_tokens(automaton: ByteAutomaton, tokens: list[bytes | None], limits: L
 def _over_bytes(potential: BoolFSA, limits: Limits) -> ByteAutomaton | None:
     """Makes the minimal automaton of the same texts; None: a weight that genlm-control computes is none.
 
-    States that lead to no end are left out, by genlm-control's own sums of weights; symbols that are no bytes are moves
-    that no text makes.
+    Symbols that are no bytes are moves that no text makes.
     """
     fsa = potential.wfsa.epsremove
-    sums = {state: fsa.backward[state].score for state in fsa.states}
+    sums = [fsa.backward[state].score for state in fsa.states]
     weights = [w.score for *_, w in fsa.arcs()] + [w.score for _, w in fsa.F] + [w.score for _, w in fsa.I]
-    if fsa.R is Log and all(map(math.isfinite, weights)) and not any(s == math.inf or s != s for s in sums.values()):
-        alive = {state for state, total in sums.items() if total > -math.inf}
-    elif fsa.R is Boolean and all(weights):
-        alive = {state for state, total in sums.items() if total}
+    if fsa.R is Log:
+        known = all(map(math.isfinite, weights)) and not any(s == math.inf or s != s for s in sums)
     else:
+        known = fsa.R is Boolean and all(weights)
+    if not known:
         return None
     final = {state for state, _ in fsa.F}
 
@@ -149,11 +148,11 @@ def _over_bytes(potential: BoolFSA, limits: Limits) -> ByteAutomaton | None:
         behind: dict[int, set] = {}
         for state in states:
             for symbol, after, _ in fsa.arcs(state):
-                if after in alive and symbol in range(256):
+                if symbol in range(256):
                     behind.setdefault(int(symbol), set()).add(after)
         return {byte: frozenset(targets) for byte, targets in behind.items()}
 
-    table, order = _explore(frozenset(state for state, _ in fsa.I if state in alive), follow, limits)
+    table, order = _explore(frozenset(state for state, _ in fsa.I), follow, limits)
     return ByteAutomaton(*minimal(table, np.array([bool(states & final) for states in order]), limits))
 
 

@@ -1,6 +1,7 @@
 """`fastsmc.genlm.smc`: programs as one group request, against enumeration and against genlm-control."""
 
 import asyncio
+import itertools
 import json
 import math
 from collections import defaultdict
@@ -147,10 +148,14 @@ def test_json_record(lm, tmp_path, program):  # noqa: F811
     resamplings = 0
     for seed in range(4):
         ours = smc(sampler, critic, seed=seed, **settings)
-        texts, weights, more = rebuilt(json.loads(path.read_text()), n)
+        record = json.loads(path.read_text())
+        texts, weights, more = rebuilt(record, n)
         assert texts == ["|".join(map(escape, context)) for context in ours.contexts]
         np.testing.assert_allclose(weights, ours.log_weights, atol=1e-6)
         resamplings += more
+        if program == "product":  # of p0 and what is 0 or 1: no weight grows, but to a mean
+            most = [max(float(p["logweight"]) for p in entry["particles"]) for entry in record]
+            assert all(after <= before + 1e-6 for before, after in itertools.pairwise([0.0, *most]))
     assert resamplings > 0
 
 
