@@ -153,9 +153,10 @@ def test_json_record(lm, tmp_path, program):  # noqa: F811
         assert texts == ["|".join(map(escape, context)) for context in ours.contexts]
         np.testing.assert_allclose(weights, ours.log_weights, atol=1e-6)
         resamplings += more
-        if program == "product":  # of p0 and what is 0 or 1: no weight grows, but to a mean
+        if program == "product":  # of p0 and what is 0 or 1: the largest weight never grows, and falls to the mean
             most = [max(float(p["logweight"]) for p in entry["particles"]) for entry in record]
-            assert all(after <= before + 1e-6 for before, after in itertools.pairwise([0.0, *most]))
+            for (before, after), entry in zip(itertools.pairwise([0.0, *most]), record, strict=True):
+                assert after < before - 1e-3 if entry["mode"] == "resample" else after <= before + 1e-6
     assert resamplings > 0
 
 
