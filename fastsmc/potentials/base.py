@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+
+from fastsmc.potentials.waiting import join
 
 if TYPE_CHECKING:
     from fastsmc.potentials.product import Product
@@ -178,6 +181,18 @@ class Potential:
 
     def reindex(self, ancestors: Tensor) -> None:
         """Makes the per-particle state of row i a copy of row ancestors[i]; ancestors (N,) int64."""
+
+    def fetch(self, state: State, about: Tensor) -> Future[None] | None:
+        """Begins to find in the background what `prefix` and `complete` will be asked of this state; None: they answer
+        at once.
+
+        It is called before them, with about (N,) bool, the particles that they will be asked about. While a future is
+        not done the group is parked, and others go on; `prefix` and `complete` are asked once it is. An exception that
+        it holds ends the group, with its text. Where the group is aborted meanwhile the future is cancelled: make it
+        with `fastsmc.potentials.waiting.in_background`, whose function can see that. Where nobody calls this,
+        `prefix` and `complete` wait themselves. Default: all of what the potentials that this one is made of begin.
+        """
+        return join([part.fetch(state, about) for part in parts(self)])
 
     def prefix(self, state: State) -> Tensor:
         """Returns (N,) log ψ_t(s_{1:t}) of unfinished particles."""

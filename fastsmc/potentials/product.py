@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from typing import Any
 
 import torch
@@ -141,6 +142,10 @@ class Final(Potential):
     @property
     def continuation(self) -> list[int] | None:  # type: ignore[override]
         return self.potential.continuation
+
+    def fetch(self, state: State, about: Tensor) -> Future[None] | None:
+        about = about & state.finished  # the others are not asked about
+        return self.potential.fetch(state, about) if about.any() else None
 
     def complete(self, state: State) -> Tensor:
         return check_scores(self.potential, "complete", self.potential.complete(state), state.finished)
