@@ -237,6 +237,8 @@ class HFEngine(Effects, Interchanges):
         auto = Auto.read(n_particles, target_stderr, max_particles, exact, each)
         if not ids:
             return []
+        if any(asked.segmented for asked in each):
+            raise ValueError("segment: the rows of this engine have one length, so it has no segments; use fastsmc.LLM")
         layers, ids, each = self._intervene(intervention, ids, each)
         guide = None if twist is None else twists.Twist.load(twist)
         ready: dict[int, Potential | None] = {}

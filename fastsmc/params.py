@@ -40,11 +40,17 @@ class SMCParams:
         ess_threshold: in [0, 1]; resample when the effective sample size falls below `ess_threshold * N`.
             1.0 resamples at every step, 0.0 never.
         resampling: 'systematic', 'stratified', 'multinomial', 'residual' or 'ssp'.
-        resample_every: at least 1; resample only after this many tokens, twice as many, and so on.
+        resample_every: at least 1; resample only after this many tokens, or with segments boundaries, twice as many,
+            and so on.
         resampling_temperature: τ, at least 1, or 'entropic'; ancestors are drawn in proportion to weight^(1/τ), and
             children keep what that leaves of the weight, so that log Ẑ stays unbiased in Z. 1.0 draws by weight.
-            'entropic' is max(1, (N/ESS)(1 − t/max_tokens)) while ESS < N/2 and t < max_tokens/2, else 1, with t tokens
-            drawn. (Below 1 the weights that are left would have no bound.)
+            'entropic' is max(1, (N/ESS)(1 − t/max_tokens)) while ESS < N/2 and t < max_tokens/2, else 1, after t steps.
+            (Below 1 the weights that are left would have no bound.)
+        segment: a string or several, the delimiters of segments. A particle draws until the text that it has drawn in
+            this segment holds one, and waits. At a boundary, when all that are unfinished wait, they are weighed and
+            resampled together, and never else.
+        segment_token_ids: tokens that end a segment, too.
+        max_segment_tokens: what a segment has at most; None: no bound. Any of these three makes segments.
         proposal: 'twisted' draws from p0·ψ where the potential gives `logw_next`; 'base' draws from p0 and weighs
             afterwards; 'rejection' draws as 'twisted' does, but asks potentials such as `Condition` for single tokens
             until they allow one (docs/conditions.md).
@@ -89,6 +95,9 @@ class SMCParams:
     power_ramp: int | tuple[float, ...] | None = None
     resample_every: int = 1
     resampling_temperature: float | str = 1.0
+    segment: tuple[str, ...] | None = None
+    segment_token_ids: tuple[int, ...] | None = None
+    max_segment_tokens: int | None = None
 
     def __post_init__(self) -> None:
         def put(name: str, value: Any) -> None:
@@ -118,7 +127,11 @@ class SMCParams:
         if self.allowed_token_ids == ():
             raise ValueError("allowed_token_ids=[]: must hold at least one token id, or be None")
         put("min_tokens", check_int("min_tokens", self.min_tokens, 0, self.max_tokens))
-        put("stop", _check_stop(self.stop))
+        put("stop", _check_strings("stop", self.stop))
+        put("segment", _check_strings("segment", self.segment))
+        put("segment_token_ids", _check_ids("segment_token_ids", self.segment_token_ids) or None)
+        if self.max_segment_tokens is not None:
+            put("max_segment_tokens", check_int("max_segment_tokens", self.max_segment_tokens, 1, 2**24))
         put("power", check_power("power", self.power))
         put("power_ramp", _check_ramp(self.power_ramp, self.power))
         if self.force_stop and self.ignore_eos and not self.stop_token_ids:
@@ -140,6 +153,11 @@ class SMCParams:
         return *self.power_ramp[: self.max_tokens], self.power
 
     @property
+    def segmented(self) -> bool:
+        """Says whether particles wait for each other at the ends of segments."""
+        return not (self.segment is None and self.segment_token_ids is None and self.max_segment_tokens is None)
+
+    @property
     def powered(self) -> bool:
         """Says whether the target, or one on the way to it, has a power of p0 other than 1."""
         return any(power != 1.0 for power in self.powers)
@@ -158,6 +176,7 @@ class SMCParams:
     _OWN = (
         *("n_particles", "ess_threshold", "resampling", "proposal", "group", "force_stop"),
         *("resample_every", "resampling_temperature", "power", "power_ramp"),
+        *("segment", "segment_token_ids", "max_segment_tokens"),
     )
 
     def to_extra_args(self) -> dict[str, Any]:
@@ -268,13 +287,13 @@ def _check_bias(bias: Any) -> dict[int, float] | None:
     return out or None
 
 
-def _check_stop(stop: Any) -> tuple[str, ...] | None:
+def _check_strings(name: str, value: Any) -> tuple[str, ...] | None:
     """Reads a string or several, none of them empty; None for none."""
-    strings = [stop] if isinstance(stop, str) else stop
+    strings = [value] if isinstance(value, str) else value
     if strings is None:
         return None
     if not isinstance(strings, (list, tuple)) or not all(isinstance(text, str) and text for text in strings):
-        raise ValueError(f"stop={stop!r}: must be a string or a list of strings, none of them empty")
+        raise ValueError(f"{name}={value!r}: must be a string or a list of strings, none of them empty")
     if any("\ud800" <= character <= "\udfff" for character in "".join(strings)):
-        raise ValueError(f"stop={stop!r}: holds a surrogate, which is no character")
+        raise ValueError(f"{name}={value!r}: holds a surrogate, which is no character")
     return tuple(strings) or None

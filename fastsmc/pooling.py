@@ -64,7 +64,15 @@ def pool(parts: Sequence[Population]) -> dict[str, Any]:
         "questions": _added([part.questions for part in parts]),
         "island": island,
         "island_resampled": island_resampled,
+        "segments": _beside([part.segments for part in parts]),
+        "boundaries": None if (all_of := _beside([part.boundaries for part in parts])) is None else np.unique(all_of),
     }
+
+
+def _beside(arrays: Sequence[np.ndarray | None]) -> np.ndarray | None:
+    """Lays vectors one behind the other; None: one is not there."""
+    found = [array for array in arrays if array is not None]
+    return np.concatenate(found) if len(found) == len(arrays) else None
 
 
 def _check(parts: Sequence[Population]) -> None:

@@ -66,7 +66,8 @@ class Population:
         ess: (T,) float64, effective sample size right after step t was weighed, before any resampling.
         resampled: (T,) bool, whether ancestors[t] came from a resampling.
         ancestors: (T, N) int32, row of step t - 1 that row i continues at step t.
-        tokens: (T, N) int32, token drawn by row i at step t, before later resamplings; -1 where it had ended.
+        tokens: (T, N) int32, token drawn by row i at step t, before later resamplings; -1 where it had ended, or
+            waited for a boundary.
         step_log_weights: (T, N) float64, weights right after step t was weighed, before any resampling. With the
             twisted proposal that is before the draw, so its rows are then those of step t - 1.
         prompt_token_ids: the prompt's tokens.
@@ -83,6 +84,10 @@ class Population:
         island_resampled: (T, K) bool, whether island k was resampled before step t; None: as `resampled`, of one.
         pilot: with `n_particles="auto"` the pool of islands that said how many others to run; None: there were none.
         capped: whether they asked for more than `max_particles` allows.
+        segments: (N,) int32, segments of each particle, the last of which its end may have cut short; None: the group
+            had none.
+        boundaries: (K,) int32, steps after which the group was weighed, and perhaps resampled; None likewise. Between
+            them weights are as they were, but for those of a proposal other than p0.
 
     Raises:
         ValueError: naming the field that has a wrong shape or dtype, a NaN or a +inf, or an ancestor out of range.
@@ -126,6 +131,8 @@ class Population:
     island_resampled: np.ndarray = None  # type: ignore[assignment]
     pilot: Population | None = None
     capped: bool = False
+    segments: np.ndarray | None = None
+    boundaries: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if self.island is None:
@@ -170,9 +177,23 @@ class Population:
             if len(self.finish_reasons) != sizes["N"]:
                 raise ValueError(f"finish_reasons: {len(self.finish_reasons)} of them for {sizes['N']} particles")
 
+        self._check_segments()
         asked = self.questions
         if asked is not None and (not isinstance(asked, dict) or asked.keys() != {"asked", "calls", "cut"}):
             raise ValueError(f"questions={self.questions!r}: must have 'asked', 'calls' and 'cut'")
+
+    def _check_segments(self) -> None:
+        if (self.segments is None) != (self.boundaries is None):
+            raise ValueError("segments, boundaries: one of them is None; both must be, or none")
+        if self.segments is None or self.boundaries is None:
+            return
+        for name in ("segments", "boundaries"):
+            array = _as_array(name, getattr(self, name), np.int32)
+            if array.ndim != 1 or (array < 0).any():
+                raise ValueError(f"{name}: must be a vector of numbers that are not negative")
+            setattr(self, name, array)
+        if len(self.segments) != self.n_particles or (self.boundaries >= self.T).any():
+            raise ValueError(f"segments, boundaries: not those of N={self.n_particles} particles and T={self.T} steps")
 
     def _check_stderr(self) -> None:
         value, reason = self.log_z_stderr, self.log_z_stderr_reason
@@ -208,6 +229,8 @@ class Population:
         stopped: np.ndarray,
         prompt: list[int],
         params: SMCParams,
+        segments: np.ndarray | None = None,
+        boundaries: np.ndarray | None = None,
     ) -> Population:
         """Traces each final particle back through a record kept step by step.
 
@@ -234,6 +257,8 @@ class Population:
             prompt_token_ids=list(prompt),
             params=params,
             finish_reasons=["stop" if s else "length" if f else "dead" for s, f in zip(stopped, full, strict=True)],
+            segments=segments,
+            boundaries=boundaries,
         )
 
     @staticmethod
@@ -269,7 +294,7 @@ class Population:
 
     @property
     def T(self) -> int:
-        """Counts the steps; at most `params.max_tokens`."""
+        """Counts the steps; at most `params.max_tokens`, unless particles waited for each other at boundaries."""
         return len(self.ess)
 
     @property
@@ -415,6 +440,8 @@ class Population:
         flat = np.fromiter((v for ids in self.token_ids for v in ids), dtype=np.int64, count=int(lengths.sum()))
         arrays = {name: getattr(self, name) for name in self.ARRAYS}
         arrays |= {"log_z": np.float64(self.log_z), "flat_token_ids": flat, "lengths": lengths}
+        if self.segments is not None:
+            arrays |= {"segments": self.segments, "boundaries": self.boundaries}
         if self.pilot is not None:
             arrays["pilot"] = np.frombuffer(self.pilot.to_bytes(), dtype=np.uint8)
         meta = {
@@ -464,6 +491,7 @@ class Population:
             }
             kinds |= {"log_z": np.float64, "flat_token_ids": np.int64, "lengths": np.int64}
             kinds |= {"pilot": np.uint8} if "pilot" in members else {}
+            kinds |= {name: np.int32 for name in ("segments", "boundaries") if name in members}
             arrays: dict[str, Any] = {name: _array(members, name, dtype) for name, dtype in kinds.items()}
             good = meta.get("digest") in (None, _digest(arrays))  # older files have none
             log_z, lengths, flat = (arrays.pop(name) for name in ("log_z", "lengths", "flat_token_ids"))

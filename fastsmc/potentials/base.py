@@ -67,6 +67,9 @@ class State:
         step: int, t.
         prompt: list of int, the prompt's tokens.
         max_tokens: int, the longest continuation.
+        segments: (N,) int64, segments of each particle that have ended, that which has just ended included; None in a
+            group without segments. In one with them a particle may draw nothing at a step, as it waits: `tokens` then
+            holds −1 there, in between, `step` is the length of none, and `last_tokens` is still its last one.
         stop_token_ids: frozenset of int, the tokens that end a particle.
     """
 
@@ -83,6 +86,7 @@ class State:
     prompt: list[int]
     max_tokens: int
     stop_token_ids: frozenset[int]
+    segments: Tensor | None = None
 
 
 class Engine:
@@ -242,6 +246,11 @@ def parts(potential: Potential) -> list[Potential]:
 def stops(potential: Potential) -> bool:
     """Says whether a potential, or one that it is made of, defines `stop`."""
     return type(potential).stop is not Potential.stop or any(map(stops, parts(potential)))
+
+
+def fetches(potential: Potential) -> bool:
+    """Says whether a potential, or one that it is made of, defines `fetch`."""
+    return type(potential).fetch is not Potential.fetch or any(map(fetches, parts(potential)))
 
 
 def answered(potential: Potential) -> set[str]:

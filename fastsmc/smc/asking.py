@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 from fastsmc.params import SMCParams
 from fastsmc.potentials import Potential, State
 from fastsmc.potentials.answers import NextRows, check_next, check_scores
-from fastsmc.potentials.base import stops
+from fastsmc.potentials.base import fetches, stops
 from fastsmc.potentials.condition import conditions, most_asked
 from fastsmc.potentials.copying import for_others
 from fastsmc.potentials.joint import is_joinable
@@ -42,8 +43,13 @@ class GroupState(State):
         self.rows = torch.where(rows >= 0, rows - first_row, -1) if first_row else rows.clone()
         self.step, self.prompt, self.max_tokens = step, list(asker.prompt), asker.params.max_tokens
         self.stop_token_ids = asker.stop_token_ids
+        self.segments = None
         self._tokens, self._token_log_probs, self._hidden = tokens, token_log_probs, hidden
         self._log_prob = particles.log_prob[part]
+
+    def hide(self, hidden: Tensor | None) -> None:
+        """Has other hidden states (R, H), or none, to which `rows` belong."""
+        self._hidden = lambda: hidden
 
     @property
     def tokens(self) -> Tensor:  # type: ignore[override]  # see above
@@ -81,6 +87,7 @@ class Asker:
         last_sizes: rows of log ψ and of the mask in the last answer of `logw_next`.
         scorer: answers `continuation_log_prob` while it is asked for scores.
         stops: whether the potential ends particles.
+        fetches: whether it may need time for its answers (`Potential.fetch`).
         conditions: the potentials in it that are asked for candidate tokens.
         most_asked: how many candidates a particle is asked about per step at most, a number or inf.
         known: a continuation, and its (N,) float64 log-probs in this step.
@@ -102,7 +109,7 @@ class Asker:
         self.last_sizes = (0, 0)
         self.scorer: Callable[[list[int], int], Tensor] | None = None
         self.known: tuple[list[int], Tensor] | None = None
-        self.stops = stops(potential)
+        self.stops, self.fetches = stops(potential), fetches(potential)
         self.conditions, self.most_asked = conditions(potential), most_asked(potential)
 
     def error(self, method: str, what: str, step: int | None = None, of: Potential | None = None) -> SMCError:
@@ -139,6 +146,29 @@ class Asker:
             return check_scores(self.potential, method, answer, state.finished)
         except TypeError as error:
             raise self._refused(method, error) from None
+
+    def fetch(self, state: State, about: Tensor) -> concurrent.futures.Future | None:
+        """Asks `fetch` about the particles (N,) bool that `prefix` and `complete` will be asked about.
+
+        Raises:
+            SMCError: it raised, or answered with something else.
+        """
+        answer = self.call("fetch", state, about)
+        if answer is not None and not isinstance(answer, concurrent.futures.Future):
+            what = f"returned {type(answer).__name__}; must be a concurrent.futures.Future or None"
+            raise self.error("fetch", what)
+        return answer
+
+    def check(self, future: concurrent.futures.Future) -> None:
+        """Looks at what a `fetch` that is done has come to.
+
+        Raises:
+            SMCError: to an exception, or to nothing.
+        """
+        if future.cancelled():
+            raise self.error("fetch", "was cancelled")
+        if (error := future.exception()) is not None:
+            raise self.error("fetch", f"raised {type(error).__name__}: {error}") from error
 
     def stop(self, state: State) -> Tensor:
         """Asks `stop`: (N,) bool.

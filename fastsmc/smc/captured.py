@@ -64,6 +64,8 @@ def why_not_captured(params: SMCParams, potential: Potential | None) -> str | No
         return f"potential={type(potential).__name__}: is not capturable (Potential.capturable)"
     if potential is not None and stops(potential):
         return f"potential={type(potential).__name__}: has `stop`, which ends particles on the host"
+    if params.segmented:
+        return "params: segments let particles wait, which is decided on the host"
     if params.proposal == "rejection":
         return "params.proposal='rejection': asks for tokens on the host"
     if params.stop is not None:

@@ -2,7 +2,8 @@
 
     arrange(groups) → cohorts
     cohort.wants()  → Wants      which histories the model must append a token to, after which copies
-    cohort.take(logits, hidden)  the step; yields `Scores` where potentials want continuations scored
+    cohort.take(logits, hidden)  the step; yields `Scores` where potentials want continuations scored, and `Answers`
+                                 where they are not ready to answer
 
 A group asks for nothing itself, so one pass of a model serves the rows of all groups. The host waits for the device
 twice per step, whatever the number of groups: once to hear who has ended, once to hear who goes on with how many
@@ -12,6 +13,7 @@ each group's strings; top_p waits too.
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import functools
 import itertools
@@ -75,19 +77,30 @@ class Scores(NamedTuple):
     given: int = 0
 
 
-#: what `Cohort.take` yields, is sent, and returns
-Flow = Generator[Scores, Tensor, None]
+class Answers(NamedTuple):
+    """Asks to go on when what a potential needs for its answers is there: the `future` of `Potential.fetch`.
+
+    It comes from cohorts of one group only.
+    """
+
+    future: concurrent.futures.Future
+
+
+#: what `Cohort.take` yields, is sent (None for `Answers`), and returns
+Flow = Generator[Scores | Answers, Tensor | None, None]
 
 
 def arrange(groups: Sequence[Group]) -> list[Cohort]:
     """Puts groups that are not done into cohorts, as few as there are kinds.
 
     Those of a kind keep their order, but that those which are asked together stand side by side. Groups with a bias
-    have float32 logits (`p0.restrict`), so they are apart: the others keep their bits.
+    have float32 logits (`p0.restrict`), so they are apart: the others keep their bits. So are those that may have to
+    wait for their potentials' answers.
     """
     kinds: dict[object, dict[object, list[Group]]] = {}
     for group in groups:
-        kind = group.kind, group.device, group.p0.bias is not None
+        waits = group if group.asker is not None and group.asker.fetches else None
+        kind = group.kind, group.device, group.p0.bias is not None, waits
         kinds.setdefault(kind, {}).setdefault(group.asked_with, []).append(group)
     return [_cohort_of(list(itertools.chain(*members.values()))) for members in kinds.values()]
 
@@ -147,8 +160,8 @@ class Cohort:
             self.log,
         )
         if old:
-            self.step.step = torch.stack([cohort.step.step[g] for cohort, g in old])
-            self.step.log_z = torch.stack([cohort.step.log_z[g] for cohort, g in old])
+            for name in ("step", "log_z", "boundaries", "at_boundary"):
+                setattr(self.step, name, torch.stack([getattr(cohort.step, name)[g] for cohort, g in old]))
         self.layout: Layout = self.step.layout
         self.scorer: Callable[[Scores], Tensor] | None = None
         self._hidden: Tensor | None = None
@@ -220,13 +233,15 @@ class Cohort:
             self.log.put("tokens", torch.full_like(self.layout.all, -1))
             self.log.put("token_log_probs", torch.zeros_like(particles.log_w))
             self.log.put("token_log_kernels", torch.zeros_like(particles.log_w))
+            self.log.put("boundary", torch.zeros_like(step.going))
             self.log.close()
             group.done = True
 
     def readers(self, g: int) -> Tensor:
-        """Marks the slots of group g whose history goes on, (N,) bool."""
-        part, size = self.layout.part(g), self.groups[g].n
-        slots = torch.where(self.particles.finished[part], size, self.particles.slots[part])
+        """Marks the slots of group g whose history is kept, (N,) bool."""
+        part, size, particles = self.layout.part(g), self.groups[g].n, self.particles
+        over = particles.finished[part] & ~particles.paused[part]
+        slots = torch.where(over, size, particles.slots[part])
         used = torch.zeros(size + 1, dtype=torch.bool, device=slots.device)
         used[slots] = True
         return used[:size]
@@ -234,7 +249,7 @@ class Cohort:
     def wants(self) -> Wants:
         """Says what the model must do for the next step. Asked again, it wants the same."""
         particles = self.particles
-        plan = self._next or self._settle(self.step.active)
+        plan = self._next or self._plan_rows()
         self._next = None
         particles.slots.copy_(plan.slots)
         particles.rows.copy_(plan.rows)
@@ -243,6 +258,17 @@ class Cohort:
             self._bounds.append(self._bounds[-1] + group.n_rows)
         moves = plan.ancestors if any(group.copies for group in self.groups) else None
         return self._wants(plan.present, plan.tokens, self._bounds, moves)
+
+    def _plan_rows(self) -> ops.Histories:
+        """Gives histories their slots; of those that are kept, the ones that particles draw from have rows."""
+        plan, step, size = self._settle(self.step.kept), self.step, len(self.layout.all)
+        if not step.kind.segmented:
+            return plan
+        slots = plan.slots + self.layout.start
+        draws = torch.zeros(size + 1, dtype=torch.bool, device=slots.device)
+        draws[torch.where(step.active, slots, size)] = True
+        rows = torch.where(step.active, (draws[:size].cumsum(0) - 1)[slots], -1)
+        return plan._replace(present=draws[:size], rows=rows)
 
     def _settle(self, wanted: Tensor) -> ops.Histories:
         particles = self.particles
@@ -271,9 +297,10 @@ class Cohort:
         if not any(self._own(group) for group in self.groups):
             return
         if any(group.p0.restricted for group in self.groups):
-            rows = torch.tensor([b - a for a, b in itertools.pairwise(self._bounds)], device=logits.device)
-            before = step.step.repeat_interleave(rows, output_size=self._bounds[-1])
-            logits = restrict(logits, [group.p0 for group in self.groups], self._bounds, before)
+            n_rows = self._bounds[-1]
+            before = torch.zeros(n_rows + 1, dtype=torch.int64, device=logits.device)
+            before[torch.where(step.active, self.particles.rows, n_rows)] = self.particles.lengths
+            logits = restrict(logits, [group.p0 for group in self.groups], self._bounds, before[:n_rows])
         for group, row in zip(self.groups, self._bounds, strict=False):
             if group.watch is not None and self._own(group):
                 group.watch(logits[row])
@@ -289,15 +316,20 @@ class Cohort:
                 logits, told if shaped else None, None if shaped else told, first, self._forced(), factual
             )
         moving = step.resampled if step.kind.twisted else None
-        if any(group.ends_itself for group in self.groups):
+        unfinished = step.active
+        if any(group.ends_itself for group in self.groups) or step.kind.segmented:
             bad, moved = self._read(self._bad(), moving)
             self._fail_bad(bad)
             self._reindex(moved)
+            segment_ended = self._end_segments() if step.kind.segmented else None
             ended, moving = self._ask_stops(ended), None
-        bad, n_ended, left, moved = self._read(self._bad(), ended, step.active, moving)
+            unfinished = step.active
+            if segment_ended is not None:
+                ended, unfinished = self._pause(segment_ended, ended)
+        bad, n_ended, left, moved = self._read(self._bad(), ended, unfinished, moving)
         self._fail_bad(bad)
         self._reindex(moved)
-        new_psi = yield from self._ask_scores(ended, n_ended, left, change)
+        new_psi = yield from self._ask_scores(ended, unfinished, n_ended, left, change)
         step.close(new_psi)
         self._end_step()
 
@@ -345,7 +377,12 @@ class Cohort:
         parts = []
         for group in self.groups:
             assert group.exact is not None  # of this kind all have some
-            parts.append(group.exact[:, min(group.t, group.params.max_tokens - 1)].expand(group.n))
+            part = self.layout.part(group.index)
+            at = torch.where(self.particles.retained[part], self.particles.lengths[part], 0)
+            if len(group.exact) == 1:  # whoever may be its particle when this step has resampled
+                at = at.max().expand(group.n)
+            at = at.clamp(max=group.params.max_tokens - 1)
+            parts.append(group.exact.expand(group.n, -1).gather(1, at[:, None]).squeeze(1))
         return torch.cat(parts)
 
     def _factual(self, device: torch.device) -> Factual:
@@ -368,7 +405,7 @@ class Cohort:
         """Brings the groups up to date, and finds out what they want next."""
         step, particles = self.step, self.particles
         self.log.close()
-        plan = self._next = self._settle(step.active)
+        plan = self._next = self._plan_rows()
         unfinished = ~particles.finished
         numbers: tuple[Tensor, ...] = ()  # read as the bits that they are
         if any(group.progress is not None for group in self.groups):
@@ -400,8 +437,9 @@ class Cohort:
         return torch.stack(values).tolist()
 
     # ------------------------------------------------------------------------------------------ asking the potentials
-    def _state(self, run: Together, drawn: int = 0) -> GroupState:
-        """Makes the view of groups that have drawn a token in this step, or not."""
+    def _state(self, run: Together, drawn: int = 0, scored: bool = False) -> GroupState:
+        """Makes the view of groups that have drawn a token in this step, or not; `scored`: of particles that may have
+        drawn it earlier, where there are segments."""
         asker, groups, hidden = run.asker, self.groups[run.first : run.last], self._hidden
         assert asker is not None  # else nobody looks
         asker.last_step = groups[0].t + drawn
@@ -418,6 +456,12 @@ class Cohort:
         )
         if asker.last_step == 0:
             state.last_tokens = None
+        if self.step.kind.segmented:
+            state.segments = self.particles.segments[run.part].clone()
+            if scored:
+                waiting = self.particles.paused[run.part]
+                state.rows = torch.where(waiting, self.layout.local[run.part], -1)
+                state.hide(groups[0].held_hidden)
         return state
 
     def _ask_next(self) -> list[NextRows | None]:
@@ -449,7 +493,8 @@ class Cohort:
                 if self._own(self.groups[g]) and (strings := self.groups[g].stop_strings) is not None:
                     part = self.layout.part(g)
                     drew = self.step.active[part] | (ended & ~self.particles.stopped)[part]
-                    stopped[part] |= strings.stop(self.particles.last_tokens[part], drew)
+                    found = strings.find(self.particles.last_tokens[part], drew)
+                    stopped[part] |= found & (self.particles.lengths[part] > self.groups[g].params.min_tokens)
             own = any(self._own(group) for group in self.groups[run.first : run.last])
             if run.asker is not None and run.asker.stops and own:
                 try:
@@ -460,19 +505,48 @@ class Cohort:
         self.step.end(stopped)
         return ended | stopped
 
+    def _end_segments(self) -> Tensor:
+        """Ends the segments of particles that have just drawn, and does so on their texts; returns which, (M,) bool."""
+        by_text, active = torch.zeros_like(self.particles.finished), self.step.active
+        followed = [(g, group.segment_strings) for g, group in enumerate(self.groups) if self._own(group)]
+        for g, strings in followed:
+            if strings is not None:
+                part = self.layout.part(g)
+                by_text[part] = strings.find(self.particles.last_tokens[part], active[part])
+        segment_ended = self.step.end_segments(by_text)
+        for g, strings in followed:
+            if strings is not None:
+                strings.begin_anew(segment_ended[self.layout.part(g)])
+        return segment_ended
+
+    def _pause(self, segment_ended: Tensor, ended: Tensor) -> tuple[Tensor, Tensor]:
+        """Does `Step.pause`, and keeps the hidden states of those that wait."""
+        waited, out = self.particles.paused.clone(), self.step.pause(segment_ended, ended)
+        hidden, came = self._hidden, self.particles.paused & ~waited
+        for g, group in enumerate(self.groups):
+            if hidden is not None and group.asker is not None and self._own(group):
+                part = self.layout.part(g)
+                held = hidden[self.particles.rows[part].clamp(min=0)]
+                if group.held_hidden is not None:
+                    held = torch.where(came[part, None], held, group.held_hidden)
+                group.held_hidden = held
+        return out
+
     def _ask_scores(
-        self, ended: Tensor, n_ended: list[int], left: list[int], change: Tensor
-    ) -> Generator[Scores, Tensor, Tensor | None]:
-        """Asks `complete` about particles that ended, `prefix` about others where weights need it: (M,) new log ψ."""
+        self, ended: Tensor, unfinished: Tensor, n_ended: list[int], left: list[int], change: Tensor
+    ) -> Generator[Scores | Answers, Tensor | None, Tensor | None]:
+        """Asks `complete` about particles in `ended`, and where weights need it `prefix` about those in `unfinished`,
+        both (M,) bool: (M,) new log ψ."""
         step = self.step
         complete = [self._has(run, n_ended) for run in self._asked]
         by_prefix = [not (step.kind.twisted or self.groups[run.first].weighs_by_next) for run in self._asked]
         prefix = [wants and self._has(run, left) for wants, run in zip(by_prefix, self._asked, strict=True)]
         if not any(complete + prefix):
             return None if step.kind.twisted else self.particles.log_psi + change
-        yield from self._score_declared(ended, complete, prefix)
+        yield from self._score_declared(ended, unfinished, complete, prefix)
+        yield from self._fetch(ended, unfinished, complete, prefix)
         new_psi = self._scores("complete", faults.COMPLETE, ended, complete, self.particles.log_psi + change)
-        new_psi = self._scores("prefix", faults.PREFIX, step.active, prefix, new_psi)
+        new_psi = self._scores("prefix", faults.PREFIX, unfinished, prefix, new_psi)
         for run in self._asked:
             if run.asker is not None:
                 run.asker.known = None
@@ -494,7 +568,7 @@ class Cohort:
                 assert run.asker is not None  # else it is not in `which`
                 run.asker.scorer = functools.partial(self._continuation, run, asked)
                 try:
-                    values = run.asker.scores(method, self._state(run, 1))
+                    values = run.asker.scores(method, self._state(run, 1, scored=True))
                 except SMCError as error:
                     self._fail(run, error)
             answers.append(torch.zeros_like(new_psi[run.part]) if values is None else values)
@@ -505,9 +579,10 @@ class Cohort:
     def _reindex(self, moved: list[int]) -> None:
         """Lets the potentials' particles follow the last resampling."""
         for g, group in enumerate(self.groups):
-            if group.stop_strings is not None and moved[g]:
-                part = self.layout.part(g)
-                group.stop_strings.reindex(self.step.ancestors[part] - part.start)
+            for strings in (group.stop_strings, group.segment_strings):
+                if strings is not None and moved[g]:
+                    part = self.layout.part(g)
+                    strings.reindex(self.step.ancestors[part] - part.start)
         for run in self._asked:
             if run.asker is not None and self._has(run, moved):
                 try:
@@ -523,7 +598,7 @@ class Cohort:
             continuations: of each run.
         """
         particles, layout = self.particles, self.layout
-        plan = self._settle(asked | self.step.active)
+        plan = self._settle(asked | self.step.kept)
         particles.slots.copy_(plan.slots)
         slots, size = plan.slots + layout.start, len(asked)
         present = torch.zeros(size + 1, dtype=torch.bool, device=asked.device)
@@ -536,18 +611,36 @@ class Cohort:
         by_group = [ids for ids, run in by_run for _ in range(run.first, run.last)]
         return Scores(wants, by_group), (present.cumsum(0) - 1)[slots].clamp(min=0)
 
+    def _fetch(
+        self, ended: Tensor, unfinished: Tensor, complete: list[bool], prefix: list[bool]
+    ) -> Generator[Answers, None, None]:
+        """Waits until potentials can answer about the particles that they are about to be asked about."""
+        for run, ends, goes_on in zip(self._asked, complete, prefix, strict=True):
+            if run.asker is None or not run.asker.fetches or not (ends or goes_on):
+                continue
+            about = torch.zeros_like(ended[run.part])
+            for wanted, which in ((ends, ended), (goes_on, unfinished)):
+                about |= which[run.part] & wanted
+            try:
+                future = run.asker.fetch(self._state(run, 1, scored=True), about)
+                if future is not None:
+                    yield Answers(future)
+                    run.asker.check(future)
+            except SMCError as error:
+                self._fail(run, error)
+
     def _score_declared(
-        self, ended: Tensor, complete: list[bool], prefix: list[bool]
+        self, ended: Tensor, unfinished: Tensor, complete: list[bool], prefix: list[bool]
     ) -> Generator[Scores, Tensor, None]:
         """Has the continuations scored that potentials declare, those of all groups in one pass."""
         continuations: list[list[int]] = []
-        asked, active = torch.zeros_like(ended), self.step.active
+        asked = torch.zeros_like(ended)
         for run, ends, goes_on in zip(self._asked, complete, prefix, strict=True):
             ids = None if run.asker is None else run.asker.potential.continuation
             if ids is not None and ends:
                 asked[run.part] |= ended[run.part]
             if ids is not None and goes_on and run.asker is not None and run.asker.potential.continuation_in_prefix:
-                asked[run.part] |= active[run.part]
+                asked[run.part] |= unfinished[run.part]
             elif not ends:
                 ids = None
             continuations.append(ids or [])
@@ -623,7 +716,7 @@ class Cohort:
 
 
 def finish(flow: Flow, score: Callable[[Scores], Tensor] | None = None) -> None:
-    """Runs a `Cohort.take` to its end, with `score` for the continuations that it wants scored.
+    """Runs a `Cohort.take` to its end, with `score` for the continuations that it wants scored; waits for potentials.
 
     Raises:
         NotImplementedError: it wants some, and there is no `score`.
@@ -631,6 +724,10 @@ def finish(flow: Flow, score: Callable[[Scores], Tensor] | None = None) -> None:
     try:
         wanted = next(flow)
         while True:
+            if isinstance(wanted, Answers):
+                concurrent.futures.wait([wanted.future])
+                wanted = next(flow)
+                continue
             if score is None:
                 raise NotImplementedError("this driver cannot score continuations")
             wanted = flow.send(score(wanted))

@@ -26,7 +26,7 @@ from fastsmc.smc.engine import GroupEngine, SMCError
 from fastsmc.smc.evidence import Evidence
 from fastsmc.smc.record import Lineages, make_population
 from fastsmc.smc.step import CHOOSE, Kind
-from fastsmc.smc.stop_strings import StopStrings
+from fastsmc.smc.strings import Strings, unheld
 
 
 class Setup:
@@ -57,7 +57,7 @@ class Setup:
         n: number of particles N.
         asker: asks the potential; None without one.
         p0: what the group's p0 is besides the model.
-        stop_strings: end particles on their text; None without any.
+        stop_strings, segment_strings: end particles, and segments, on their text; None without any.
         ends_itself: whether particles end otherwise than by stop tokens and length.
         kind: of the group.
         weighed: whether its weights differ: it has a potential, or raises p0 to a power.
@@ -91,13 +91,17 @@ class Setup:
             raise SMCError(none, kind="refused")
         self.all_stop_token_ids = self.stop_token_ids | (all_stop_token_ids or frozenset())
         self.p0 = P0(params, self.all_stop_token_ids, self.device)
-        self.stop_strings: StopStrings | None = None
-        if params.stop is not None:
-            if engine is None or engine.tokenizer is None:
-                raise SMCError(
-                    f"stop={list(params.stop)}: this engine has no tokenizer; give stop_token_ids", kind="refused"
-                )
-            self.stop_strings = StopStrings(engine.tokenizer, params, self.prompt, self.device)
+        tokenizer = None if engine is None else engine.tokenizer
+        self.stop_strings = self._strings("stop", params.stop, "stop_token_ids", tokenizer)
+        self.segment_strings = self._strings("segment", params.segment, "segment_token_ids", tokenizer)
+        if params.segment is not None and (not_held := unheld(tokenizer, params.segment)):
+            raise SMCError(
+                f"segment={list(params.segment)}: no text of this model's tokens holds {not_held[0]!r} (special tokens "
+                "have no text); give segment_token_ids",
+                kind="refused",
+            )
+        if params.segmented and evidence is not None:
+            raise SMCError(f"{_segments(params)}: counterfactuals have no segments; leave it out", kind="refused")
         self.watch: Callable[[Tensor], None] | None = None
         self.blame: Callable[[], str] | None = None  # says what of the model's call may have made a NaN
         self.asker: Asker | None = None
@@ -135,7 +139,16 @@ class Setup:
         scheme = params.resampling if self.exact is None else "multinomial"
         self.evidence = evidence
         noise = None if evidence is None else evidence.noise
-        self.kind = Kind(twisted, guided, self.exact is not None, scheme, noise, params.powered, rejects)
+        self.kind = Kind(
+            twisted, guided, self.exact is not None, scheme, noise, params.powered, rejects, params.segmented
+        )
+
+    def _strings(self, name: str, strings: Sequence[str] | None, instead: str, tokenizer: Any) -> Strings | None:
+        if strings is None:
+            return None
+        if tokenizer is None:
+            raise SMCError(f"{name}={list(strings)}: this engine has no tokenizer; give {instead}", kind="refused")
+        return Strings(tokenizer, strings, self.prompt, self.n, self.device)
 
     def _read_exact(self, exact: Sequence[Sequence[int]], vocab: int | None) -> Tensor:
         steps = self.params.max_tokens
@@ -195,6 +208,7 @@ class Group(Setup):
         n_rows: how many rows it wants of the model at its next step.
         copies: whether slots must be copied for that.
         lineages: its record.
+        held_hidden: (N, H) hidden states of particles that wait for a boundary, as they were; or None.
         n_cut: how often a particle was asked about no more tokens because of `Potential.max_asked`.
         progress: None, or how each step went, for whoever takes it away: the step, ESS and log Ẑ so far as it was
             weighed (log of the mean weight in the record; None: no weight is left), whether it `resampled` thereupon,
@@ -208,6 +222,7 @@ class Group(Setup):
         self.error: SMCError | None = None
         self.lineages = Lineages(self.n, self.device)
         self.progress: list[dict[str, Any]] | None = None
+        self.held_hidden: Tensor | None = None
         self.cohort = Cohort([self])
         self.index = 0
         self.cohort.begin()
@@ -218,7 +233,7 @@ class Group(Setup):
         asker = self.asker
         if asker is None:
             return ()
-        if not asker.joinable:
+        if not asker.joinable or self.params.segmented:
             return (id(self),)
         origin, same = (id(asker.origin), id(asker.engine)), (self.weighs_by_next, self.stop_token_ids)
         return *origin, *same, self.t, self.params.max_tokens
@@ -275,7 +290,9 @@ class Group(Setup):
 
     def population(self) -> Population:
         """Gives the weighted particles, traced back through the genealogy."""
-        names = ("tokens", "token_log_probs", "ancestors", "resampled", "ess", "step_log_w")
+        names = ["tokens", "token_log_probs", "ancestors", "resampled", "ess", "step_log_w"]
+        names += ["boundary"] * self.kind.segmented
+        part = self.cohort.layout.part(self.index)
         population = make_population(
             {name: self.lineages.stacked(name) for name in names},
             self.log_w,
@@ -284,9 +301,10 @@ class Group(Setup):
             retains=self.kind.retains,
             equal_by_law=not self.weighed and not self.params.force_stop,
             ended_by_resampling=self.ended_by_resampling,
-            stopped=self.cohort.particles.stopped[self.cohort.layout.part(self.index)],
+            stopped=self.cohort.particles.stopped[part],
             prompt=self.prompt,
             params=self.params,
+            segments=self.cohort.particles.segments[part] if self.kind.segmented else None,
         )
         asked = None if self.asker is None else questions(self.asker.potential)
         if asked is not None:
@@ -301,6 +319,12 @@ class Group(Setup):
             stay=self.evidence.stay.cpu().numpy(),
             token_log_kernels=kernels,
         )
+
+
+def _segments(params: SMCParams) -> str:
+    """Names the first parameter that makes segments."""
+    names = ("segment", "segment_token_ids", "max_segment_tokens")
+    return next(f"{name}={value!r}" for name in names if (value := getattr(params, name)) is not None)
 
 
 def choose(log_w: Tensor, params: SMCParams, n_samples: int = 1) -> list[int]:

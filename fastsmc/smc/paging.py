@@ -10,6 +10,9 @@ for potentials that score continuations, the columns after it) is private to eac
 part of its parent's tail. Blocks are handed out only when a column opens, N at a time; just before, a mark and sweep
 over the table finds the blocks that no row reads any more. No reference counts anywhere.
 
+Where particles wait for each other at the ends of segments, rows have lengths of their own (`RaggedPaging`): each has
+as many private columns, from its own tail on, and gets a block when it fills one.
+
 The number of live blocks is thus that of docs/mathematics.md §6: distinct (ancestor, block) pairs, plus N tails.
 """
 
@@ -113,6 +116,93 @@ class Paging:
         return blocks
 
 
+class RaggedPaging(Paging):
+    """Does the same for rows that each have a next position of their own. The arguments are those of `Paging`.
+
+    Every row has `n_private` blocks of its own, in the columns from its tail on; a child brings its own along to where
+    its parent's tail is. `position` is the largest of all, or more.
+    """
+
+    def __init__(
+        self,
+        n_rows: int,
+        prompt_len: int,
+        prompt_blocks: list[int],
+        block_size: int,
+        last_position: int,
+        ahead: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.n_private = private_columns(block_size, ahead)
+        columns = (last_position + 1) // block_size + self.n_private
+        super().__init__(
+            n_rows, prompt_len, prompt_blocks, block_size, (columns - 1) * block_size, ahead, device
+        )  # fmt: skip
+        self.positions = torch.full((n_rows,), prompt_len, dtype=torch.int32, device=device)
+        self._ends = torch.full((n_rows,), self.n_open, dtype=torch.int64, device=device)  # of the open columns
+        self._n_missing = n_rows * self.n_private
+
+    def _tails(self) -> Tensor:
+        return self.positions.long() // self.block_size
+
+    @property
+    def must_open(self) -> bool:
+        """Says whether a row lacks blocks. Waits for the device."""
+        missing = (self._tails() + self.n_private - self._ends).sum()
+        self._n_missing, self.position = torch.stack([missing, self.positions.max()]).tolist()
+        return self._n_missing > 0
+
+    def live(self, active: Tensor) -> Tensor:
+        column, tails = torch.arange(self.table.shape[1], device=self.table.device), self._tails()[:, None]
+        full = active[:, None] & (column >= self.n_prompt_columns) & (column < tails)
+        private = (column >= tails) & (column < self._ends[:, None])
+        return torch.where(full | private, self.table, -1).reshape(-1).long()
+
+    def need(self) -> int:
+        """Counts the blocks that must be granted before `open_columns`: a few more than are missing now, since some row
+        or other fills a block at most steps."""
+        if self._n_missing <= len(self.free):
+            return 0
+        return self._n_missing + spare_blocks(self.n_rows) - len(self.free)
+
+    def open_columns(self) -> None:
+        """Gives each row the blocks that it lacks. `need` must have been met."""
+        ids, self.free = self.free[: self._n_missing], self.free[self._n_missing :]
+        lacks, device = self._tails() + self.n_private - self._ends, self.table.device
+        rows = torch.arange(self.n_rows, device=device).repeat_interleave(lacks, output_size=len(ids))
+        place = torch.arange(len(ids), device=device) - (lacks.cumsum(0) - lacks)[rows]
+        self.table[rows, self._ends[rows] + place] = torch.tensor(ids, dtype=torch.int32, device=device)
+        self._ends += lacks
+        self._n_missing = 0
+
+    def surplus(self) -> list[int]:
+        """Takes most free blocks from those of the group, to be given back; some are for the next steps."""
+        kept, self.free = self.free[: 2 * spare_blocks(self.n_rows)], self.free[2 * spare_blocks(self.n_rows) :]
+        blocks = super().surplus()
+        self.free = kept
+        return blocks
+
+    def follow(self, ancestors: Tensor) -> None:
+        """Moves the private blocks of each row to the columns that are private to its ancestor (N,) int64.
+
+        To be called before `ops.reindex`, and before `positions` become those of the ancestors.
+        """
+        columns, tails = torch.arange(self.n_private, device=self.table.device), self._tails()
+        private = self.table.gather(1, tails[:, None] + columns)
+        self.table.scatter_(1, tails[ancestors, None] + columns, private)
+        self._ends = tails[ancestors] + self.n_private
+
+
+def private_columns(block_size: int, ahead: int) -> int:
+    """Counts the columns that a next position and `ahead` more are in at most."""
+    return (block_size - 1 + ahead) // block_size + 1
+
+
+def spare_blocks(n_rows: int) -> int:
+    """Says how many blocks more than it needs now a group of ragged rows asks for."""
+    return n_rows // 8 + 1
+
+
 class BlockTables:
     """Holds the block tables of all groups of a worker as one: a group has as many rows, side by side, as particles.
 
@@ -145,6 +235,8 @@ class BlockTables:
         self._groups[begin] = paging
         for first, member in self._groups.items():
             member.table = self.table[first : first + member.n_rows, : member.table.shape[1]]
+            if isinstance(member, RaggedPaging):
+                member.positions = self.position[first : first + member.n_rows]
         return begin
 
     def remove(self, begin: int) -> None:

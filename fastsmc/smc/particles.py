@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 
 #: what each particle has, by what `follow` takes from its ancestor and what it does not: numbers of 64 bits, then flags
-_FOLLOWING = ("log_psi", "log_prob", "lengths", "last_tokens", "slots", "rows"), ("finished", "paused", "stopped")
+_FOLLOWING = (
+    ("log_psi", "log_prob", "lengths", "last_tokens", "slots", "rows", "segments", "within"),
+    ("finished", "paused", "stopped"),
+)
 _OWN = ("log_w", "rank", "count"), ("retained",)
 _FLOATS = ("log_psi", "log_prob", "log_w")
 
@@ -23,10 +26,12 @@ class Particles:
         lengths: generated tokens.
         finished: ended particles.
         stopped: those of them that ended by a stop token, a stop string or their potential, not by their length.
-        paused: particles that are alive and draw nothing while others go on.
-        last_tokens: token of the last step, −1 where there was none.
+        paused: particles that wait for a boundary: their segment has ended, or they have ended since the last one.
+        last_tokens: token of the last step, −1 where there was none; those that wait keep theirs.
         slots: which slot of its group holds a particle's history, without its last token.
         rows: which row of the cohort's logits is a particle's; −1 where it went through the model earlier.
+        segments: that have ended, with the particle if nowhere else.
+        within: tokens of the segment that has not.
         retained: particles that hold an exact sample of the target.
         rank, count: a particle's place among its siblings, for the strata of the next draw.
     """
@@ -40,6 +45,8 @@ class Particles:
     last_tokens: Tensor
     slots: Tensor
     rows: Tensor
+    segments: Tensor
+    within: Tensor
     log_w: Tensor
     retained: Tensor
     rank: Tensor
@@ -73,7 +80,7 @@ class Particles:
 
     @property
     def idle(self) -> Tensor:
-        """Marks particles that have ended or pause, (M,) bool."""
+        """Marks particles that have ended or wait, (M,) bool."""
         return self._blocks[1].any(0)
 
 

@@ -120,7 +120,7 @@ class Lineages:
     def _steps(self, name: str) -> Iterator[Tensor]:
         for span in self.spans:
             for step in span.log.steps[span.begin : span.end]:
-                yield step[name][span.g] if name in ("ess", "resampled") else step[name][span.part]
+                yield step[name][span.g] if name in ("ess", "resampled", "boundary") else step[name][span.part]
 
     def stacked(self, name: str) -> np.ndarray:
         """Gives the record of a name, (T, N) or (T,): one copy from the device."""
@@ -210,6 +210,7 @@ def make_population(
     stopped: Tensor,
     prompt: Sequence[int],
     params: SMCParams,
+    segments: Tensor | None = None,
 ) -> Population:
     """Makes the population of a record: name → (T, N) or (T,), as `Lineages.stacked` gives it.
 
@@ -220,10 +221,12 @@ def make_population(
         ended_by_resampling: the last resampling left finished particles only. Then a step without draws holds where
             they came from.
         stopped: (N,) bool, particles that ended otherwise than by their length.
+        segments: (N,) int64 of each particle; None: there are none, else the record has `boundary`, (T,) bool.
     """
     n, steps = len(log_w), len(record["tokens"])
     ess, log_mean = ops.ess_log_mean(log_w)
-    rows: dict[str, Any] = {name: [*values] for name, values in record.items()}
+    boundaries = None if segments is None else np.flatnonzero(record["boundary"])
+    rows: dict[str, Any] = {name: [*values] for name, values in record.items() if name != "boundary"}
     if not twisted:
         rows["ancestors"] = [np.arange(n), *rows["ancestors"]][: steps + ended_by_resampling]
         rows["resampled"] = [False, *rows["resampled"]][: steps + ended_by_resampling]
@@ -269,4 +272,6 @@ def make_population(
         stopped=stopped.cpu().numpy(),
         prompt=list(prompt),
         params=params,
+        segments=None if segments is None else segments.cpu().numpy(),
+        boundaries=boundaries,
     )

@@ -3,6 +3,7 @@
     twisted     weigh → resample → draw → ended particles are weighed by φ
     base        draw → weigh → resample
     rejection   the same, with draws and weights of `rejection`
+    segments    draw until all wait at a boundary → weigh → resample
 
 The order is that of docs/mathematics.md §1: with the twisted proposal the weight of a step does not depend on the
 token, so a group resamples before it draws; with the base proposal, and with a proposal-only potential, it draws,
@@ -44,6 +45,7 @@ class Kind:
         noise: of counterfactual groups, `Evidence.noise`; None: of others.
         powered: raises p0 to a power, `SMCParams.powers`.
         rejects: asks for candidate tokens, and weighs afterwards; then it is not twisted.
+        segmented: particles wait for each other at the ends of segments.
     """
 
     twisted: bool
@@ -53,12 +55,22 @@ class Kind:
     noise: str | None = None
     powered: bool = False
     rejects: bool = False
+    segmented: bool = False
 
 
 def find_tau(tau: Tensor, share: Tensor, time: Tensor) -> Tensor:
     """Finds the temperatures of resamplings by τ, 0 for 'entropic', ESS / N and t / max_tokens, all of one shape."""
     entropic = torch.where((share < 0.5) & (time < 0.5), ((1 - time) / share).clamp(min=1.0), 1.0)
     return torch.where(tau == 0.0, entropic, tau)
+
+
+_NOTHING = torch.empty(0)
+
+
+def _listed(ids: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """Makes a row per list of token ids, (G, K) int64, padded by what is no token."""
+    width = max([1, *map(len, ids)])
+    return torch.tensor([[*row, *[-2] * (width - len(row))] for row in ids], dtype=torch.int64, device=device)
 
 
 class Record(Protocol):
@@ -82,6 +94,8 @@ class Step:
         log_z: (G,) float64, log of the closed resampling intervals.
         going: (G,) bool, groups that are not over.
         faults: of this step, in the order of their coming.
+        boundaries, at_boundary: (G,) int64 and bool, of groups with segments: how many they have had, and whether the
+            last step came to one.
         temperature: (M,) float64, of each particle's group.
         ess, log_mean, resampled, ancestors: of the last resampling, or of what would have been one: (G,), the log of
             the mean weight before it (G,), (G,), (M,).
@@ -114,9 +128,12 @@ class Step:
             longest = max(len(p.powers) for p in params)
             powers = [[*p.powers, *[p.power] * (longest - len(p.powers))] for p in params]
             self._powers = torch.tensor(powers, dtype=torch.float64, device=device)
-        width = max(1, *(len(stop) for stop in stops)) if stops else 1
-        padded = [[*stop, *[-2] * (width - len(stop))] for stop in stops]  # no token is −2
-        self._stop = torch.tensor(padded, dtype=torch.int64, device=device)[of]
+        self._stop = _listed(stops, device)[of]
+        self._ends_segment, self._longest_segment = _NOTHING, _NOTHING
+        if kind.segmented:
+            self._ends_segment = _listed([p.segment_token_ids or () for p in params], device)[of]
+            most = [p.max_segment_tokens or p.max_tokens + 1 for p in params]
+            self._longest_segment = torch.tensor(most, device=device)[of]
         self._stops = [stop if p.force_stop else () for p, stop in zip(params, stops, strict=True)]
         self._forces = torch.tensor([p.force_stop for p in params], device=device)[of]
         self._stop_bits: Tensor | None = None  # as a mask of `ops.weigh`, a row per group, once V is known
@@ -124,6 +141,8 @@ class Step:
         self.step = torch.zeros(groups, dtype=torch.int64, device=device)
         self.log_z = torch.zeros(groups, dtype=torch.float64, device=device)
         self.going = torch.ones(groups, dtype=torch.bool, device=device)
+        self.boundaries = torch.zeros_like(self.step)
+        self.at_boundary = torch.zeros_like(self.going)
         self.faults: list[Fault] = []
         self.ess = torch.zeros_like(self.log_z)
         self.log_mean = torch.zeros_like(self.log_z)
@@ -138,6 +157,13 @@ class Step:
         if self._active is None:
             self._active = ~self.particles.idle & self.of(self.going)
         return self._active
+
+    @property
+    def kept(self) -> Tensor:
+        """Marks the particles whose histories somebody may still ask for, (M,) bool."""
+        if not self.kind.segmented:
+            return self.active
+        return (self.particles.paused | ~self.particles.finished) & self.of(self.going)
 
     def stop(self, groups: slice) -> None:
         """Lets groups go no further."""
@@ -288,6 +314,8 @@ class Step:
         particles = self.particles
         self._before = particles.log_w + self.of(self.log_z)
         may = self.going if first is None else self.going & ~first
+        if self.kind.segmented:
+            may = may & self.at_boundary
         parents = self.resample(may)
         if first is not None and not self.kind.retains:
             same = particles.log_w == particles.log_w[self.layout.start]
@@ -351,6 +379,36 @@ class Step:
         self.particles.finished |= stopped
         self._active = None
 
+    # -------------------------------------------------------------------------------------------------- the segments
+    def end_segments(self, by_text: Tensor) -> Tensor:
+        """Ends the segments of particles by the token that they have just drawn; returns which, (M,) bool.
+
+        Args:
+            by_text: (M,) bool, those whose text has come to hold a delimiter.
+        """
+        particles = self.particles
+        particles.within += self.active
+        by_token = (particles.last_tokens[:, None] == self._ends_segment).any(1)
+        done = self.active & (by_text | by_token | (particles.within >= self._longest_segment))
+        particles.segments += done
+        particles.within.masked_fill_(done, 0)
+        return done
+
+    def pause(self, segment_ended: Tensor, ended: Tensor) -> tuple[Tensor, Tensor]:
+        """Lets particles wait whose segment has ended, or who have ended themselves, both (M,) bool.
+
+        Returns:
+            of groups that are thereby at a boundary the particles that wait: (M,) bool, those that have ended, and the
+            others.
+        """
+        particles = self.particles
+        particles.segments += ended & ~segment_ended
+        particles.paused |= segment_ended | ended
+        self._active = None
+        self.at_boundary = self.going & (self.layout.counts(self.active) == 0)
+        waiting = particles.paused & self.of(self.at_boundary)
+        return waiting & particles.finished, waiting & ~particles.finished
+
     # ---------------------------------------------------------------------------------------------------- the power
     def _power(self, later: int = 0) -> Tensor:
         """Gives the power of p0 that each group's target has at the step that is `later` than this, (G,) float64."""
@@ -359,9 +417,10 @@ class Step:
         return self._powers.gather(1, at[:, None]).squeeze(1)
 
     def rise(self) -> Tensor:
-        """Raises p0 of the particles that draw to this step's power, and returns it, (M,) float64."""
+        """Raises p0 of the particles that go on to this step's power, and returns it, (M,) float64."""
         power, before = self._power()[self.layout.group_of], self._power(-1)[self.layout.group_of]
-        self.particles.log_w += torch.where(self.active, (power - before) * self.particles.log_prob, 0.0)
+        goes_on = ~self.particles.finished & self.of(self.going)
+        self.particles.log_w += torch.where(goes_on, (power - before) * self.particles.log_prob, 0.0)
         return power
 
     def _raise_to_last(self, ended: Tensor) -> None:
@@ -390,7 +449,12 @@ class Step:
             self.record.put("step_log_w", torch.where(self.of(none_left), particles.log_w, self._before))
         else:
             self.record.put("step_log_w", particles.log_w + self.of(self.log_z))
-            self.resample(self.going & ~all_ended)
+            may = self.going & ~all_ended
+            self.resample(may & self.at_boundary if self.kind.segmented else may)
+        if self.kind.segmented:
+            self.record.put("boundary", self.at_boundary)
+            self.boundaries += self.at_boundary
+            particles.paused &= ~self.of(self.at_boundary)
         self.record.put("ess", self.ess)
         self.step += 1
         self.going &= (self.ess > 0) & ~all_ended
@@ -402,7 +466,9 @@ class Step:
         # Resampling may come after a step's weights (base) or before its draw (twisted): the same counter either way
         # is used once, because a group has one order.
         u, drawn = self.uniforms(RESAMPLE), self.step if self.kind.twisted else self.step + 1
-        may = may if self._every is None else may & (drawn % self._every == 0)
+        if self._every is not None:
+            passed = self.boundaries + (drawn - self.step) if self.kind.segmented else drawn
+            may = may & (passed % self._every == 0)
         threshold = torch.where(may, self._threshold, 0.0)
         if self._tau is None:
             done, log_r, kept = self._by_weight(particles.log_w, u, threshold), particles.log_w, None

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from fastsmc.maps import NOWHERE
 from fastsmc.params import SMCParams
+from fastsmc.smc.paging import private_columns, spare_blocks
 
 #: bytes per particle and token that log ψ takes in a step: a dense (N, V) in float32, and as much again while a
 #: potential makes it
@@ -209,8 +210,11 @@ def check_fits(
     prompt_blocks = -(-prompt_len // size)
     columns = last_position(params.max_tokens, prompt_len, lookahead) // size + 1 - prompt_len // size
     private = first_columns(params, prompt_len, lookahead, size)
+    if params.segmented:
+        columns += private
     never = params.never_resamples
     blocks = prompt_blocks + n * (columns if never else private) + (0 if never else columns - private)
+    blocks += spare_blocks(n) * params.segmented
     blocks += (again := intervened_blocks(first_reached, prompt_len, size))
     if n_companions:
         blocks += n_companions * text_blocks(text_len, prompt_len, size)
@@ -243,5 +247,7 @@ def last_position(max_tokens: int, prompt_len: int, lookahead: int) -> int:
 
 def first_columns(params: SMCParams, prompt_len: int, lookahead: int, block_size: int) -> int:
     """Counts the columns of private blocks that a group opens before its first token."""
+    if params.segmented:
+        return private_columns(block_size, lookahead)
     last = min(prompt_len + lookahead, last_position(params.max_tokens, prompt_len, lookahead))
     return last // block_size + 1 - prompt_len // block_size

@@ -119,7 +119,7 @@ class GroupResult:
         step: particle steps done so far.
         need: KV blocks without which it cannot go on; 0: none.
         surplus: KV blocks given back.
-        waiting: its potential is still being prepared; ask again.
+        waiting: its potential is still being prepared, or what it needs for its answers is not there; ask again.
         partial: its pass is half done; it has no need and no surplus then.
         rows, seconds: model rows that the order ran, and what the model took for them (forward pass and logits) by the
             clock; of all groups together, in the first result of an order.

@@ -14,6 +14,7 @@ import itertools
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -24,8 +25,8 @@ from fastsmc import ops
 from fastsmc.maps import AtSite, Site
 from fastsmc.p0 import P0, token_log_probs
 from fastsmc.smc import Cohort, Group, Scores, Wants, arrange
-from fastsmc.smc.cohort import Flow
-from fastsmc.smc.paging import BlockTables, Paging
+from fastsmc.smc.cohort import Answers, Flow
+from fastsmc.smc.paging import BlockTables, Paging, RaggedPaging
 from fastsmc.smc.record import CommonTokens
 from fastsmc.vllm.messages import GroupStart
 
@@ -191,6 +192,19 @@ class Member(NamedTuple):
         self.paging.grant(blocks[at:])
 
 
+class Waiting(NamedTuple):
+    """Is a group in the middle of its step, which goes on when what its potential needs for its answers is there."""
+
+    group: Group
+    flow: Flow
+    future: Future
+
+    def drop(self) -> None:
+        """Gives the step up."""
+        self.future.cancel()
+        self.flow.close()
+
+
 class Stretch(NamedTuple):
     """Is a row whose tokens are known, of which those from `begin` on are to go through the model.
 
@@ -296,6 +310,7 @@ class Pass:
         groups: of the pass.
         n_rows, n_run: rows of the model that it needs, and how many of them have run.
         seconds: what the model took for them.
+        waiting: groups whose step has not come to its end yet.
     """
 
     def __init__(self, model: PagedCalls, tables: BlockTables, members: Sequence[Member]) -> None:
@@ -329,6 +344,10 @@ class Pass:
                     ancestors = torch.arange(len(self._tables.position), device=self._tables.table.device)
                 rows = self._rows_of(cohort)
                 ancestors[rows] = rows[want.moves]
+                for g, group in enumerate(cohort.groups):
+                    paging, part = self._members[group].paging, cohort.layout.part(g)
+                    if isinstance(paging, RaggedPaging):
+                        paging.follow(want.moves[part] - part.start)
         if ancestors is not None:
             self._model.reindex(self._tables.table, ancestors, self._tables.position)
             self._tables.position.copy_(self._tables.position[ancestors])
@@ -525,6 +544,7 @@ class Pass:
         for member in self._members.values():
             member.paging.position += member.group.t > 0
         flows: list[tuple[Cohort, Flow]] = []
+        self.waiting: list[Waiting] = []
         at = 0
         for cohort, want in zip(self._cohorts, self._wants, strict=True):
             rows = slice(at, at + want.bounds[-1])
@@ -533,14 +553,24 @@ class Pass:
             flows.append((cohort, cohort.take(logits[rows], hidden[rows])))
         self._finish(flows)
 
+    def go_on(self, waiting: Waiting) -> None:
+        """Takes the step of a group on whose potential can answer now; it may come to wait again."""
+        self.waiting = []
+        self._finish([(waiting.group.cohort, waiting.flow)])
+
     def _finish(self, flows: list[tuple[Cohort, Flow]]) -> None:
-        """Takes steps to their end; continuations that several of them want scored go through the model together."""
+        """Takes steps to their end, or to where they wait for answers; continuations that several of them want scored
+        go through the model together."""
         answers: list[Tensor | None] = [None] * len(flows)
         while flows:
             going: list[tuple[Cohort, Flow, Scores]] = []
             for (cohort, flow), answer in zip(flows, answers, strict=True):
                 with contextlib.suppress(StopIteration):
-                    going.append((cohort, flow, next(flow) if answer is None else flow.send(answer)))
+                    wanted = next(flow) if answer is None else flow.send(answer)
+                    if isinstance(wanted, Answers):
+                        self.waiting.append(Waiting(cohort.groups[0], flow, wanted.future))
+                    else:
+                        going.append((cohort, flow, wanted))
             flows = [(cohort, flow) for cohort, flow, _ in going]
             answers = list(self._score([scores for _, _, scores in going])) if going else []
 

@@ -8,6 +8,7 @@ groups that share it, and one for each group that is alone; with `captured_steps
 from __future__ import annotations
 
 import base64
+import concurrent.futures
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -23,7 +24,7 @@ from fastsmc.interventions import Facts
 from fastsmc.smc import Group, GroupEngine, SMCError
 from fastsmc.smc.evidence import Evidence
 from fastsmc.smc.group import choose
-from fastsmc.smc.paging import BlockTables, Paging
+from fastsmc.smc.paging import BlockTables, Paging, RaggedPaging
 from fastsmc.smc.record import CommonTokens
 from fastsmc.values import json_safe
 from fastsmc.vllm import adapters, captured
@@ -33,7 +34,7 @@ from fastsmc.vllm.compat import get_logger
 from fastsmc.vllm.messages import GroupResult, GroupStart, GroupStep, StepOrder
 from fastsmc.vllm.model import Model
 from fastsmc.vllm.options import EngineOptions
-from fastsmc.vllm.passes import Member, PagedCalls, Pass, Ride, Stretch, run_stretches
+from fastsmc.vllm.passes import Member, PagedCalls, Pass, Ride, Stretch, Waiting, run_stretches
 from fastsmc.vllm.shelf import Shelf
 
 logger = get_logger(__name__)
@@ -72,6 +73,8 @@ class ParticleRunner:
         self._waiting: dict[str, tuple[GroupStart, list[int]]] = {}
         self._unwritten: dict[str, Stretch] = {}  # within `_take_up`
         self._half: tuple[Pass, set[str]] | None = None
+        # groups whose potential's answers are awaited in the middle of a step, and the pass that it is of
+        self._parked: dict[str, tuple[Pass, Waiting]] = {}
         self.facts: dict[str, Facts] = {}  # what other models said of texts, by name
         self.kept_logits: dict[str, list[Tensor]] = {}  # along texts, (V,) float32 of the CPU each
 
@@ -131,7 +134,10 @@ class ParticleRunner:
 
     def _take_up(self, order: StepOrder) -> tuple[dict[str, GroupResult], tuple[Pass, set[str]] | None]:
         """Makes an order's results, admits its groups, and finds the pass of theirs that is half done."""
-        if order.patience:
+        if order.patience and self._parked:
+            futures = [waiting.future for _, waiting in self._parked.values()]
+            concurrent.futures.wait(futures, order.patience, concurrent.futures.FIRST_COMPLETED)
+        elif order.patience:
             self.shelf.wait_a_little(order.patience)
         rides = self._model.riding.why_not is None
         results = {part.request_id: GroupResult(part.request_id, part.epoch, rides) for part in order.groups}
@@ -142,7 +148,29 @@ class ParticleRunner:
         for part in order.groups:
             self._admit(part, results[part.request_id])
         self._write_prompts(results)
+        self._go_on(results)
         return results, None
+
+    def _go_on(self, results: dict[str, GroupResult]) -> None:
+        """Takes the steps of parked groups on whose potentials can answer now; the others say that they wait."""
+        for request_id in [request_id for request_id in self._parked if request_id in results]:
+            part, waiting = self._parked[request_id]
+            results[request_id].waiting = not waiting.future.done()
+            if not results[request_id].waiting:
+                del self._parked[request_id]
+                try:
+                    part.go_on(waiting)
+                    self._park(part, results)
+                except Exception as error:
+                    self._fail([request_id], results, error)
+
+    def _park(self, part: Pass, results: dict[str, GroupResult]) -> None:
+        """Keeps the groups of a pass that wait for their potentials' answers."""
+        request_ids = {member.group: request_id for request_id, member in self.groups.items()}
+        for waiting in part.waiting:
+            request_id = request_ids[waiting.group]
+            self._parked[request_id] = part, waiting
+            results[request_id].waiting = True
 
     def _write_prompts(self, results: dict[str, GroupResult]) -> None:
         """Writes the prompts of groups that have just begun under interventions."""
@@ -181,6 +209,7 @@ class ParticleRunner:
         for step in range(max((part.steps for part in order.groups), default=0)):
             if any(result.need for result in results.values()):
                 return
+            self._go_on(results)
             for parts in sets:
                 if left is not None and left <= 0:
                     return
@@ -244,6 +273,7 @@ class ParticleRunner:
         """Has groups take their step when all rows of their pass have run, else keeps what is done of it."""
         if part.n_run == part.n_rows:
             part.take()
+            self._park(part, results)
             return
         self._half = part, ids
         for request_id in ids:
@@ -338,7 +368,8 @@ class ParticleRunner:
         """Gives a group its place in the block tables, and its first blocks."""
         ahead = start.lookahead if group.asker is not None else 0
         last = last_position(group.params.max_tokens, len(start.prompt), ahead)
-        paging = Paging(
+        kind = RaggedPaging if group.params.segmented else Paging
+        paging = kind(
             group.n, len(start.prompt), start.prompt_blocks, self.model.block_size, last, ahead, self.model.device
         )
         paging.grant(blocks)
@@ -360,10 +391,10 @@ class ParticleRunner:
     def _open_columns(self, ids: Sequence[str], results: dict[str, GroupResult]) -> list[str]:
         """Opens what the next position needs, and lists the groups that can take a step; the others need blocks."""
         going = [i for i in ids if i in self.groups and not self.groups[i].done and results[i].error is None]
-        going = [i for i in going if not results[i].need]
+        going = [i for i in going if not results[i].need and i not in self._parked]
         parts = [(results[i], part) for i in going for part in self.groups[i].parts if not part.group.done]
         opening = [(result, part) for result, part in parts if part.paging.must_open]
-        must = [part for _, part in opening]
+        must = [part for _, part in opening if part.paging.need()]  # its dead blocks may be enough
         if must:
             used = [m.paging.live(m.group.cohort.readers(m.group.index)) | g << 32 for g, m in enumerate(must)]
             live: list[list[int]] = [[] for _ in must]
@@ -383,7 +414,7 @@ class ParticleRunner:
     def _conclude(self, request_id: str, result: GroupResult) -> None:
         """Says what has become of a group; one that is over is dropped."""
         member = self.groups.get(request_id) or self.captured.get(request_id)
-        if member is not None and result.error is None and not result.partial:
+        if member is not None and result.error is None and not result.partial and request_id not in self._parked:
             group = member.group
             result.step, result.done = group.t, group.done
             errors = [group.error]
@@ -467,6 +498,8 @@ class ParticleRunner:
             self._half = None
         for request_id in request_ids:
             self._waiting.pop(request_id, None)
+            if request_id in self._parked:
+                self._parked.pop(request_id)[1].drop()
             self.captured.pop(request_id, None)
             if (member := self.groups.pop(request_id, None)) is not None:
                 for part in member.parts:

@@ -70,7 +70,7 @@ class _Group:
     epoch: int = 0  # counts restarts, so that a result from before a preemption is not taken for one after
     started: bool = False
     in_flight: bool = False
-    waiting: bool = False  # for its potential to be prepared
+    waiting: bool = False  # for its potential to be prepared, or to be able to answer
     need: int = 0  # blocks without which it cannot go on
     short: bool = False  # queued for want of blocks
     overtaken: int = 0  # particles of groups that were admitted before it though they came later
