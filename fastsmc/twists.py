@@ -416,6 +416,8 @@ class Twist(Potential):
         """
         if self.card.continuation_tokens and self._code is None:
             raise ValueError("the twist is conditional on what must follow: use twist.guide(Infill(continuation))")
+        if self.trunk is not None and state.segments is not None:
+            raise ValueError(f"a twist of kind {self.card.kind!r} cannot be used with segments: its trunk never waits")
         rows, seen = state.rows, torch.nonzero(state.rows >= 0).squeeze(1)
         hidden = state.hidden_rows
         if self.trunk is None and hidden is None:
@@ -440,9 +442,13 @@ class Twist(Potential):
         return self.head.read(hidden.float(), self._code), log_psi
 
     def _keep(self, features: Tensor, log_psi: Tensor, rows: Tensor) -> None:
-        """Keeps (R, r + 2) and (R,) for each particle (N,)."""
-        at = rows.clamp(min=0)
-        self._features, self._log_psi = features[at], log_psi[at]
+        """Keeps (R, r + 2) and (R,) for each particle (N,); those that the model has not seen now have theirs."""
+        at, seen = rows.clamp(min=0), rows >= 0
+        features, log_psi = features[at], log_psi[at]
+        if self._features is not None and self._log_psi is not None:
+            features = torch.where(seen[:, None], features, self._features)
+            log_psi = torch.where(seen, log_psi, self._log_psi)
+        self._features, self._log_psi = features, log_psi
         self._rows = None if self.trunk is None else rows
 
     def _link(self, raw: Tensor) -> Tensor:
