@@ -111,6 +111,12 @@ def test_unbiased(tiny, n, threshold, scheme):
     check_unbiased(tiny, params_of(n, threshold, resampling=scheme), rules(n % 4), log_phi, 300 if n < 10 else 100)
 
 
+def test_unbiased_with_segments(tiny):
+    """Candidates of particles of unequal length are asked about with the right histories."""
+    params = params_of(5, 1.0, segment_token_ids=[3], max_segment_tokens=2)
+    check_unbiased(tiny, params, rules(), log_phi, 200)
+
+
 @pytest.mark.parametrize(
     ("n", "threshold", "scheme"),
     [(1, 1.0, "systematic"), (3, 1.0, "systematic"), (16, 0.5, "stratified"), (64, 0.0, "systematic")],

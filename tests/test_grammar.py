@@ -529,7 +529,17 @@ def test_it_travels(engine):  # noqa: F811
 
 
 # -- composition, impossible targets, refusals -------------------------------------------------------------------------
-def test_a_product_joins_masks(engine):  # noqa: F811
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(),
+        dict(segment="b", max_segment_tokens=2),
+        dict(segment_token_ids=[1], proposal="base"),
+    ],
+    ids=str,
+)
+def test_a_product_joins_masks(engine, settings):  # noqa: F811
+    """Also where particles wait for others at the ends of segments."""
     potential = Grammar("root ::= [ab]+") * Regex("a.*") * Lexicon(token_ids=[1], weight=0.5)
     potential.setup(engine)
     exact = 0.0
@@ -539,7 +549,7 @@ def test_a_product_joins_masks(engine):  # noqa: F811
             exact += 5 ** -len(path) * math.exp(0.5 * path.count(1))
     estimates = []
     for seed in range(40):
-        params = SMCParams(n_particles=64, max_tokens=3, seed=seed)
+        params = SMCParams(n_particles=64, max_tokens=3, seed=seed, **settings)
         estimates.append(math.exp(run_group(Group(params, potential, [1], {EOS}, engine=engine), TableModel(5)).log_z))
     assert abs(np.mean(estimates) - exact) < 4 * np.std(estimates) / math.sqrt(40)
 

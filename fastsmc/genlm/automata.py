@@ -40,7 +40,7 @@ Fsa = TypeVar("Fsa", bound=WFSA)
 
 def just_ended(state: State) -> Tensor:
     """Marks the particles that have ended with their last token, (N,) bool."""
-    return state.finished & (state.lengths == state.step)
+    return state.finished if state.last_tokens is None else state.finished & (state.last_tokens >= 0)
 
 
 class GenlmAutomaton(FiniteState):

@@ -138,7 +138,8 @@ class BooleanCondition(GenlmPotential):
         asked = []
         for row, token in zip(state.tokens[particles].tolist(), tokens.tolist(), strict=True):
             ended = token in state.stop_token_ids
-            asked.append((tuple(row) if ended else (*row, token), "complete" if ended else "prefix"))
+            ids = tuple(v for v in row if v >= 0)
+            asked.append((ids if ended else (*ids, token), "complete" if ended else "prefix"))
         return torch.tensor([told == 0.0 for told in self._recall(asked, state.step + 1)], device=tokens.device)
 
     def scores(self, state: State, about: Tensor, method: str) -> Tensor:

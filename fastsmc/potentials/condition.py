@@ -100,7 +100,7 @@ class Condition(Potential):
 
     def allows(self, state: State, particles: Tensor, tokens: Tensor) -> Tensor:
         histories, candidates = state.tokens[particles].tolist(), tokens.tolist()
-        sequences = [[*row, token] for row, token in zip(histories, candidates, strict=True)]
+        sequences = [[v for v in (*row, token) if v >= 0] for row, token in zip(histories, candidates, strict=True)]
         last = (state.lengths[particles] + 1 >= state.max_tokens).tolist()
         ends = [end or token in state.stop_token_ids for end, token in zip(last, candidates, strict=True)]
         return self._answers(state, sequences, ends, state.step + 1).to(tokens.device)

@@ -122,7 +122,8 @@ class Grammar(Potential):
         n_new, going = state.step - self._consumed, ~state.finished
         if state.last_tokens is not None:
             going |= state.last_tokens >= 0
-        if n_new == 1 and state.last_tokens is not None:  # else they would have to be traced back
+        # else they would have to be traced back, as they are where some have waited
+        if n_new == 1 and state.last_tokens is not None and state.segments is None:
             columns = [state.last_tokens]
         else:
             columns = list(state.tokens[:, self._consumed :].T) if n_new else []

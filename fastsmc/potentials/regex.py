@@ -125,6 +125,17 @@ class _Budget:
             return left
         return self._cycle + (left - self._cycle) % (len(self._reach) - self._cycle)
 
+    def by_left(self, state: State, later: int) -> list[tuple[int, Tensor]]:
+        """Lists how many tokens particles have left after `later` more, and which have so many, (N,) bool; numbers that
+        allow the same are one. All have as many where none waits for others."""
+        if state.segments is None:
+            return [(max(state.max_tokens - state.step - later, 0), torch.ones_like(state.finished))]
+        left = (state.max_tokens - state.lengths - later).clamp(min=0)
+        numbers: dict[int, list[int]] = {}
+        for n in left.unique().tolist():
+            numbers.setdefault(self._entry(n), []).append(n)
+        return [(same[0], torch.isin(left, left.new_tensor(same))) for same in numbers.values()]
+
     def reach(self, left: int) -> Tensor:
         """Returns (S + 1,) bool: states from which an accepting end is possible when `left` tokens are."""
         entry = self._entry(left)
@@ -215,7 +226,8 @@ class FiniteState(Potential):
         if state.step < self._consumed or len(self._at) != len(state.lengths):
             self.reset(len(state.lengths), state.prompt)
         at, n_new = self._at, state.step - self._consumed
-        if n_new == 1 and state.last_tokens is not None:  # else they would have to be traced back
+        # else they would have to be traced back, as they are where some have waited
+        if n_new == 1 and state.last_tokens is not None and state.segments is None:
             columns = [state.last_tokens]
         else:
             columns = list(state.tokens[:, self._consumed :].T) if n_new else []
@@ -286,7 +298,11 @@ class Regex(FiniteState):
 
     def prefix(self, state: State) -> Tensor:
         budget = self._budget(state.stop_token_ids)
-        return log_of(budget.reach(max(state.max_tokens - state.step, 0))[self._go_on(state, budget)])
+        at = self._go_on(state, budget)
+        out = torch.zeros_like(state.finished)
+        for left, rows in budget.by_left(state, 0):
+            out |= rows & budget.reach(left)[at]
+        return log_of(out)
 
     def complete(self, state: State) -> Tensor:
         budget = self._budget(state.stop_token_ids)
@@ -294,4 +310,14 @@ class Regex(FiniteState):
 
     def logw_next(self, state: State) -> Masked:
         budget = self._budget(state.stop_token_ids)
-        return budget.mask(self._go_on(state, budget), max(state.max_tokens - state.step - 1, 0))
+        at = self._go_on(state, budget)
+        masks = [(rows, budget.mask(at, left)) for left, rows in budget.by_left(state, 1)]
+        if len(masks) == 1:
+            return masks[0][1]
+        bits, index, n = [], torch.zeros_like(at), 0
+        for rows, mask in masks:
+            needed, place = torch.unique(mask.index[rows], return_inverse=True)
+            index[rows] = place + n
+            bits.append(mask.bits[needed])
+            n += len(needed)
+        return Masked(torch.cat(bits), index)
