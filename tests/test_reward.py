@@ -13,6 +13,7 @@ import torch
 from rewarding import LETTERS, SYMBOLS, letters_tokenizer, make_reward, pooling_server
 from safetensors.torch import load_file, save_file
 
+from fastsmc import reward_networks
 from fastsmc.potentials import (
     Final,
     HFReward,
@@ -21,13 +22,12 @@ from fastsmc.potentials import (
     Product,
     RewardModel,
     State,
-    hf_reward,
     pooling_reward,
     registered,
 )
 from fastsmc.potentials.copying import own_copy
-from fastsmc.potentials.hf_reward import Network, load_networks
 from fastsmc.potentials.waiting import in_background, join
+from fastsmc.reward_networks import Network, load_networks
 from fastsmc.smc import GroupEngine, SMCError, set_up
 from fastsmc.testing import check_potential
 
@@ -441,10 +441,10 @@ def test_batches_are_cut_and_put_together_in_order(tmp_path, monkeypatch):
         return forward(*given, input_ids=input_ids, **rest)
 
     monkeypatch.setattr(reward._network.model, "forward", count)
-    monkeypatch.setattr(hf_reward, "MOST_TOKENS", 40)
+    monkeypatch.setattr(reward_networks, "MOST_TOKENS", 40)
     assert reward.score(texts) == pytest.approx(whole, rel=1e-5)
     assert len(sizes) > 5 and max(rows * length for rows, length in sizes) <= 40
-    monkeypatch.setattr(hf_reward, "MOST_LOGITS", 3 * len(SYMBOLS))
+    monkeypatch.setattr(reward_networks, "MOST_LOGITS", 3 * len(SYMBOLS))
     sizes.clear()
     assert reward.score(texts) == pytest.approx(whole, rel=1e-5)
     assert max(rows for rows, _ in sizes) == 3

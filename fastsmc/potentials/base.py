@@ -101,7 +101,7 @@ class Engine:
         hidden_size: int H, or None.
         model: the base model as the engine runs it, or None. Raises under tensor parallelism: no process has it whole.
         model_name: its name or path, or None.
-        reward_models: reward models that the engine has loaded, by name (fastsmc.potentials.hf_reward.Network).
+        reward_models: reward models that the engine has loaded, by name (fastsmc.reward_networks.Network).
     """
 
     tokenizer: Any
