@@ -6,14 +6,17 @@ import re
 import threading
 import zlib
 from concurrent.futures import CancelledError, Future
+from dataclasses import replace
 
 import cloudpickle
+import numpy as np
 import pytest
 import torch
 from rewarding import LETTERS, SYMBOLS, letters_tokenizer, make_reward, pooling_server
 from safetensors.torch import load_file, save_file
+from tiny import PROMPT, TinyLlama, make_llama, run_tables, step_tables
 
-from fastsmc import reward_networks
+from fastsmc import SMCParams, reward_networks
 from fastsmc.potentials import (
     Final,
     HFReward,
@@ -28,7 +31,7 @@ from fastsmc.potentials import (
 from fastsmc.potentials.copying import own_copy
 from fastsmc.potentials.waiting import in_background, join
 from fastsmc.reward_networks import Network, load_networks
-from fastsmc.smc import GroupEngine, SMCError, set_up
+from fastsmc.smc import Group, GroupEngine, SMCError, set_up
 from fastsmc.testing import check_potential
 
 ALL = torch.tensor([True, True])
@@ -698,3 +701,113 @@ def test_arguments_of_pooling_rewards_are_checked(args, said):
     with pytest.raises(ValueError, match=re.escape(said)) as refusal:
         PoolingReward(**{"url": "http://localhost:8000/classify", **args})
     assert "hidden" not in str(refusal.value)
+
+
+# -- groups ------------------------------------------------------------------------------------------------------------
+WORDS, STEPS, STOP = ["a", "b", ".", "c", "d", "<eos>"], 4, 5
+
+
+class Hashed(RewardModel):
+    """Scores in (0.3, 0.75), which hang on the whole text."""
+
+    def score(self, texts):
+        return [0.25 + score_of(text) / 2 for text in texts]
+
+
+class HashedLater(Hashed):
+    in_background = True
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return TinyLlama(make_llama(tmp_path_factory.mktemp("tiny"), len(WORDS)), len(WORDS), STEPS, frozenset([STOP]))
+
+
+def log_phi(reward, ids, params):
+    """log φ of a whole sequence, from its definition."""
+    f, ends, begin = (math.log if reward.scale == "log" else logit), [], 0
+    for t in range(1, len(ids) + 1):
+        new = "".join(WORDS[v] for v in ids[begin:t])
+        if (params.segment or ("\0",))[0] in new or t - begin == params.max_segment_tokens or t == len(ids):
+            ends.append(t)
+            begin = t
+    if not params.segmented:
+        ends = [len(ids)]
+    texts = ["".join(WORDS[v] for v in ids[:end] if v != STOP) for end in ends]
+    values = [f(score) for score in reward.score(texts)]
+    return {"last": values[-1], "product": sum(values), "min": min(values)}[reward.aggregate]
+
+
+SEGMENTED, CAPPED = dict(segment="."), dict(segment="ab", max_segment_tokens=2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "aggregate", "scale", "scheme", "threshold", "way"),
+    [
+        (Hashed, "last", "log", "systematic", 0.5, SEGMENTED),
+        (Hashed, "last", "logit", "ssp", 1.0, CAPPED),
+        (Hashed, "product", "logit", "multinomial", 1.0, SEGMENTED),  # its_hub's own settings
+        (HashedLater, "product", "logit", "multinomial", 1.0, CAPPED),
+        (Hashed, "min", "log", "systematic", 1.0, SEGMENTED),
+        (HashedLater, "min", "logit", "ssp", 0.5, CAPPED),
+        (Hashed, "product", "log", "systematic", 1.0, {}),
+    ],
+)
+def test_unbiased(tiny, kind, aggregate, scale, scheme, threshold, way):
+    """E[Ẑ] = Z and E[Ẑ ΣWf] by enumeration, within 4 standard errors, and every weight as defined."""
+    reward, engine = (
+        kind(aggregate=aggregate, scale=scale),
+        GroupEngine(letters_tokenizer(WORDS), vocab_size=len(WORDS)),
+    )
+    params = SMCParams(
+        n_particles=5, max_tokens=STEPS, resampling=scheme, ess_threshold=threshold, seed=3, proposal="base", **way
+    )
+    origin = set_up(reward, engine)
+    groups = [Group(replace(params, group=i), origin, PROMPT, tiny.stop, engine=engine) for i in range(150)]
+    populations = run_tables(tiny, groups)
+    truth = {s: math.exp(lp + log_phi(reward, s, params)) for s, lp in tiny.log_p.items()}
+    for f in (lambda s: 1.0, lambda s: float(len(s)), lambda s: float(2 in s), lambda s: float(s[0] == 1)):
+        want = sum(p * f(s) for s, p in truth.items())
+        got = np.array([
+            np.mean([math.exp(w) * f(tuple(ids)) for w, ids in zip(p.log_weights, p.token_ids, strict=True)])
+            for p in populations
+        ])  # fmt: skip
+        assert abs(got.mean() - want) < 4 * got.std(ddof=1) / math.sqrt(len(got)), (got.mean(), want)
+    plain = replace(params, n_particles=40, ess_threshold=0.0)  # weights are φ then
+    [alone] = run_tables(tiny, [Group(plain, origin, PROMPT, tiny.stop, engine=engine)])
+    expected = [log_phi(reward, ids, params) for ids in alone.token_ids]
+    np.testing.assert_allclose(alone.log_weights, expected, atol=1e-9)
+
+
+def test_a_group_asks_once_per_boundary_and_text(tiny):
+    asked = []
+
+    class Counted(Hashed):
+        def score(self, texts):
+            asked.append(texts)
+            return super().score(texts)
+
+    engine = GroupEngine(letters_tokenizer(WORDS), vocab_size=len(WORDS))
+    params = SMCParams(n_particles=64, max_tokens=STEPS, proposal="base", segment=".", ess_threshold=1.0)
+    [population] = run_tables(tiny, [Group(params, set_up(Counted(), engine), PROMPT, tiny.stop, engine=engine)])
+    per_boundary = len(population.boundaries)
+    assert per_boundary <= len(asked) <= 2 * per_boundary  # prefix, and complete
+    assert all(len(texts) == len(set(texts)) for texts in asked)
+    assert sum(map(len, asked)) < 64
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_a_failing_reward_ends_its_own_group(tiny, later):
+    class Failing(Hashed):
+        in_background = later
+
+        def score(self, texts):
+            raise RuntimeError("the server has gone")
+
+    engine = GroupEngine(letters_tokenizer(WORDS), vocab_size=len(WORDS))
+    params = SMCParams(n_particles=8, max_tokens=STEPS, proposal="base", segment=".")
+    failing, fine = (set_up(reward, engine) for reward in (Failing(), Hashed()))
+    groups = [Group(params, potential, PROMPT, tiny.stop, engine=engine) for potential in (failing, fine)]
+    step_tables(tiny, groups)
+    assert "Failing" in str(groups[0].error) and "the server has gone" in str(groups[0].error)
+    assert groups[1].error is None and groups[1].population().log_z < 0

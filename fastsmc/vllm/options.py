@@ -48,7 +48,7 @@ class EngineOptions:
         potentials: the potentials that requests may name: registered names (a list, or a string with commas), or
             {name: "module:attr"}, code of the operator's; None: all registered names.
         twists: {name: directory} of the learned twists that requests may name; None: none.
-        reward_models: {name: directory or name on the hub} of the reward models that workers load for `HFReward`, in the
+        reward_models: {name: directory or name on the hub} of reward models that workers load for `HFReward`, in the
             engine's dtype (under tensor parallelism rank 0 alone); the KV cache gets what they leave. None: none.
         max_particles: the largest N of a group; None: as many as the engine has rows.
         max_particle_tokens: the largest N · max_tokens of a group, with the tokens of the histories that follow a
