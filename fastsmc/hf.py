@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, overload
@@ -35,6 +35,7 @@ from fastsmc.params import SMCParams
 from fastsmc.population import Population
 from fastsmc.potentials import Potential
 from fastsmc.potentials.tokens import short, token_list
+from fastsmc.reward_networks import load_networks
 from fastsmc.scoring import Scored, read_wanted
 from fastsmc.smc import Group, GroupEngine, SMCError, gather, set_up
 from fastsmc.smc.driving import run_group, take_step
@@ -116,6 +117,8 @@ class HFEngine(Effects, Interchanges):
         name: what the model is called on the cards of twists; by default its name or path.
         stop_token_ids: what ends a particle unless `ignore_eos`; by default the model's end-of-sequence tokens.
         dtype, device: of the weights, when a path is given.
+        reward_models: {name: path} of the reward models that `HFReward` finds by name, in the dtype of the model and on
+            its device.
     """
 
     def __init__(
@@ -126,6 +129,7 @@ class HFEngine(Effects, Interchanges):
         stop_token_ids: Sequence[int] | None = None,
         dtype: torch.dtype = torch.float32,
         device: str = "cpu",
+        reward_models: Mapping[str, str] | None = None,
     ) -> None:
         if isinstance(model, Trunk):
             self.trunk = model
@@ -145,6 +149,8 @@ class HFEngine(Effects, Interchanges):
         self.stop_token_ids = frozenset(token for token in ends if token is not None)
         trunk = self.trunk
         self.engine = GroupEngine(tokenizer, trunk.device, trunk.vocab_size, trunk.hidden_size, trunk.model, name)
+        if reward_models:
+            self.engine.reward_models = load_networks(reward_models, trunk.model.dtype, trunk.device)
 
     def get_tokenizer(self) -> Any:
         return self.engine.tokenizer

@@ -109,6 +109,8 @@ def _beyond(before: str, text: str) -> str:
 
 def decode(tokenizer: Any, sequences: list[list[int]]) -> list[str]:
     """Decodes as the tokenizer's model has it: transformers' beautification (" ." to ".") would change texts."""
+    if not sequences:  # of which transformers 5 makes one text
+        return []
     options = {"skip_special_tokens": True}
     if any(base.__name__ == "PreTrainedTokenizerBase" for base in type(tokenizer).__mro__):
         options["clean_up_tokenization_spaces"] = False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import types
+from collections.abc import Mapping
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -99,6 +101,7 @@ class Engine:
         hidden_size: int H, or None.
         model: the base model as the engine runs it, or None. Raises under tensor parallelism: no process has it whole.
         model_name: its name or path, or None.
+        reward_models: reward models that the engine has loaded, by name (fastsmc.reward_networks.Network).
     """
 
     tokenizer: Any
@@ -107,6 +110,7 @@ class Engine:
     hidden_size: int | None
     model: Any
     model_name: str | None
+    reward_models: Mapping[str, Any] = types.MappingProxyType({})
 
     def continuation_log_prob(self, token_ids: list[int], given: int = 0) -> Tensor:
         """Returns (N,) float64 log p0(token_ids | prompt, particle) at the group's temperature, by the engine's KV.

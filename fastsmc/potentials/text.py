@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastsmc.potentials.base import Engine, Potential, State
-from fastsmc.potentials.tokens import tokenizer_of
+from fastsmc.potentials.tokens import short, tokenizer_of
 from fastsmc.texts import texts_after
+
+
+def read_floats(who: str, values: Any, allowed: str) -> list[float]:
+    """Reads answers of a user's function, a sequence or an array of numbers; what is none, such as a bool, is refused.
+
+    Raises:
+        ValueError: naming `who`, the value and what is `allowed`.
+    """
+    if hasattr(values, "tolist"):
+        values = values.reshape(-1).tolist()
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise ValueError(f"{who} gave {short(values)}, a {type(values).__name__}: must be a sequence of {allowed}")
+    values = [v.item() if hasattr(v, "item") else v for v in values]
+    for v in values:
+        if isinstance(v, bool) or not isinstance(v, (int, float)):
+            raise ValueError(f"{who} gave {short(v)}, a {type(v).__name__}: must be {allowed}")
+    return [float(v) for v in values]
 
 
 class TextPotential(Potential):
@@ -45,24 +62,12 @@ class TextPotential(Potential):
         texts = texts_after(self._tokenizer, state.prompt, sequences)
         new = [text for text in dict.fromkeys(texts) if text not in self._known]
         if new:
-            values = self.fn(new)
-            values = self._floats(values)
+            values = read_floats("fn", self.fn(new), "numbers, natural logarithms")
             if len(values) != len(new):
                 raise ValueError(f"fn gave {len(values)} values for {len(new)} texts")
             self._known.update(zip(new, values, strict=True))
         out[rows] = torch.tensor([self._known[text] for text in texts], dtype=torch.float64, device=out.device)
         return out
-
-    @staticmethod
-    def _floats(values: Any) -> list[float]:
-        """Reads answers of fn, a sequence or an array of numbers; what is no log weight, such as a bool, is refused."""
-        if hasattr(values, "tolist"):
-            values = values.reshape(-1).tolist()
-        values = [v.item() if hasattr(v, "item") else v for v in values]
-        for v in values:
-            if isinstance(v, bool) or not isinstance(v, (int, float)):
-                raise ValueError(f"fn gave {v!r}, a {type(v).__name__}: must be numbers, natural logarithms")
-        return [float(v) for v in values]
 
     def prefix(self, state: State) -> Tensor:
         return self._ask(state, ~state.finished) if self.every_step else super().prefix(state)

@@ -8,23 +8,23 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, Future
+from concurrent.futures import Future
 
 
-def in_background(executor: Executor, function: Callable[[Future[None]], None]) -> Future[None]:
-    """Runs function(future) in an executor; the future is done when it has returned, or holds what it raised."""
+def in_background(function: Callable[[Future[None]], None]) -> Future[None]:
+    """Runs function(future) in a thread; the future is done when it has returned, or holds what it raised."""
     future: Future[None] = Future()
 
     def run() -> None:
         error: BaseException | None = None
         try:
-            if not future.cancelled():
-                function(future)
+            function(future)
         except BaseException as raised:
             error = raised
         _settle(future, error)
 
-    executor.submit(run)
+    # a daemon: an engine that is shut down does not wait for what nobody will use
+    threading.Thread(target=run, name="fastsmc-background", daemon=True).start()
     return future
 
 

@@ -48,6 +48,8 @@ class EngineOptions:
         potentials: the potentials that requests may name: registered names (a list, or a string with commas), or
             {name: "module:attr"}, code of the operator's; None: all registered names.
         twists: {name: directory} of the learned twists that requests may name; None: none.
+        reward_models: {name: directory or name on the hub} of reward models that workers load for `HFReward`, in the
+            engine's dtype (under tensor parallelism rank 0 alone); the KV cache gets what they leave. None: none.
         max_particles: the largest N of a group; None: as many as the engine has rows.
         max_particle_tokens: the largest N · max_tokens of a group, with the tokens of the histories that follow a
             counterfactual group's text; None: no limit.
@@ -66,6 +68,7 @@ class EngineOptions:
     interventions: bool | Mapping[str, str] = False
     potentials: Sequence[str] | Mapping[str, str] | str | None = None
     twists: Mapping[str, str] | None = None
+    reward_models: Mapping[str, str] | None = None
     max_particles: int | None = None
     max_particle_tokens: int | None = None
     max_groups: int | None = None
@@ -95,7 +98,7 @@ class EngineOptions:
         self._check_names()
 
     def _check_names(self) -> None:
-        names, twists = self.potentials, self.twists
+        names = self.potentials
         if isinstance(names, str):
             names = [name.strip() for name in names.split(",")]
             object.__setattr__(self, "potentials", names)
@@ -112,11 +115,13 @@ class EngineOptions:
             for name in names:
                 if name not in known:
                     raise ValueError(f"potentials: {name!r} is not registered; known are {', '.join(known)}")
-        if not isinstance(twists, Mapping | None):
-            raise ValueError(f"twists={twists!r}: must be a mapping of names to directories")
-        for name, path in (twists or {}).items():
-            if not _is_name(name) or not isinstance(path, str) or not path:
-                raise ValueError(f"twists[{name!r}]={path!r}: must be a name and the directory of a twist")
+        for option, what in (("twists", "twist"), ("reward_models", "reward model")):
+            paths = getattr(self, option)
+            if not isinstance(paths, Mapping | None):
+                raise ValueError(f"{option}={paths!r}: must be a mapping of names to directories")
+            for name, path in (paths or {}).items():
+                if not _is_name(name) or not isinstance(path, str) or not path:
+                    raise ValueError(f"{option}[{name!r}]={path!r}: must be a name and the directory of a {what}")
         if not isinstance(self.interventions, bool | Mapping):
             what = "True or False, or a mapping of names to files"
             raise ValueError(f"interventions={self.interventions!r}: must be {what}")

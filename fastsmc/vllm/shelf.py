@@ -15,6 +15,7 @@ from weakref import WeakValueDictionary
 
 from fastsmc import potentials
 from fastsmc.potentials import Potential
+from fastsmc.reward_networks import Network
 from fastsmc.smc import GroupEngine, SMCError, set_up
 from fastsmc.twists import Twist, card_stamp
 from fastsmc.vllm.compat import get_logger
@@ -125,6 +126,7 @@ class Shelf:
                 },
             )
         self._preparer = Preparer(self._tokenizer, options.setup_timeout_s)
+        self._networks: Mapping[str, Network] = {}
         self._engine: GroupEngine | None = None
         self._engine_lock = threading.Lock()
         self._potentials: dict[str, Potential] = {}
@@ -143,17 +145,21 @@ class Shelf:
 
                     tokenizer = AutoTokenizer.from_pretrained(self._tokenizer[0], **self._tokenizer[1])
                 self._engine = self._make_engine(tokenizer)
+                self._engine.reward_models = self._networks
             return self._engine
 
-    def open(self) -> None:
+    def open(self, networks: Mapping[str, Network]) -> None:
         """Sets up the operator's own twists and potentials, before there are requests, and gets ready for theirs.
 
         Of a potential that wants arguments, which only requests give, the code is imported.
 
+        Args:
+            networks: the engine's reward models, by name.
+
         Raises:
             SMCError: one of them cannot be set up; names it.
         """
-        options = self._options
+        options, self._networks = self._options, networks
         if not options.offline and options.known_potentials():
             self._preparer.warm_up()
             self.engine()  # loads its tokenizer now, and not when a request waits

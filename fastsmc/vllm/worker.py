@@ -11,12 +11,14 @@ takes the first one's result (`fastsmc.vllm.ranks`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import cloudpickle
 import torch
 from safetensors.torch import save
+from vllm.distributed import get_tp_group
 from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec, replace_as
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
@@ -26,11 +28,13 @@ from fastsmc.interchange import Spots, read_asked
 from fastsmc.interventions import Facts, LayerIntervention, Sizes, from_bytes
 from fastsmc.ops._tensors import built_backends, missing_on_gpu
 from fastsmc.p0 import P0
+from fastsmc.reward_networks import Network, load_networks
 from fastsmc.scoring import p0_params
 from fastsmc.vllm import attention, capacity, compat, interchange, interventions, scoring
 from fastsmc.vllm.compat import get_logger
 from fastsmc.vllm.histories import Histories
 from fastsmc.vllm.messages import GroupResult
+from fastsmc.vllm.options import EngineOptions
 from fastsmc.vllm.ranks import Follower, make_runner
 from fastsmc.vllm.runner import ParticleRunner
 
@@ -48,15 +52,32 @@ class SMCWorkerMixin(_Worker):
 
     smc_runner: ParticleRunner | Follower
     _riders: Sequence[GroupResult] = ()  # results of groups that rode in the step whose tokens are sampled next
+    _networks: Mapping[str, Network] = MappingProxyType({})  # of the reward models that this rank has
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         compat.check_config(self.vllm_config)  # before the weights are read
         compat.check_names(current_platform.device_type)
         attention.register()
+        options = EngineOptions.of(self.vllm_config.additional_config)
+        if options.reward_models and get_tp_group().rank_in_group == 0:  # which asks the potentials
+            dtype, device = self.model_config.dtype, self.device
+            assert isinstance(dtype, torch.dtype) and device is not None  # vLLM has resolved both
+            self._networks = load_networks(options.reward_models, dtype, device)
+            for name, network in self._networks.items():
+                logger.info("reward model %r: %s of weights", name, capacity.gib(network.weight_bytes))
         # as `get_kv_cache_spec` below, in the small cache with which vLLM's GPU runners try their CUDA graphs
         self.vllm_config.scheduler_config.disable_hybrid_kv_cache_manager = True
         super().load_model(*args, **kwargs)
         interventions.install(self.model_runner.model, self.vllm_config)
+
+    def reward_bytes(self, *, weights: bool) -> int:
+        """Returns the bytes that scoring with this rank's reward models takes, one at a time, and those of all weights.
+
+        Args:
+            weights: whether those count; they do not where what is free is measured beside them.
+        """
+        step = max((network.step_bytes for network in self._networks.values()), default=0)
+        return step + sum(network.weight_bytes for network in self._networks.values() if weights)
 
     def get_kv_cache_spec(self) -> Any:
         specs = keep_behind_windows(super().get_kv_cache_spec(), self.cache_config.block_size)
@@ -67,7 +88,7 @@ class SMCWorkerMixin(_Worker):
         self._histories: dict[str, Histories] = {}
         self.smc_runner = make_runner(self.model_runner)
         if isinstance(self.smc_runner, ParticleRunner):
-            self.smc_runner.shelf.open()
+            self.smc_runner.shelf.open(self._networks)
         return super().compile_or_warm_up_model()
 
     def shutdown(self) -> None:
@@ -270,6 +291,7 @@ class SMCGPUWorker(SMCWorkerMixin, Worker):
         needed = capacity.unprofiled_step_bytes(
             rows, model.get_vocab_size(), model.get_hidden_size(), model.dtype.itemsize
         )
+        available -= self.reward_bytes(weights=True)  # vLLM's profile is of its own model alone
         left, warning = capacity.leave_room(available, needed)
         logger.info("%.2f GiB of the device are left to the steps of groups", (available - left) / 2**30)
         if warning is not None:

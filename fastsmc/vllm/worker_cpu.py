@@ -99,7 +99,7 @@ class SMCCPUWorker(SMCWorkerMixin, CPUWorker):
             model.get_hidden_size(),
             getattr(model.hf_text_config, "intermediate_size", None) or 4 * model.get_hidden_size(),
             model.dtype.itemsize,
-        )
+        ) + self.reward_bytes(weights=False)
         if (blocks := self.cache_config.num_gpu_blocks_override) is not None:
             return capacity.Need(step, blocks * block, blocks * block, f"num_gpu_blocks_override={blocks}")
         sequence = sum(spec.max_memory_usage_bytes(config) for spec in specs)

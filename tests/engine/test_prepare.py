@@ -175,7 +175,7 @@ def opened(runner):
     def make(**options):
         config = SimpleNamespace(skip_tokenizer_init=True)
         shelves.append(Shelf(config, EngineOptions(**options), lambda tokenizer: runner.shelf.engine()))
-        shelves[-1].open()
+        shelves[-1].open({})
         return shelves[-1]
 
     yield make
