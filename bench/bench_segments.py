@@ -86,7 +86,7 @@ class Segments(Engine):
         population = self.llm.smc(PROMPT, params, potential)
         seconds, tokens = time.perf_counter() - begin, drawn(population)
         found: dict[str, Any] = {"seconds": seconds, "tokens": tokens, "tokens_per_s": tokens / seconds}
-        if settings:
+        if population.boundaries is not None and population.segments is not None:
             found["boundaries"] = len(population.boundaries)
             found["segment_tokens"] = sum(map(len, population.token_ids)) / int(population.segments.sum())
         return found

@@ -116,7 +116,7 @@ def run(json_path: str | None, model: str, n: int, questions: int, dtype: str, s
     print(about, flush=True)
     if json_path:
         head = {"bench": "segments_accuracy", "model": model, "engine": engine, "n_particles": n}
-        head |= {"questions": questions, "terms": segments.TERMS, "digits": segments.DIGITS, "seed": seed}
+        head |= {"questions": questions, "terms": segments.TERMS, "largest": segments.LARGEST, "seed": seed}
         write_result(json_path, head | about | {"records": records, "answers": answers})
     return records
 
@@ -125,8 +125,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", help="write the result here")
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--particles", type=int, default=16)
-    parser.add_argument("--questions", type=int, default=60)
+    parser.add_argument("--particles", type=int, default=8)
+    parser.add_argument("--questions", type=int, default=100)
     parser.add_argument("--dtype", default="bfloat16", help="of the model; float32 where the CPU has no bfloat16")
     parser.add_argument("--seed", type=int, default=SEED)
     args = parser.parse_args()

@@ -13,14 +13,14 @@ import re
 from fastsmc import SMCParams
 from fastsmc.potentials import RewardModel
 
-#: numbers of a question, and their digits
-TERMS, DIGITS = 5, 2
+#: numbers of a question, and the largest
+TERMS, LARGEST = 4, 9
 #: what a verifier gives a text whose lines are all right, and any other
 RIGHT, WRONG = 0.9, 0.1
 
 
 def make_numbers(rng: random.Random) -> list[int]:
-    return [rng.randrange(10 ** (DIGITS - 1), 10**DIGITS) for _ in range(TERMS)]
+    return [rng.randint(1, LARGEST) for _ in range(TERMS)]
 
 
 def question(numbers: list[int]) -> str:
@@ -28,12 +28,12 @@ def question(numbers: list[int]) -> str:
 
 
 def solution(numbers: list[int]) -> list[str]:
-    """Lists the right lines, such as "12 + 30 = 42"."""
+    """Lists the right lines, such as "12 + 3 = 15"."""
     sums = [sum(numbers[: i + 1]) for i in range(len(numbers))]
     return [f"{a} + {b} = {c}" for a, b, c in zip(sums, numbers[1:], sums[1:], strict=False)]
 
 
-def make_prompt(numbers: list[int], shots: int = 4) -> str:
+def make_prompt(numbers: list[int], shots: int = 6) -> str:
     """Makes a prompt of solved questions, the same for all, and an unsolved one."""
     rng = random.Random(0)
     solved = [make_numbers(rng) for _ in range(shots)]
@@ -65,7 +65,9 @@ class Verifier(RewardModel):
 
 def settings(n_particles: int, **more) -> SMCParams:
     """Makes the parameters: a segment is a line, and an empty line ends a text."""
-    return SMCParams(n_particles=n_particles, max_tokens=16 * TERMS, segment="\n", stop="\n\n", **more)
+    return SMCParams(
+        n_particles=n_particles, max_tokens=16 * TERMS, temperature=0.8, segment="\n", stop="\n\n", **more
+    )
 
 
 def main() -> None:

@@ -206,8 +206,8 @@ class ParticleFiltering:
             from fastsmc.smc import SMCError
 
             raise SMCError("all particles have weight zero: there is none to choose")
-        texts = population.texts
-        assert texts is not None  # a prompt of text had a tokenizer
+        texts, steps = population.texts, population.segments
+        assert texts is not None and steps is not None  # there is a tokenizer, and there are segments
         if self.final_response_selection == "argmax":
             selected = int(np.argmax(population.log_weights))
         else:
@@ -216,7 +216,7 @@ class ParticleFiltering:
             responses=[{"role": "assistant", "content": _strip(self.sg, each)} for each in texts],
             log_weights_lst=population.log_weights.tolist(),
             selected_index=selected,
-            steps_used_lst=population.segments.tolist(),
+            steps_used_lst=steps.tolist(),
             population=population,
         )
         return result.the_one if return_response_only else result

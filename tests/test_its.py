@@ -11,6 +11,7 @@ import pytest
 from its_hub.api import AbstractScalingAlgorithm, AbstractScalingResult, ChatMessage, ChatMessages
 from its_hub.core.algorithms import particle_gibbs as hub
 from its_hub.core.lms.step_generation import StepGeneration as HubSteps
+from scipy.stats import chi2
 from tiny import TableRows
 
 from fastsmc import Potential, SMCError
@@ -67,7 +68,7 @@ class Chain:
     """A model whose next letter depends on the last two: `table[prefix]` is (4,) log p0."""
 
     def __init__(self):
-        self.rows = np.log(np.random.default_rng(0).dirichlet(np.full(4, 2.0), (5, 5)))
+        self.rows = np.log(np.random.default_rng(0).dirichlet(np.full(4, 1.5), (5, 5)))
         self.table = self
 
     def __getitem__(self, prefix):
@@ -123,14 +124,15 @@ def engine():
 
 
 def test_its_hub_is_reproduced(engine):
-    """What each run's N final texts look like, and which one is chosen, as often in both within standard errors.
+    """What each run's N final texts look like, how many first steps they have left, and which one is chosen: means over
+    runs by chi-square.
 
     Both draw the two steps of two letters at temperature 0.7, weigh by the logit of the score and resample. its_hub
     resamples once more at the end; here that is made of the weighted particles, as its_hub does it.
     """
     sg, reward = HubSteps(max_steps=1, tokens_per_step=2, temperature=0.7), Reward()
     index = {text: i for i, text in enumerate(TEXTS)}
-    final, chosen = np.zeros((2, RUNS, len(TEXTS))), np.zeros((2, RUNS, len(TEXTS)))
+    final, chosen, lines = np.zeros((2, RUNS, 256)), np.zeros((2, RUNS, 256)), np.zeros((2, RUNS))
     lm, theirs = HubLM(engine.chain, np.random.default_rng(1)), hub.ParticleFiltering(sg, reward)
     ours, rng = ParticleFiltering(sg, reward, seed=1), np.random.default_rng(2)
     random.seed(1)
@@ -139,6 +141,7 @@ def test_its_hub_is_reproduced(engine):
         for response in found.responses:
             final[0, r, index[response["content"]]] += 1 / N
         chosen[0, r, index[found.the_one["content"]]] = 1
+        lines[0, r] = len({response["content"][:2] for response in found.responses})
         assert found.steps_used_lst == [2] * N
 
         found = ours.infer(engine, PROMPT, N, return_response_only=False)
@@ -148,15 +151,20 @@ def test_its_hub_is_reproduced(engine):
         again = rng.choice(N, N, p=found.population.weights)
         best = again[np.argmax(np.array(found.log_weights_lst)[again])]
         chosen[1, r, index[found.responses[best]["content"]]] = 1
+        lines[1, r] = len({found.responses[i]["content"][:2] for i in again})
     by_first = np.array([[text[:2] == pair for text in TEXTS] for pair in PAIRS])
     by_last = np.array([[text[2:] == pair for text in TEXTS] for pair in PAIRS])
     scores = np.array([[reward.value(text[:2]), reward.value(text)] for text in TEXTS]).T
-    for what in (final, chosen):
-        for statistic in (*by_first, *by_last, *scores):
-            values = what @ statistic  # (2, runs)
-            stderr = np.sqrt((values.var(1, ddof=1) / RUNS).sum())
-            if stderr > 0:
-                assert abs(np.diff(values.mean(1))[0]) < 4 * stderr
+    kinds = {"first": by_first, "last": by_last, "scores": scores}
+    seen = {
+        (which, name): what @ of.T
+        for which, what in (("final", final), ("chosen", chosen))
+        for name, of in kinds.items()
+    }
+    for name, values in {**seen, "first steps that survive": lines[:, :, None]}.items():  # (2, runs, statistics)
+        stderr = np.sqrt((values.var(1, ddof=1) / RUNS).sum(0))
+        z = np.diff(values.mean(1), axis=0)[0][stderr > 0] / stderr[stderr > 0]
+        assert np.square(z).sum() < chi2.ppf(1 - 1e-4, len(z)), (name, z)
     # and what is reproduced is not what the model would have drawn
     plain = np.exp([engine.chain.log_p(text, 0.7) for text in TEXTS]) @ scores[1]
     assert (final @ scores[1]).mean() > plain + 0.1
