@@ -111,7 +111,7 @@ class Engine:
         from fastsmc import LLM
         from fastsmc.models import resolve
 
-        self.llm = LLM(resolve(model), dtype="bfloat16", **settings)
+        self.llm = LLM(resolve(model), **{"dtype": "bfloat16", **settings})
         self.tokenizer = self.llm.get_tokenizer()
         self._random = np.random.default_rng(0)
         self._text: list[int] = []

@@ -43,13 +43,14 @@ START_S = 300.0
 
 
 class Server:
-    """Is an HTTP server in a process of its own; `plugin` says whether it is ours or vLLM's as it comes."""
+    """Is an HTTP server in a process of its own, started with `settings`; `plugin` says whether it is ours or vLLM's as
+    it comes."""
 
-    def __init__(self, model: str, plugin: bool) -> None:
+    def __init__(self, model: str, plugin: bool, settings: dict[str, Any] = SETTINGS) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        flags = [f"--{name.replace('_', '-')}={value}" for name, value in SETTINGS.items()]
+        flags = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
         flags += ["--host=127.0.0.1", f"--port={port}", "--disable-uvicorn-access-log", "--served-model-name=model"]
         environment = os.environ | {"PYTHONPATH": str(ROOT), "VLLM_PLUGINS": "", "VLLM_LOGGING_LEVEL": "ERROR"}
         command = ["-m", "vllm.entrypoints.openai.api_server", f"--model={model}"]

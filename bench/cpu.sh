@@ -2,7 +2,8 @@
 # Measures on a CPU what bench/results says of one, most telling first:
 #
 #   bash bench/cpu.sh OUTDIR [part…]         default: all parts but serve, soak, groups, infill, amortised, order, stderr,
-#                                          counterfactual, condition, interchange, alignment, facts and grammar
+#                                          counterfactual, condition, interchange, alignment, facts, grammar and
+#                                          segments_accuracy
 #   AGAINST=../old bash bench/cpu.sh OUTDIR against      steps of this tree and of another, in turn
 #
 # part           minutes on two quiet cores, and what for
@@ -32,6 +33,8 @@
 # serve         15    a server against the engine in process, and against a stock server
 # soak          30    10,000 requests of random end: what is counted, not timed
 # condition     20    questions asked under black boxes, beside genlm-control's AWRS; PEER as above: what is counted
+# segments      10    segments against none, a slow reward beside others, its_hub over HTTP; PEER as above
+# segments_accuracy 8  sums in steps by segments, best-of-n and majority: what is counted
 # groups        35    several groups against stock, a step by their number, a group beside ordinary requests
 # against        6
 #
@@ -40,7 +43,7 @@
 set -u
 cd "$(dirname "$0")/.."
 if [ $# -eq 0 ]; then
-  sed -n '2,39s/^# \{0,1\}//p' "$0" >&2
+  sed -n '2,42s/^# \{0,1\}//p' "$0" >&2
   exit 2
 fi
 python=${PYTHON:-.venv/bin/python}
@@ -104,6 +107,8 @@ for part in $parts; do
     counterfactual) OMP_NUM_THREADS=1 bench counterfactual_cpu bench_counterfactual.py found ;;
     counterfactual_time) bench counterfactual_time_cpu bench_counterfactual.py time ;;
     condition) OMP_NUM_THREADS=1 bench condition_cpu bench_condition.py --max-tokens 20 --seeds 6 --peer "$peer" ;;
+    segments) bench segments_cpu bench_segments.py --peer "$peer" ;;
+    segments_accuracy) bench segments_accuracy_cpu segments_accuracy.py ;;
     stderr) OMP_NUM_THREADS=1 bench stderr_cpu bench_stderr.py ;;
     order) bench resample_order bench_order.py ;;
     *)

@@ -667,12 +667,76 @@ def infill_amortised(result: Result) -> list[str]:
     ]  # fmt: skip
 
 
+def segments(result: Result) -> list[str]:
+    found: dict[str, list[Result]] = {}
+    for r in result["records"]:
+        found.setdefault(r["part"], []).append(r)
+
+    def median(runs: list[Result], key: str) -> float:
+        return statistics.median(run[key] for run in runs)
+
+    lines = table(
+        "segments | tokens of one | boundaries | tokens/s with | without | ratio",
+        (
+            (
+                r["name"], f"{median(r['runs'], 'segment_tokens'):.1f}", f"{median(r['runs'], 'boundaries'):.0f}",
+                *(f"{median(r[side], 'tokens_per_s'):.0f}" for side in ("runs", "without")),
+                f"**{r['ratio']['median']:.2f}**",
+            )
+            for r in found.get("cost", [])
+        ),
+    )  # fmt: skip
+    for r in found.get("slow", []):
+        free, slow = (r["runs"][label] for label in ("free", "slow"))
+        lines += [
+            "",
+            f"Beside a group whose reward takes {1e3 * r['seconds']:.0f} ms, and not beside one whose reward is free:",
+            f"another group's tokens/s {median(slow, 'tokens_per_s'):.0f}, not {median(free, 'tokens_per_s'):.0f} "
+            f"(**{r['throughput_ratio']['median']:.2f}**); between two tokens of a stream "
+            f"{1e3 * median(slow, 'itl'):.0f} ms, not {1e3 * median(free, 'itl'):.0f} "
+            f"(**{r['itl_ratio']['median']:.2f}**).",
+        ]
+    for r in found.get("its_hub", []):
+        ours, theirs = r["runs"]["fastsmc.its"], r["runs"]["its_hub"]
+        lines += [
+            "",
+            f"N = {r['n_particles']}, {r['steps']} steps of {r['tokens_per_step']} tokens: "
+            f"`fastsmc.its` {median(ours, 'tokens_per_s'):.0f} tokens/s, its_hub over HTTP "
+            f"{median(theirs, 'tokens_per_s'):.0f} (**{r['ratio']['median']:.1f}** times).",
+        ]
+    return lines
+
+
+def segments_accuracy(result: Result) -> list[str]:
+    def within(mean: float, interval: tuple[float, float]) -> str:
+        return f"{mean:.2f} ({interval[0]:.2f} to {interval[1]:.2f})"
+
+    return [
+        *table(
+            "chosen by | accuracy | less than by SMC's weight vote",
+            (
+                (
+                    r["method"], within(r["accuracy"], r["interval"]),
+                    within(r["behind_smc"], r["behind_smc_interval"]) if "behind_smc" in r else "",
+                )
+                for r in result["records"]
+            ),
+        ),
+        "",
+        f"{result['questions']} sums of {result['terms']} numbers, N = {result['n_particles']}, "
+        f"{result['tokens_per_question']:.0f} tokens per question on either side, which are "
+        f"{result['samples_per_question']:.1f} plain samples, {result['right_samples']:.1%} of which are right; 95 % "
+        "intervals by bootstrap over questions.",
+    ]  # fmt: skip
+
+
 TABLES: dict[str, Callable[[Result], list[str]]] = {
     "smc": smc, "step": step, "ops": ops, "attend steps": attend_steps, "attend ops": attend_ops, "twist": twist,
     "peers": peers, "grammar": grammar, "order": order, "groups": groups, "intervene": intervene,
     "counterfactual": counterfactual, "counterfactual time": counterfactual_time, "interchange": interchange,
     "alignment": alignment, "facts": facts, "condition": condition, "power": power, "score": score,
-    "stderr": stderr, "infill_amortised": infill_amortised,
+    "stderr": stderr, "infill_amortised": infill_amortised, "segments": segments,
+    "segments_accuracy": segments_accuracy,
 }  # fmt: skip
 
 

@@ -15,6 +15,7 @@ else
 fi
 # Intel's OpenMP is what `make` runs fastsmc with on a CPU: the peers get the same.
 "${pip[@]}" genlm-control==0.4.1 llamppl==0.2.3 accelerate transformers==5.19.0 intel-openmp==2024.2.1
+"${pip[@]}" "its_hub[lm]==1.2.0"
 # Of what pyvene requires, notebooks and data sets have no part in what is measured.
 "${pip[@]}" matplotlib
 "${pip[@]}" --no-deps pyvene==0.1.8

@@ -15,7 +15,7 @@ from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
 import fastsmc
-from fastsmc import Population, Potential, SMCError, SMCParams
+from fastsmc import Population, Potential, SMCError, SMCParams, its
 from fastsmc.hf import HFEngine
 from fastsmc.interventions import Interchange, Subspace
 from fastsmc.models import smollm2
@@ -290,3 +290,34 @@ def test_ten_lines_of_the_readme(real, monkeypatch, capsys):
     assert capsys.readouterr().out.startswith(f"{population.log_z} {population.final_ess} [(")
     e = np.array([text.count("e") for text in population.texts])
     assert population.n_particles == 32 and population.log_z < 0 and population.weights @ e <= 6
+
+
+class EvenLength:
+    """A process reward model of its_hub's kind, in whichever process the engine has."""
+
+    def score(self, prompt, texts):
+        assert prompt == "Tell a story."
+        return [0.8 if len(text) % 2 == 0 else 0.3 for text in texts]
+
+
+def test_its_hub_over_the_engine(real):
+    """A chat's message, steps that end within words, and as many tokens as the context leaves; the weights are those of
+    the scores."""
+    filtering = its.ParticleFiltering(its.StepGeneration(2, step_token="e", temperature=1.0), EvenLength(), seed=3)
+    found = filtering.infer(real, "Tell a story.", 12, return_response_only=False)
+    population = found.population
+    wanted = real.get_tokenizer().apply_chat_template(
+        [{"role": "user", "content": "Tell a story."}], add_generation_prompt=True, return_dict=False
+    )
+    assert population.prompt_token_ids == list(wanted)
+    assert population.params.max_tokens == real.model_config.max_model_len - len(wanted)
+    assert set(found.steps_used_lst) <= {1, 2, 3} and max(found.steps_used_lst) == 3
+    assert (
+        population.resampled[population.boundaries].any()
+        and not np.delete(population.resampled, population.boundaries).any()
+    )
+    whole = [i for i, steps in enumerate(found.steps_used_lst) if steps == 3 and population.texts[i][-1] == "e"]
+    logits = np.log([0.8 / 0.2 if len(found.responses[i]["content"]) % 2 == 0 else 0.3 / 0.7 for i in whole])
+    weights = population.log_weights[whole]
+    np.testing.assert_allclose(weights - weights[0], logits - logits[0], atol=1e-9)  # of the last step: all were equal
+    assert found.responses[found.selected_index] == found.the_one
