@@ -128,8 +128,19 @@ def _add_resampling(parser: argparse.ArgumentParser, default: SMCParams) -> None
     """Adds the options that say when a group resamples, and how strictly by weight."""
     parser.add_argument("--ess-threshold", type=float, default=default.ess_threshold, help="default: %(default)s")
     parser.add_argument(
-        "--resample-every", type=int, default=default.resample_every, metavar="B", help="tokens (default: %(default)s)"
+        "--resample-every",
+        type=int,
+        default=default.resample_every,
+        metavar="B",
+        help="tokens, or with segments boundaries (default: %(default)s)",
     )
+    parser.add_argument(
+        "--segment",
+        action="append",
+        metavar="TEXT",
+        help="a delimiter: particles wait there, and are weighed and resampled when all have come to one; may be repeated",
+    )
+    parser.add_argument("--max-segment-tokens", type=int, metavar="K", help="of a segment at most")
     parser.add_argument(
         "--resampling-temperature",
         type=_tau,
@@ -144,7 +155,7 @@ def _tau(text: str) -> float | str:
 
 
 def _resampling(args: argparse.Namespace) -> dict[str, Any]:
-    names = ("ess_threshold", "resample_every", "resampling_temperature")
+    names = ("ess_threshold", "resample_every", "resampling_temperature", "segment", "max_segment_tokens")
     return {name: getattr(args, name) for name in names}
 
 

@@ -9,7 +9,7 @@ from test_device import LastToken
 from test_potentials import V
 from tiny import TableTwist, value_table
 
-from fastsmc import SMCError, SMCParams
+from fastsmc import Potential, SMCError, SMCParams
 from fastsmc.smc import Group, arrange, finish
 from fastsmc.smc.driving import take_step
 from fastsmc.smc.group import choose
@@ -107,6 +107,31 @@ def test_common_tokens_are_those_of_all_that_may_be_drawn(proposal, every):
         came += len(sent)
         assert len(common._events) < 2 * group.t or not sent  # what is shared is forgotten
     assert came > 50 and kept_back > 0
+
+
+def test_common_tokens_where_particles_wait():
+    """Steps at which all of a lineage waited have no token; what has come begins each particle with weight."""
+
+    class Counts(Potential):
+        def prefix(self, state):
+            return -0.7 * (state.tokens == 2).sum(1).double()
+
+    came = 0
+    for seed in range(12):
+        params = SMCParams(n_particles=8, max_tokens=40, resampling="multinomial", seed=seed, ess_threshold=1.0,
+                           proposal="base", segment_token_ids=[1], max_segment_tokens=6)  # fmt: skip
+        group = Group(params, Counts(), [0], {STOP} if seed % 2 else set())
+        common, model, sent = CommonTokens(group.lineages), LastToken(8, "cpu"), []
+        while not group.done:
+            take_step(group, model)
+            particles = group.cohort.particles
+            sent += common.more(group.log_w, particles.finished, particles.lengths)
+            for row, ended in zip(group.lineages.tokens().tolist(), particles.finished.tolist(), strict=True):
+                tokens = [v for v in row if v >= 0]
+                assert tokens[: len(sent)] == sent and len(sent) <= len(tokens) - ended
+        came += len(sent)
+        assert group.population().T > 40 or seed % 2
+    assert came > 150
 
 
 def test_samples_are_drawn_by_weight():

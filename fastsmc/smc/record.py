@@ -144,7 +144,7 @@ class CommonTokens:
         self._lineages, self._seen = lineages, Seen()
         self._events: list[tuple[str, Tensor]] = []  # from the first column that is not shared on
         self._rows: Tensor | None = None  # of that column, (N,): where each particle comes from
-        self._length = 0  # of what is shared
+        self._length = 0  # tokens that are shared
 
     def more(self, log_w: Tensor, finished: Tensor, lengths: Tensor) -> list[int]:
         """Returns the tokens that have become common since the last call. Waits for the device, at most twice.
@@ -169,10 +169,13 @@ class CommonTokens:
             else:
                 rows = values[rows]
         tokens = torch.stack(columns[::-1])
-        n_shared = torch.minimum(_agree(tokens, alive).long().cumprod(0).sum(), open_end)
-        n, *of_one = torch.cat([n_shared[None], tokens[:, alive.byte().argmax()]]).tolist()
+        of_one = tokens[:, alive.byte().argmax()]
+        shared = _agree(tokens, alive) & ((of_one >= 0).cumsum(0) <= open_end)
+        n, *spelled = torch.cat([shared.long().cumprod(0).sum()[None], of_one]).tolist()
+        common = [token for token in spelled[:n] if token >= 0]  # where all have waited there is none
         self._forget(n)
-        return of_one[:n]
+        self._length += len(common)
+        return common
 
     def _put(self, events: list[tuple[str, Tensor]]) -> None:
         for kind, values in events:
@@ -188,14 +191,14 @@ class CommonTokens:
         """Drops the first `n` columns, at least one."""
         columns = [i for i, (kind, _) in enumerate(self._events) if kind == "tokens"]
         events = self._events[columns[n] :] if n < len(columns) else []
-        self._length, self._events, self._rows = self._length + n, [], None
+        self._events, self._rows = [], None
         self._put(events)
 
 
 def _agree(tokens: Tensor, alive: Tensor) -> Tensor:
-    """Says whether particles in `alive` (N,) bool all have the same token: of (..., N), (...) bool; ends are none."""
+    """Says whether particles in `alive` (N,) bool all have the same token, or none: of (..., N), (...) bool."""
     low = torch.where(alive, tokens, torch.iinfo(tokens.dtype).max).amin(-1)
-    return (low == torch.where(alive, tokens, -1).amax(-1)) & (low >= 0)
+    return low == torch.where(alive, tokens, -1).amax(-1)
 
 
 def make_population(

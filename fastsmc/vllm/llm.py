@@ -751,7 +751,8 @@ class LLM(Effects, WorkerInterchanges, vllm.LLM):
                     assert isinstance(output, RequestOutput)  # of one of our groups
                     payload = (output.kv_transfer_params or {}).get("smc", {})
                     if bar is not None:
-                        step = _steps(requests[i]) if output.finished else payload.get("step", steps[i])
+                        total = _steps(requests[i])  # more are taken where particles wait for others
+                        step = total if output.finished else min(payload.get("step", steps[i]), total)
                         bar.update(step - steps[i])
                         steps[i] = step
                     if output.finished:

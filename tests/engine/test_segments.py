@@ -8,7 +8,6 @@ from concurrent.futures import Future
 
 import numpy as np
 import pytest
-import torch
 from tiny import PROMPT, TinyLlama, hf_log_probs
 from vllm import SamplingParams
 
