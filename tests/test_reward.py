@@ -7,6 +7,7 @@ import threading
 import zlib
 from concurrent.futures import CancelledError, Future
 from dataclasses import replace
+from importlib.metadata import EntryPoint
 
 import cloudpickle
 import numpy as np
@@ -18,6 +19,7 @@ from tiny import PROMPT, TinyLlama, make_llama, run_tables, step_tables
 
 from fastsmc import SMCParams, reward_networks
 from fastsmc.potentials import (
+    GROUP,
     Final,
     HFReward,
     PoolingReward,
@@ -27,6 +29,7 @@ from fastsmc.potentials import (
     State,
     pooling_reward,
     registered,
+    resolve,
 )
 from fastsmc.potentials.copying import own_copy
 from fastsmc.potentials.waiting import in_background, join
@@ -676,8 +679,20 @@ def test_it_travels_after_it_was_used(server, engine):
     assert start(origin, engine)._client is own_copy(origin, engine)._client  # groups share connections
 
 
+def known(code):
+    return {"prm": EntryPoint("prm", code, GROUP)}
+
+
 def test_requests_cannot_make_one():
     assert not any("eward" in entry.value for entry in registered().values())
+    url = "http://localhost/classify"
+    for args in ({}, {"url": url}):
+        with pytest.raises(ValueError, match="the arguments of PoolingReward are the operator's; name a function"):
+            resolve("prm", args, known("fastsmc.potentials:PoolingReward"))
+    made = resolve("prm", {}, known("rewarding:operators_reward"))
+    assert isinstance(made, PoolingReward) and made.url == "http://127.0.0.1:9/classify"
+    with pytest.raises(ValueError, match="unexpected keyword argument"):
+        resolve("prm", {"url": url}, known("rewarding:operators_reward"))
 
 
 @pytest.mark.parametrize(

@@ -161,6 +161,8 @@ class Potential:
     #: with the rejection proposal: how many candidate tokens a particle is asked about at most per step; None: as many
     #: as it takes. A particle that needs more has weight zero, which is biased: `Population.questions` counts them
     max_asked: int | None = None
+    #: whether requests may name the class itself, and give its arguments: not one whose arguments are the operator's
+    by_request: ClassVar[bool] = True
     #: names of attributes that hold the potentials, one or a tuple, that this one is made of
     made_of: tuple[str, ...] = ()
 

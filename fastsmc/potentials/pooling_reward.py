@@ -51,6 +51,7 @@ class PoolingReward(NetworkReward):
 
     shared_by_groups = ("_client",)
     in_background = True
+    by_request = False  # who names the server also sees its answers, and may reach what only this machine reaches
 
     def __init__(
         self,

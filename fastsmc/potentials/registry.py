@@ -60,6 +60,10 @@ def resolve(
     build = load(name, known)
     if not isinstance(args or {}, Mapping):
         raise ValueError(f"potential {name!r}: arguments {args!r} must be a JSON object")
+    if isinstance(build, type) and issubclass(build, Potential) and not build.by_request:
+        raise ValueError(
+            f"potential {name!r}: the arguments of {build.__name__} are the operator's; name a function that makes it"
+        )
     try:
         potential = build(**(args or {}))
     except KeyboardInterrupt:
