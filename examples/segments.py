@@ -86,10 +86,11 @@ def main() -> None:
     population = llm.smc(prompt, params, Verifier(numbers))
     print(f"{question(numbers)}{sum(numbers)} is right.")
     for name, found in (("plain samples", plain), ("particles", population)):
-        share = sum(w for w, text in zip(found.weights, found.texts, strict=True) if answer(text) == sum(numbers))
+        texts = found.texts or []
+        share = sum(w for w, text in zip(found.weights, texts, strict=True) if answer(text) == sum(numbers))
         print(f"{name}: {share:.1%} of the weight has the right sum")
-    print(f"log Z {population.log_z:.2f}, ESS {population.final_ess:.1f}, {len(population.boundaries)} boundaries")
-    print(population.texts[population.log_weights.argmax()])
+    print(f"log Z {population.log_z:.2f}, ESS {population.final_ess:.1f}, boundaries at {population.boundaries}")
+    print(population.best(1)[0][0])
 
 
 if __name__ == "__main__":

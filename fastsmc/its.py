@@ -246,6 +246,7 @@ class ParticleFiltering:
             most = (sg.max_steps + 1) * sg.tokens_per_step
         if most is None:
             most = max(1, lm.model_config.max_model_len - n_prompt)
+        tokens = [sg.step_token] if isinstance(sg.step_token, str) else sg.step_token
         return SMCParams(
             n_particles=budget,
             max_tokens=most,
@@ -253,7 +254,7 @@ class ParticleFiltering:
             ess_threshold=1.0,
             resampling=self.resampling_method,
             resampling_temperature=self._resampling_temperature,
-            segment=sg.step_token if sg.step_token is None or isinstance(sg.step_token, str) else tuple(sg.step_token),
+            segment=None if tokens is None else tuple(tokens),
             max_segment_tokens=sg.tokens_per_step,
             seed=seed,
         )

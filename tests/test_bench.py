@@ -9,7 +9,9 @@ import sys
 import time
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
@@ -521,3 +523,34 @@ def test_agreement_is_refused_where_there_is_none():
     assert bench.agreement(kept, exact)[1:] == (4 - 1, pytest.approx(bench.agreement(kept, exact)[2]))
     assert bench.agreement(kept, exact)[2] > 1e-3 > bench.agreement(kept, exact**1.15)[2]
     assert bench.agreement(np.full(9, 4), np.ones(4)) == (0.0, 0, 1.0)
+
+
+def test_plain_samples_have_the_tokens_of_a_group():
+    """Sums in steps: as many samples as fit the tokens that were drawn, also in vain; votes by weight, by the verifier,
+    by number; a text is right if it is, line by line and to its end."""
+    import segments_accuracy
+    from segments import is_right, solution
+
+    numbers = [1, 2, 3]
+    assert solution(numbers) == ["1 + 2 = 3", "3 + 3 = 6"]
+    texts = {"good": "1 + 2 = 3\n3 + 3 = 6\n\n", "lucky": "1 + 2 = 4\n4 + 3 = 6\n\n", "bad": "1 + 2 = 4\n4 + 3 = 7\n\n"}
+    assert is_right(numbers, "1 + 2 = 3\n") and not is_right(numbers, "1 + 2 = 3\n\n")
+    assert [is_right(numbers, text) for text in texts.values()] == [True, False, False]
+    assert not is_right(numbers, "1 + 2 = 3\n3 + 3 = 6\n6 + 1 = 7\n")
+    group = SimpleNamespace(
+        tokens=np.array([[5, 5, 5], [5, -1, 5], [5, 5, -1]]),  # 7
+        texts=[texts["bad"], texts["good"], texts["bad"]],
+        weights=np.array([0.4, 0.6, 0.0]),
+        log_weights=np.log([0.4, 0.6, 1e-9]),
+    )
+    plain = SimpleNamespace(
+        token_ids=[[5, 5], [5, 5], [5, 5, 5], [5]], texts=[texts["bad"], "no sum", texts["lucky"], texts["good"]]
+    )
+    found = segments_accuracy.choose(numbers, group, plain)
+    assert (found["tokens"], found["plain_tokens"], found["samples"], found["right_samples"]) == (7, 7, 3, 0)
+    assert found["right"] == {
+        "smc, heaviest": True, "smc, weight vote": True, "best of n": False, "score vote": False, "majority": False
+    }  # fmt: skip
+    assert segments_accuracy.vote(["= 1", "= 2", "= 2", "x"], [3.0, 1.0, 1.5, 9.0]) == 1
+    low, high = segments_accuracy.interval(np.array([0.0, 1.0] * 50), np.random.default_rng(0))
+    assert low == pytest.approx(0.4, abs=0.03) and high == pytest.approx(0.6, abs=0.03)
