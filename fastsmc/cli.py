@@ -138,7 +138,7 @@ def _add_resampling(parser: argparse.ArgumentParser, default: SMCParams) -> None
         "--segment",
         action="append",
         metavar="TEXT",
-        help="a delimiter: particles wait there, and are weighed and resampled when all have come to one; may be repeated",
+        help="a delimiter, at which particles wait until all are there, to be weighed and resampled; may be repeated",
     )
     parser.add_argument("--max-segment-tokens", type=int, metavar="K", help="of a segment at most")
     parser.add_argument(

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import threading
 import time
 from concurrent.futures import Future
 
@@ -30,20 +29,6 @@ class Counts(Potential):
         return -0.7 * (state.tokens == 2).sum(1).double()
 
 
-class ThreadPool:
-    """Runs each function in a thread of its own that waits first."""
-
-    def __init__(self, seconds):
-        self.seconds = seconds
-
-    def submit(self, run):
-        def later():
-            time.sleep(self.seconds)
-            run()
-
-        threading.Thread(target=later, daemon=True).start()
-
-
 class Slow(Counts):
     """Answers what it has looked at in the background, `seconds` later."""
 
@@ -56,11 +41,12 @@ class Slow(Counts):
         self.known = None
 
         def look(future):
+            time.sleep(self.seconds)
             if self.error is not None and at_boundary:
                 raise self.error
             self.known = scores
 
-        return in_background(ThreadPool(self.seconds), look)
+        return in_background(look)
 
     def prefix(self, state):
         return super().prefix(state) if state.step == 0 else self.known
@@ -83,7 +69,7 @@ def check_rows(path, prompt, population):
     ("way", "length"), [(WAYS[0], 1), (WAYS[0], 31), (WAYS[0], 32), (WAYS[0], 60), (WAYS[1], 31), (WAYS[2], 31)]
 )
 def test_log_probs_equal_a_full_recompute(engine, tiny_path, all_blocks_back, way, length):
-    """Over three block boundaries and more, with rows of unequal length that are copied onto each other, and early ends."""
+    """Over three block boundaries, with rows of unequal length that are copied onto each other, and early ends."""
     prompt = prompt_of(length)
     params = SMCParams(
         n_particles=12, max_tokens=100, ess_threshold=1.0, resampling="multinomial", proposal="base", seed=3,
@@ -125,7 +111,10 @@ def test_continuations_after_particles_that_wait(engine, tiny_path, all_blocks_b
     at = population.boundaries[0]
     first = [[v for v in population.tokens[: at + 1, i].tolist() if v >= 0] for i in range(10)]
     rows = hf_log_probs(tiny_path, prompt, [[*t, *ids] for t in first])
-    want = [row[-40:].sum() if kind is Infill or t[-1] == STOP else row[-40:-1].sum() for row, t in zip(rows, first)]
+    want = [
+        row[-40:].sum() if kind is Infill or t[-1] == STOP else row[-40:-1].sum()
+        for row, t in zip(rows, first, strict=True)
+    ]
     np.testing.assert_allclose(population.step_log_weights[at], want, atol=2e-3)
     assert len({len(t) for t in first}) > 1
 

@@ -18,6 +18,7 @@ from fastsmc import Potential, SMCError, SMCParams, ops
 from fastsmc.hf import HFEngine
 from fastsmc.interventions import Interchange, Steer, Subspace, load
 from fastsmc.potentials import Infill
+from fastsmc.potentials.waiting import in_background
 from fastsmc.vllm.messages import StepOrder
 from fastsmc.vllm.passes import Batch
 from fastsmc.vllm.ranks import Follower, Leader, LeadingRunner
@@ -90,6 +91,39 @@ def test_groups_under_interventions(parallel, tiny_path, named, all_blocks_back)
     for population, prompt in zip(plain, prompts, strict=True):
         for i, want in enumerate(hooked_log_probs(tiny_path, prompt, population.token_ids, [])):
             assert np.abs(population.token_log_probs[i] - want).max() <= 5e-4
+
+
+class Noise(Potential):
+    """Answers with noise of its process, at once or after a while in the background."""
+
+    def __init__(self, waits):
+        self.waits, self.found = waits, None
+
+    def fetch(self, state, about):
+        n = len(about)
+
+        def find(future):
+            self.found = torch.rand(n, dtype=torch.float64)
+
+        return in_background(find) if self.waits else None
+
+    def prefix(self, state):
+        found, self.found = self.found, None
+        return torch.rand(len(state.finished), dtype=torch.float64) if found is None else 3 * found
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_segments(parallel, tiny_path, all_blocks_back, waits):
+    """Rows of unequal length, and blocks that move with them, on both ranks; only one asks."""
+    prompt = prompt_of(40)
+    params = SMCParams(
+        n_particles=8, max_tokens=60, ess_threshold=1.0, proposal="base", segment_token_ids=[1], max_segment_tokens=14
+    )
+    population = parallel.smc(prompt, params, Noise(waits))
+    assert population.T > 60 and population.n_roots < 8
+    for i, want in enumerate(hf_log_probs(tiny_path, prompt, population.token_ids)):
+        drawn = population.tokens[np.arange(population.T), population.lineage(i)] >= 0
+        assert np.abs(population.token_log_probs[i][drawn] - want).max() <= 5e-4
 
 
 def test_interchange(parallel, tiny_path, all_blocks_back):

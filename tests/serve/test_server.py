@@ -125,9 +125,13 @@ SETTINGS = [
     {"force_stop": True, "ignore_eos": True, "stop_token_ids": [6, 7], "top_k": 20, "min_p": 0.01, "min_tokens": 2},
     {"twist": "small"},
     {"power": 2.0, "power_ramp": 3, "resample_every": 2, "resampling_temperature": 1.5},
+    {"segment": ["e", "fd"], "segment_token_ids": [6], "max_segment_tokens": 3, "proposal": "base"},
 ]
 #: what `SamplingParams` has no word for
-OWN = ("twist", "force_stop", "power", "power_ramp", "resample_every", "resampling_temperature")
+OWN = (
+    *("twist", "force_stop", "power", "power_ramp", "resample_every", "resampling_temperature", "proposal"),
+    *("segment", "segment_token_ids", "max_segment_tokens"),
+)
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: "-".join(settings))
@@ -149,6 +153,9 @@ def test_settings_everywhere(server, llm, twist_path, settings):
     assert [p["token_ids"] for p in particles] == population.token_ids
     assert [p["text"] for p in particles] == population.texts
     assert [p["finish_reason"] for p in particles] == population.finish_reasons
+    if population.segments is not None:
+        assert answer["boundaries"] == population.boundaries.tolist() and len(population.boundaries) > 2
+        assert [p["segments"] for p in particles] == population.segments.tolist()
     drawn = [particles[i] for i in answer["samples"]]
     assert output.outputs[0].text == drawn[0]["text"]
 
@@ -398,6 +405,10 @@ SMC_REFUSALS = [
     ({"prompt": None}, 400, "prompt"),
     ({"presence_penalty": 1.0}, 400, "presence_penalty"),
     ({"intervention": "storm"}, 400, "intervention"),
+    ({"segment": ""}, 400, "segment"),
+    ({"segment": ["a", "</s>"]}, 400, "segment"),  # which no text holds
+    ({"max_segment_tokens": 0}, 400, "max_segment_tokens"),
+    ({"counterfactual": [5], "segment": "a"}, 400, "segment"),
     ({"counterfactual": []}, 400, "counterfactual"),
     ({"counterfactual": [5, 99]}, 400, "counterfactual"),
     ({"counterfactual": [5, 1, 6]}, 400, "counterfactual"),  # on after a stop token

@@ -196,6 +196,10 @@ def population_body(population: Any, payload: dict[str, Any], genealogy: bool, t
             "particle_tokens": payload["particle_tokens"],
         },
     }
+    if population.segments is not None:
+        body["boundaries"] = population.boundaries.tolist()
+        for particle, segments in zip(body["particles"], population.segments.tolist(), strict=True):
+            particle["segments"] = segments
     if isinstance(population, Counterfactuals):
         columns = zip(population.common_prefix.tolist(), population.log_kernel.tolist(), strict=True)
         for particle, (prefix, kernel) in zip(body["particles"], columns, strict=True):

@@ -92,6 +92,7 @@ class Particle(BaseModel):
     log_weight: float | None = Field(description="as in `Population.log_weights`; null: -inf")
     log_prob: float | None = Field(description="log p0 of its tokens; null: -inf")
     finish_reason: Literal["stop", "length", "dead"]
+    segments: int | None = Field(None, description="that it has; null: the group had none")
     common_prefix: int | None = Field(
         None, description="tokens that it has in common with the text, of counterfactuals"
     )
@@ -142,6 +143,7 @@ class SMCPopulation(BaseModel):
     biased: bool = Field(False, description="a cap on questions was met, so that log_z is too low on average")
     ess: float = Field(description="effective sample size of the final weights")
     steps: int
+    boundaries: list[int] | None = Field(None, description="steps after which particles were weighed, with segments")
     seed: int
     p0: dict[str, Any] = Field(description="the settings of p0 that were in force")
     particles: list[Particle]
