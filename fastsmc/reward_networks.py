@@ -52,7 +52,7 @@ class Network:
         import transformers
 
         config = transformers.AutoConfig.from_pretrained(path)
-        [*names] = config.architectures or ()
+        names = config.architectures or []
         ends = [end for end in _LOADERS if len(names) == 1 and names[0].endswith(end)]
         if not ends:
             said = ", ".join(names) or "none"
@@ -61,7 +61,11 @@ class Network:
         model, loading = loader.from_pretrained(path, dtype=dtype, output_loading_info=True)
         if loading["missing_keys"]:
             raise ValueError(f"lacks the weights {', '.join(sorted(loading['missing_keys']))}")
-        return cls(model.to(device), transformers.AutoTokenizer.from_pretrained(path))
+        model = model.to(device)
+        if model.device.type == "cpu":  # transformers has mapped the file, which takes no memory so far
+            for tensor in (*model.parameters(), *model.buffers()):
+                tensor.data = tensor.data.clone()
+        return cls(model, transformers.AutoTokenizer.from_pretrained(path))
 
     @property
     def weight_bytes(self) -> int:

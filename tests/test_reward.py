@@ -1,6 +1,7 @@
 """Reward models as potentials, and answers that come later."""
 
 import concurrent.futures
+import gc
 import math
 import re
 import threading
@@ -8,6 +9,7 @@ import zlib
 from concurrent.futures import CancelledError, Future
 from dataclasses import replace
 from importlib.metadata import EntryPoint
+from pathlib import Path
 
 import cloudpickle
 import numpy as np
@@ -534,6 +536,21 @@ def test_networks_that_cannot_be_loaded_are_named(tmp_path):
         load_networks({"half": str(path)}, torch.float32, "cpu")
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux says what files are mapped")
+def test_weights_are_in_memory_and_not_in_a_file_that_is_mapped(tmp_path):
+    """An engine measures what is free behind them."""
+    from transformers import LlamaForSequenceClassification
+
+    path = make_reward(tmp_path / "rm", "LlamaForSequenceClassification")
+    mapped = LlamaForSequenceClassification.from_pretrained(path)
+    assert str(path) in Path("/proc/self/maps").read_text()
+    del mapped
+    gc.collect()
+    network = Network.load(path, torch.float32, "cpu")
+    gc.collect()
+    assert str(path) not in Path("/proc/self/maps").read_text() and network.weight_bytes
+
+
 def test_bytes_of_a_network(tmp_path):
     network = Network.load(make_reward(tmp_path / "rm", "LlamaForSequenceClassification"), torch.float32, "cpu")
     saved = load_file(tmp_path / "rm" / "model.safetensors")
@@ -626,9 +643,18 @@ def test_a_time_out_says_how_long(server, engine):
         (lambda answer: {"data": answer["data"] + answer["data"]}, "answered about 4 texts, was asked about 2"),
         (lambda answer: {"error": "busy"}, r"""answered '{"error": "busy"}': KeyError: 'data'"""),
         (lambda answer: {"data": [{"index": i, "probs": []} for i in (0, 1)]}, "answered .*label=1: must be below 0"),
-        (lambda answer: {"data": [{"index": i, "probs": [0, math.nan]} for i in (0, 1)]}, "score gave nan for 'a.'"),
-        (lambda answer: {"data": [{"index": i, "probs": [0, "1"]} for i in (0, 1)]}, "score gave '1', a str: must be"),
-        (lambda answer: {"data": [{"index": i, "probs": [0, -1.5]} for i in (0, 1)]}, "score gave -1.5 for 'a.'"),
+        (
+            lambda answer: {"data": [{"index": i, "probs": [0, math.nan]} for i in (0, 1)]},
+            "^PoolingReward: http://.*/classify gave nan for 'a.'",
+        ),
+        (
+            lambda answer: {"data": [{"index": i, "probs": [0, "1"]} for i in (0, 1)]},
+            "^PoolingReward: http://.*/classify gave '1', a str: must be",
+        ),
+        (
+            lambda answer: {"data": [{"index": i, "probs": [0, -1.5]} for i in (0, 1)]},
+            "^PoolingReward: http://.*/classify gave -1.5 for 'a.'",
+        ),
     ],
 )
 def test_answers_that_are_none_are_refused(server, engine, change, said):
@@ -826,3 +852,19 @@ def test_a_failing_reward_ends_its_own_group(tiny, later):
     step_tables(tiny, groups)
     assert "Failing" in str(groups[0].error) and "the server has gone" in str(groups[0].error)
     assert groups[1].error is None and groups[1].population().log_z < 0
+
+
+def test_hf_engines_load_reward_models(tmp_path):
+    from fastsmc.hf import HFEngine
+
+    path = make_llama(tmp_path / "policy", len(LETTERS))
+    rm = make_reward(tmp_path / "rm", "LlamaForSequenceClassification")
+    engine = HFEngine(path, letters_tokenizer(eos_token="<eos>"), reward_models={"rm": str(rm)})
+    params = SMCParams(n_particles=6, max_tokens=6, proposal="base", ess_threshold=0.0)
+    population = engine.smc("ab", params, HFReward("rm", template="Q{text}", label=0))
+    for ids, weight in zip(population.token_ids, population.log_weights, strict=True):
+        text = "".join(LETTERS[v] for v in ids if v)
+        alone = read_alone(rm, "AutoModelForSequenceClassification", "Q" + text).softmax(-1)[0].log().item()
+        assert weight == pytest.approx(alone, abs=1e-5)
+    with pytest.raises(ValueError, match=r"reward_models\['no'\]='.*': "):
+        HFEngine(path, reward_models={"no": str(tmp_path / "no")})

@@ -85,7 +85,15 @@ class PoolingReward(NetworkReward):
                 raise ValueError(f"PoolingReward: api_key_env={self.api_key_env!r}: is not set in this process")
             headers["Authorization"] = f"Bearer {key}"
         # a proxy of the environment's knows nothing of this machine's own servers
-        self._client = httpx.Client(headers=headers, timeout=self.timeout, trust_env=not _is_local(self.url))
+        self._client = httpx.Client(
+            headers=headers,
+            timeout=self.timeout,
+            limits=httpx.Limits(max_connections=None),  # one per group that waits
+            trust_env=not _is_local(self.url),
+        )
+
+    def source(self) -> str:
+        return f"PoolingReward: {self.url}"
 
     def score(self, texts: list[str]) -> list[float]:
         return self.score_until(texts, lambda: False)
@@ -187,7 +195,8 @@ def _is_local(url: str) -> bool:
     """Says whether a URL is of this machine."""
     host = urlsplit(url).hostname or ""
     try:
-        return ipaddress.ip_address(host).is_loopback
+        address = ipaddress.ip_address(host)
+        return address.is_loopback or address.is_unspecified
     except ValueError:
         return host == "localhost" or host.endswith(".localhost")
 

@@ -85,6 +85,10 @@ class RewardModel(Potential):
         """Scores as `score` does; override it where what takes long can be left when `cancelled` says so."""
         return self.score(texts)
 
+    def source(self) -> str:
+        """Says where scores come from, for errors."""
+        return f"{type(self).__name__}.score"
+
     def setup(self, engine: Engine) -> None:
         name = type(self).__name__
         if type(self).score is RewardModel.score and type(self).score_until is RewardModel.score_until:
@@ -164,7 +168,7 @@ class RewardModel(Potential):
         """Has texts scored, and checks the answer."""
         if not texts:
             return []
-        who, logit = f"{type(self).__name__}.score", self.scale == "logit"
+        who, logit = self.source(), self.scale == "logit"
         asked = texts if self.on == "text" else [list(ids) for ids in texts]
         allowed = "numbers in [0, 1]" if logit else "finite numbers of at least 0"
         with torch.no_grad():  # a thread knows nothing of the engine's inference mode
@@ -225,16 +229,20 @@ class NetworkReward(RewardModel):
         self.step_join = step_token if step_join is None else step_join
         self.label = None if label is None else check_int("label", label, 0)
 
+    def reset(self, n_particles: int, prompt: list[int]) -> None:
+        super().reset(n_particles, prompt)
+        [self._prompt_text] = decode(self._tokenizer, [self.prompt])
+
     def reads(self, texts: list[str]) -> list[str]:
         """Writes what the network reads of each text."""
-        [prompt] = decode(self._tokenizer, [self.prompt])
         if self.step_token is not None:
             parts = [[text] if self.step is None else text.split(self.step) for text in texts]
             steps = [[part for part in each if part.strip()] for each in parts]
             assert self.step_join is not None  # it is the token where nobody gave it
             texts = [self.step_join.join(each) + self.step_token for each in steps]
         pieces = _FIELD.split(self.template)  # what stands between the fields, and the fields
-        return ["".join({"{prompt}": prompt, "{text}": text}.get(piece, piece) for piece in pieces) for text in texts]
+        fields = [{"{prompt}": self._prompt_text, "{text}": text} for text in texts]
+        return ["".join(each.get(piece, piece) for piece in pieces) for each in fields]
 
     def choose(self, n_labels: int) -> int:
         """Says which of the labels is the score's."""

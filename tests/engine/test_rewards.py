@@ -52,7 +52,7 @@ def test_a_network_in_the_worker_weighs_segments(llm, rm_path, threshold):
 
     from fastsmc.reward_networks import Network
 
-    reward = HFReward("rm", template="{text}", aggregate="product", scale="logit")
+    reward = HFReward("rm", template="Q{text}", aggregate="product", scale="logit")
     population = llm.smc("ab", replace(SEGMENTS, ess_threshold=threshold), reward)
     network = AutoModelForSequenceClassification.from_pretrained(rm_path).eval()
     alone = Network(network, letters_tokenizer(SYMBOLS))
@@ -60,7 +60,7 @@ def test_a_network_in_the_worker_weighs_segments(llm, rm_path, threshold):
     for i in range(SEGMENTS.n_particles):
         texts = pieces(population, i)
         assert population.segments[i] == len(texts)
-        scores = [alone.probabilities([[SYMBOLS.index(c) for c in text]])[0, 1].item() for text in texts]
+        scores = [alone.probabilities([[SYMBOLS.index(c) for c in "Q" + text]])[0, 1].item() for text in texts]
         log_phi.append(sum(math.log(score / (1 - score)) for score in scores))
     if threshold == 0:
         np.testing.assert_allclose(population.log_weights, log_phi, rtol=1e-4, atol=1e-5)
