@@ -24,6 +24,7 @@ from fastsmc.potentials import (
     GROUP,
     Final,
     HFReward,
+    Lexicon,
     PoolingReward,
     Potential,
     Product,
@@ -365,11 +366,17 @@ def test_without_segments_nothing_is_fetched_of_the_unfinished(engine):
     assert reward.asked == [["b"]]
 
 
-def test_what_setup_made_does_not_travel(engine):
-    reward = Vowels(aggregate="min")
+def test_what_a_subclass_shares_travels(engine):
+    class Listed(Vowels):
+        shared_by_groups = ("words",)
+
+        def __init__(self):
+            super().__init__()
+            self.words = ["a", "b"]
+
+    reward = Listed()
     reward.setup(engine)
-    sent = cloudpickle.loads(cloudpickle.dumps(reward))
-    assert not hasattr(sent, "_tokenizer") and sent.aggregate == "min"
+    assert cloudpickle.loads(cloudpickle.dumps(reward)).words == ["a", "b"]
 
 
 # -- HFReward ----------------------------------------------------------------------------------------------------------
@@ -818,6 +825,27 @@ def test_unbiased(tiny, kind, aggregate, scale, scheme, threshold, way):
     [alone] = run_tables(tiny, [Group(plain, origin, PROMPT, tiny.stop, engine=engine)])
     expected = [log_phi(reward, ids, params) for ids in alone.token_ids]
     np.testing.assert_allclose(alone.log_weights, expected, atol=1e-9)
+
+
+@pytest.mark.parametrize("aggregate", ["last", "product"])
+def test_unbiased_in_a_product_that_guides(tiny, aggregate):
+    """Beside a factor with `logw_next` the reward is asked at boundaries all the same."""
+    engine = GroupEngine(letters_tokenizer(WORDS), vocab_size=len(WORDS))
+    reward, liked = Hashed(aggregate=aggregate), Lexicon(token_ids=[0, 2], weight=0.7)
+    params = SMCParams(n_particles=5, max_tokens=STEPS, ess_threshold=1.0, seed=3, segment=".")
+    origin = set_up(Product(liked, reward), engine)
+    groups = [Group(replace(params, group=i), origin, PROMPT, tiny.stop, engine=engine) for i in range(150)]
+    populations = run_tables(tiny, groups)
+    truth = {
+        s: math.exp(lp + log_phi(reward, s, params) + 0.7 * sum(v in (0, 2) for v in s)) for s, lp in tiny.log_p.items()
+    }
+    for f in (lambda s: 1.0, lambda s: float(len(s)), lambda s: float(2 in s)):
+        want = sum(p * f(s) for s, p in truth.items())
+        got = np.array([
+            np.mean([math.exp(w) * f(tuple(ids)) for w, ids in zip(p.log_weights, p.token_ids, strict=True)])
+            for p in populations
+        ])  # fmt: skip
+        assert abs(got.mean() - want) < 4 * got.std(ddof=1) / math.sqrt(len(got)), (got.mean(), want)
 
 
 def test_a_group_asks_once_per_boundary_and_text(tiny):

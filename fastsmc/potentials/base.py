@@ -149,6 +149,8 @@ class Potential:
     #: `logw_next` only shapes the proposal: weights are exact for whatever it gives, and `prefix` is the target's ψ.
     #: Such a group draws, weighs and then resamples.
     proposal_only: bool = False
+    #: log φ hangs on when `prefix` was asked, so a product in which others have `logw_next` is `proposal_only`
+    needs_prefix: bool = False
     #: names of attributes that groups share and nobody writes to after `setup`; those of base classes count too
     shared_by_groups: tuple[str, ...] = ()
     #: names of attributes that are tensors (N, …) with an entry per particle, or None for all groups at the same step.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastsmc.potentials.base import Engine, Potential, State, parts
-from fastsmc.potentials.product import Final, Product
+from fastsmc.potentials.product import Final
 from fastsmc.potentials.tokens import log_of, short, text_ids, tokenizer_of
 from fastsmc.texts import strip_partial, texts_after
 from fastsmc.values import check_choice, check_int
@@ -157,13 +157,6 @@ def conditions(potential: Potential) -> list[Potential]:
     if type(potential).allows is not Potential.allows:
         return [potential]
     return [found for part in parts(potential) for found in conditions(part)]
-
-
-def guides(potential: Potential) -> bool:
-    """Says whether a potential, or one that it is made of, has `logw_next`, for the rejection proposal."""
-    if isinstance(potential, (Final, Product)):
-        return isinstance(potential, Product) and any(map(guides, potential.factors))
-    return type(potential).logw_next is not Potential.logw_next
 
 
 def no_condition(potential: Potential | None) -> str:

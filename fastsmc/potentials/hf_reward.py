@@ -68,6 +68,9 @@ class HFReward(NetworkReward):
         if self.step_token is not None and self._network.is_stepwise:
             self._step_id = self._network.last_token(self.step_token)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_network"}  # which setup finds
+
     def score(self, texts: list[str]) -> list[float]:
         rows = self._network.encode(self.reads(texts))
         if self._network.is_stepwise:

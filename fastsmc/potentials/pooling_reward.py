@@ -92,6 +92,9 @@ class PoolingReward(NetworkReward):
             trust_env=not _is_local(self.url),
         )
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_client"}  # which setup makes
+
     def source(self) -> str:
         return f"PoolingReward: {self.url}"
 

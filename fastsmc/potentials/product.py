@@ -49,7 +49,11 @@ class Product(Potential):
 
     @property
     def proposal_only(self) -> bool:  # type: ignore[override]
-        return any(f.proposal_only for f in self.factors)
+        return any(f.proposal_only for f in self.factors) or (self.needs_prefix and guides(self))
+
+    @property
+    def needs_prefix(self) -> bool:  # type: ignore[override]
+        return any(f.needs_prefix for f in self.factors)
 
     def prepare(self, tokenizer: Any) -> None:
         for f in self.factors:
@@ -149,3 +153,10 @@ class Final(Potential):
 
     def complete(self, state: State) -> Tensor:
         return check_scores(self.potential, "complete", self.potential.complete(state), state.finished)
+
+
+def guides(potential: Potential) -> bool:
+    """Says whether a potential, or one that it is made of, has `logw_next`."""
+    if isinstance(potential, (Final, Product)):
+        return isinstance(potential, Product) and any(map(guides, potential.factors))
+    return type(potential).logw_next is not Potential.logw_next

@@ -46,6 +46,10 @@ class RewardModel(Potential):
     segment is its last one. The logit of a score with "product", resampled at every boundary with multinomial
     resampling, is the particle filter of its_hub.
 
+    In a product with factors that have `logw_next` these shape the draws, and the product is weighed at boundaries; it
+    is then `proposal_only`. Where only wholes are asked about, as in `Final` and beside most learned twists, a whole is
+    one segment.
+
     In a group without segments nothing is scored before particles end, and a whole text is one segment: with
     `SMCParams(segment=…)` it guides.
 
@@ -63,7 +67,7 @@ class RewardModel(Potential):
             number of them, naming the class, the value and what is allowed.
     """
 
-    shared_by_groups = ("_tokenizer",)
+    needs_prefix = True
     #: `score` takes a while, and may run in a thread: its group is parked meanwhile, and other groups go on. One call
     #: per group at a time, of several groups at the same time
     in_background: bool = False
@@ -95,11 +99,6 @@ class RewardModel(Potential):
             raise ValueError(f"{name}: must define score")
         if self.on == "text":
             self._tokenizer = tokenizer_of(engine, name)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leaves what `setup` made behind, such as connections, where the object travels to a worker."""
-        made = {name for base in type(self).__mro__ for name in vars(base).get("shared_by_groups", ())}
-        return {name: value for name, value in vars(self).items() if name not in made}
 
     def reset(self, n_particles: int, prompt: list[int]) -> None:
         self.prompt = list(prompt)

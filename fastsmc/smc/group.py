@@ -17,8 +17,9 @@ from fastsmc.p0 import P0, restrict
 from fastsmc.params import SMCParams
 from fastsmc.population import Population, draw_indices
 from fastsmc.potentials import Potential, answered
-from fastsmc.potentials.condition import guides, no_condition, questions
+from fastsmc.potentials.condition import no_condition, questions
 from fastsmc.potentials.copying import own_copy
+from fastsmc.potentials.product import guides
 from fastsmc.smc import faults
 from fastsmc.smc.asking import Asker
 from fastsmc.smc.cohort import Cohort
