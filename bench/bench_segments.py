@@ -192,6 +192,7 @@ def run(
     """Measures `parts`; writes and returns the records."""
     settings: dict[str, Any] = {
         "dtype": dtype, "max_num_seqs": 128, "max_model_len": 1024, "kv_cache_memory_bytes": 1 << 30,
+        "enforce_eager": True,
     }  # fmt: skip
     engine = Segments(model, {"in_process": False, **settings})
     records: list[dict[str, Any]] = []
@@ -221,7 +222,9 @@ def run(
 def describe(record: dict[str, Any]) -> str:
     """Sets a record as a line."""
     ratios = ", ".join(f"{name} {of['median']:.2f}" for name, of in record.items() if name.endswith("ratio"))
-    return f"{record['part']} {record.get('name', '')}: {ratios}"
+    runs = record["runs"] if isinstance(record["runs"], dict) else {key: record[key] for key in ("runs", "without")}
+    rates = ", ".join(f"{key} {statistics.median(run['tokens_per_s'] for run in of):.0f}" for key, of in runs.items())
+    return f"{record['part']} {record.get('name', '')}: {ratios}; tokens/s {rates}"
 
 
 def main() -> None:
