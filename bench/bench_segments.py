@@ -44,10 +44,10 @@ cloudpickle.register_pickle_by_value(its_hub_bench)  # the engine's process does
 
 PARTS = ("cost", "slow", "its_hub")
 PROMPT = "Once upon a time, in a small village"
-#: of `cost`: particles, tokens of each, and what a segment is; a delimiter comes about every 16 tokens
+#: of `cost`: particles, tokens of each, and what a segment is: where no delimiter comes the bound ends it
 PARTICLES, MAX_TOKENS = 64, 64
 SEGMENTS: dict[str, dict[str, Any]] = {
-    "16 tokens": {"max_segment_tokens": 16}, "delimiter": {"segment": (".", ",", "\n"), "max_segment_tokens": 64},
+    "16 tokens": {"max_segment_tokens": 16}, "delimiter": {"segment": (".", ",", "\n"), "max_segment_tokens": 24},
 }  # fmt: skip
 #: of `slow`: particles of either group, tokens of the stream, seconds that the reward takes
 SLOW_PARTICLES, STREAM_TOKENS, SECONDS = 32, 48, 0.2
