@@ -44,10 +44,10 @@ cloudpickle.register_pickle_by_value(its_hub_bench)  # the engine's process does
 
 PARTS = ("cost", "slow", "its_hub")
 PROMPT = "Once upon a time, in a small village"
-#: of `cost`: particles, tokens of each, and what a segment is; a delimiter comes about every 16 tokens
+#: of `cost`: particles, tokens of each, and what a segment is: where no delimiter comes the bound ends it
 PARTICLES, MAX_TOKENS = 64, 64
 SEGMENTS: dict[str, dict[str, Any]] = {
-    "16 tokens": {"max_segment_tokens": 16}, "delimiter": {"segment": (".", ",", "\n"), "max_segment_tokens": 64},
+    "16 tokens": {"max_segment_tokens": 16}, "delimiter": {"segment": (".", ",", "\n"), "max_segment_tokens": 24},
 }  # fmt: skip
 #: of `slow`: particles of either group, tokens of the stream, seconds that the reward takes
 SLOW_PARTICLES, STREAM_TOKENS, SECONDS = 32, 48, 0.2
@@ -192,6 +192,7 @@ def run(
     """Measures `parts`; writes and returns the records."""
     settings: dict[str, Any] = {
         "dtype": dtype, "max_num_seqs": 128, "max_model_len": 1024, "kv_cache_memory_bytes": 1 << 30,
+        "enforce_eager": True,
     }  # fmt: skip
     engine = Segments(model, {"in_process": False, **settings})
     records: list[dict[str, Any]] = []
@@ -221,7 +222,9 @@ def run(
 def describe(record: dict[str, Any]) -> str:
     """Sets a record as a line."""
     ratios = ", ".join(f"{name} {of['median']:.2f}" for name, of in record.items() if name.endswith("ratio"))
-    return f"{record['part']} {record.get('name', '')}: {ratios}"
+    runs = record["runs"] if isinstance(record["runs"], dict) else {key: record[key] for key in ("runs", "without")}
+    rates = ", ".join(f"{key} {statistics.median(run['tokens_per_s'] for run in of):.0f}" for key, of in runs.items())
+    return f"{record['part']} {record.get('name', '')}: {ratios}; tokens/s {rates}"
 
 
 def main() -> None:

@@ -50,7 +50,7 @@ class Server:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        flags = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
+        flags = [f"--{name.replace('_', '-')}" + f"={value}" * (value is not True) for name, value in settings.items()]
         flags += ["--host=127.0.0.1", f"--port={port}", "--disable-uvicorn-access-log", "--served-model-name=model"]
         environment = os.environ | {"PYTHONPATH": str(ROOT), "VLLM_PLUGINS": "", "VLLM_LOGGING_LEVEL": "ERROR"}
         command = ["-m", "vllm.entrypoints.openai.api_server", f"--model={model}"]

@@ -65,7 +65,9 @@ class Verifier(RewardModel):
 
 def settings(n_particles: int, **more) -> SMCParams:
     """Makes the parameters: a segment is a line, and an empty line ends a text."""
-    return SMCParams(n_particles=n_particles, max_tokens=16 * TERMS, temperature=0.8, segment=("\n",), stop=("\n\n",), **more)
+    return SMCParams(
+        n_particles=n_particles, max_tokens=16 * TERMS, temperature=0.8, segment=("\n",), stop=("\n\n",), **more
+    )
 
 
 def main() -> None:
