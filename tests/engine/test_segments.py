@@ -16,6 +16,7 @@ from fastsmc.potentials import Infill
 from fastsmc.potentials.waiting import in_background
 
 from .conftest import VOCAB
+from .test_attend import always  # noqa: F401  a fixture
 from .test_engine import prompt_of, same
 from .test_twist import save_twist
 
@@ -85,6 +86,18 @@ def test_log_probs_equal_a_full_recompute(engine, tiny_path, all_blocks_back, wa
         assert len(np.unique(population.ancestors[population.boundaries[2] + 1])) < 12
     else:
         assert len(lengths) > 1
+
+
+def test_rows_of_unequal_length_attend(engine, tiny_path, always, all_blocks_back):  # noqa: F811
+    """`attend` reads blocks that such rows share once, and of each row as much as it has."""
+    prompt = prompt_of(70)
+    params = SMCParams(
+        n_particles=12, max_tokens=90, ess_threshold=1.0, resampling="multinomial", proposal="base", seed=4, **WAYS[0]
+    )
+    population = engine.smc(prompt, params, Counts())
+    check_rows(tiny_path, prompt, population)
+    assert population.T > 90 and len(always) > 90
+    assert any(reads < rows * 4 for rows, shared, reads in always if rows > 6 and shared == 2)
 
 
 class Looks(Infill):
