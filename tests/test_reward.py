@@ -671,6 +671,14 @@ def test_answers_that_are_none_are_refused(server, engine, change, said):
         reward.fetch(state, ALL).result(timeout=10)
 
 
+def test_a_server_that_reads_at_another_token_is_told_so(server, engine):
+    server.plan.append(lambda answer: {"data": [{"index": 0, "data": []}]})
+    with pytest.raises(
+        ValueError, match="/pooling answered .*: no row for a text: is step_token='!' the server's step"
+    ):
+        pooled(server, engine, "/pooling", step_token="!").score(["a."])
+
+
 def test_an_aborted_group_asks_no_more(server, engine, quick):
     reward = pooled(server, engine, batch_size=1, retries=50)
     server.hold.clear()

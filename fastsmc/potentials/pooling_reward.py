@@ -166,6 +166,8 @@ class PoolingReward(NetworkReward):
             if self.url.endswith("/classify"):
                 rows = [item["probs"] for item in data]
             else:
+                if not all(item["data"] for item in data):
+                    raise ValueError(f"no row for a text: is step_token={self.step_token!r} the server's step_tag_id?")
                 rows = [item["data"][-1] for item in data]
                 rows = [row if isinstance(row, list) else [row] for row in rows]  # of a single label it may be a number
             if indices == list(range(n)):
