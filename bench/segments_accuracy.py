@@ -90,6 +90,7 @@ def run(json_path: str | None, model: str, n: int, questions: int, dtype: str, s
 
     engine: dict[str, Any] = {
         "dtype": dtype, "max_num_seqs": 256, "max_model_len": 512, "kv_cache_memory_bytes": 2 << 30,
+        "enforce_eager": True,
     }  # fmt: skip
     llm = LLM(str(resolve(model)), **engine)
     rng = random.Random(seed)
