@@ -106,6 +106,7 @@ WAYS = {
     "two tokens": dict(segment="ab", max_segment_tokens=3),
     "a character of two": dict(segment=["é", "b"]),
     "ids": dict(segment_token_ids=[1, 3]),
+    "not across a boundary": dict(segment="ab", segment_token_ids=[0]),
     "cap": dict(max_segment_tokens=2),
     "stop token": dict(segment_token_ids=[STOP, 0], max_segment_tokens=3),
     "never": dict(segment="aaaaaaaa"),
@@ -212,6 +213,10 @@ def test_unbiased_beside_other_settings(tiny, settings, kind):
             new.find(s, max(0, len(old.rstrip("\ufffd")) + 1 - len(s))) >= 0 for s in params.stop
         ) and not new.endswith("\ufffd") and prefix[-1] != STOP  # fmt: skip
 
+    for population in populations[:40]:
+        check_record(params, population, tiny)
+        every = population.boundaries[params.resample_every - 1 :: params.resample_every]
+        assert set(np.flatnonzero(population.resampled) - 1) <= set(every)
     target, phi = tiny.restricted(params, ends), KINDS[kind]
     z = np.array([math.exp(p.log_z) for p in populations])
     want = math.exp(target.log_z(phi.log_phi))
@@ -267,6 +272,7 @@ def test_groups_beside_each_other(tiny):
     asked = [
         dict(), dict(segment="ab"), dict(max_segment_tokens=2, n_particles=9), dict(segment=[".", "b"], stop="aa"),
         dict(proposal="twisted"), dict(proposal="twisted", segment_token_ids=[1, 2], n_particles=3),
+        *(dict(proposal="twisted", max_segment_tokens=1, max_tokens=n, ess_threshold=1.0) for n in (2, 3, 4)),
     ]  # fmt: skip
     params = [SMCParams(**dict(n_particles=6, max_tokens=STEPS, ess_threshold=0.8, proposal="base", group=i) | more)
               for i, more in enumerate(asked)]  # fmt: skip
