@@ -213,11 +213,11 @@ def test_unbiased_beside_other_settings(tiny, settings, kind):
             new.find(s, max(0, len(old.rstrip("\ufffd")) + 1 - len(s))) >= 0 for s in params.stop
         ) and not new.endswith("\ufffd") and prefix[-1] != STOP  # fmt: skip
 
+    target, phi = tiny.restricted(params, ends), KINDS[kind]
     for population in populations[:40]:
-        check_record(params, population, tiny)
+        check_record(params, population, target)
         every = population.boundaries[params.resample_every - 1 :: params.resample_every]
         assert set(np.flatnonzero(population.resampled) - 1) <= set(every)
-    target, phi = tiny.restricted(params, ends), KINDS[kind]
     z = np.array([math.exp(p.log_z) for p in populations])
     want = math.exp(target.log_z(phi.log_phi))
     assert abs(z.mean() - want) < 4 * z.std(ddof=1) / math.sqrt(len(z)), (z.mean(), want)
