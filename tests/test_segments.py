@@ -198,7 +198,7 @@ def test_segments_of_one_token_are_none(tiny, kind, settings):
 @pytest.mark.parametrize(("settings", "kind"), [
     (dict(resampling_temperature=2.0), "base"), (dict(resample_every=2), "twisted"), (dict(resample_every=2), "base"),
     (dict(power=1.5, power_ramp=3), "base"), (dict(power=0.7, power_ramp=2), "twisted"),
-    (dict(force_stop=True), "twisted"), (dict(stop=["b"], min_tokens=2), "guided"), (dict(n_particles=1), "base"),
+    (dict(force_stop=True), "twisted"), (dict(stop=["b"], min_tokens=1), "guided"), (dict(n_particles=1), "base"),
 ])  # fmt: skip
 def test_unbiased_beside_other_settings(tiny, settings, kind):
     params = SMCParams(**dict(
