@@ -47,8 +47,8 @@ class GroupState(State):
         self._tokens, self._token_log_probs, self._hidden = tokens, token_log_probs, hidden
         self._log_prob = particles.log_prob[part]
 
-    def hide(self, hidden: Tensor | None) -> None:
-        """Has other hidden states (R, H), or none, to which `rows` belong."""
+    def put_hidden(self, hidden: Tensor | None) -> None:
+        """Shows other hidden states (R, H), or none, to which `rows` belong."""
         self._hidden = lambda: hidden
 
     @property

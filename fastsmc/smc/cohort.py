@@ -7,8 +7,8 @@
 
 A group asks for nothing itself, so one pass of a model serves the rows of all groups. The host waits for the device
 twice per step, whatever the number of groups: once to hear who has ended, once to hear who goes on with how many
-distinct histories. Where there are stop strings or a potential's `stop` it waits once more before it asks them, and for
-each group's strings; top_p waits too.
+distinct histories. Where there are segments, stop strings or a potential's `stop` it waits once more before it asks
+them, and for each group's strings; top_p waits too.
 """
 
 from __future__ import annotations
@@ -326,6 +326,7 @@ class Cohort:
             unfinished = step.active
             if segment_ended is not None:
                 ended, unfinished = self._pause(segment_ended, ended)
+        del logits, told, answers  # large, and the potential may take its time
         bad, n_ended, left, moved = self._read(self._bad(), ended, unfinished, moving)
         self._fail_bad(bad)
         self._reindex(moved)
@@ -461,7 +462,7 @@ class Cohort:
             if scored:
                 waiting = self.particles.paused[run.part]
                 state.rows = torch.where(waiting, self.layout.local[run.part], -1)
-                state.hide(groups[0].held_hidden)
+                state.put_hidden(groups[0].held_hidden)
         return state
 
     def _ask_next(self) -> list[NextRows | None]:

@@ -539,7 +539,7 @@ class Pass:
     # -------------------------------------------------------------------------------------------------------- the step
     def take(self) -> None:
         """Lets the groups take their step, once all rows have run."""
-        logits, hidden = self._found
+        (logits, hidden), self._found = self._found, ()  # a step that waits for answers keeps this pass
         self._tables.position[self._rows] += 1
         for member in self._members.values():
             member.paging.position += member.group.t > 0
