@@ -18,10 +18,11 @@ setup:
 demo: setup
 	@$(RUN) -m fastsmc.demo
 
-# Tests without an engine keep one core busy each, so they run two at a time; those of engines share what they start.
+# Tests without an engine keep one core busy each, so they run two at a time, in their order: the longest is an early
+# one. Those of engines share what they start.
 ENGINES = tests/engine tests/serve
 test: setup
-	@OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist loadfile $(ENGINES:%=--ignore=%)
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(ENGINES:%=--ignore=%)
 	@$(RUN) -m pytest -q $(ENGINES)
 
 check: setup
