@@ -256,11 +256,6 @@ def stops(potential: Potential) -> bool:
     return type(potential).stop is not Potential.stop or any(map(stops, parts(potential)))
 
 
-def fetches(potential: Potential) -> bool:
-    """Says whether a potential, or one that it is made of, defines `fetch`."""
-    return type(potential).fetch is not Potential.fetch or any(map(fetches, parts(potential)))
-
-
 def answered(potential: Potential) -> set[str]:
     """Says which of `prefix`, `complete` and `logw_next` a potential defines.
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastsmc.potentials.answers import check_next, check_rows, check_scores
-from fastsmc.potentials.base import Engine, Masked, Potential, Rows, State
+from fastsmc.potentials.base import Engine, Masked, Potential, Rows, State, parts
 
 
 class Product(Potential):
@@ -160,3 +160,9 @@ def guides(potential: Potential) -> bool:
     if isinstance(potential, (Final, Product)):
         return isinstance(potential, Product) and any(map(guides, potential.factors))
     return type(potential).logw_next is not Potential.logw_next
+
+
+def fetches(potential: Potential) -> bool:
+    """Says whether a potential, or one that it is made of, defines `fetch`."""
+    own = type(potential).fetch not in (Potential.fetch, Final.fetch)  # which hand on what others define
+    return own or any(map(fetches, parts(potential)))

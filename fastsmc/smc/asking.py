@@ -13,10 +13,11 @@ from torch import Tensor
 from fastsmc.params import SMCParams
 from fastsmc.potentials import Potential, State
 from fastsmc.potentials.answers import NextRows, check_next, check_scores
-from fastsmc.potentials.base import fetches, stops
+from fastsmc.potentials.base import stops
 from fastsmc.potentials.condition import conditions, most_asked
 from fastsmc.potentials.copying import for_others
 from fastsmc.potentials.joint import is_joinable
+from fastsmc.potentials.product import fetches
 from fastsmc.smc.engine import GroupEngine, SMCError
 from fastsmc.smc.particles import Particles
 
