@@ -513,7 +513,7 @@ def test_a_model_that_fails_fails_the_step(pair):
     batch = Batch(one, one, one, torch.zeros(1, 1, dtype=torch.int32), one.int() + 1, 1)
     runner = object.__new__(LeadingRunner)
     runner.model, runner.groups, runner.captured, runner._half = leader, {}, {}, None
-    runner._unwritten = {}
+    runner._unwritten, runner._parked = {}, {}
     runner._model = SimpleNamespace(riding=SimpleNamespace(why_not="this test"))
     net.fails = True
 
