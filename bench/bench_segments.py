@@ -2,8 +2,10 @@
 
     python bench/bench_segments.py --dtype float32 --peer bench/peers/.venv/bin/python --json FILE
 
-    cost    tokens/s of a group with segments and of the same group without them, whose reward is asked at the end only:
-            segments of a fixed number of tokens, and up to a delimiter in the text. The reward costs nothing.
+    cost    tokens/s of a group with segments, resampled at every boundary, and of a group without them, whose reward is
+            asked at the end only, so that it has no cause to resample before: segments of a fixed number of tokens, and
+            sentences. The reward costs nothing. (A group that is resampled at every token has fewer rows for its
+            tokens: copies are one row.)
     slow    a group whose reward takes 0 or 200 ms, again and again, beside another group and an ordinary stream: the
             other group's tokens/s and the stream's time between tokens
     its_hub tokens/s of `fastsmc.its` and of its_hub over a stock vLLM server, at the same settings; needs --peer
@@ -47,8 +49,9 @@ PROMPT = "Once upon a time, in a small village"
 #: of `cost`: particles, tokens of each, and what a segment is: where no delimiter comes the bound ends it
 PARTICLES, MAX_TOKENS = 64, 64
 SEGMENTS: dict[str, dict[str, Any]] = {
-    "16 tokens": {"max_segment_tokens": 16}, "delimiter": {"segment": (".", ",", "\n"), "max_segment_tokens": 24},
-}  # fmt: skip
+    "16 tokens": {"max_segment_tokens": 16},
+    "sentences": {"segment": (".", "\n"), "max_segment_tokens": 24},
+}
 #: of `slow`: particles of either group, tokens of the stream, seconds that the reward takes
 SLOW_PARTICLES, STREAM_TOKENS, SECONDS = 32, 48, 0.2
 #: of `its_hub`: particles, steps, tokens of a step
@@ -79,7 +82,7 @@ class Segments(Engine):
     def timed(self, potential: Any, settings: dict[str, Any]) -> dict[str, Any]:
         """Runs a group once: {seconds, tokens, tokens_per_s, boundaries, segment_tokens}."""
         params = SMCParams(
-            n_particles=PARTICLES, max_tokens=MAX_TOKENS, ess_threshold=1.0, resampling="multinomial", ignore_eos=True,
+            n_particles=PARTICLES, max_tokens=MAX_TOKENS, ess_threshold=1.0 if settings else 0.0, ignore_eos=True,
             **settings,
         )  # fmt: skip
         begin = time.perf_counter()

@@ -23,7 +23,7 @@ from openings import OPENINGS
 RESULTS = ROOT / "bench" / "results"
 FILES = (
     *("bench/README.md", "README.md", "docs/counterfactuals.md", "docs/alignment.md", "docs/conditions.md"),
-    *("docs/error.md", "docs/powers.md", "docs/grammars.md", "docs/infilling.md", "docs/genlm.md"),
+    *("docs/error.md", "docs/powers.md", "docs/grammars.md", "docs/infilling.md", "docs/genlm.md", "docs/segments.md"),
 )  # fmt: skip
 Result = dict[str, Any]
 
