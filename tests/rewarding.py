@@ -5,16 +5,26 @@ from __future__ import annotations
 import contextlib
 import http.server
 import json
+import math
 import threading
+import zlib
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fastsmc.potentials import State
+from fastsmc.potentials.copying import own_copy
+from fastsmc.smc import GroupEngine, set_up
+
 #: of the model that draws, by token id
 LETTERS = ["<eos>", "a", "b", "c", "d", "e", "f", "."]
 #: of reward models
 SYMBOLS = ["<pad>", "<step>", "+", "-", "a", "b", "c", "d", "e", "f", ".", "?", "Q", ":"]
+
+EOS = 0
+ALL = torch.tensor([True, True])
+TEXTS = ["ab.", "c.", "ddefff.", "a.b.c.d.e.f."]
 
 
 def letters_tokenizer(tokens: list[str] = LETTERS, **special: str):
@@ -41,6 +51,40 @@ def make_reward(path: Path, kind: str, *, labels: int = 2, seed: int = 0, **conf
     getattr(transformers, kind)(made).save_pretrained(path)
     letters_tokenizer(SYMBOLS, additional_special_tokens=["<step>"], pad_token="<pad>").save_pretrained(path)
     return path
+
+
+def letters_engine():
+    """What potentials are set up with: the tokenizer of single characters."""
+    return GroupEngine(tokenizer=letters_tokenizer(eos_token="<eos>"), vocab_size=len(LETTERS))
+
+
+def score_of(text) -> float:
+    """A number in (0, 1) that hangs on the whole text (or its token ids)."""
+    text = text if isinstance(text, str) else "".join(LETTERS[v] for v in text)
+    return 0.05 + 0.9 * (zlib.crc32(text.encode()) % 1000) / 1000
+
+
+def segment_state(rows, finished, segmented=True) -> State:
+    """The state of a group: rows of letters, "-" where a particle waited or had ended, "$" the stop token."""
+    state, t = State(), max(map(len, rows))
+    ids = [[LETTERS.index(c) if c in LETTERS else {"-": -1, "$": EOS}[c] for c in row.ljust(t, "-")] for row in rows]
+    state.tokens = torch.tensor(ids)
+    state.lengths = (state.tokens >= 0).sum(1)
+    state.finished, state.step = torch.tensor(finished), t
+    state.segments = torch.zeros(len(rows), dtype=torch.int64) if segmented else None
+    state.prompt, state.max_tokens, state.stop_token_ids = [1, 2], 99, frozenset({EOS})
+    return state
+
+
+def start(potential, engine, n=2):
+    potential.prepare(engine.tokenizer)
+    copy = own_copy(set_up(potential, engine), engine)
+    copy.reset(n, [1, 2])
+    return copy
+
+
+def logit(score: float) -> float:
+    return math.log(score / (1 - score))
 
 
 class PoolingServer:
