@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
+import itertools
 import json
 import math
 import operator
@@ -48,7 +49,7 @@ class _Texts:
             if isinstance(value, str) or len(value) != len(obj.token_ids):
                 raise ValueError(f"texts: {len(value)} of them for {len(obj.token_ids)} particles")
             value = list(value)
-            if not all(isinstance(text, str) for text in value):
+            if not all(issubclass(kind, str) for kind in set(map(type, value))):
                 raise ValueError("texts: must be str")
         obj._texts = value
 
@@ -172,7 +173,7 @@ class Population:
             raise ValueError(f"capped={self.capped!r}: must be True or False")
         if self.finish_reasons is not None:
             self.finish_reasons = list(self.finish_reasons)
-            for reason in self.finish_reasons:
+            for reason, _ in itertools.groupby(self.finish_reasons):
                 check_choice("finish_reasons", reason, FINISH_REASONS)
             if len(self.finish_reasons) != sizes["N"]:
                 raise ValueError(f"finish_reasons: {len(self.finish_reasons)} of them for {sizes['N']} particles")
