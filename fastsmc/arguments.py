@@ -124,6 +124,8 @@ def read_exact(name: str, exact: Any, params: SMCParams, vocab_size: int | None 
         raise ValueError(f"{name}: a group with stop={list(params.stop)} takes no exact samples")
     if params.proposal == "rejection":
         raise ValueError(f"{name}: proposal='rejection' takes no exact samples; use 'twisted' or 'base'")
+    if params.islands > 1:
+        raise ValueError(f"{name}: a group with islands={params.islands}, which migrate, takes no exact samples")
     rows, n = read_samples(name, exact, vocab_size), params.n_particles
     if len(rows) not in (1, n) or (len(rows) > 1 and params.ess_threshold > 0.0):
         raise ValueError(

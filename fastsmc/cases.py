@@ -70,6 +70,10 @@ def read_cases(
         raise ValueError(f"power={params.power:g}: must be 1, without a ramp, for counterfactuals")
     if params is not None and params.proposal == "rejection":
         raise ValueError("params.proposal='rejection': counterfactuals are not drawn by it; use 'twisted'")
+    if params is not None and params.islands > 1:
+        raise ValueError(
+            f"params.islands={params.islands}: must be 1 for counterfactuals, whose islands do not migrate"
+        )
     if noise == "gumbel" and potential is not None:
         raise ValueError("noise='gumbel': takes no potential, whose resampling would give particles other numbers")
     facts, ids, single = _read_facts(prompts, sizes, tokenizer_hash)

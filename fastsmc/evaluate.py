@@ -37,6 +37,8 @@ from fastsmc.values import check_int, json_safe
 def _check_proposal(params: SMCParams) -> None:
     if params.proposal == "rejection":
         raise ValueError("params.proposal='rejection': its q has no density that is known; use 'twisted' or 'base'")
+    if params.islands > 1:
+        raise ValueError(f"params.islands={params.islands}: must be 1, since exact samples are retained in other runs")
 
 
 def _check(exact: Any, runs: int, params: SMCParams) -> list[list[int]]:

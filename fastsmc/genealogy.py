@@ -9,6 +9,9 @@ import numpy as np
 #: why a bound has no standard error
 RETAINED = "exact samples were retained: log Ẑ is a bound on log Z, not an estimate of it"
 
+#: why islands that migrate have none
+MIGRATES = "islands migrate, so they are not independent; pool such runs, whose spread gives it"
+
 
 def find_roots(ancestors: np.ndarray) -> np.ndarray:
     """Finds the row of the first step that each final particle descends from, (N,) int64, of ancestors (T, N)."""
@@ -59,6 +62,7 @@ def log_z_stderr(
     *,
     equal_by_law: bool,
     retains: bool,
+    migrates: bool = False,
 ) -> tuple[float, str | None]:
     """Gives the standard error of log Ẑ, √V by the delta method, and None; or NaN, and why there is none.
 
@@ -67,6 +71,7 @@ def log_z_stderr(
         equal_by_law: no potential, power or forced end makes weights differ: Z is 1 by definition, and where they are
             equal the error is exactly 0.
         retains: exact samples were given, so that log Ẑ is no estimate but a bound.
+        migrates: there are islands, which migrate.
     """
     if retains:
         return math.nan, RETAINED
@@ -74,6 +79,8 @@ def log_z_stderr(
         return math.nan, "all weights are zero"
     if equal_by_law and not log_weights.any():
         return 0.0, None
+    if migrates:
+        return math.nan, MIGRATES
     if len(log_weights) == 1:
         return math.nan, "a single particle shows no spread"
     if len(set(find_roots(ancestors)[log_weights > -math.inf].tolist())) < 2:

@@ -51,6 +51,12 @@ class SMCParams:
             resampled together, and never else.
         segment_token_ids: tokens that end a segment, too.
         max_segment_tokens: what a segment has at most; None: no bound. Any of these three makes segments.
+        islands: M: the particles are M equal parts, each of which is resampled by itself, by its own ESS, and which
+            migrate. It must divide n_particles, and needs migrate_every. 1: there are none. (`LLM.smc(islands=M)` has
+            independent ones.)
+        migrate_every: at least 1; after this many tokens, or with segments boundaries, twice as many, and so on, the
+            islands themselves are resampled, by their mean weights, where the ESS of these is below (M + 1)/2, halfway
+            between 1 and M. None: there are no islands.
         proposal: 'twisted' draws from p0·ψ where the potential gives `logw_next`; 'base' draws from p0 and weighs
             afterwards; 'rejection' draws as 'twisted' does, but asks potentials such as `Condition` for single tokens
             until they allow one (docs/conditions.md).
@@ -98,6 +104,8 @@ class SMCParams:
     segment: tuple[str, ...] | None = None
     segment_token_ids: tuple[int, ...] | None = None
     max_segment_tokens: int | None = None
+    islands: int = 1
+    migrate_every: int | None = None
 
     def __post_init__(self) -> None:
         def put(name: str, value: Any) -> None:
@@ -132,6 +140,19 @@ class SMCParams:
         put("segment_token_ids", _check_ids("segment_token_ids", self.segment_token_ids) or None)
         if self.max_segment_tokens is not None:
             put("max_segment_tokens", check_int("max_segment_tokens", self.max_segment_tokens, 1, 2**24))
+        put("islands", check_int("islands", self.islands, 1, 2**20))
+        if self.migrate_every is not None:
+            put("migrate_every", check_int("migrate_every", self.migrate_every, 1, 2**24))
+        if self.migrate_every is not None and self.islands == 1:
+            raise ValueError(f"migrate_every={self.migrate_every}: needs islands of at least 2")
+        if self.migrate_every is None and self.islands > 1:
+            raise ValueError(
+                f"islands={self.islands}: needs migrate_every; independent islands are those of smc(islands=…)"
+            )
+        if self.n_particles % self.islands:
+            raise ValueError(
+                f"islands={self.islands}: must divide n_particles={self.n_particles}, those of all islands"
+            )
         put("power", check_power("power", self.power))
         put("power_ramp", _check_ramp(self.power_ramp, self.power))
         if self.force_stop and self.ignore_eos and not self.stop_token_ids:
@@ -165,7 +186,8 @@ class SMCParams:
     @property
     def never_resamples(self) -> bool:
         """Says whether no weights whatever make the group resample."""
-        return self.ess_threshold == 0.0 or self.resample_every >= self.max_tokens
+        migrates = self.migrate_every is not None and self.migrate_every < self.max_tokens
+        return not migrates and (self.ess_threshold == 0.0 or self.resample_every >= self.max_tokens)
 
     # -- as a vLLM request -----------------------------------------------------------------------------------------
     #: fields that SamplingParams has a word for, and those that travel as smc_* keys
@@ -176,7 +198,7 @@ class SMCParams:
     _OWN = (
         *("n_particles", "ess_threshold", "resampling", "proposal", "group", "force_stop"),
         *("resample_every", "resampling_temperature", "power", "power_ramp"),
-        *("segment", "segment_token_ids", "max_segment_tokens"),
+        *("segment", "segment_token_ids", "max_segment_tokens", "islands", "migrate_every"),
     )
 
     def to_extra_args(self) -> dict[str, Any]:

@@ -43,7 +43,8 @@ def pool(parts: Sequence[Population]) -> dict[str, Any]:
     island = np.concatenate([part.island + first for part, first in zip(parts, islands, strict=False)])
     step_log_weights, island_resampled = beside("step_log_weights"), beside("island_resampled")
     log_z = _log_mean(log_weights)
-    stderr, reason = _stderr(parts, log_weights, island, log_z)
+    run = island // parts[0].params.islands  # within one they migrate
+    stderr, reason = _stderr(parts, log_weights, run, log_z)
     return {
         "token_ids": [ids for part in parts for ids in part.token_ids],
         "log_weights": log_weights,
@@ -115,18 +116,18 @@ class _Padded:
 
 
 def _stderr(
-    parts: Sequence[Population], log_weights: np.ndarray, island: np.ndarray, log_z: float
+    parts: Sequence[Population], log_weights: np.ndarray, run: np.ndarray, log_z: float
 ) -> tuple[float, str | None]:
-    """Gives the standard error of a pool's log Ẑ, or NaN and why there is none."""
+    """Gives the standard error of a pool's log Ẑ, or NaN and why not; run (N,) says whose each particle is."""
     if log_z == -math.inf:
         return math.nan, "all weights are zero"
     if any(part.log_z_stderr_reason == RETAINED for part in parts):
         return math.nan, RETAINED
-    sizes, n = np.bincount(island), len(island)
+    sizes, n = np.bincount(run), len(run)
     if all(part.log_z_stderr == 0.0 for part in parts):
         return 0.0, None
     if len(sizes) >= SPREAD_FROM:
-        means = np.bincount(island, np.exp(log_weights - log_weights.max())) / sizes  # Ẑ_k, but for a factor
+        means = np.bincount(run, np.exp(log_weights - log_weights.max())) / sizes  # Ẑ_k, but for a factor
         ratios = means / (sizes @ means / n)
         variance = float(sizes @ np.square(ratios - 1.0)) / ((len(sizes) - 1) * n)
         return (math.sqrt(variance), None) if variance > 0.0 else (math.nan, "all islands have the same Ẑ")

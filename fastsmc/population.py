@@ -80,9 +80,10 @@ class Population:
             "cut", how often `max_asked` ended a particle's search; None without.
         log_z_stderr: float, standard error of `log_z` by this very run (fastsmc/genealogy.py); NaN where there is none.
         log_z_stderr_reason: why there is none; None where there is one.
-        island: (N,) int32, which of K independent runs each particle is of, as `pool` counts them, K being the highest
-            plus 1; None: all of one.
-        island_resampled: (T, K) bool, whether island k was resampled before step t; None: as `resampled`, of one.
+        island: (N,) int32, which of K islands each particle is on; None: all are on one. They are independent runs, as
+            `pool` counts them, or, with `params.islands`, so many in each run, between which particles migrate.
+        island_resampled: (T, K) bool, whether island k was resampled before step t, or with it the islands of its run
+            (then rows of one continue those of another); None: as `resampled`, of one.
         pilot: with `n_particles="auto"` the pool of islands that said how many others to run; None: there were none.
         capped: whether they asked for more than `max_particles` allows.
         segments: (N,) int32, segments of each particle, the last of which its end may have cut short; None: the group
@@ -166,6 +167,10 @@ class Population:
             raise ValueError(f"params={self.params!r}: must be SMCParams")
         if not 0 <= self.island.min() <= self.island.max() < sizes["K"]:
             raise ValueError(f"island: must lie in [0, {sizes['K']})")
+        if sizes["K"] % self.params.islands:
+            raise ValueError(
+                f"island_resampled: {sizes['K']} islands; with params.islands={self.params.islands} a multiple"
+            )
         self._check_stderr()
         if self.pilot is not None and not isinstance(self.pilot, Population):
             raise ValueError(f"pilot={self.pilot!r}: must be a Population or None")
@@ -232,6 +237,8 @@ class Population:
         params: SMCParams,
         segments: np.ndarray | None = None,
         boundaries: np.ndarray | None = None,
+        island: np.ndarray | None = None,
+        island_resampled: np.ndarray | None = None,
     ) -> Population:
         """Traces each final particle back through a record kept step by step.
 
@@ -260,6 +267,8 @@ class Population:
             finish_reasons=["stop" if s else "length" if f else "dead" for s, f in zip(stopped, full, strict=True)],
             segments=segments,
             boundaries=boundaries,
+            island=island,  # type: ignore[arg-type]  # as of the class
+            island_resampled=island_resampled,  # type: ignore[arg-type]
         )
 
     @staticmethod
@@ -324,7 +333,7 @@ class Population:
 
     @property
     def n_islands(self) -> int:
-        """Counts the independent runs that these particles are of; 1 unless they were pooled."""
+        """Counts the islands that these particles are on; 1 unless runs were pooled, or had islands."""
         return self.island_resampled.shape[1]
 
     def sample(self, k: int, seed: int = 0) -> np.ndarray:

@@ -230,10 +230,10 @@ class Trainer:
             raise ValueError(f"potential={type(potential).__name__}: must be {allowed}")
         self.engine, self.config, self.potential = engine, config, potential
         plain = {name: off for name, off in SMCParams().p0().items() if name != "temperature"}
-        others = params.stop or params.force_stop or params.powered
+        others = params.stop or params.force_stop or params.powered or params.islands > 1
         if params.p0() != {**plain, "temperature": params.temperature} or others:
             raise ValueError(
-                f"params={params}: twists are trained without settings of p0, `stop`, `force_stop` and `power`"
+                f"params={params}: twists are trained without settings of p0, `stop`, `force_stop`, `power`, `islands`"
             )
         self.params = dataclasses.replace(params, ess_threshold=0.0)
         several = isinstance(prompt, list | tuple) and any(isinstance(each, TwistPrompt) for each in prompt)

@@ -66,6 +66,8 @@ def why_not_captured(params: SMCParams, potential: Potential | None) -> str | No
         return f"potential={type(potential).__name__}: has `stop`, which ends particles on the host"
     if params.segmented:
         return "params: segments let particles wait, which is decided on the host"
+    if params.islands > 1:
+        return f"params.islands={params.islands}: groups whose islands migrate are not captured"
     if params.proposal == "rejection":
         return "params.proposal='rejection': asks for tokens on the host"
     if params.stop is not None:

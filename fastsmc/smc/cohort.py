@@ -234,6 +234,7 @@ class Cohort:
             self.log.put("token_log_probs", torch.zeros_like(particles.log_w))
             self.log.put("token_log_kernels", torch.zeros_like(particles.log_w))
             self.log.put("boundary", torch.zeros_like(step.going))
+            self.log.put("island_resampled", torch.zeros(1, step.kind.islands, dtype=torch.bool, device=step.device))
             self.log.close()
             group.done = True
 

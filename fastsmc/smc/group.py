@@ -103,6 +103,8 @@ class Setup:
             )
         if params.segmented and evidence is not None:
             raise SMCError(f"{_segments(params)}: counterfactuals have no segments; leave it out", kind="refused")
+        if params.islands > 1 and evidence is not None:
+            raise SMCError(f"islands={params.islands}: counterfactuals have none; leave it out", kind="refused")
         self.watch: Callable[[Tensor], None] | None = None
         self.blame: Callable[[], str] | None = None  # says what of the model's call may have made a NaN
         self.asker: Asker | None = None
@@ -141,8 +143,9 @@ class Setup:
         self.evidence = evidence
         noise = None if evidence is None else evidence.noise
         self.kind = Kind(
-            twisted, guided, self.exact is not None, scheme, noise, params.powered, rejects, params.segmented
-        )
+            twisted, guided, self.exact is not None, scheme, noise, params.powered, rejects, params.segmented,
+            params.islands,
+        )  # fmt: skip
 
     def _strings(self, name: str, strings: Sequence[str] | None, instead: str, tokenizer: Any) -> Strings | None:
         if strings is None:
@@ -292,7 +295,7 @@ class Group(Setup):
     def population(self) -> Population:
         """Gives the weighted particles, traced back through the genealogy."""
         names = ["tokens", "token_log_probs", "ancestors", "resampled", "ess", "step_log_w"]
-        names += ["boundary"] * self.kind.segmented
+        names += ["boundary"] * self.kind.segmented + ["island_resampled"] * (self.kind.islands > 1)
         part = self.cohort.layout.part(self.index)
         population = make_population(
             {name: self.lineages.stacked(name) for name in names},

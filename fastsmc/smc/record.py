@@ -16,6 +16,8 @@ from fastsmc.params import SMCParams
 from fastsmc.population import Population
 from fastsmc.smc.step import find_tau
 
+#: what is one entry per group
+_OF_GROUPS = ("ess", "resampled", "boundary", "island_resampled")
 #: what moves from row to row, and what moves it, in the order in which a step does it
 _EVENTS = ("ancestors", "tokens", "token_log_probs")
 
@@ -120,10 +122,10 @@ class Lineages:
     def _steps(self, name: str) -> Iterator[Tensor]:
         for span in self.spans:
             for step in span.log.steps[span.begin : span.end]:
-                yield step[name][span.g] if name in ("ess", "resampled", "boundary") else step[name][span.part]
+                yield step[name][span.g if name in _OF_GROUPS else span.part]
 
     def stacked(self, name: str) -> np.ndarray:
-        """Gives the record of a name, (T, N) or (T,): one copy from the device."""
+        """Gives the record of a name, (T, N), (T,) or of islands (T, M): one copy from the device."""
         rows = list(self._steps(name))
         values = torch.stack(rows) if rows else torch.empty((0, len(self._all)))
         if name == "ancestors":
@@ -215,7 +217,7 @@ def make_population(
     params: SMCParams,
     segments: Tensor | None = None,
 ) -> Population:
-    """Makes the population of a record: name → (T, N) or (T,), as `Lineages.stacked` gives it.
+    """Makes the population of a record: name → (T, N), (T,) or (T, M), as `Lineages.stacked` gives it.
 
     Args:
         log_w, log_z: (N,) since the last resampling, and the log of what lies before it.
@@ -224,6 +226,7 @@ def make_population(
         ended_by_resampling: the last resampling left finished particles only. Then a step without draws holds where
             they came from.
         stopped: (N,) bool, particles that ended otherwise than by their length.
+        params: of a group with islands the record has `island_resampled`, (T, M) bool.
         segments: (N,) int64 of each particle; None: there are none, else the record has `boundary`, (T,) bool.
     """
     n, steps = len(log_w), len(record["tokens"])
@@ -231,8 +234,10 @@ def make_population(
     boundaries = None if segments is None else np.flatnonzero(record["boundary"])
     rows: dict[str, Any] = {name: [*values] for name, values in record.items() if name != "boundary"}
     if not twisted:
-        rows["ancestors"] = [np.arange(n), *rows["ancestors"]][: steps + ended_by_resampling]
-        rows["resampled"] = [False, *rows["resampled"]][: steps + ended_by_resampling]
+        for name in ("ancestors", "resampled", "island_resampled"):
+            if name in rows:
+                before = np.arange(n) if name == "ancestors" else np.zeros_like(rows[name][0])
+                rows[name] = [before, *rows[name]][: steps + ended_by_resampling]
     if ended_by_resampling:
         rows["tokens"].append(np.full(n, -1))
         rows["token_log_probs"].append(np.zeros(n))
@@ -260,7 +265,12 @@ def make_population(
         log_weights,
         equal_by_law=equal_by_law,
         retains=retains,
+        migrates=params.islands > 1,
     )
+    if params.islands > 1:
+        island, island_resampled = np.arange(n) // (n // params.islands), np.array(rows["island_resampled"], dtype=bool)
+    else:
+        island, island_resampled = None, None
     return Population.from_record(
         tokens=whole("tokens", np.int32),
         token_log_probs=whole("token_log_probs", np.float64),
@@ -277,4 +287,6 @@ def make_population(
         params=params,
         segments=None if segments is None else segments.cpu().numpy(),
         boundaries=boundaries,
+        island=island,
+        island_resampled=island_resampled,
     )

@@ -2,6 +2,7 @@
 
     twisted     weigh → resample → draw → ended particles are weighed by φ
     base        draw → weigh → resample
+    islands     each resamples by itself, and then they among themselves, wherever the others resample
     rejection   the same, with draws and weights of `rejection`
     segments    draw until all wait at a boundary → weigh → resample
 
@@ -29,7 +30,7 @@ from fastsmc.smc.faults import MASK_INDEX, MODEL, NEXT, NEXT_ROW, NO_WEIGHT, PSI
 from fastsmc.smc.particles import Layout, Particles
 
 # Philox streams: one per purpose, so that no random number serves twice.
-DRAW, RESAMPLE, CHOOSE, RETAIN, REDRAW, MOVE = 0, 1, 2, 3, 4, 5
+DRAW, RESAMPLE, CHOOSE, RETAIN, REDRAW, MOVE, MIGRATE = 0, 1, 2, 3, 4, 5, 6
 ASK_MORE, WALK = 14, 16  # of the rejection proposal; WALK and what comes after it, two per candidate
 
 
@@ -46,6 +47,7 @@ class Kind:
         powered: raises p0 to a power, `SMCParams.powers`.
         rejects: asks for candidate tokens, and weighs afterwards; then it is not twisted.
         segmented: particles wait for each other at the ends of segments.
+        islands: parts of a group that are resampled by themselves, and migrate; 1: there are none.
     """
 
     twisted: bool
@@ -56,6 +58,7 @@ class Kind:
     powered: bool = False
     rejects: bool = False
     segmented: bool = False
+    islands: int = 1
 
 
 def find_tau(tau: Tensor, share: Tensor, time: Tensor) -> Tensor:
@@ -90,6 +93,8 @@ class Step:
         record: takes the steps.
 
     Attributes:
+        layout, islands: which particles are of one group, and which are resampled together: `layout` again where groups
+            have no islands, else I = G·M islands.
         step: (G,) int64, steps done.
         log_z: (G,) float64, log of the closed resampling intervals.
         going: (G,) bool, groups that are not over.
@@ -113,6 +118,9 @@ class Step:
         self.kind, self.particles, self.record = kind, particles, record
         self.device = device = particles.log_w.device
         self.layout = Layout([p.n_particles for p in params], device)
+        self.islands = self.layout
+        if kind.islands > 1:
+            self.islands = Layout([p.n_particles // p.islands for p in params for _ in range(p.islands)], device)
         of = self.layout.group_of
         numbers = torch.tensor([[p.seed, p.group, p.max_tokens] for p in params], device=device).T.contiguous()
         self._seed, self._key, self._max_tokens = numbers[0], numbers[1], numbers[2][of]
@@ -122,6 +130,11 @@ class Step:
         self._tau = torch.tensor(taus, dtype=torch.float64, device=device) if any(tau != 1 for tau in taus) else None
         every = [p.resample_every for p in params]
         self._every = torch.tensor(every, device=device) if max(every) > 1 else None
+        self._migrate_every, self._migrate_below = _NOTHING, _NOTHING
+        if kind.islands > 1:
+            self._migrate_every = torch.tensor([p.migrate_every or 0 for p in params], device=device)
+            halfway = (kind.islands + 1) / (2 * kind.islands)  # the ESS of two is never below a half of two
+            self._migrate_below = torch.tensor([halfway * w for w in weighed], dtype=torch.float64, device=device)
         self.temperature = temperature[of]
         self._powers: Tensor | None = None  # (G, K), those of the first K steps; the last holds from then on
         if kind.powered:
@@ -327,8 +340,10 @@ class Step:
         """Takes the particles of groups at their first step, one empty sequence, for siblings if all are `same`."""
         layout, particles = self.layout, self.particles
         siblings = self.of(first & layout.every(same))
-        size = layout.offsets[1:] - layout.offsets[:-1]
-        particles.rank.copy_(torch.where(siblings, layout.local, particles.rank))
+        size, rank = layout.offsets[1:] - layout.offsets[:-1], layout.local
+        if (m := self.kind.islands) > 1:  # in turn, so that each island has strata from all over the row
+            rank = self.islands.local * m + self.islands.group_of % m
+        particles.rank.copy_(torch.where(siblings, rank, particles.rank))
         particles.count.copy_(torch.where(siblings, self.of(size), particles.count))
 
     def _force(
@@ -466,10 +481,11 @@ class Step:
         # Resampling may come after a step's weights (base) or before its draw (twisted): the same counter either way
         # is used once, because a group has one order.
         u, drawn = self.uniforms(RESAMPLE), self.step if self.kind.twisted else self.step + 1
-        if self._every is not None:
-            passed = self.boundaries + (drawn - self.step) if self.kind.segmented else drawn
-            may = may & (passed % self._every == 0)
+        passed = self.boundaries + (drawn - self.step) if self.kind.segmented else drawn
         threshold = torch.where(may, self._threshold, 0.0)
+        if self._every is not None:
+            threshold = torch.where(passed % self._every == 0, threshold, 0.0)
+        threshold = self._per_island(threshold)
         if self._tau is None:
             done, log_r, kept = self._by_weight(particles.log_w, u, threshold), particles.log_w, None
         else:
@@ -477,12 +493,17 @@ class Step:
         ancestors, rank, count = done.ancestors, done.rank, done.counts[done.ancestors]
         if self.kind.retains:
             ancestors, rank, count = self._conditional(log_r, u, done.resampled), rank.zero_(), count.fill_(1)
+        after = 0.0 if kept is None else kept[ancestors]
+        after = torch.where(self.islands.of(done.resampled), after, particles.log_w)
+        if self.kind.islands > 1:
+            due = may & (passed % self._migrate_every == 0)
+            done, rank, count, after = self._migrate(done, count, after, due)
+            ancestors = done.ancestors
         self.ess, self.log_mean, self.resampled, self.ancestors = done.ess, done.log_mean, done.resampled, ancestors
         self.record.put("ancestors", ancestors)
         self.record.put("resampled", done.resampled)
         self.log_z += torch.where(done.resampled, done.log_mean, 0.0)
-        after = 0.0 if kept is None else kept[ancestors]
-        particles.log_w.copy_(torch.where(self.of(done.resampled), after, particles.log_w))
+        particles.log_w.copy_(after)
         particles.rank.copy_(rank)
         particles.count.copy_(count)
         particles.follow(ancestors)
@@ -491,9 +512,56 @@ class Step:
 
     def _by_weight(self, log_w: Tensor, u: Tensor, threshold: Tensor) -> ops.Resampled:
         return ops.resample(
-            log_w, u, scheme=self.kind.scheme, threshold=threshold, offsets=self.layout.offsets,
-            largest=max(self.layout.sizes),
+            log_w, u, scheme=self.kind.scheme, threshold=threshold, offsets=self.islands.offsets,
+            largest=max(self.islands.sizes),
         )  # fmt: skip
+
+    def _per_island(self, values: Tensor) -> Tensor:
+        """Spreads one value per group (G,) over its islands: (I,)."""
+        return values if self.kind.islands == 1 else values.repeat_interleave(self.kind.islands)
+
+    def _migrate(
+        self, within: ops.Resampled, count: Tensor, after: Tensor, due: Tensor
+    ) -> tuple[ops.Resampled, Tensor, Tensor, Tensor]:
+        """Resamples the islands of groups by their mean weights W, whose particles then have the mean of these.
+
+        An island is copied whole, as it is after its own resampling. One without any weight is never an ancestor.
+
+        Args:
+            within: what the resampling of each island gave, (M,) or (I,).
+            count: (M,) siblings of each particle after it.
+            after: (M,) float64, log weights after it, of an island that was resampled over its W.
+            due: (G,) bool, whose islands may be resampled.
+
+        Returns:
+            the same of whole groups, (M,) or (G,); rank and count (M,) among the children of one particle on all
+            islands; (M,) log weights, over the mean weight of a group where anything in it was resampled.
+        """
+        islands, m, groups = self.islands, self.kind.islands, len(self.layout.sizes)
+        bounds = torch.arange(0, groups * m + 1, m, device=self.device)
+        u = ops.uniforms(
+            groups * m, seed=self._seed, group=self._key, step=self.step, stream=MIGRATE, offsets=bounds,
+            device=self.device,
+        )  # fmt: skip
+        mass = within.log_mean
+        moved = ops.resample(
+            mass, u, scheme=self.kind.scheme, threshold=torch.where(due, self._migrate_below, 0.0), offsets=bounds,
+            largest=m,
+        )  # fmt: skip
+        resampled = moved.resampled | within.resampled.view(groups, m).any(1)
+        share = mass.view(groups, m).softmax(1)  # Σ w² of an island is W² N / ESS
+        of_all = torch.where(within.ess > 0, share.flatten().square() / within.ess, 0.0).view(groups, m).sum(1)
+        ess = torch.where(of_all > 0, 1 / of_all, 0.0)
+
+        log_w = after + islands.of(torch.where(within.resampled, mass, 0.0))  # on one scale again
+        over = torch.where(resampled, moved.log_mean, 0.0)
+        over = torch.where(self._per_island(moved.resampled), mass[moved.ancestors], self._per_island(over))
+        source = islands.of(islands.offsets[moved.ancestors]) + islands.local
+        copies = islands.of(moved.counts[moved.ancestors])
+        self.record.put("island_resampled", (self._per_island(moved.resampled) | within.resampled).view(groups, m))
+        done = ops.Resampled(within.ancestors[source], count, within.rank, ess, moved.log_mean, resampled)
+        rank = within.rank[source] * copies + islands.of(moved.rank)  # in turn, as at the first step
+        return done, rank, count[source] * copies, log_w[source] - islands.of(over)
 
     def _tempered(
         self, tau: Tensor, u: Tensor, threshold: Tensor, drawn: Tensor
@@ -504,13 +572,13 @@ class Step:
             what `ops.resample` gives, with ESS and mean of the true weights; log r up to a constant per group, (M,);
             log of W / r, which a particle's children keep, (M,), −∞ without a weight.
         """
-        layout, log_w = self.layout, self.particles.log_w
+        islands, log_w = self.islands, self.particles.log_w
         true = self._by_weight(log_w, u, threshold)
-        size = layout.offsets[1:] - layout.offsets[:-1]
-        share, time = true.ess.clamp(min=1.0) / size, drawn / self._max_tokens[layout.offsets[:-1]]
-        log_r = log_w / self.of(find_tau(tau, share, time))
+        size = islands.offsets[1:] - islands.offsets[:-1]
+        time = self._per_island(drawn) / self._max_tokens[islands.offsets[:-1]]
+        log_r = log_w / islands.of(find_tau(self._per_island(tau), true.ess.clamp(min=1.0) / size, time))
         done = self._by_weight(log_r, u, true.resampled.double())
-        kept = log_w - log_r - self.of(true.log_mean - done.log_mean)
+        kept = log_w - log_r - islands.of(true.log_mean - done.log_mean)
         kept = torch.where(log_w > -math.inf, kept, -math.inf)
         return done._replace(ess=true.ess, log_mean=true.log_mean), log_r, kept
 

@@ -198,7 +198,8 @@ def check_fits(
             "positions"
         )
     if n > limits.max_num_seqs:
-        raise ValueError(f"n_particles={n}: at most max_num_seqs={limits.max_num_seqs} of this engine")
+        whole = f"; its islands={params.islands} migrate on one engine, all at once" if params.islands > 1 else ""
+        raise ValueError(f"n_particles={n}: at most max_num_seqs={limits.max_num_seqs} of this engine{whole}")
     if n > limits.max_num_batched_tokens:
         raise ValueError(f"n_particles={n}: at most max_num_batched_tokens={limits.max_num_batched_tokens}")
     length = prompt_len + params.max_tokens + max(lookahead, 1) - 1
