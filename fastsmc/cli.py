@@ -49,6 +49,10 @@ def make_parser() -> argparse.ArgumentParser:
     _add_resampling(run, default)
     run.add_argument("--proposal", choices=PROPOSALS, default=default.proposal)
     _add_power(run, default)
+    run.add_argument("--islands", type=int, metavar="M", help="independent islands of --particles each, pooled")
+    run.add_argument(
+        "--migrate-every", type=int, metavar="K", help="tokens after which --islands migrate, all in one group"
+    )
     run.add_argument("--n-particles", choices=("auto",), help="as many islands of --particles as --target-stderr needs")
     run.add_argument("--target-stderr", type=float, metavar="E", help="with --n-particles auto (default: 0.1)")
     run.add_argument("--max-particles", type=int, metavar="M", help="with --n-particles auto (default: 65536)")
@@ -252,13 +256,14 @@ def command_run(args: argparse.Namespace) -> int:
         potential = card_potential(args.twist)
     if args.proposal == "rejection" and potential is None and not more:
         raise ValueError("--proposal rejection: needs a --potential with a condition to be asked")
-    from fastsmc.islands import Auto
+    from fastsmc.islands import read_islands
 
-    asked = {name: getattr(args, name) for name in ("n_particles", "target_stderr", "max_particles")}
-    Auto.read(**asked, exact=None, params=[params])  # refused before an engine starts
-    more |= {name: value for name, value in asked.items() if value is not None}
+    names = ("islands", "migrate_every", "n_particles", "target_stderr", "max_particles")
+    asked = {name: value for name in names if (value := getattr(args, name)) is not None}
+    [of_group], _ = read_islands([params], False, **asked)  # refused before an engine starts
+    more |= asked
 
-    rows = params.n_particles
+    rows = of_group.n_particles
     with engine_log("run", args.verbose) as log, _engine(args.model, engine_args, rows, log) as llm:
         start = time.perf_counter()
         with contextlib.redirect_stderr(log.err):  # where the bar goes
@@ -343,7 +348,9 @@ def format_result(population: Any, k: int, seconds: float, width: int) -> str:
     error = f" ± {population.log_z_stderr:.4f}" if reason is None else ""
     roots = f"{population.n_roots} roots"
     lines.append(f"log Ẑ {population.log_z:.4f}{error}   ESS {population.final_ess:.1f} of {n}, {roots}")
-    if population.pilot is not None:
+    if population.pilot is None and population.n_islands > 1:
+        lines.append(f"{population.n_islands} islands")
+    elif population.pilot is not None:
         cap = "; --max-particles allowed no more" if population.capped else ""
         lines.append(f"{population.n_islands} islands, by {population.pilot.n_islands} pilots{cap}")
     if population.biased:

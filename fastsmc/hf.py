@@ -28,7 +28,7 @@ from fastsmc.counterfactuals import Counterfactuals
 from fastsmc.effects import Effects
 from fastsmc.interchange import Answers, Asked, Interchanges, Spots, putting, reading
 from fastsmc.interventions import Facts, Intervention, LayerIntervention, Reading, Sizes, read_interventions, take_apart
-from fastsmc.islands import Auto
+from fastsmc.islands import read_islands
 from fastsmc.maps import Maps, blame, lay_out
 from fastsmc.p0 import P0, token_log_probs
 from fastsmc.params import SMCParams
@@ -176,6 +176,8 @@ class HFEngine(Effects, Interchanges):
         twist: str | os.PathLike | None = None,
         exact: Sequence | None = None,
         intervention: Intervention | Sequence | None = None,
+        islands: int = 1,
+        migrate_every: int | None = None,
         n_particles: str | None = None,
         target_stderr: float | None = None,
         max_particles: int | None = None,
@@ -191,6 +193,8 @@ class HFEngine(Effects, Interchanges):
         twist: str | os.PathLike | None = None,
         exact: Sequence | None = None,
         intervention: Intervention | Sequence | None = None,
+        islands: int = 1,
+        migrate_every: int | None = None,
         n_particles: str | None = None,
         target_stderr: float | None = None,
         max_particles: int | None = None,
@@ -206,6 +210,8 @@ class HFEngine(Effects, Interchanges):
         twist: str | os.PathLike | None = None,
         exact: Sequence | None = None,
         intervention: Intervention | Sequence | None = None,
+        islands: int = 1,
+        migrate_every: int | None = None,
         n_particles: str | None = None,
         target_stderr: float | None = None,
         max_particles: int | None = None,
@@ -221,6 +227,8 @@ class HFEngine(Effects, Interchanges):
         twist: str | os.PathLike | None = None,
         exact: Sequence | None = None,
         intervention: Intervention | Sequence | None = None,
+        islands: int = 1,
+        migrate_every: int | None = None,
         n_particles: str | None = None,
         target_stderr: float | None = None,
         max_particles: int | None = None,
@@ -229,8 +237,8 @@ class HFEngine(Effects, Interchanges):
         """Samples as `fastsmc.LLM.smc` does, one group after the other; potentials are set up at every call.
 
         Args:
-            prompts, params, potential, twist, exact, intervention, n_particles, target_stderr, max_particles, use_tqdm:
-                as there.
+            prompts, params, potential, twist, exact, intervention, islands, migrate_every, n_particles, target_stderr,
+                max_particles, use_tqdm: as there.
 
         Raises:
             ValueError: an argument that cannot be, or one that a potential's `setup` refuses.
@@ -240,7 +248,11 @@ class HFEngine(Effects, Interchanges):
         if twist is not None and potential is None:
             potential = twists.card_potential(twist)
         each, chosen, kept = read_each(len(ids), single, params, potential, exact, self.engine.vocab_size)
-        auto = Auto.read(n_particles, target_stderr, max_particles, exact, each)
+        apart = isinstance(params, (list, tuple))
+        each, plan = read_islands(
+            each, apart, islands=islands, migrate_every=migrate_every, n_particles=n_particles,
+            target_stderr=target_stderr, max_particles=max_particles, exact=exact,
+        )  # fmt: skip
         if not ids:
             return []
         if any(asked.segmented for asked in each):
@@ -271,10 +283,7 @@ class HFEngine(Effects, Interchanges):
                 ]
             )
 
-        if auto is None:
-            done = gather(sample(range(len(ids)), each), single)
-        else:
-            done = gather(auto.run(sample, each, apart=isinstance(params, (list, tuple))), single)
+        done = gather(plan.run(sample, each, apart), single)
         return done[0] if single else done
 
     @torch.no_grad()

@@ -1,8 +1,12 @@
-"""`smc(…, n_particles="auto")`: as many islands as a standard error needs, by pilots that are not among them.
+"""Islands of `smc`: so many independent groups per prompt, which are pooled, or one group of islands that migrate.
 
-    PILOTS islands per prompt  →  the variance of one island's Ẑ  →  so many others, of their own groups  →  pool
+    islands=M                    →  M groups per prompt  →  pool
+    islands=M, migrate_every=K   →  one group per prompt, of M·N particles
+    n_particles="auto"           →  PILOTS islands per prompt  →  the variance of one island's Ẑ  →  so many others, of
+                                    groups of their own  →  pool
 
-The number of islands hangs on the pilots alone, so that the pooled Ẑ is unbiased (docs/mathematics.md §9).
+The number of islands is known before, or hangs on the pilots alone, so that the pooled Ẑ is unbiased
+(docs/mathematics.md §9).
 """
 
 from __future__ import annotations
@@ -22,8 +26,91 @@ from fastsmc.values import check_float, check_int
 
 PILOTS = 8
 TARGET_STDERR, MAX_PARTICLES = 0.1, 2**16
+#: particles of a population, which a pool is
+MOST = 2**20
 
 Outcomes = Sequence[Population | SMCError]
+Sample = Callable[[Sequence[int], Sequence[SMCParams]], Outcomes]
+
+
+def read_islands(
+    params: Sequence[SMCParams],
+    apart: bool,
+    *,
+    islands: Any = 1,
+    migrate_every: Any = None,
+    n_particles: Any = None,
+    target_stderr: Any = None,
+    max_particles: Any = None,
+    exact: Any = None,
+) -> tuple[list[SMCParams], Fixed | Auto]:
+    """Reads the arguments of `smc` by these names.
+
+    Args:
+        params: of an island of each prompt.
+        apart: each prompt counts its groups on from its own `params.group`; else those of all prompts are counted on
+            from the first one's.
+
+    Returns:
+        parameters of each prompt, of all its islands where these migrate; and who runs them.
+
+    Raises:
+        ValueError: naming the argument, its value and what is allowed.
+    """
+    n = check_int("islands", islands, 1, MOST)
+    if migrate_every is not None:
+        if n == 1:
+            raise ValueError(f"migrate_every={migrate_every!r}: needs islands of at least 2")
+        check_int("migrate_every", migrate_every, 1, 2**24)
+    auto = Auto.read(n_particles, target_stderr, max_particles, exact, params)
+    if n > 1 and exact is not None:
+        raise ValueError(f"exact: a run with islands={n} takes no exact samples, whose log Ẑ are bounds")
+    for each in params:
+        if auto is not None and (n > 1 or each.islands > 1):
+            given = f"islands={n}" if n > 1 else f"params.islands={each.islands}"
+            raise ValueError(f"n_particles='auto': says itself how many islands there are; leave {given} out")
+        if n * each.n_particles > MOST:
+            raise ValueError(
+                f"islands={n}: of SMCParams.n_particles={each.n_particles} particles each; together at most {MOST}"
+            )
+        if n > 1 and migrate_every is not None and each.islands > 1:
+            raise ValueError(f"migrate_every={migrate_every}: params.islands={each.islands} says it already; give one")
+    if migrate_every is not None:
+        many = [
+            dataclasses.replace(each, n_particles=n * each.n_particles, islands=n, migrate_every=migrate_every)
+            for each in params
+        ]
+        return many, Fixed(1)
+    first = [each.group for each in params] if apart else [each.group for each in params[:1]]
+    runs = n if apart else n * len(params)
+    for group in first:
+        if group + runs > 2**32:
+            raise ValueError(
+                f"group={group}: islands={n} number {runs} groups from it on; must be at most {2**32 - runs}"
+            )
+    return list(params), Fixed(n) if auto is None else auto
+
+
+@dataclasses.dataclass(frozen=True)
+class Fixed:
+    """Runs so many islands of each prompt, which are pooled; the population of one island is as it is.
+
+    Attributes:
+        count: of islands per prompt, M.
+    """
+
+    count: int
+
+    def run(self, sample: Sample, params: Sequence[SMCParams], apart: bool) -> list[Population | SMCError]:
+        """Runs the islands of all prompts side by side, island m of prompt i as group i·M + m; takes, and returns, what
+        `Auto.run` does."""
+        starts = [each.group if apart else params[0].group + self.count * i for i, each in enumerate(params)]
+        found = _run(sample, params, starts, [self.count] * len(params))
+        return [each if isinstance(each, SMCError) else _pooled(each) for each in found]
+
+
+def _pooled(islands: list[Population]) -> Population:
+    return islands[0] if len(islands) == 1 else Population.pool(islands)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +167,7 @@ class Auto:
 
     def run(
         self,
-        sample: Callable[[Sequence[int], Sequence[SMCParams]], Outcomes],
+        sample: Sample,
         params: Sequence[SMCParams],
         apart: bool,
     ) -> list[Population | SMCError]:
@@ -137,7 +224,7 @@ class Auto:
 
 
 def _run(
-    sample: Callable[[Sequence[int], Sequence[SMCParams]], Outcomes],
+    sample: Sample,
     params: Sequence[SMCParams],
     starts: Sequence[int],
     counts: Sequence[int],

@@ -113,6 +113,21 @@ def test_run_with_as_many_islands_as_needed(fake, capsys, monkeypatch):
     assert "no standard error: all islands have the same Ẑ" in out
 
 
+def test_run_with_islands(fake, capsys, monkeypatch):
+    def smc(self, prompt, params, potential=None, use_tqdm=False, **more):
+        self.calls.append(more)
+        return Population.pool([some_population(dataclasses.replace(params, group=k)) for k in range(3)])
+
+    monkeypatch.setattr(fake, "smc", smc)
+    assert cli.main(["run", "--prompt", "x", "--particles", "600", "--islands", "3"]) == 0
+    assert "max_num_seqs" not in fake.calls[0][2] and fake.calls[1] == {"islands": 3}
+    assert "3 islands" in capsys.readouterr().out
+    fake.calls.clear()
+    arguments = ["run", "--prompt", "x", "--particles", "600", "--islands", "3", "--migrate-every", "4"]
+    assert cli.main(arguments) == 0  # which the engine has at once
+    assert fake.calls[0][2]["max_num_seqs"] == 1800 and fake.calls[1] == {"islands": 3, "migrate_every": 4}
+
+
 def test_run_passes_everything_on(fake):
     options = [
         "--temperature",
@@ -163,6 +178,9 @@ def test_run_passes_everything_on(fake):
         (["run", "--prompt", "x", "--power-ramp", "two"], "--power-ramp 'two'"),
         (["run", "--prompt", "x", "--seed", "-1"], "seed"),
         (["run", "--prompt", "x", "--n-particles", "64"], "--n-particles"),
+        (["run", "--prompt", "x", "--islands", "0"], "islands=0"),
+        (["run", "--prompt", "x", "--migrate-every", "2"], "migrate_every=2: needs islands"),
+        (["run", "--prompt", "x", "--islands", "2", "--n-particles", "auto"], "leave islands=2 out"),
         (["run", "--prompt", "x", "--target-stderr", "0.1"], "target_stderr=0.1: needs n_particles='auto'"),
         (["run", "--prompt", "x", "--n-particles", "auto", "--max-particles", "9"], "max_particles=9"),
         (["run", "--prompt", "x", "--best", "-1"], "--best"),

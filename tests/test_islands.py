@@ -1,17 +1,19 @@
-"""`n_particles="auto"`: pilots choose how many islands are run, and are not among them."""
+"""Islands of `smc`: so many, or as many as pilots ask for, which are not among them; or those that migrate."""
 
 import dataclasses
 import math
 
 import numpy as np
 import pytest
+from test_migration import BasePairs, check_unbiased, migrated, truth_of
 from tiny import PROMPT, TableTwist, TinyLlama, make_llama, run_each, value_table
 
-from fastsmc import SMCParams
+from fastsmc import SMCParams, evaluate
 from fastsmc.hf import HFEngine
-from fastsmc.islands import PILOTS, Auto
+from fastsmc.islands import PILOTS, Auto, Fixed
 from fastsmc.population import Population
 from fastsmc.smc import SMCError, gather
+from fastsmc.training import Trainer, TwistConfig
 
 VOCAB, STEPS, STOP = 6, 4, 5
 VALUE = value_table(STEPS, VOCAB, seed=4)
@@ -131,6 +133,132 @@ def test_caps(engine):
 def test_refuses(engine, arguments, message):
     with pytest.raises(ValueError, match=message):
         engine.smc(PROMPT, **{"params": PARAMS, "potential": PHI, **arguments})
+
+
+@pytest.mark.parametrize("m", [1, 2, 4])
+def test_pools_are_unbiased(tiny, m):
+    """By enumeration: pools of m islands with a potential that kills, and pools of these of unequal sizes."""
+    phi, runs = BasePairs(kills=True), 100
+
+    def sample(which, asked):
+        return run_each(tiny, asked, phi)
+
+    asked = [
+        SMCParams(n_particles=n, max_tokens=STEPS, ess_threshold=1.0, proposal="base", group=m * i + 10000 * k)
+        for i in range(runs) for k, n in enumerate((3, 8))
+    ]  # fmt: skip
+    pools = Fixed(m).run(sample, asked, apart=True)
+    check_unbiased(pools[::2], truth_of(tiny, phi.log_phi))
+    both = [Population.pool(pools[i : i + 2]) for i in range(0, 2 * runs, 2)]
+    check_unbiased(both, truth_of(tiny, phi.log_phi))
+    assert all(p.n_islands == 2 * m and p.n_particles == 11 * m for p in both)
+    assert m == 1 or any(np.isneginf(p.log_weights).reshape(m, 3).all(1).any() for p in pools[::2])  # a dead island
+
+
+def equal(a, b):
+    for name in Population.ARRAYS:
+        np.testing.assert_array_equal(getattr(a, name), getattr(b, name), err_msg=name)
+    assert (a.token_ids, a.params, a.log_z, a.log_z_stderr_reason) == (
+        b.token_ids,
+        b.params,
+        b.log_z,
+        b.log_z_stderr_reason,
+    )
+
+
+def test_so_many_islands(engine):
+    """They are groups by hand, prompt · M + island from the params' group on, bit for bit; with a list of params from
+    the group of each."""
+    prompts, params = [PROMPT, PROMPT[:3]], dataclasses.replace(PARAMS, group=7)
+    found = engine.smc(prompts, params, PHI, islands=3)
+    for i, population in enumerate(found):
+        by_hand = [
+            engine._run(prompts[i], dataclasses.replace(params, group=7 + 3 * i + k), engine._set_up(PHI), None, ())
+            for k in range(3)
+        ]
+        equal(population, Population.pool(by_hand))
+        assert population.n_islands == 3 and population.params.n_particles == 12
+    each = [dataclasses.replace(PARAMS, group=g, n_particles=n) for g, n in ((50, 4), (20, 5))]
+    listed = engine.smc(prompts, each, PHI, islands=2)
+    for i, population in enumerate(listed):
+        runs = [engine.smc(prompts[i], dataclasses.replace(each[i], group=each[i].group + k), PHI) for k in range(2)]
+        equal(population, Population.pool(runs))
+    for one in (engine.smc(PROMPT, params, PHI), engine.smc(PROMPT, params, PHI, islands=1)):
+        equal(one, engine._run(PROMPT, params, engine._set_up(PHI), None, ()))
+    assert engine.smc([], params, PHI, islands=3) == []
+
+
+def test_islands_that_migrate(engine):
+    """They are one group of all particles; and several such groups are independent islands of islands."""
+    phi, prompts = BasePairs(), [PROMPT, PROMPT[:3]]
+    found = engine.smc(prompts, dataclasses.replace(PARAMS, group=5), phi, islands=4, migrate_every=1)
+    for i, population in enumerate(found):
+        params = dataclasses.replace(PARAMS, n_particles=16, group=5 + i, islands=4, migrate_every=1)
+        equal(population, engine.smc(prompts[i], params, phi))
+        assert population.n_islands == 4 and population.params == params
+    runs = [engine.smc(PROMPT, dataclasses.replace(params, group=k), phi) for k in range(9)]
+    assert any(migrated(run).any() for run in runs)
+    pool = engine.smc(PROMPT, dataclasses.replace(params, group=0), phi, islands=9)
+    equal(pool, Population.pool(runs))
+    assert pool.n_islands == 36 and pool.log_z_stderr > 0
+
+
+def test_a_failed_island_is_its_prompts_error(engine):
+    class FailsOnce(Fails):
+        """One of the islands ends early with token 3, which no other does."""
+
+        def complete(self, state):
+            return (
+                super().complete(state) if bool((state.tokens[:, 0] == 3).all()) else TableTwist.complete(self, state)
+            )
+
+    several = engine.smc([PROMPT] * 12, dataclasses.replace(PARAMS, n_particles=1), PHI)
+    assert 0 < sum(p.token_ids[0][0] == 3 for p in several) < 12
+    with pytest.raises(SMCError, match="prompt 1: .*no such sequence") as caught:
+        prompts = [PROMPT] * 2
+        engine.smc(prompts, [dataclasses.replace(PARAMS, n_particles=1)] * 2, [PHI, FailsOnce(VALUE)], islands=12)
+    assert [p is None for p in caught.value.populations] == [False, True]
+    assert caught.value.populations[0].n_islands == 12
+
+
+MIGRATING = dataclasses.replace(PARAMS, islands=2, migrate_every=1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"islands": 0}, "islands=0: must be"),
+        ({"islands": True}, "islands=True: must be"),
+        ({"islands": 2.5}, "islands=2.5: must be"),
+        ({"islands": "3"}, "islands='3': must be"),
+        ({"islands": 2**18 + 1}, "islands=262145: of SMCParams.n_particles=4 particles each; together at most 1048576"),
+        ({"islands": 2**18 + 1, "migrate_every": 2}, "islands=262145: .* together at most 1048576"),
+        ({"islands": 3, "params": dataclasses.replace(PARAMS, group=2**32 - 2)}, "group=4294967294: islands=3"),
+        ({"islands": 2, "prompts": [PROMPT] * 2, "params": [PARAMS, dataclasses.replace(PARAMS, group=2**32 - 1)]},
+         "group=4294967295: .* must be at most 4294967294"),
+        ({"islands": 3, "n_particles": "auto"}, "n_particles='auto': .* leave islands=3 out"),
+        ({"islands": 3, "migrate_every": 1, "n_particles": "auto"}, "n_particles='auto': .* leave islands=3 out"),
+        ({"params": MIGRATING, "n_particles": "auto"}, "n_particles='auto': .* leave params.islands=2 out"),
+        ({"islands": 2, "exact": [[0, 1, 0, 1]]}, "exact: a run with islands=2"),
+        ({"params": MIGRATING, "exact": [[0, 1, 0, 1]]}, "exact: a group with islands=2, which migrate"),
+        ({"migrate_every": 2}, "migrate_every=2: needs islands of at least 2"),
+        ({"islands": 2, "migrate_every": 0}, "migrate_every=0: must be"),
+        ({"islands": 2, "migrate_every": True}, "migrate_every=True: must be"),
+        ({"islands": 2, "migrate_every": 1, "params": MIGRATING}, "migrate_every=1: params.islands=2 says it already"),
+    ],
+)  # fmt: skip
+def test_refuses_islands(engine, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        engine.smc(**{"prompts": PROMPT, "params": PARAMS, "potential": Fails(VALUE), **arguments})
+
+
+def test_others_refuse_islands_that_migrate(engine):
+    with pytest.raises(ValueError, match="params.islands=2: must be 1 for counterfactuals"):
+        engine.counterfactual(PROMPT, [0, 1], params=MIGRATING)
+    with pytest.raises(ValueError, match="params.islands=2: must be 1, since exact samples"):
+        evaluate.log_z_bounds(engine, PROMPT, MIGRATING, PHI, exact=[[0, 1, 0, 1]], runs=2)
+    with pytest.raises(ValueError, match="twists are trained without .* `islands`"):
+        Trainer(engine, PROMPT, MIGRATING, PHI, TwistConfig())
 
 
 def test_gather_keeps_what_did_not_fail(engine):

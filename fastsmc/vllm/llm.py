@@ -34,7 +34,7 @@ from fastsmc.interventions import (
     read_interventions,
     take_apart,
 )  # fmt: skip
-from fastsmc.islands import Auto
+from fastsmc.islands import read_islands
 from fastsmc.params import PREFIX, SMCParams
 from fastsmc.population import Population
 from fastsmc.potentials import Potential
@@ -126,6 +126,8 @@ class LLM(Effects, WorkerInterchanges, vllm.LLM):
         alone: bool = False,
         lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
         intervention: Intervention | Sequence | None = None,
+        islands: int = 1,
+        migrate_every: int | None = None,
         n_particles: str | None = None,
         target_stderr: float | None = None,
         max_particles: int | None = None,
@@ -144,6 +146,8 @@ class LLM(Effects, WorkerInterchanges, vllm.LLM):
         alone: bool = False,
         lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
         intervention: Intervention | Sequence | None = None,
+        islands: int = 1,
+        migrate_every: int | None = None,
         n_particles: str | None = None,
         target_stderr: float | None = None,
         max_particles: int | None = None,
@@ -162,6 +166,8 @@ class LLM(Effects, WorkerInterchanges, vllm.LLM):
         alone: bool = False,
         lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
         intervention: Intervention | Sequence | None = None,
+        islands: int = 1,
+        migrate_every: int | None = None,
         n_particles: str | None = None,
         target_stderr: float | None = None,
         max_particles: int | None = None,
@@ -179,6 +185,8 @@ class LLM(Effects, WorkerInterchanges, vllm.LLM):
         alone: bool = False,
         lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
         intervention: Intervention | Sequence | None = None,
+        islands: int = 1,
+        migrate_every: int | None = None,
         n_particles: str | None = None,
         target_stderr: float | None = None,
         max_particles: int | None = None,
@@ -204,6 +212,12 @@ class LLM(Effects, WorkerInterchanges, vllm.LLM):
             intervention: what the model does otherwise (`fastsmc.interventions`): an intervention or a list of them,
                 which is one, for all prompts; or a list of one of these or None for each prompt, at least one of which
                 is a list or None. It is part of p0, as are the keys and values of prompt positions that it reaches.
+            islands: M, at least 1: so many independent groups per prompt, which are pooled (`Population.pool`): M·N
+                particles. Island m of prompt i has the group `params.group + i·M + m`; with a list of params that of
+                its own, + m. If one fails, its prompt has failed.
+            migrate_every: K: the M islands of a prompt are one group of M·N particles, in which they migrate
+                (`SMCParams.islands`), with `params.group + i`. All of it must have room in this engine (max_num_seqs):
+                there is no migration across engines. None: they are independent.
             n_particles: "auto": `params.n_particles` is the size of an island; 8 pilot islands per prompt say how many
                 others are run, which are pooled (`Population.pool`), so that the standard error of log Ẑ comes to
                 `target_stderr`. The pilots are in `pilot` of the population, and in its estimates they are not. Runs
@@ -224,7 +238,11 @@ class LLM(Effects, WorkerInterchanges, vllm.LLM):
         if twist is not None and potential is None:
             potential = twists.card_potential(twist)
         each, chosen, retained = read_each(len(ids), single, params, potential, exact, config.get_vocab_size())
-        auto = Auto.read(n_particles, target_stderr, max_particles, exact, each)
+        apart = isinstance(params, (list, tuple))
+        each, plan = read_islands(
+            each, apart, islands=islands, migrate_every=migrate_every, n_particles=n_particles,
+            target_stderr=target_stderr, max_particles=max_particles, exact=exact,
+        )  # fmt: skip
         if not ids:
             return []
         adapters = self._read_adapters(lora_request, len(ids))
@@ -241,10 +259,7 @@ class LLM(Effects, WorkerInterchanges, vllm.LLM):
                 adapters=[adapters[i] for i in which],
             )
 
-        if auto is None:
-            populations = gather(sample(range(len(ids)), each), single)
-        else:
-            populations = gather(auto.run(sample, each, apart=isinstance(params, (list, tuple))), single)
+        populations = gather(plan.run(sample, each, apart), single)
         return populations[0] if single else populations
 
     def _sample(
