@@ -126,11 +126,12 @@ SETTINGS = [
     {"twist": "small"},
     {"power": 2.0, "power_ramp": 3, "resample_every": 2, "resampling_temperature": 1.5},
     {"segment": ["e", "fd"], "segment_token_ids": [6], "max_segment_tokens": 3, "proposal": "base"},
+    {"islands": 4, "migrate_every": 2, "allowed_token_ids": [5, 6, 7, 8, 9], "stop": "ef", "proposal": "base"},
 ]
 #: what `SamplingParams` has no word for
 OWN = (
     *("twist", "force_stop", "power", "power_ramp", "resample_every", "resampling_temperature", "proposal"),
-    *("segment", "segment_token_ids", "max_segment_tokens"),
+    *("segment", "segment_token_ids", "max_segment_tokens", "islands", "migrate_every"),
 )
 
 
@@ -186,6 +187,8 @@ def test_settings_everywhere(server, llm, twist_path, settings):
             )
             assert particle["text"] == whole[:first]
         assert any(p["token_ids"][-1] != 1 and p["finish_reason"] == "stop" for p in particles)
+    if params.islands > 1:
+        assert (population.island[population.ancestors] != population.island).any()  # they have migrated
     if params.force_stop:
         assert {p["finish_reason"] for p in particles} == {"stop"}
 
@@ -408,6 +411,10 @@ SMC_REFUSALS = [
     ({"segment": ""}, 400, "segment"),
     ({"segment": ["a", "</s>"]}, 400, "segment"),  # which no text holds
     ({"max_segment_tokens": 0}, 400, "max_segment_tokens"),
+    ({"islands": 3}, 400, "islands"),
+    ({"migrate_every": 2}, 400, "migrate_every"),
+    ({"islands": 2, "migrate_every": 2, "exact": [[5] * 4]}, 400, "exact"),
+    ({"islands": 2, "migrate_every": 2, "counterfactual": [5]}, 400, "islands"),
     ({"counterfactual": [5], "segment": "a"}, 400, "segment"),
     ({"counterfactual": []}, 400, "counterfactual"),
     ({"counterfactual": [5, 99]}, 400, "counterfactual"),
