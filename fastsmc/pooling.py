@@ -64,6 +64,7 @@ def pool(parts: Sequence[Population]) -> dict[str, Any]:
         "texts": _joined([part.texts for part in parts]),
         "questions": _added([part.questions for part in parts]),
         "island": island,
+        "lost_islands": sum(part.lost_islands for part in parts),
         "island_resampled": island_resampled,
         "segments": _beside([part.segments for part in parts]),
         "boundaries": None if (all_of := _beside([part.boundaries for part in parts])) is None else np.unique(all_of),

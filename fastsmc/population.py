@@ -86,6 +86,7 @@ class Population:
             (then rows of one continue those of another); None: as `resampled`, of one.
         pilot: with `n_particles="auto"` the pool of islands that said how many others to run; None: there were none.
         capped: whether they asked for more than `max_particles` allows.
+        lost_islands: islands that are missing from the pool, because the workers that ran them were lost.
         segments: (N,) int32, segments of each particle, the last of which its end may have cut short; None: the group
             had none.
         boundaries: (K,) int32, steps after which the group was weighed, and perhaps resampled; None likewise. Between
@@ -133,6 +134,7 @@ class Population:
     island_resampled: np.ndarray = None  # type: ignore[assignment]
     pilot: Population | None = None
     capped: bool = False
+    lost_islands: int = 0
     segments: np.ndarray | None = None
     boundaries: np.ndarray | None = None
 
@@ -176,6 +178,7 @@ class Population:
             raise ValueError(f"pilot={self.pilot!r}: must be a Population or None")
         if not isinstance(self.capped, bool):
             raise ValueError(f"capped={self.capped!r}: must be True or False")
+        self.lost_islands = check_int("lost_islands", self.lost_islands, 0)
         if self.finish_reasons is not None:
             self.finish_reasons = list(self.finish_reasons)
             for reason, _ in itertools.groupby(self.finish_reasons):
@@ -415,6 +418,7 @@ class Population:
             "distinct_roots": self.n_roots,
             "islands": self.n_islands,
             "capped": self.capped,
+            "lost_islands": self.lost_islands,
             "pilot": None if self.pilot is None else self.pilot.summary(0),
             "degenerate": self.degenerate,
             **({} if self.questions is None else {"questions": self.questions, "biased": self.biased}),
@@ -465,6 +469,7 @@ class Population:
             "log_z_stderr": json_safe(self.log_z_stderr),
             "log_z_stderr_reason": self.log_z_stderr_reason,
             "capped": self.capped,
+            "lost_islands": self.lost_islands,
             "digest": _digest(arrays),
             **self._more(),
         }
@@ -522,6 +527,7 @@ class Population:
                 **({} if old else _read_stderr(meta)),
                 pilot=None if pilot is None else Population.from_bytes(pilot.tobytes(), "its pilot"),
                 capped=meta.get("capped", False),
+                lost_islands=meta.get("lost_islands", 0),
                 **cls._read_more(meta),
             )
             if not good:

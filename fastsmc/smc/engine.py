@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import cloudpickle
 import torch
 from torch import Tensor
 
@@ -21,9 +23,11 @@ class SMCError(RuntimeError):
 
     Attributes:
         populations: of a call of `smc`: what each prompt gave, None for the groups that failed; else empty.
+        errors: of a call with several prompts: of each the error that it ended with, None for those that did not.
     """
 
     populations: Sequence[Population | None] = ()
+    errors: Sequence[SMCError | None] = ()
 
     def __init__(self, *args: object, kind: str = "potential") -> None:
         super().__init__(*args)
@@ -45,6 +49,7 @@ def gather(outcomes: Sequence[Population | SMCError], single: bool) -> list[Popu
         raise first
     error = SMCError("; ".join(f"prompt {i}: {failure}" for i, failure in failures), kind=failures[-1][1].kind)
     error.populations = [None if isinstance(one, SMCError) else one for one in outcomes]
+    error.errors = [one if isinstance(one, SMCError) else None for one in outcomes]
     raise error from first
 
 
@@ -86,3 +91,23 @@ def set_up(potential: Potential, engine: GroupEngine) -> Potential:
         raise
     except BaseException as error:
         raise SMCError(f"potential {type(potential).__name__}.setup: raised {type(error).__name__}: {error}") from error
+
+
+def pickled(potential: Potential | None, by_value: bool) -> bytes:
+    """Pickles a potential for another process; `by_value` with the module of its class, which it may lack.
+
+    Raises:
+        SMCError: it cannot be pickled.
+    """
+    module = sys.modules.get(type(potential).__module__)
+    try:
+        if by_value and module is not None:
+            cloudpickle.register_pickle_by_value(module)
+        return cloudpickle.dumps(potential)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        raise SMCError(f"potential {type(potential).__name__} cannot be sent to the worker: {error}") from error
+    finally:
+        if by_value and module is not None:
+            cloudpickle.unregister_pickle_by_value(module)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
 import os
 import sys
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
-import cloudpickle
 import torch
 import vllm
 from safetensors.torch import load as load_tensors
@@ -41,6 +41,7 @@ from fastsmc.potentials import Potential
 from fastsmc.potentials.tokens import short
 from fastsmc.scoring import Scored, read_wanted
 from fastsmc.smc import SMCError, gather
+from fastsmc.smc.engine import pickled
 from fastsmc.texts import population_texts
 from fastsmc.vllm import compat, options
 from fastsmc.vllm.asking import WorkerInterchanges
@@ -97,6 +98,7 @@ class LLM(Effects, WorkerInterchanges, vllm.LLM):
         if str(model).startswith(("/", ".", "~")) and not os.path.exists(model):  # vLLM would take it for a hub's name
             raise ValueError(f"model={str(model)!r}: there is no such directory")
         self._strays: list[Any] = []
+        self._standing: dict[int, str] = {}  # potentials that outlast a call of `smc`: id → name
         self._sizes: Sizes | None = None  # until interventions are asked for
         options = {
             "offline": True,
@@ -278,7 +280,7 @@ class LLM(Effects, WorkerInterchanges, vllm.LLM):
             readings, chosen: what each is to do, and its potential.
             each, common: further arguments of `lead_params`, of each group and of all.
         """
-        names: dict[int, str] = {}  # by id; None has none
+        names = dict(self._standing)  # by id; None has none
         kept: dict[tuple[LayerIntervention, ...], str] = {}  # names of interventions
         try:
             for layers in (one.layers for one in readings):
@@ -301,8 +303,9 @@ class LLM(Effects, WorkerInterchanges, vllm.LLM):
             inputs = [self._prompt(one.prompt) for one in readings]
             outputs = self._run_groups(inputs, requests, adapters or [None] * len(inputs), use_tqdm)
         finally:
-            for name in names.values():
-                self.drop_potential(name)
+            for key, name in names.items():
+                if key not in self._standing:
+                    self.drop_potential(name)
             for name in kept.values():
                 self.drop_intervention(name)
         return self._outcomes(outputs)
@@ -626,15 +629,29 @@ class LLM(Effects, WorkerInterchanges, vllm.LLM):
         if self._in_process():
             errors = self.collective_rpc("smc_put_potential", args=(name, potential))
         else:
-            errors = self.collective_rpc("smc_put_potential", args=(name, _pickled(potential, by_value=False)))
+            errors = self.collective_rpc("smc_put_potential", args=(name, pickled(potential, by_value=False)))
             if any(error and error.startswith("ModuleNotFoundError") for error in errors):
                 # defined in a module that only this process can import, such as a test or a script
-                errors = self.collective_rpc("smc_put_potential", args=(name, _pickled(potential, by_value=True)))
+                errors = self.collective_rpc("smc_put_potential", args=(name, pickled(potential, by_value=True)))
         failed = [error for error in errors if error]
         if failed:
             self.drop_potential(name)
             raise SMCError(failed[0].removeprefix("SMCError: "))
         return name
+
+    @contextlib.contextmanager
+    def standing(self, potential: Potential) -> Iterator[None]:
+        """Keeps a potential set up in the workers for all calls of `smc` within, each of which else sets it up anew.
+
+        Raises:
+            ValueError, SMCError: as `register_potential`.
+        """
+        self._standing[id(potential)] = name = self.register_potential(potential)
+        try:
+            yield
+        finally:
+            del self._standing[id(potential)]
+            self.drop_potential(name)
 
     def drop_potential(self, name: str) -> None:
         """Makes the workers forget a registered potential; groups that run with it go on."""
@@ -794,18 +811,3 @@ def read_population(payload: Mapping[str, Any], tokenizer: Any) -> Population:
 def _steps(request: SamplingParams) -> int:
     assert request.max_tokens is not None  # of a group
     return request.max_tokens
-
-
-def _pickled(potential: Potential, by_value: bool) -> bytes:
-    module = sys.modules.get(type(potential).__module__)
-    try:
-        if by_value and module is not None:
-            cloudpickle.register_pickle_by_value(module)
-        return cloudpickle.dumps(potential)
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:
-        raise SMCError(f"potential {type(potential).__name__} cannot be sent to the worker: {error}") from error
-    finally:
-        if by_value and module is not None:
-            cloudpickle.unregister_pickle_by_value(module)

@@ -83,11 +83,18 @@ def surroundings(n_ranks: int) -> dict[str, str]:
     quota = machine.group_cores()
     in_process = (os.environ | settings).get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0"
     if not in_process or n_ranks > 1:
-        cores = [machine.Core(cpu.id, cpu.physical_core, cpu.numa_node) for cpu in get_allowed_cpu_list()]
-        settings |= machine.thread_settings(cores, get_visible_memory_node(), n_ranks, quota, os.environ)
+        settings |= threads(n_ranks)
     elif quota is not None and quota < torch.get_num_threads() and not os.environ.get("OMP_NUM_THREADS"):
         torch.set_num_threads(max(1, round(quota)))
     return settings
+
+
+def threads(n_ranks: int) -> dict[str, str]:
+    """Returns the environment variables that give an engine's threads their cores here; {} on a GPU."""
+    if not current_platform.is_cpu():
+        return {}
+    cores = [machine.Core(cpu.id, cpu.physical_core, cpu.numa_node) for cpu in get_allowed_cpu_list()]
+    return machine.thread_settings(cores, get_visible_memory_node(), n_ranks, machine.group_cores(), os.environ)
 
 
 @contextmanager
