@@ -2,15 +2,17 @@
 
     prompts × islands, in their order  →  batches of consecutive groups  →  each by one call of `LLM.smc`  →  pools
 
-Island m of prompt i is group `params.group + i · islands + m`, and which groups share a batch, and so forward passes, is
-said by the prompts' order and `batch_size` alone.
+Island m of prompt i is group `params.group + i · islands + m`. Which groups share a batch, and so forward passes, hangs
+on the prompts' order and on `batch_size` alone.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import sys
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from fastsmc.params import SMCParams
 from fastsmc.population import Population
@@ -129,24 +131,42 @@ def pooled(islands: Sequence[Outcome | None]) -> Outcome:
     return dataclasses.replace(population, lost_islands=population.lost_islands + len(islands) - len(left))
 
 
-def run_batch(llm: Any, batch: Batch, potential: Potential | None) -> list[Outcome]:
+def run_batch(llm: Any, batch: Batch, potential: Potential | None, twist: str | None = None) -> list[Outcome]:
     """Runs a batch by one call of `smc`: the population of each group, or the error that it ended with.
 
     Where a prompt is refused, which leaves the others without a run, the prompts are run one by one.
     """
     try:
-        return llm.smc(batch.texts, batch.params, potential)
+        return llm.smc(batch.texts, batch.params, potential, twist=twist)
     except SMCError as error:
         if not error.errors:  # of none in particular
             return [error] * len(batch.prompts)
-        both = zip(error.errors, error.populations, strict=True)
-        return [one if one is not None else other for one, other in both if one is not None or other is not None]
+        populations = cast("Sequence[Population]", error.populations)  # where there is no error
+        return [other if one is None else one for one, other in zip(error.errors, populations, strict=True)]
     except ValueError as error:
         if len(set(batch.prompts)) == 1:
             return [SMCError(str(error), kind="refused")] * len(batch.prompts)
         parts = [[k for k, i in enumerate(batch.prompts) if i == one] for one in dict.fromkeys(batch.prompts)]
-        return [outcome for part in parts for outcome in run_batch(llm, _part(batch, part), potential)]
+        return [outcome for part in parts for outcome in run_batch(llm, _part(batch, part), potential, twist)]
 
 
 def _part(batch: Batch, which: Sequence[int]) -> Batch:
     return Batch(batch.number, *([values[k] for k in which] for values in batch[1:]))  # type: ignore[arg-type]
+
+
+def run_job(
+    llm: Any, job: Job, potential: Potential | None, twist: str | None = None, finished: Collection[int] = ()
+) -> Iterator[tuple[int, Outcome]]:
+    """Runs a job on one engine, and yields (index of the prompt, what became of it), but for `finished` prompts."""
+    with contextlib.nullcontext() if potential is None else llm.standing(potential):
+        done = ((batch, run_batch(llm, batch, potential, twist)) for batch in job.batches(finished))
+        yield from job.gather(done, finished)
+
+
+def watched(found: Iterator[tuple[int, Outcome]], total: int, use_tqdm: bool) -> Iterator[tuple[int, Outcome]]:
+    """Shows a progress bar over prompts."""
+    if not use_tqdm:
+        return found
+    from tqdm.auto import tqdm
+
+    return iter(tqdm(found, total=total, desc="prompts", file=sys.stderr))

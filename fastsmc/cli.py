@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 from fastsmc import __version__
 from fastsmc.params import PROPOSALS, RESAMPLING_SCHEMES, SMCParams
 from fastsmc.screen import EngineLog, engine_log, one_line
+from fastsmc.values import check_int
 
 BENCHES = ("ops", "smc", "step", "twist", "infill")
 
@@ -42,8 +43,17 @@ def make_parser() -> argparse.ArgumentParser:
         dest="command", required=True, metavar="{run,counterfactual,serve,train-twist,evaluate,align,bench,info}"
     )
 
-    run = commands.add_parser("run", help="run one group of particles and show its best texts")
-    _add_task(run, default)
+    run = commands.add_parser(
+        "run", help="run one group of particles and show its best texts, or one per line of a file"
+    )
+    _add_task(run, default).add_argument(
+        "--input", metavar="FILE", help='JSON Lines, a prompt per line: {"prompt": TEXT or ids}; results go to --output'
+    )
+    run.add_argument(
+        "--output", metavar="DIR", help="Parquet files of --input's results; prompts that are there are not run again"
+    )
+    run.add_argument("--ray", metavar="ADDRESS", help="run --input on a Ray cluster: an address, auto, or local")
+    run.add_argument("--workers", type=int, metavar="K", help="engines on it (default: 1); above 1 implies --ray local")
     run.add_argument("--twist", metavar="DIR", help="a learned twist; brings its own potential if none is given")
     run.add_argument("--resampling", choices=RESAMPLING_SCHEMES, default=default.resampling)
     _add_resampling(run, default)
@@ -118,14 +128,15 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_task(parser: argparse.ArgumentParser, default: SMCParams, many: bool = False) -> None:
-    """Adds the options that say what is sampled: model, prompt (or `many`), potential, length."""
-    _add_prompt(parser, default, many)
+def _add_task(parser: argparse.ArgumentParser, default: SMCParams, many: bool = False) -> Any:
+    """Adds the options that say what is sampled: model, prompt (or `many`), potential, length; returns the prompt's."""
+    prompts = _add_prompt(parser, default, many)
     add = parser.add_argument
     add("--particles", type=int, default=default.n_particles, metavar="N", help="default: %(default)s")
     add("--max-tokens", type=int, default=default.max_tokens, metavar="T", help="default: %(default)s")
     add("--potential", metavar="NAME", help="a registered potential; `fastsmc info` lists them")
     add("--potential-args", metavar="JSON", default="{}", help='for instance \'{"pattern": "yes|no"}\'')
+    return prompts
 
 
 def _add_resampling(parser: argparse.ArgumentParser, default: SMCParams) -> None:
@@ -163,8 +174,8 @@ def _resampling(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names}
 
 
-def _add_prompt(parser: argparse.ArgumentParser, default: SMCParams, many: bool = False) -> None:
-    """Adds the options that say what is drawn from, and by what numbers."""
+def _add_prompt(parser: argparse.ArgumentParser, default: SMCParams, many: bool = False) -> Any:
+    """Adds the options that say what is drawn from, and by what numbers; returns the group of ways to give a prompt."""
     add = parser.add_argument
     add("--model", default="smollm2", help="name or path, as for vLLM (default: %(default)s)")
     prompts = parser.add_mutually_exclusive_group(required=True)
@@ -178,6 +189,7 @@ def _add_prompt(parser: argparse.ArgumentParser, default: SMCParams, many: bool 
     add("--temperature", type=float, default=default.temperature, help="default: %(default)s")
     add("--ignore-eos", action="store_true", help="particles go on past the end-of-sequence token")
     add("--seed", type=int, default=default.seed, help="default: %(default)s")
+    return prompts
 
 
 def _add_counterfactual(parser: argparse.ArgumentParser, default: SMCParams) -> None:
@@ -261,6 +273,11 @@ def command_run(args: argparse.Namespace) -> int:
     names = ("islands", "migrate_every", "n_particles", "target_stderr", "max_particles")
     asked = {name: value for name in names if (value := getattr(args, name)) is not None}
     [of_group], _ = read_islands([params], False, **asked)  # refused before an engine starts
+    if args.input is not None:
+        return _run_many(args, of_group, potential, potential_args, engine_args)
+    for option in ("output", "ray", "workers"):
+        if getattr(args, option) is not None:
+            raise ValueError(f"--{option} {getattr(args, option)}: needs --input")
     more |= asked
 
     rows = of_group.n_particles
@@ -272,6 +289,62 @@ def command_run(args: argparse.Namespace) -> int:
         _write_run(args, population, potential_args, seconds, plots)
         log.say(format_result(population, args.best, seconds, shutil.get_terminal_size().columns))
     return 0
+
+
+def _run_many(
+    args: argparse.Namespace,
+    params: SMCParams,
+    potential: Any,
+    potential_args: dict[str, Any],
+    engine_args: dict[str, Any],
+) -> int:
+    """Runs the prompts of --input that have no results in --output yet; failures are a line each."""
+    from fastsmc.batches import Job, run_job, watched
+    from fastsmc.prompts import read_lines
+    from fastsmc.results import Results
+
+    for option in ("json", "save", "plot", "n_particles"):
+        if getattr(args, option) is not None:
+            raise ValueError(f"--{option.replace('_', '-')}: is for one --prompt; leave it out with --input")
+    if args.output is None:
+        raise ValueError("--output: is missing; results of --input go there")
+    workers = check_int("--workers", 1 if args.workers is None else args.workers, 1)
+    lines = read_lines(args.input)
+    numbers, prompts = list(lines), [p if isinstance(p := line.prompt, str) else list(p) for line in lines.values()]
+    job = Job(prompts, params, 1 if args.islands is None or args.migrate_every is not None else args.islands)
+    settings = {
+        **{name: getattr(args, name) for name in ("model", "potential", "twist")}, "potential_args": potential_args,
+        "params": dataclasses.asdict(params), "islands": job.islands, "engine_args": engine_args,
+    }  # fmt: skip
+    results = Results(args.output, prompts, settings)
+    before, failed, start = len(results.finished), 0, time.perf_counter()
+    if before == len(prompts):
+        print(f"all {before} prompts are in {args.output}")
+        return 0
+    with engine_log("run", args.verbose) as log, contextlib.ExitStack() as stack:
+        if args.ray is not None or workers > 1:
+            fleet = _fleet(args, potential, engine_args, workers, log)
+            found = stack.enter_context(fleet).run(job, results.finished)
+        else:
+            llm = stack.enter_context(_engine(args.model, engine_args, params.n_particles, log))
+            found = run_job(llm, job, potential, args.twist, results.finished)
+        with contextlib.redirect_stderr(log.err):  # where the bar goes
+            for i, error in results.take(watched(found, len(prompts) - before, log.err.isatty())):
+                failed += 1
+                print(f"{args.input}, line {numbers[i]}: {one_line(error)}", file=log.err, flush=True)
+        new, seconds = len(results.finished) - before, time.perf_counter() - start
+        log.say(f"{new} prompts in {seconds:.1f} s, {before} were there, {failed} failed: {args.output}")
+    return 1 if failed else 0
+
+
+def _fleet(args: argparse.Namespace, potential: Any, engine_args: dict[str, Any], workers: int, log: EngineLog) -> Any:
+    """Makes the engines of a Ray cluster, which start when their context is entered."""
+    from fastsmc.ray import Fleet, ray
+
+    fleet = Fleet(args.model, potential, twist=args.twist, engine_args=engine_args, n_workers=workers)
+    log.progress(f"starting vLLM with {args.model} on {workers} Ray workers ...")
+    ray.init(address=args.ray or "local", include_dashboard=False, log_to_driver=False)
+    return fleet
 
 
 def _write_run(

@@ -65,16 +65,25 @@ def read_twist_prompts(path: str | os.PathLike) -> list[TwistPrompt]:
         ValueError: naming file and line, and what is wrong with it; the file has no prompts, or is no text.
         OSError: it cannot be read.
     """
+    return list(read_lines(path, [field.name for field in dataclasses.fields(TwistPrompt)]).values())
+
+
+def read_lines(path: str | os.PathLike, names: Sequence[str] = ("prompt",)) -> dict[int, TwistPrompt]:
+    """Reads a JSON Lines file as `read_twist_prompts` does: number of the line, from 1 on → its prompt.
+
+    Args:
+        names: what a line may hold.
+    """
     path = os.fspath(path)
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: is not UTF-8: {error}") from None
-    found = []
+    found = {}
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
-                found.append(_read(line))
+                found[number] = _read(line, names)
             except ValueError as error:
                 raise ValueError(f"{path}, line {number}: {error}") from None
     if not found:
@@ -82,14 +91,13 @@ def read_twist_prompts(path: str | os.PathLike) -> list[TwistPrompt]:
     return found
 
 
-def _read(line: str) -> TwistPrompt:
+def _read(line: str, names: Sequence[str]) -> TwistPrompt:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"is not JSON: {error}") from None
     if not isinstance(row, dict):
         raise ValueError(f"{short(row)}: must be an object with 'prompt'")
-    names = [field.name for field in dataclasses.fields(TwistPrompt)]
     if unknown := sorted(set(row) - set(names)):
         raise ValueError(f"holds {', '.join(map(repr, unknown))}; may hold {', '.join(map(repr, names))}")
     if "prompt" not in row:

@@ -8,8 +8,8 @@
         prompts, SMCParams(n_particles=64), "regex", {"pattern": " yes| no"}, model="smollm2", n_workers=2
     )
 
-A population hangs on (seed, the prompt's index, island) and on nothing else: not on the number of workers, nor on which of
-them died meanwhile.
+A population hangs on (seed, the prompt's index, island) alone: not on the number of workers, nor on which of them died
+meanwhile.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ import cloudpickle
 import torch
 
 from fastsmc import __version__, models
-from fastsmc.batches import Batch, Job, Outcome, pooled, run_batch
+from fastsmc.batches import Batch, Job, Outcome, pooled, run_batch, watched
 from fastsmc.params import SMCParams
-from fastsmc.population import Population
 from fastsmc.potentials import Potential, resolve
+from fastsmc.results import columns
 from fastsmc.smc.engine import SMCError, gather, pickled
 from fastsmc.values import check_choice, check_int
 
@@ -83,9 +83,7 @@ def check_versions(own: Mapping[str, str], theirs: Mapping[str, str], where: str
     """Refuses a worker whose packages are others. ValueError: naming the package and both versions."""
     for name, version in own.items():
         if theirs.get(name) != version:
-            raise ValueError(
-                f"{name}={theirs.get(name)!r} on {where}: must be {version!r}, as where map_prompts is called"
-            )
+            raise ValueError(f"{name}={theirs.get(name)!r} on {where}: must be {version!r}, as in the driver")
 
 
 class Worker:
@@ -96,7 +94,13 @@ class Worker:
         return About(own_versions(), node, sorted(os.sched_getaffinity(0)), os.getpid())
 
     def start(
-        self, model: str, engine_args: dict[str, Any], potential: bytes, cores: list[int], threads: str | None
+        self,
+        model: str,
+        engine_args: dict[str, Any],
+        potential: bytes,
+        twist: str | None,
+        cores: list[int],
+        threads: str | None,
     ) -> None:
         """Starts the engine, on `cores` only.
 
@@ -109,6 +113,7 @@ class Worker:
         if threads is not None:
             os.environ["OMP_NUM_THREADS"] = threads
         self._potential: Potential | None = cloudpickle.loads(potential)
+        self._twist = twist
         self._llm = start_engine(model, engine_args)
         self._standing = contextlib.ExitStack()
         if self._potential is not None:
@@ -116,7 +121,7 @@ class Worker:
 
     def run(self, batch: Batch) -> tuple[int, list[Outcome]]:
         """Runs a batch: this process's id, and what became of each group."""
-        return os.getpid(), run_batch(self._llm, batch, self._potential)
+        return os.getpid(), run_batch(self._llm, batch, self._potential, self._twist)
 
 
 def start_engine(model: str, engine_args: Mapping[str, Any]) -> Any:
@@ -139,6 +144,7 @@ def map_prompts(
     potential_args: Mapping[str, Any] | None = None,
     *,
     model: str,
+    twist: str | None = None,
     engine_args: Mapping[str, Any] | None = None,
     n_workers: int = 1,
     num_gpus: float | None = None,
@@ -159,6 +165,7 @@ def map_prompts(
         potential: φ, or the name of a registered one.
         potential_args: of a name.
         model: name or path, as every worker knows it.
+        twist: directory of a learned twist, as every worker knows it.
         engine_args: of `fastsmc.LLM`.
         n_workers: engines.
         num_gpus: per worker, all on one machine; None: `tensor_parallel_size` if the cluster has GPUs, else 0. Without
@@ -188,8 +195,8 @@ def map_prompts(
         raise ValueError("prompts: must be a list of prompts, or a ray.data.Dataset")
     job = Job(prompts, params, islands, batch_size)
     fleet = Fleet(
-        model, potential, potential_args, engine_args=engine_args, n_workers=n_workers, num_gpus=num_gpus,
-        max_retries=max_retries, on_lost=on_lost,
+        model, potential, potential_args, twist=twist, engine_args=engine_args, n_workers=n_workers,
+        num_gpus=num_gpus, max_retries=max_retries, on_lost=on_lost,
     )  # fmt: skip
     with fleet:
         found = [outcome for _, outcome in watched(fleet.run(job), len(prompts), use_tqdm)]
@@ -205,30 +212,6 @@ def map_prompts(
 def plain(prompt: Any) -> Any:
     """Returns a prompt of a table's cell: text, or a list of token ids."""
     return prompt if isinstance(prompt, str) else [int(token) for token in prompt]
-
-
-def watched(found: Iterator[tuple[int, Outcome]], total: int, use_tqdm: bool) -> Iterator[tuple[int, Outcome]]:
-    """Shows a progress bar over prompts."""
-    if not use_tqdm:
-        return found
-    from tqdm.auto import tqdm
-
-    return iter(tqdm(found, total=total, desc="prompts", file=sys.stderr))
-
-
-def columns(index: int, prompt: Any, population: Population) -> dict[str, Any]:
-    """Makes a row of a table of what a prompt gave."""
-    return {
-        "index": index,
-        "prompt": prompt,
-        "log_z": population.log_z,
-        "log_z_stderr": population.log_z_stderr,
-        "final_ess": population.final_ess,
-        "texts": population.texts,
-        "token_ids": population.token_ids,
-        "log_weights": population.log_weights.tolist(),
-        "population": population.to_bytes(),
-    }
 
 
 class Running(NamedTuple):
@@ -254,6 +237,7 @@ class Fleet:
         potential: str | Potential | None = None,
         potential_args: Mapping[str, Any] | None = None,
         *,
+        twist: str | None = None,
         engine_args: Mapping[str, Any] | None = None,
         n_workers: int = 1,
         num_gpus: float | None = None,
@@ -265,7 +249,8 @@ class Fleet:
         check_choice("on_lost", on_lost, ON_LOST)
         self._on_lost, self._num_gpus = on_lost, num_gpus
         phi = read_potential(potential, potential_args)
-        self._start_args = model, dict(engine_args or {}), pickled(phi, by_value=not is_installed(type(phi).__module__))
+        data = pickled(phi, by_value=not is_installed(type(phi).__module__))
+        self._start_args = model, dict(engine_args or {}), data, twist
         self._cores: dict[Any, list[int]] = {}  # of the workers that have an engine
         self.pids: set[int] = set()
 
