@@ -2,13 +2,13 @@
 
     python bench/bench_islands.py --dtype float32 --json FILE
 
-    workers   tokens/s of a job on two Ray workers, a core each, and of two processes with an engine each that are bound to
-              the same cores and take half of the same batches each; and on one Ray worker with both cores
+    workers   tokens/s of a job on two Ray workers, a core each, and of two processes with an engine each that are bound
+              to the same cores and take half of the same batches each; and on one Ray worker with both cores
     one call  the last against one call of `smc` with all prompts, in a process with both cores
     pool      seconds that it takes to pool 64 islands of 1,024 particles and 32 tokens
 
-Engines are up before anything is timed. What is compared runs in turn, `repeats` times after a warm-up, and each ratio is
-the median of the ratios of pairs.
+Engines are up before anything is timed. What is compared runs in turn, `repeats` times after a warm-up, and each ratio
+is the median of the ratios of pairs.
 """
 
 from __future__ import annotations
