@@ -34,6 +34,7 @@
 # soak          30    10,000 requests of random end: what is counted, not timed
 # condition     20    questions asked under black boxes, beside genlm-control's AWRS; PEER as above: what is counted
 # segments      10    segments against none, a slow reward beside others, its_hub over HTTP; PEER as above
+# islands       6     Ray workers against processes by hand, map_prompts against one call, pooling
 # segments_accuracy 8  sums in steps by segments, best-of-n and majority: what is counted
 # groups        35    several groups against stock, a step by their number, a group beside ordinary requests
 # against        6
@@ -108,6 +109,7 @@ for part in $parts; do
     counterfactual_time) bench counterfactual_time_cpu bench_counterfactual.py time ;;
     condition) OMP_NUM_THREADS=1 bench condition_cpu bench_condition.py --max-tokens 20 --seeds 6 --peer "$peer" ;;
     segments) bench segments_cpu bench_segments.py --peer "$peer" ;;
+    islands) bench islands_cpu bench_islands.py ;;
     segments_accuracy) bench segments_accuracy_cpu segments_accuracy.py ;;
     stderr) OMP_NUM_THREADS=1 bench stderr_cpu bench_stderr.py ;;
     order) bench resample_order bench_order.py ;;

@@ -24,6 +24,7 @@ RESULTS = ROOT / "bench" / "results"
 FILES = (
     *("bench/README.md", "README.md", "docs/counterfactuals.md", "docs/alignment.md", "docs/conditions.md"),
     *("docs/error.md", "docs/powers.md", "docs/grammars.md", "docs/infilling.md", "docs/genlm.md", "docs/segments.md"),
+    "docs/scale.md",
 )  # fmt: skip
 Result = dict[str, Any]
 
@@ -730,13 +731,33 @@ def segments_accuracy(result: Result) -> list[str]:
     ]  # fmt: skip
 
 
+def islands(result: Result) -> list[str]:
+    workers, pool = result["records"]
+    rows = [
+        (name, f"{statistics.median(run['tokens_per_s'] for run in runs):.0f}", "")
+        for name, runs in workers["runs"].items()
+    ]
+    ratios = {
+        "two Ray workers / two by hand": "by_hand", "two Ray workers / one": "one_worker",
+        "one Ray worker / one call": "one_call",
+    }  # fmt: skip
+    rows += [(name, "", f"**{workers[f'{key}_ratio']['median']:.2f}**") for name, key in ratios.items()]
+    return [
+        *table("run by | tokens/s | ratio", rows),
+        "",
+        f"{result['prompts']} prompts, N = {result['n_particles']}, {result['max_tokens']} tokens, batches of "
+        f"{result['batch_size']} groups. Pooling {pool['islands']} islands of {pool['n_particles']} particles and "
+        f"{pool['steps']} tokens takes {1e3 * statistics.median(pool['seconds']):.0f} ms.",
+    ]
+
+
 TABLES: dict[str, Callable[[Result], list[str]]] = {
     "smc": smc, "step": step, "ops": ops, "attend steps": attend_steps, "attend ops": attend_ops, "twist": twist,
     "peers": peers, "grammar": grammar, "order": order, "groups": groups, "intervene": intervene,
     "counterfactual": counterfactual, "counterfactual time": counterfactual_time, "interchange": interchange,
     "alignment": alignment, "facts": facts, "condition": condition, "power": power, "score": score,
     "stderr": stderr, "infill_amortised": infill_amortised, "segments": segments,
-    "segments_accuracy": segments_accuracy,
+    "segments_accuracy": segments_accuracy, "islands": islands,
 }  # fmt: skip
 
 
