@@ -315,19 +315,20 @@ class Fleet:
         has: dict[Any, deque[Running]] = {worker: deque() for worker in self._cores}
         starting: dict[Any, Any] = {}  # what is waited for → worker
 
-        def take() -> tuple[Batch, int] | None:
-            if again:
-                return again.popleft()
-            batch = next(todo, None)
-            return None if batch is None else (batch, 0)
+        def more() -> bool:
+            """Says whether a batch is left, which then is the first of `again`."""
+            if not again and (batch := next(todo, None)) is not None:
+                again.append((batch, 0))
+            return bool(again)
 
         while True:
             for n in range(1, IN_FLIGHT + 1):
                 for worker, running in has.items():
-                    if len(running) < n and (more := take()) is not None:
-                        running.append(Running(worker.run.remote(more[0]), *more))
+                    if len(running) < n and more():
+                        batch, losses = again.popleft()
+                        running.append(Running(worker.run.remote(batch), batch, losses))
             refs = [running[0].ref for running in has.values() if running]
-            if not refs and not again:
+            if not refs and not more():
                 return
             [ready, *_], _ = ray.wait([*refs, *starting], num_returns=1)
             if ready in starting:
