@@ -44,11 +44,11 @@ class ByHand:
     """Is a process with an engine, bound to cores, that runs every n-th batch, or one call with all prompts (n = 0)."""
 
     def __init__(self, model: str, dtype: str, cores: list[int], k: int, n: int) -> None:
-        command = [sys.executable, __file__, "--model", model, "--dtype", dtype, "--by-hand"]
+        bound = ["taskset", "-c", ",".join(map(str, cores))]
+        command = [*bound, sys.executable, __file__, "--model", model, "--dtype", dtype, "--by-hand"]
         self.process = subprocess.Popen(
-            [*command, ",".join(map(str, cores)), str(k), str(n)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            text=True,
-        )  # fmt: skip
+            [*command, str(k), str(n)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
 
     def go(self) -> None:
         assert self.process.stdin is not None
@@ -64,9 +64,8 @@ class ByHand:
         return int(line.split()[1])
 
 
-def by_hand(model: str, dtype: str, cores: str, k: int, n: int) -> None:
+def by_hand(model: str, dtype: str, k: int, n: int) -> None:
     """Is what such a process does."""
-    os.sched_setaffinity(0, {int(core) for core in cores.split(",")})
     from fastsmc.ray import start_engine
 
     llm = start_engine(model, arguments(dtype))
@@ -183,11 +182,10 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--dtype", default="bfloat16", help="of the model; float32 where the CPU has no bfloat16")
-    parser.add_argument("--by-hand", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--by-hand", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.by_hand:
-        cores, k, n = args.by_hand
-        by_hand(args.model, args.dtype, cores, int(k), int(n))
+        by_hand(args.model, args.dtype, *map(int, args.by_hand))
     else:
         run(args.json, args.model, args.repeats, args.dtype)
 

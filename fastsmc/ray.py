@@ -132,7 +132,10 @@ def start_engine(model: str, engine_args: Mapping[str, Any]) -> Any:
     from fastsmc import LLM
     from fastsmc.vllm.starting import threads
 
-    os.environ.update(threads(n_ranks))
+    os.environ.update(settings := threads(n_ranks))
+    if settings:  # torch may have been imported with other cores, or with Ray's OMP_NUM_THREADS
+        wish = os.environ.get("OMP_NUM_THREADS", "")
+        torch.set_num_threads(int(wish) if wish.isdecimal() else max(1, len(os.sched_getaffinity(0)) // n_ranks))
     more = {} if n_ranks == 1 else {"distributed_executor_backend": "mp"}  # Ray's wants actors of its own
     return LLM(models.resolve(model), **(more | dict(engine_args)))
 
