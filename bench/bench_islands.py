@@ -31,6 +31,7 @@ from openings import OPENINGS
 from fastsmc import Population, SMCParams
 from fastsmc.batches import Job, run_batch
 
+PARTS = ("workers", "pool")
 PROMPTS, PARTICLES, TOKENS, GROUPS_PER_BATCH = 16, 32, 16, 4
 PARAMS = SMCParams(n_particles=PARTICLES, max_tokens=TOKENS, ignore_eos=True)
 JOB = Job(list(OPENINGS)[:PROMPTS], PARAMS, batch_size=GROUPS_PER_BATCH)
@@ -129,8 +130,8 @@ def pool(repeats: int) -> dict[str, Any]:
     return {"part": "pool", "islands": 64, "n_particles": n, "steps": steps, "seconds": seconds}
 
 
-def run(json_path: str | None, model: str, repeats: int, dtype: str) -> list[dict[str, Any]]:
-    """Measures all; writes and returns the records."""
+def workers(model: str, repeats: int, dtype: str) -> dict[str, Any]:
+    """Makes the record of who runs the job."""
     from fastsmc.ray import Fleet, ray, share_of
 
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
@@ -153,20 +154,23 @@ def run(json_path: str | None, model: str, repeats: int, dtype: str) -> list[dic
         )
     ray.shutdown()
     rates = {name: [each["tokens_per_s"] for each in of] for name, of in runs.items()}
-    records = [
-        {"part": "workers", "runs": runs} | {
-            f"{name}_ratio": ratio(rates[a], rates[b])
-            for name, a, b in (
-                ("by_hand", "two Ray workers", "two by hand"), ("one_worker", "two Ray workers", "one Ray worker"),
-                ("one_call", "one Ray worker", "one call"),
-            )
-        },
-        pool(repeats),
-    ]  # fmt: skip
+    ratios = {
+        "by_hand": ratio(rates["two Ray workers"], rates["two by hand"]),
+        "one_worker": ratio(rates["two Ray workers"], rates["one Ray worker"]),
+        "one_call": ratio(rates["one Ray worker"], rates["one call"]),
+    }
     for name, of in rates.items():
         print(f"{name}: {statistics.median(of):.0f} tokens/s")
-    print({name: round(of["median"], 3) for name, of in records[0].items() if name.endswith("ratio")})
-    print(f"pool: {statistics.median(records[1]['seconds']) * 1e3:.0f} ms")
+    print({name: round(of["median"], 3) for name, of in ratios.items()})
+    return {"part": "workers", "runs": runs} | {f"{name}_ratio": of for name, of in ratios.items()}
+
+
+def run(json_path: str | None, model: str, parts: tuple[str, ...], repeats: int, dtype: str) -> list[dict[str, Any]]:
+    """Measures `parts`; writes and returns the records."""
+    records = [workers(model, repeats, dtype)] if "workers" in parts else []
+    if "pool" in parts:
+        records.append(pool(repeats))
+        print(f"pool: {statistics.median(records[-1]['seconds']) * 1e3:.0f} ms")
     if json_path:
         payload = {
             "bench": "islands", "model": model, "engine": arguments(dtype), "prompts": PROMPTS, "records": records,
@@ -180,6 +184,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", help="write the result here")
     parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--parts", default=",".join(PARTS), help="some of those, by commas")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--dtype", default="bfloat16", help="of the model; float32 where the CPU has no bfloat16")
     parser.add_argument("--by-hand", nargs=2, help=argparse.SUPPRESS)
@@ -187,7 +192,10 @@ def main() -> None:
     if args.by_hand:
         by_hand(args.model, args.dtype, *map(int, args.by_hand))
     else:
-        run(args.json, args.model, args.repeats, args.dtype)
+        parts = tuple(args.parts.split(","))
+        if unknown := set(parts) - set(PARTS):
+            parser.error(f"--parts {', '.join(unknown)}: must be of {', '.join(PARTS)}")
+        run(args.json, args.model, parts, args.repeats, args.dtype)
 
 
 if __name__ == "__main__":

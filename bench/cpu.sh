@@ -109,7 +109,9 @@ for part in $parts; do
     counterfactual_time) bench counterfactual_time_cpu bench_counterfactual.py time ;;
     condition) OMP_NUM_THREADS=1 bench condition_cpu bench_condition.py --max-tokens 20 --seeds 6 --peer "$peer" ;;
     segments) bench segments_cpu bench_segments.py --peer "$peer" ;;
-    islands) bench islands_cpu bench_islands.py ;;
+    islands)
+        bench islands_cpu bench_islands.py --parts workers
+        bench pooling_cpu bench_islands.py --parts pool ;;
     segments_accuracy) bench segments_accuracy_cpu segments_accuracy.py ;;
     stderr) OMP_NUM_THREADS=1 bench stderr_cpu bench_stderr.py ;;
     order) bench resample_order bench_order.py ;;

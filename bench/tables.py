@@ -732,7 +732,14 @@ def segments_accuracy(result: Result) -> list[str]:
 
 
 def islands(result: Result) -> list[str]:
-    workers, pool = result["records"]
+    found = {r["part"]: r for r in result["records"]}
+    if "workers" not in found:
+        pool = found["pool"]
+        return [
+            f"Pooling {pool['islands']} islands of {pool['n_particles']} particles and {pool['steps']} tokens takes "
+            f"{1e3 * statistics.median(pool['seconds']):.0f} ms."
+        ]
+    workers = found["workers"]
     rows = [
         (name, f"{statistics.median(run['tokens_per_s'] for run in runs):.0f}", "")
         for name, runs in workers["runs"].items()
@@ -746,8 +753,7 @@ def islands(result: Result) -> list[str]:
         *table("run by | tokens/s | ratio", rows),
         "",
         f"{result['prompts']} prompts, N = {result['n_particles']}, {result['max_tokens']} tokens, batches of "
-        f"{result['batch_size']} groups. Pooling {pool['islands']} islands of {pool['n_particles']} particles and "
-        f"{pool['steps']} tokens takes {1e3 * statistics.median(pool['seconds']):.0f} ms.",
+        f"{result['batch_size']} groups.",
     ]
 
 

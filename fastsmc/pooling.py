@@ -11,12 +11,12 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastsmc.genealogy import RETAINED, normalise
+from fastsmc.genealogy import RETAINED
 from fastsmc.params import SMCParams
 
 if TYPE_CHECKING:
@@ -34,14 +34,24 @@ def pool(parts: Sequence[Population]) -> dict[str, Any]:
     steps, sizes = max(part.T for part in parts), [part.n_particles for part in parts]
     rows = [0, *itertools.accumulate(sizes)]
     islands = [0, *itertools.accumulate(part.n_islands for part in parts)]
-    padded = [_Padded.of(part, steps, row) for part, row in zip(parts, rows, strict=False)]
 
-    def beside(name: str) -> np.ndarray:
-        return np.concatenate([getattr(part, name) for part in padded], axis=1)
+    def beside(name: str, columns: Sequence[int], after: Callable[[Population], Any]) -> np.ndarray:
+        """Lays what populations have per step side by side, (T, …); `after` is what a shorter one has at its end."""
+        out: np.ndarray = np.empty((steps, columns[-1]), parts[0].ARRAYS[name][0])
+        for part, begin, end in zip(parts, columns, columns[1:], strict=False):
+            out[: part.T, begin:end] = getattr(part, name)
+            out[part.T :, begin:end] = after(part)
+        return out
 
     log_weights = np.concatenate([part.log_weights for part in parts])
     island = np.concatenate([part.island + first for part, first in zip(parts, islands, strict=False)])
-    step_log_weights, island_resampled = beside("step_log_weights"), beside("island_resampled")
+    step_log_weights = beside("step_log_weights", rows, lambda part: part.log_weights)
+    island_resampled = beside("island_resampled", islands, lambda _: False)
+    ancestors = beside("ancestors", rows, lambda part: np.arange(part.n_particles))
+    ancestors += np.repeat(np.array(rows[:-1], np.int32), sizes)
+    token_log_probs = np.zeros((rows[-1], steps))
+    for part, begin, end in zip(parts, rows, rows[1:], strict=False):
+        token_log_probs[begin:end, : part.T] = part.token_log_probs
     log_z = _log_mean(log_weights)
     run = island // parts[0].params.islands  # within one they migrate
     stderr, reason = _stderr(parts, log_weights, run, log_z)
@@ -52,11 +62,11 @@ def pool(parts: Sequence[Population]) -> dict[str, Any]:
         "log_z_stderr": stderr,
         "log_z_stderr_reason": reason,
         "log_probs": np.concatenate([part.log_probs for part in parts]),
-        "token_log_probs": beside("token_log_probs").T,
+        "token_log_probs": token_log_probs,
         "ess": np.array([_ess(row) for row in step_log_weights]),
         "resampled": island_resampled.any(axis=1),
-        "ancestors": beside("ancestors"),
-        "tokens": beside("tokens"),
+        "ancestors": ancestors,
+        "tokens": beside("tokens", rows, lambda _: -1),
         "step_log_weights": step_log_weights,
         "prompt_token_ids": parts[0].prompt_token_ids,
         "params": dataclasses.replace(parts[0].params, n_particles=len(log_weights)),
@@ -94,28 +104,6 @@ def _check(parts: Sequence[Population]) -> None:
             raise ValueError(f"populations[{i}]: has seed and group of populations[{first}]; runs must be independent")
 
 
-@dataclasses.dataclass
-class _Padded:
-    """Is what a population has per step, (T, N) each, brought to so many steps and so many rows on."""
-
-    tokens: np.ndarray
-    token_log_probs: np.ndarray
-    ancestors: np.ndarray
-    step_log_weights: np.ndarray
-    island_resampled: np.ndarray
-
-    @classmethod
-    def of(cls, part: Population, steps: int, first_row: int) -> _Padded:
-        n, more = part.n_particles, steps - part.T
-        return cls(
-            np.concatenate([part.tokens, np.full((more, n), -1, np.int32)]),
-            np.concatenate([part.token_log_probs.T, np.zeros((more, n))]),
-            np.concatenate([part.ancestors, np.tile(np.arange(n, dtype=np.int32), (more, 1))]) + np.int32(first_row),
-            np.concatenate([part.step_log_weights, np.tile(part.log_weights, (more, 1))]),
-            np.concatenate([part.island_resampled, np.zeros((more, part.n_islands), bool)]),
-        )
-
-
 def _stderr(
     parts: Sequence[Population], log_weights: np.ndarray, run: np.ndarray, log_z: float
 ) -> tuple[float, str | None]:
@@ -145,7 +133,11 @@ def _log_mean(log_weights: np.ndarray) -> float:
 
 
 def _ess(log_weights: np.ndarray) -> float:
-    return 0.0 if np.isneginf(log_weights).all() else float(1.0 / np.square(normalise(log_weights)).sum())
+    top = log_weights.max()
+    if top == -math.inf:
+        return 0.0
+    weights = np.exp(log_weights - top)
+    return float(weights.sum() ** 2 / (weights @ weights))
 
 
 def _added(counts: Sequence[dict[str, int] | None]) -> dict[str, int] | None:

@@ -154,7 +154,7 @@ class Population:
             setattr(self, name, array)
         for name in ("log_weights", "step_log_weights"):
             array = getattr(self, name)
-            if np.isnan(array).any() or np.isposinf(array).any():
+            if not (array < math.inf).all():
                 raise ValueError(f"{name}: NaN or +inf among the log weights")
         if self.ancestors.size and not 0 <= self.ancestors.min() <= self.ancestors.max() < sizes["N"]:
             raise ValueError(f"ancestors: rows must lie in [0, {sizes['N']})")
@@ -610,7 +610,7 @@ def _as_array(name: str, value: Any, dtype: type) -> np.ndarray:
         out: np.ndarray = np.ascontiguousarray(array, dtype=dtype)
     except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{name}: {error}") from None
-    if array.size and kinds == "iu" and not np.array_equal(out, array):
+    if array.size and kinds == "iu" and array.dtype != dtype and not np.array_equal(out, array):
         raise ValueError(f"{name}: numbers that {np.dtype(dtype)} does not hold")
     return out.reshape(array.shape)
 
