@@ -72,19 +72,12 @@ def by_two(model) -> dict[int, Population]:
     with Fleet(model, Likes(2), engine_args=ARGS, n_workers=2) as fleet:
         found = dict(fleet.run(Job(PROMPTS, PARAMS, islands=3, batch_size=4)))
         assert len(fleet.pids) == 2 and os.getpid() not in fleet.pids
-        cores = [{int(c) for c in _allowed(pid)} for pid in fleet.pids]
+        cores = [os.sched_getaffinity(pid) for pid in fleet.pids]
+        threads = [[os.sched_getaffinity(int(task)) for task in os.listdir(f"/proc/{pid}/task")] for pid in fleet.pids]
     if len(os.sched_getaffinity(0)) > 1:
-        assert not cores[0] & cores[1] and cores[0] | cores[1] <= os.sched_getaffinity(0)
+        assert not cores[0] & cores[1] and cores[0] | cores[1] <= os.sched_getaffinity(0), (cores, threads)
     assert _gone(fleet.pids)
     return found
-
-
-def _allowed(pid: int) -> set[str]:
-    """Lists the cores that the threads of a process's engine may use: of those bound to the fewest."""
-    masks = set()
-    for task in os.listdir(f"/proc/{pid}/task"):
-        masks.add(frozenset(os.sched_getaffinity(int(task))))
-    return set(map(str, min(masks, key=len)))
 
 
 def _gone(pids: set[int]) -> bool:
