@@ -114,8 +114,7 @@ class Worker:
             os.environ["OMP_NUM_THREADS"] = threads
         self._potential: Potential | None = cloudpickle.loads(potential)
         self._twist = twist
-        self._llm = start_engine(model, engine_args)
-        self._standing = contextlib.ExitStack()
+        self._llm, self._standing = start_engine(model, engine_args), contextlib.ExitStack()
         if self._potential is not None:
             self._standing.enter_context(self._llm.standing(self._potential))
 
@@ -430,7 +429,9 @@ class SMCPredictor:
         self._potential = read_potential(potential, potential_args)
         self._job = Job([], params, islands)
         self._names = prompt_column, index_column
-        self._llm = start_engine(model, engine_args or {})
+        self._llm, self._standing = start_engine(model, engine_args or {}), contextlib.ExitStack()
+        if self._potential is not None:
+            self._standing.enter_context(self._llm.standing(self._potential))
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Runs SMC for the prompts of a batch, column → values.
