@@ -57,7 +57,7 @@ class About(NamedTuple):
     Attributes:
         versions: name → version.
         node: Ray's id of its machine.
-        cores: what its process may run on.
+        cores: what Ray may run on there.
         pid: of its process.
     """
 
@@ -91,7 +91,7 @@ class Worker:
 
     def about(self) -> About:
         node = ray.get_runtime_context().get_node_id()
-        return About(own_versions(), node, sorted(os.sched_getaffinity(0)), os.getpid())
+        return About(own_versions(), node, sorted(os.sched_getaffinity(os.getppid())), os.getpid())
 
     def start(
         self,
@@ -108,19 +108,30 @@ class Worker:
             potential: pickled.
             threads: OMP_NUM_THREADS where the driver is; Ray sets another.
         """
-        os.sched_setaffinity(0, set(cores) & os.sched_getaffinity(0) or os.sched_getaffinity(0))
+        keep_to(cores)
         os.environ.pop("OMP_NUM_THREADS", None)
         if threads is not None:
             os.environ["OMP_NUM_THREADS"] = threads
         self._potential: Potential | None = cloudpickle.loads(potential)
         self._twist = twist
         self._llm, self._standing = start_engine(model, engine_args), contextlib.ExitStack()
+        keep_to(cores)  # also threads that have been bound elsewhere
         if self._potential is not None:
             self._standing.enter_context(self._llm.standing(self._potential))
 
     def run(self, batch: Batch) -> tuple[int, list[Outcome]]:
         """Runs a batch: this process's id, and what became of each group."""
         return os.getpid(), run_batch(self._llm, batch, self._potential, self._twist)
+
+
+def keep_to(cores: Sequence[int]) -> None:
+    """Lets this process's threads run on `cores` only; what is bound to some of them stays there."""
+    with contextlib.suppress(OSError):  # a worker on another machine than the one before may not have them
+        os.sched_setaffinity(0, set(cores) & os.sched_getaffinity(0) or cores)
+    for task in map(int, os.listdir("/proc/self/task")):
+        with contextlib.suppress(OSError):  # or the thread has ended
+            if not os.sched_getaffinity(task) <= set(cores):
+                os.sched_setaffinity(task, cores)
 
 
 def start_engine(model: str, engine_args: Mapping[str, Any]) -> Any:
