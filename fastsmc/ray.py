@@ -33,7 +33,7 @@ from fastsmc.params import SMCParams
 from fastsmc.potentials import Potential, resolve
 from fastsmc.results import columns
 from fastsmc.smc.engine import SMCError, gather, pickled
-from fastsmc.values import check_choice, check_int
+from fastsmc.values import check_choice, check_float, check_int
 
 OLDEST = (2, 40)
 try:
@@ -101,13 +101,17 @@ class Worker:
         twist: str | None,
         cores: list[int],
         threads: str | None,
+        versions: dict[str, str],
     ) -> None:
         """Starts the engine, on `cores` only.
 
         Args:
             potential: pickled.
+            cores: none: it has a GPU, and any core.
             threads: OMP_NUM_THREADS where the driver is; Ray sets another.
+            versions: of the driver; a worker that takes another's place has not been asked for its own.
         """
+        check_versions(versions, own_versions(), f"process {os.getpid()}")
         keep_to(cores)
         os.environ.pop("OMP_NUM_THREADS", None)
         if threads is not None:
@@ -125,7 +129,9 @@ class Worker:
 
 
 def keep_to(cores: Sequence[int]) -> None:
-    """Lets this process's threads run on `cores` only; what is bound to some of them stays there."""
+    """Lets this process's threads run on `cores` only, if there are any; what is bound to some of them stays there."""
+    if not cores:
+        return
     with contextlib.suppress(OSError):  # a worker on another machine than the one before may not have them
         os.sched_setaffinity(0, set(cores) & os.sched_getaffinity(0) or cores)
     for task in map(int, os.listdir("/proc/self/task")):
@@ -235,6 +241,13 @@ class Running(NamedTuple):
     losses: int
 
 
+class Starting(NamedTuple):
+    """Is a worker that takes another's place, and how often that one and those between have failed to start."""
+
+    worker: Any
+    failures: int
+
+
 class Fleet:
     """Holds engines on Ray workers, and runs jobs on them; a context, at whose end they are gone.
 
@@ -260,7 +273,8 @@ class Fleet:
         self._n_workers = check_int("n_workers", n_workers, 1)
         self._max_retries = check_int("max_retries", max_retries, 0)
         check_choice("on_lost", on_lost, ON_LOST)
-        self._on_lost, self._num_gpus = on_lost, num_gpus
+        self._num_gpus = None if num_gpus is None else check_float("num_gpus", num_gpus, 0, 1024)
+        self._on_lost = on_lost
         phi = read_potential(potential, potential_args)
         data = pickled(phi, by_value=not is_installed(type(phi).__module__))
         self._start_args = model, dict(engine_args or {}), data, twist
@@ -270,13 +284,12 @@ class Fleet:
     def __enter__(self) -> Fleet:
         if not ray.is_initialized():
             ray.init(log_to_driver=False, include_dashboard=False)
-        has, n = ray.cluster_resources(), self._n_workers
+        machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         if self._num_gpus is None:
-            self._num_gpus = (self._start_args[1].get("tensor_parallel_size") or 1) if has.get("GPU") else 0
-        for kind, each in (("CPU", 1), ("GPU", self._num_gpus)):
-            if each * n > has.get(kind, 0):
-                raise ValueError(f"n_workers={n}: need {each * n:g} {kind}s; the cluster has {has.get(kind, 0):g}")
-        workers = [self._make() for _ in range(n)]
+            has_gpus = any(machine.get("GPU") for machine in machines)
+            self._num_gpus = (self._start_args[1].get("tensor_parallel_size") or 1) if has_gpus else 0
+        check_room(machines, self._n_workers, self._num_gpus)
+        workers = [self._make() for _ in range(self._n_workers)]
         try:
             abouts: list[About] = ray.get([worker.about.remote() for worker in workers])
             own = own_versions()
@@ -284,13 +297,13 @@ class Fleet:
                 check_versions(own, about.versions, f"process {about.pid} of Ray's node {about.node[:8]}")
             for k, (worker, about) in enumerate(zip(workers, abouts, strict=True)):
                 here = [i for i, other in enumerate(abouts) if other.node == about.node]
-                self._cores[worker] = share_of(about.cores, here.index(k), len(here))
+                self._cores[worker] = [] if self._num_gpus else share_of(about.cores, here.index(k), len(here))
             ray.get([self._start(worker, cores) for worker, cores in self._cores.items()])
         except BaseException as error:
             for worker in workers:
                 ray.kill(worker)
-            if isinstance(error, RayTaskError) and isinstance(error.cause, (ValueError, SMCError)):
-                raise error.cause from None
+            if isinstance(error, RayTaskError):
+                raise error.cause from error
             raise
         return self
 
@@ -314,7 +327,7 @@ class Fleet:
 
     def _start(self, worker: Any, cores: list[int]) -> Any:
         """Lets a worker start its engine; returns what `ray.get` waits for."""
-        return worker.start.remote(*self._start_args, cores, os.environ.get("OMP_NUM_THREADS"))
+        return worker.start.remote(*self._start_args, cores, os.environ.get("OMP_NUM_THREADS"), own_versions())
 
     def run(self, job: Job, finished: Collection[int] = ()) -> Iterator[tuple[int, Outcome]]:
         """Yields (index of the prompt, what became of it) in the order of the prompts, but for `finished` ones.
@@ -326,13 +339,19 @@ class Fleet:
     def _done(self, job: Job, finished: Collection[int]) -> Iterator[tuple[Batch, Sequence[Outcome | None]]]:
         todo, again = job.batches(finished), deque[tuple[Batch, int]]()
         has: dict[Any, deque[Running]] = {worker: deque() for worker in self._cores}
-        starting: dict[Any, Any] = {}  # what is waited for → worker
+        starting: dict[Any, Starting] = {}  # by what is waited for
 
         def more() -> bool:
             """Says whether a batch is left, which then is the first of `again`."""
             if not again and (batch := next(todo, None)) is not None:
                 again.append((batch, 0))
             return bool(again)
+
+        def replace(worker: Any, failures: int) -> None:
+            ray.kill(worker)
+            new = self._make()
+            self._cores[new] = cores = self._cores.pop(worker)
+            starting[self._start(new, cores)] = Starting(new, failures)
 
         while True:
             for n in range(1, IN_FLIGHT + 1):
@@ -345,16 +364,19 @@ class Fleet:
                 return
             [ready, *_], _ = ray.wait([*refs, *starting], num_returns=1)
             if ready in starting:
-                worker = starting.pop(ready)
+                worker, failures = starting.pop(ready)
                 try:
                     ray.get(ready)
                     has[worker] = deque()
                 except RayError as error:
+                    if failures < self._max_retries:  # a GPU's memory may not have been free yet
+                        replace(worker, failures + 1)
+                        continue
                     del self._cores[worker]
                     ray.kill(worker)
-                    if not has and not starting:  # nobody is left
+                    if not has and not starting:
                         for batch, _ in [*again, *((batch, 0) for batch in todo)]:
-                            yield batch, self._lost(batch, error)
+                            yield batch, self._lost(batch, "no worker is left for it", error)
                         return
                 continue
             worker = next(worker for worker, running in has.items() if running and running[0].ref == ready)
@@ -368,19 +390,17 @@ class Fleet:
                 if lost.losses < self._max_retries:
                     again.appendleft((lost.batch, lost.losses + 1))
                 else:
-                    yield lost.batch, self._lost(lost.batch, error)
-                ray.kill(worker)
-                new = self._make()
-                self._cores[new] = cores = self._cores.pop(worker)
-                starting[self._start(new, cores)] = new
+                    text = f"lost with its worker {lost.losses + 1} times (max_retries={self._max_retries})"
+                    yield lost.batch, self._lost(lost.batch, text, error)
+                replace(worker, 0)
 
-    def _lost(self, batch: Batch, error: RayError) -> list[Outcome | None]:
-        """Says what becomes of the groups of a batch that was lost too often."""
+    def _lost(self, batch: Batch, text: str, error: RayError) -> list[Outcome | None]:
+        """Says what becomes of the groups of a batch that nobody runs again."""
         if self._on_lost == "pool":
             return [None] * len(batch.prompts)
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        text = f"its worker died with it {self._max_retries + 1} times (max_retries={self._max_retries}): {reason}"
-        return [SMCError(text, kind="engine")] * len(batch.prompts)
+        cause = error.cause if isinstance(error, RayTaskError) else error  # else the first line names Ray's task
+        reason = f"{type(cause).__name__}: {cause}".splitlines()[0]
+        return [SMCError(f"{text}: {reason}", kind="engine")] * len(batch.prompts)
 
 
 def read_potential(potential: Any, potential_args: Mapping[str, Any] | None) -> Potential | None:
@@ -401,6 +421,28 @@ def is_installed(module: str) -> bool:
     return module.partition(".")[0] in ("fastsmc", "builtins") or any(
         where.startswith(sysconfig.get_path(name) + os.sep) for name in ("purelib", "platlib", "stdlib")
     )
+
+
+def check_room(machines: Sequence[Mapping[str, float]], n_workers: int, num_gpus: float) -> None:
+    """Refuses more workers than there is room for, for which Ray would wait without an end.
+
+    Args:
+        machines: Ray's resources of each.
+        num_gpus: of a worker, all on one machine.
+
+    Raises:
+        ValueError: naming what they need and what there is.
+    """
+    needs = {"CPU": 1.0, "GPU": num_gpus}
+    room = sum(
+        int(min(machine.get(kind, 0) / each + 1e-9 for kind, each in needs.items() if each)) for machine in machines
+    )
+    if room < n_workers:
+        there = ", ".join("{:g} CPUs and {:g} GPUs".format(*(each.get(kind, 0) for kind in needs)) for each in machines)
+        raise ValueError(
+            f"n_workers={n_workers}: each needs a CPU and {num_gpus:g} GPUs of one machine; the cluster has room for "
+            f"{room} ({there})"
+        )
 
 
 def share_of(cores: Sequence[int], k: int, n: int) -> list[int]:

@@ -18,12 +18,13 @@ pytest.importorskip("ray")
 pytest.importorskip("vllm")
 
 import ray
+from ray.exceptions import RayTaskError
 
 import fastsmc.ray
 from fastsmc import Population, SMCError, SMCParams
 from fastsmc.batches import Job, pooled
 from fastsmc.potentials import Potential
-from fastsmc.ray import Fleet, SMCPredictor, check_versions, map_prompts, own_versions, share_of
+from fastsmc.ray import Fleet, SMCPredictor, check_room, check_versions, map_prompts, own_versions, share_of
 from fastsmc.smc.engine import gather
 
 VOCAB = 8
@@ -36,10 +37,16 @@ ARGS = {
 
 
 class Likes(Potential):
-    """Likes one token; takes a while for a whole text, and fails for some prompts."""
+    """Likes one token; takes a while for a whole text, fails for some prompts, and in a worker once a file is there."""
 
-    def __init__(self, token: int, seconds: float = 0.0, fails: int | None = None) -> None:
-        self.token, self.seconds, self.fails = token, seconds, fails
+    def __init__(self, token: int, seconds: float = 0.0, fails: int | None = None, file: str = "") -> None:
+        self.token, self.seconds, self.fails, self.file = token, seconds, fails, file
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        if os.path.exists(self.file):
+            os.remove(self.file)
+            raise RuntimeError("cannot start")
 
     def reset(self, n, prompt):
         self.prompt = prompt
@@ -100,17 +107,18 @@ def _same(a: Population, b: Population) -> bool:
     return a.to_bytes() == b.to_bytes()
 
 
-def test_one_worker_gives_what_two_do_and_a_killed_one_changes_nothing(model, by_two):
-    """The only worker is killed in its second batch; its successor runs that again."""
-    killed = []
-    with Fleet(model, Likes(2), engine_args=ARGS, n_workers=1) as fleet:
+def test_one_worker_gives_what_two_do_and_a_killed_one_changes_nothing(model, by_two, tmp_path):
+    """The only worker is killed in its second batch; its successor fails to start, and the next one runs that again."""
+    killed, file = [], tmp_path / "file"
+    with Fleet(model, Likes(2, file=str(file)), engine_args=ARGS, n_workers=1) as fleet:
         found = {}
         for i, population in fleet.run(Job(PROMPTS, PARAMS, islands=3, batch_size=4)):
             found[i] = population
             if not killed:
                 killed = list(fleet.pids)
                 os.kill(killed[0], signal.SIGKILL)
-        assert len(fleet.pids) == 2 and _gone(set(killed))
+                file.touch()
+        assert len(fleet.pids) == 2 and _gone(set(killed)) and not file.exists()
     assert list(found) == list(range(len(PROMPTS))) and all(_same(found[i], by_two[i]) for i in found)
     assert all(pool.n_islands == 3 and pool.lost_islands == 0 for pool in found.values())
 
@@ -155,7 +163,7 @@ def test_what_is_lost_too_often_and_what_fails(model, by_two):
                 assert outcome.lost_islands == 2 == outcome.n_islands
             else:
                 assert isinstance(outcome, SMCError)
-                assert "its worker died with it 1 times (max_retries=0)" in str(outcome)
+                assert "lost with its worker 1 times (max_retries=0): ActorDiedError: " in str(outcome)
         found = [each for _, each in fleet.run(Job(PROMPTS[:5], PARAMS, islands=3, batch_size=4))]
     with pytest.raises(SMCError, match="prompt 3: .*does not like this prompt") as caught:
         gather(found, False)
@@ -187,8 +195,9 @@ def test_refusals_come_before_an_engine(model, monkeypatch):
         ({"islands": 0}, "islands=0: must be an integer from 1"),
         ({"max_retries": -1}, "max_retries=-1"),
         ({"on_lost": "drop"}, "on_lost='drop': must be one of 'raise', 'pool'"),
-        ({"n_workers": 5}, "n_workers=5: need 5 CPUs; the cluster has 4"),
-        ({"num_gpus": 1}, "n_workers=1: need 1 GPUs; the cluster has 0"),
+        ({"n_workers": 5}, r"n_workers=5: .* the cluster has room for 4 \(4 CPUs and 0 GPUs\)"),
+        ({"num_gpus": 1}, "n_workers=1: each needs a CPU and 1 GPUs of one machine; the cluster has room for 0"),
+        ({"num_gpus": -1}, r"num_gpus=-1: must be a number in \[0, 1024\]"),
         ({"potential": "nobody"}, "nobody"),
         ({"potential": 3}, "potential=3: must be a fastsmc.Potential"),
         ({"potential_args": {"a": 1}}, "needs potential to be a name"),
@@ -207,7 +216,16 @@ def test_refusals_come_before_an_engine(model, monkeypatch):
     assert time.monotonic() - before < 60
 
 
-def test_versions_and_shares():
+def test_versions_room_and_shares():
+    check_room([{"CPU": 1.0}, {"CPU": 3.0}], 4, 0)
+    check_room([{"CPU": 8.0, "GPU": 1.0}], 8, 0.1)
+    apart = [{"CPU": 8.0, "GPU": 1.0}, {"CPU": 8.0, "GPU": 3.0}]  # four GPUs, and two on one machine once
+    check_room(apart, 1, 2)
+    with pytest.raises(ValueError, match=r"n_workers=2: each needs a CPU and 2 GPUs .* room for 1 \(8 CPUs and 1 GPU"):
+        check_room(apart, 2, 2)
+    broken = RayTaskError("run", "a traceback", RuntimeError("the engine is broken\nand says more"))
+    [error] = Fleet("anything")._lost(next(Job([[1]], PARAMS).batches()), "lost", broken)
+    assert str(error) == "lost: RuntimeError: the engine is broken"
     check_versions({"a": "1"}, {"a": "1", "b": "2"}, "there")
     with pytest.raises(ValueError, match="a='2' on there: must be '1', as in the driver"):
         check_versions({"a": "1"}, {"a": "2"}, "there")
