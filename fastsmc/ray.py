@@ -46,6 +46,18 @@ except ImportError as error:
     needed = ".".join(map(str, OLDEST))
     raise ImportError(f'fastsmc.ray: needs ray {needed} or later ({error}); pip install "fastsmc[ray]"') from error
 
+_cores_of_forking: set[int] = set()
+
+
+def _note_cores() -> None:
+    _cores_of_forking.clear()
+    _cores_of_forking.update(os.sched_getaffinity(0))
+
+
+# A forked process shall have the cores of the thread that forks it. Intel's OpenMP, preloaded as vLLM's CPU build asks
+# for, leaves it the first one alone once torch is imported; and Ray forks what `ray.init` starts, workers included.
+os.register_at_fork(before=_note_cores, after_in_child=lambda: os.sched_setaffinity(0, _cores_of_forking))
+
 #: batches that a worker has at a time: one that runs, and one that waits
 IN_FLIGHT = 2
 ON_LOST = ("raise", "pool")
@@ -57,7 +69,7 @@ class About(NamedTuple):
     Attributes:
         versions: name → version.
         node: Ray's id of its machine.
-        cores: what Ray may run on there.
+        cores: what its process may run on.
         pid: of its process.
     """
 
@@ -91,7 +103,7 @@ class Worker:
 
     def about(self) -> About:
         node = ray.get_runtime_context().get_node_id()
-        return About(own_versions(), node, sorted(os.sched_getaffinity(os.getppid())), os.getpid())
+        return About(own_versions(), node, sorted(os.sched_getaffinity(0)), os.getpid())
 
     def start(
         self,
@@ -112,32 +124,21 @@ class Worker:
             versions: of the driver; a worker that takes another's place has not been asked for its own.
         """
         check_versions(versions, own_versions(), f"process {os.getpid()}")
-        keep_to(cores)
+        if cores:
+            with contextlib.suppress(OSError):  # on another machine than the worker's whose place it takes
+                os.sched_setaffinity(0, cores)
         os.environ.pop("OMP_NUM_THREADS", None)
         if threads is not None:
             os.environ["OMP_NUM_THREADS"] = threads
         self._potential: Potential | None = cloudpickle.loads(potential)
         self._twist = twist
         self._llm, self._standing = start_engine(model, engine_args), contextlib.ExitStack()
-        keep_to(cores)  # also threads that have been bound elsewhere
         if self._potential is not None:
             self._standing.enter_context(self._llm.standing(self._potential))
 
     def run(self, batch: Batch) -> tuple[int, list[Outcome]]:
         """Runs a batch: this process's id, and what became of each group."""
         return os.getpid(), run_batch(self._llm, batch, self._potential, self._twist)
-
-
-def keep_to(cores: Sequence[int]) -> None:
-    """Lets this process's threads run on `cores` only, if there are any; what is bound to some of them stays there."""
-    if not cores:
-        return
-    with contextlib.suppress(OSError):  # a worker on another machine than the one before may not have them
-        os.sched_setaffinity(0, set(cores) & os.sched_getaffinity(0) or cores)
-    for task in map(int, os.listdir("/proc/self/task")):
-        with contextlib.suppress(OSError):  # or the thread has ended
-            if not os.sched_getaffinity(task) <= set(cores):
-                os.sched_setaffinity(task, cores)
 
 
 def start_engine(model: str, engine_args: Mapping[str, Any]) -> Any:

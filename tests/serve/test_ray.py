@@ -239,6 +239,19 @@ def test_without_ray_its_import_says_what_to_install():
     assert done.returncode and 'pip install "fastsmc[ray]"' in done.stderr.splitlines()[-1]
 
 
+def test_a_forked_process_keeps_the_cores_whatever_openmp_does():
+    """Ray forks what `ray.init` starts: with libiomp5, as `make test` has it, all of it would be on one core."""
+    code = (
+        "import os, fastsmc.ray\ncores = sorted(os.sched_getaffinity(0))\n"
+        "if os.fork() == 0:\n    print(cores, sorted(os.sched_getaffinity(0)), flush=True)\n    os._exit(0)\nos.wait()"
+    )
+    library = os.path.join(sys.prefix, "lib", "libiomp5.so")
+    env = os.environ | ({"LD_PRELOAD": library} if os.path.exists(library) else {})
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
+    before, after = done.stdout.strip().split("] [")
+    assert before.strip("[]") == after.strip("[]")
+
+
 def test_command_line(model, tmp_path):
     """A run that is cut short goes on where it was, with Ray too; a prompt that fails is a line, and is tried again."""
     pytest.importorskip("pyarrow")
